@@ -1,0 +1,43 @@
+# make run: the main job. make test: the tests. Both set up .venv by themselves.
+PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p; done))
+BIN := .venv/bin
+
+.PHONY: run test test-slow check format bench clean
+
+run: .venv/.run
+	$(BIN)/lora-lab train $(ARGS)
+
+test: .venv/.test
+	$(BIN)/pytest $(ARGS)
+
+test-slow: .venv/.test
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.test
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "lora_lab needs Python 3.11, 3.12 or 3.13 (make PYTHON=/path/to/python)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.test: .venv/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

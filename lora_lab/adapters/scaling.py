@@ -1,0 +1,10 @@
+"""How alpha and r give the scale in ΔW = scale · B A."""
+
+import math
+from collections.abc import Callable
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "alpha/r": lambda alpha, r: alpha / r,  # Hu et al. 2021, section 4.1
+    "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),  # rsLoRA, Kalajdzievski 2023
+    "alpha": lambda alpha, r: alpha,
+}

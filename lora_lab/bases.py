@@ -1,0 +1,108 @@
+"""The frozen base of a run: trained once for all runs that share it, or loaded from a file."""
+
+import hashlib
+import inspect
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
+from torch import Tensor, nn
+
+from lora_lab.config import Config, TrainedBase, content_hash
+from lora_lab.runs import write_atomic
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base's weights, and what was logged while they were trained (nothing, if loaded)."""
+
+    state: dict[str, Tensor]
+    rows: list[Row]
+
+
+def key(cfg: Config) -> str:
+    """The hash of what can change the base: its config, data, model, their source, the trainer's.
+
+    Devices, the run's own length and how often it is evaluated cannot.
+    """
+    trainer = cfg.trainer.model_dump()
+    for other in (
+        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("max_epochs", "check_val_every_n_epoch"),
+    ):
+        trainer.pop(other, None)
+    sources = [
+        inspect.getsource(inspect.getmodule(c.callee) or c.callee) for c in (cfg.data, cfg.model)
+    ]
+    nodes = [node.model_dump(by_alias=True) for node in (cfg.base, cfg.data, cfg.model)]
+    return content_hash([*nodes, trainer, sources])
+
+
+def obtain(
+    cfg: Config,
+    train: Callable[[], tuple[nn.Module, list[Row]]],
+    replay: Callable[[list[Row]], None],
+) -> Base:
+    """The base that `cfg` asks for, trained by `train` only where it is not at hand.
+
+    `train` gives the trained model and the rows it logged; `replay` is given those rows where the
+    base was trained before, so that every run's metrics hold its base's. Runs that need the same
+    base at once wait for the one that trains it. A file that is not what was written is trained
+    again.
+    """
+    if not isinstance(cfg.base, TrainedBase):
+        return Base(load_file(cfg.base.path), [])
+    name = "-".join(c.target.rsplit(".")[-1].lower() for c in (cfg.data, cfg.model))
+    path = Path(cfg.bases_dir) / f"{name}-{key(cfg)[:16]}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for the run that is training this base (%s)", path)
+        held = lock.acquire()
+    with held:
+        if base := _kept(path):
+            log.info("base found, not trained again: %s", path)
+            replay(base.rows)
+            return base
+        started = time.time()
+        model, rows = train()
+        content = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+        about = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "seconds": time.time() - started,
+            "config": {
+                n: getattr(cfg, n).model_dump(by_alias=True) for n in ("base", "data", "model")
+            },
+            "rows": rows,
+        }
+        write_atomic(path, content)
+        write_atomic(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+        log.info("base trained in %.1f s and kept: %s", about["seconds"], path)
+        return Base(load(content), rows)
+
+
+def _kept(path: Path) -> Base | None:
+    if not path.exists():
+        return None
+    try:
+        content = path.read_bytes()
+        about = json.loads(path.with_suffix(".json").read_text())
+        if hashlib.sha256(content).hexdigest() != about["sha256"]:
+            raise ValueError("its checksum is not the one written beside it")
+        return Base(load(content), about["rows"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        log.warning("the kept base %s is damaged (%s): training it again", path, error)
+        return None

@@ -1,0 +1,1 @@
+"""Callbacks: when to measure and what to show; the maths is elsewhere."""

@@ -1,0 +1,127 @@
+"""The `lora-lab` command. Imports nothing heavy: its help answers at once."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lora_lab import __version__
+from lora_lab.options import options
+
+EPILOG = """\
+examples:
+  lora-lab train                              the `shift` experiment, to its table and figures
+  lora-lab train adapter.r=4 seed=1           the same at rank 4, another seed
+  lora-lab train -m adapter.r=1,2,4 seed=0,1  six runs, one after another
+  lora-lab train --help                       everything that can be set
+  lora-lab report RUN                         a run's table and figures again
+  lora-lab ls                                 every run: status, cell, seed, loss, time
+"""
+
+TRAIN = """\
+usage: lora-lab train [-m] [KEY=VALUE ...]
+
+Trains (or finds) a base, adapts it, measures ΔW, and writes a run directory with a table and
+figures. The same command again shows the finished run; -m takes lists of values and runs them all.
+
+choices (GROUP=OPTION):
+{groups}
+settings:
+  seed=0                 draws the adapters and their dropout
+  data.seed=0            draws the data and its order
+  base.seed=0            draws the base's first weights
+  adapter.r=8            the rank, at most that of the smallest targeted weight
+  adapter.alpha=8        scale is alpha/r; adapter.scaling: alpha/r | alpha/sqrt(r) | alpha
+  adapter.init=kaiming   kaiming | gaussian; B starts at zero
+  adapter.dropout=0.0    on what goes into A
+  target='*.fc1'         a glob on module names; several as target=[linear,'*.proj']
+  target.linear.match='body.*'    a named target, narrowed to a glob
+  optimizer.lr=0.001     optimizer.schedule: constant | linear | cosine, optimizer.warmup: a share
+  base.epochs=10         how long the base trains, where base=train
+  base.path=FILE         its safetensors file, where base=checkpoint
+  trainer.max_epochs=10  and every other argument of Lightning's Trainer (a new one as +trainer.x=…)
+  overwrite=false        true repeats a finished run
+  runs_dir=runs          where run directories go; bases_dir=bases: where bases are kept
+
+examples:
+  lora-lab train adapter.r=4 adapter.alpha=8 optimizer.lr=3e-4
+  lora-lab train experiment=digits target='body.*' tracking=online
+  lora-lab train -m experiment=digits adapter.r=1,2,4,8 seed=0,1,2
+  lora-lab train experiment=digits adapter=full
+"""
+
+
+def train_help() -> str:
+    """What `lora-lab train` takes: groups with their options as conf/ has them, and settings."""
+    lines = []
+    for group, choices in options().items():
+        for i, (option, says) in enumerate(choices.items()):
+            lines.append(f"  {group + '=' if i == 0 else '':<12}{option:<12}{says}")
+    return TRAIN.format(groups="\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Runs one subcommand."""
+    parser = argparse.ArgumentParser(
+        "lora-lab",
+        description="Experiments with low-rank adaptation: which rank, which alpha, which layers, "
+        "and what the learned update looks like.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lora_lab {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="run one experiment, or with -m several", add_help=False)
+    report = commands.add_parser("report", help="write a run's table and figures again")
+    report.add_argument("run", type=Path, help="a run directory, or the start of its hash")
+    ls = commands.add_parser("ls", help="list runs")
+    ls.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="where (runs)")
+    # The rest of a train command is Hydra's to read.
+    if sys.argv[1:2] == ["train"]:
+        return _train(sys.argv[2:])
+    arguments = parser.parse_args()
+    try:
+        _report(arguments.run) if arguments.command == "report" else _ls(arguments.root)
+    except FileNotFoundError as error:
+        parser.exit(2, f"lora-lab {arguments.command}: {error}\n")
+
+
+def _train(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(train_help())
+        return
+    from lora_lab import train
+
+    sys.argv[1:] = arguments
+    train.main()
+
+
+def _report(path: Path) -> None:
+    from rich.console import Console
+
+    from lora_lab import report
+    from lora_lab.runs import Run, find_runs
+
+    if not (path / "status.json").exists():
+        runs = find_runs(Path("runs"))
+        hits = [run for run in runs if run.path.name.rpartition("-")[2].startswith(path.name)]
+        if len(hits) != 1:
+            names = ", ".join(run.path.name for run in hits or runs[:3]) or "none"
+            raise FileNotFoundError(f"{path} is no run directory and no run's hash; runs: {names}")
+        path = hits[0].path
+    report.write(Run(path))
+    report.show(Run(path), Console())
+
+
+def _ls(root: Path) -> None:
+    from rich.console import Console
+
+    from lora_lab import report
+    from lora_lab.runs import find_runs
+
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no directory {root}")
+    Console().print(report.listing(find_runs(root)))
+
+
+if __name__ == "__main__":
+    main()

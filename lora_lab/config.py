@@ -1,0 +1,303 @@
+"""The typed schema of a run, and every check of its values that needs no model and no data."""
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Collection, Iterable
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from hydra.utils import get_object
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.errors import PydanticUserError
+
+from lora_lab.adapters import INITS, KINDS, SCALINGS
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names the key, the value, the rule, the nearest one."""
+
+
+def nearest(word: object, choices: Iterable[object]) -> str:
+    """'; nearest: …' with the choice that looks most like `word`, '' where none does."""
+    found = difflib.get_close_matches(str(word), list(map(str, choices)), n=1, cutoff=0.5)
+    return f"; nearest: {found[0]}" if found else ""
+
+
+def one_of(choices: Collection[str]) -> AfterValidator:
+    """A validator for a key of a table, as INITS: its error lists the keys."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}{nearest(value, choices)}")
+        return value
+
+    return AfterValidator(check)
+
+
+class Node(BaseModel):
+    """A node of the config: no key beyond those named, no value of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class Component(Node, extra="allow"):
+    """A node that names a callable by `_target_`, and gives its arguments."""
+
+    target: str = Field(alias="_target_")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What is given beside `_target_`."""
+        return dict(self.model_extra or {})
+
+    @property
+    def callee(self) -> Callable[..., Any]:
+        """What `_target_` names."""
+        return get_object(self.target)
+
+
+class Optimizer(Component):
+    """A torch optimizer, and its learning rate over the run: constant, linear or cosine to zero.
+
+    `warmup` is the share of all steps in which the rate first rises from zero.
+    """
+
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: float = Field(ge=0, lt=1)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the torch optimizer is given."""
+        return {"lr": self.lr, **super().arguments}
+
+
+class TrainedBase(Node):
+    """A base that is trained here, on the data's `base` phase."""
+
+    method: Literal["train"]
+    epochs: PositiveInt
+    seed: NonNegativeInt
+    optimizer: Optimizer
+
+
+class CheckpointBase(Node):
+    """A base that is loaded from a safetensors file."""
+
+    method: Literal["checkpoint"]
+    path: str
+
+
+class Lora(Node):
+    """Low-rank adapters."""
+
+    method: Literal["lora"]
+    r: PositiveInt
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    init: Annotated[str, one_of(INITS)]
+    scaling: Annotated[str, one_of(SCALINGS)]
+
+
+class Full(Node):
+    """Full fine-tuning."""
+
+    method: Literal["full"]
+
+
+class NoAdapter(Node):
+    """The base as it is."""
+
+    method: Literal["none"]
+
+
+class TargetRule(Node):
+    """What a target picks: layers of a kind, by the name's glob."""
+
+    kind: Annotated[str, one_of(KINDS)] | None = None
+    match: str = "*"
+
+
+class Trainer(Node, extra="allow"):
+    """The arguments of lightning's Trainer."""
+
+    accelerator: str
+    devices: int | str | list[int]
+    max_epochs: PositiveInt
+    check_val_every_n_epoch: PositiveInt
+
+
+class Spectra(Node):
+    """When ΔW's spectrum is measured: at the start, every so many epochs, at the end."""
+
+    every_n_epochs: PositiveInt
+
+
+class Tracking(Node):
+    """Where W&B keeps the run."""
+
+    mode: Literal["offline", "online", "off"]
+    project: str
+    entity: str | None
+    tags: list[str]
+
+
+class Published(Node):
+    """Loss on all data by epoch, as published for an experiment."""
+
+    base: dict[int, float] = {}
+    adapted: dict[int, float] = {}
+
+
+class Config(Node):
+    """One run."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=80)
+    seed: NonNegativeInt
+    data: Component
+    model: Component
+    base: TrainedBase | CheckpointBase = Field(discriminator="method")
+    adapter: Lora | Full | NoAdapter = Field(discriminator="method")
+    target: dict[str, TargetRule] = Field(min_length=1)
+    optimizer: Optimizer
+    trainer: Trainer
+    spectra: Spectra
+    tracking: Tracking
+    published: Published | None
+    runs_dir: str
+    bases_dir: str
+    overwrite: bool
+
+    def plain(self) -> dict[str, Any]:
+        """The config as plain dicts, lists and numbers: what config.yaml holds."""
+        return self.model_dump(by_alias=True)
+
+    def identity(self) -> str:
+        """The hash of what can change the run's result: not paths, tracking or devices."""
+        cannot = {"published", "runs_dir", "bases_dir", "overwrite", "tracking"}
+        config = self.model_dump(by_alias=True, exclude=cannot)
+        for device in ("accelerator", "devices", "num_nodes", "strategy"):
+            config["trainer"].pop(device, None)
+        return content_hash(config)
+
+    def cell(self) -> str:
+        """The run in words, without its seed: what one point of an ablation is called."""
+        adapter = self.adapter
+        words = [adapter.method]
+        if isinstance(adapter, Lora):
+            words = [f"r{adapter.r}", f"alpha{adapter.alpha:g}", adapter.init]
+            words += [adapter.scaling.replace("/", "-")] if adapter.scaling != "alpha/r" else []
+            words += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
+        targets = "+".join(self.target) if adapter.method != "none" else ""
+        data = f"data{self.data.arguments['seed']}" if "seed" in self.data.arguments else ""
+        text = "-".join(filter(None, [*words, targets, data]))
+        return "".join(c if c.isalnum() or c in "-+._" else "_" for c in text)[:120]
+
+
+def content_hash(content: Any) -> str:
+    """The SHA-256 of plain nested data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check(content: dict[str, Any], said: Collection[str] = ()) -> Config:
+    """The config, typed, or a ConfigError that names every wrong key and value.
+
+    An experiment may set what only one choice of a group has, as adapter.r for LoRA: with another
+    choice (adapter=full) that falls away, but for the keys `said` on the command line.
+    """
+    for group, choices in (
+        ("adapter", (Lora, Full, NoAdapter)),
+        ("base", (TrainedBase, CheckpointBase)),
+    ):
+        if not isinstance(node := content.get(group), dict):
+            continue
+        chosen, others = set(), set()
+        for choice in choices:
+            methods = get_args(choice.model_fields["method"].annotation)
+            (chosen if node.get("method") in methods else others).update(choice.model_fields)
+        content[group] = {
+            key: value
+            for key, value in node.items()
+            if key not in others - chosen or f"{group}.{key}" in said
+        }
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_say(e) for e in error.errors())) from None
+
+
+def _say(error: Any) -> str:
+    # pydantic puts a union's tag into the path: adapter.lora.r is our adapter.r.
+    path = [str(part) for part in error["loc"]]
+    if len(path) > 1 and path[0] in ("adapter", "base"):
+        del path[1]
+    key, value = ".".join(path), error["input"]
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if error["type"] == "extra_forbidden":
+        return f"{key}={value}: there is no such key" + (
+            f" with {path[0]}={error['loc'][1]}" if path[0] in ("adapter", "base") else ""
+        )
+    if error["type"] == "missing":
+        return f"{key}: must be given"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}: {message}"
+
+
+def bind(key: str, component: Component, given: Collection[str] = ()) -> Callable[..., Any]:
+    """What a component's `_target_` names, once the arguments are found to fit its signature.
+
+    `given` are the arguments the program adds of its own. Each value is held against the
+    parameter's annotation. Raises ConfigError for a target that cannot be imported, an unknown or
+    missing argument, and a value of the wrong type or out of its range.
+    """
+    try:
+        callee = component.callee
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{key}._target_={component.target}: cannot be imported: {why}") from None
+    fits(key, callee, component.arguments, given)
+    return callee
+
+
+def fits(
+    key: str, callee: Callable[..., Any], arguments: dict[str, Any], given: Collection[str] = ()
+) -> None:
+    """Raises ConfigError unless `arguments`, with those `given`, fit the callee's signature."""
+    parameters = inspect.signature(callee).parameters
+    hints = get_type_hints(callee.__init__ if inspect.isclass(callee) else callee, None, None, True)
+    for name, value in arguments.items():
+        if name not in parameters or name in given:
+            known = [n for n in parameters if n not in given]
+            raise ConfigError(
+                f"{key}.{name}={value}: {component_name(callee)} has no such argument"
+                f"{nearest(name, known)} (it takes {', '.join(known)})"
+            )
+        try:
+            TypeAdapter(hints.get(name, Any)).validate_python(value)
+        except ValidationError as error:
+            # A union fails once for each of its members.
+            said = dict.fromkeys(_say({**e, "loc": ()}).partition(": ")[2] for e in error.errors())
+            raise ConfigError(f"{key}.{name}={value}: {' or '.join(said)}") from None
+        except PydanticUserError:
+            pass  # an annotation that is no type of plain values: the callee's own to check
+    for name, parameter in parameters.items():
+        needed = parameter.default is inspect.Parameter.empty and parameter.kind not in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
+        if needed and name not in arguments and name not in given:
+            raise ConfigError(f"{key}.{name}: must be given, {component_name(callee)} needs it")
+
+
+def component_name(callee: Callable[..., Any]) -> str:
+    """The short name of a component in messages."""
+    return getattr(callee, "__name__", repr(callee))

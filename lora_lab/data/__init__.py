@@ -1,0 +1,103 @@
+"""Data modules: one file each. A data module draws what the base learns, and what comes after."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from lora_lab.seeding import generator
+
+Phase = Literal["base", "adapt"]
+
+
+class Data(pl.LightningDataModule, ABC):
+    """One data set in one of its two phases: `base`, what the base learns, and `adapt`.
+
+    A subclass says its task and sizes, and draws its tensors from `seed`. Batches are a function
+    of (seed, phase, epoch) alone, so that the runs of one cell see the same data in the same order.
+    """
+
+    task: str
+    """A key of modules.TASKS."""
+
+    rows_differ_in: Literal["batch", "epoch"] = "epoch"
+    """Drawn without replacement within each epoch (a permutation), or within each batch only."""
+
+    eval_rows = 4096
+    """Rows of one evaluation batch: large, since nothing is kept for a backward pass."""
+
+    def __init__(self, phase: Phase, batch_size: int, seed: int):
+        super().__init__()
+        self.phase, self.batch_size, self.seed = phase, batch_size, seed
+        self.train: TensorDataset | None = None
+        self.val: TensorDataset | None = None
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """What this data can tell a model of its sizes, by the model's argument names."""
+
+    @abstractmethod
+    def draw(self) -> tuple[TensorDataset, TensorDataset]:
+        """The training and the validation set of this phase."""
+
+    def setup(self, stage: str) -> None:
+        """Draws the data, once."""
+        if self.train is None:
+            self.train, self.val = self.draw()
+            self.check_batch(len(self.train))
+
+    def check_batch(self, rows: int) -> None:
+        """Raises ValueError where not even one batch can be drawn without replacement."""
+        if self.batch_size > rows:
+            raise ValueError(f"batch_size={self.batch_size} is more than the {rows} training rows")
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches in the order that (seed, phase, epoch) gives."""
+        assert self.train is not None
+        key = (self.seed, self.phase, "order")
+        rows = Batches(len(self.train), self.batch_size, self.rows_differ_in, key)
+        return _loader(self.train, rows)
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation set from first to last."""
+        assert self.val is not None
+        slices = [slice(i, i + self.eval_rows) for i in range(0, len(self.val), self.eval_rows)]
+        return _loader(self.val, slices)
+
+
+def _loader(dataset: TensorDataset, rows: object) -> DataLoader:
+    # batch_size=None: each draw indexes a whole batch at once, not row by row. A generator of
+    # its own: DataLoader otherwise takes a seed off the global stream, dropout's, every epoch.
+    return DataLoader(dataset, batch_size=None, sampler=rows, generator=torch.Generator())  # pyright: ignore
+
+
+class Batches(Sampler[Tensor]):
+    """Row indices of each whole batch of an epoch: ⌊rows / batch_size⌋ batches."""
+
+    def __init__(
+        self, rows: int, batch_size: int, differ_in: Literal["batch", "epoch"], key: tuple
+    ):
+        self.rows, self.batch_size, self.differ_in, self.key = rows, batch_size, differ_in, key
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        draws = generator(*self.key, self.epoch)
+        if self.differ_in == "epoch":
+            yield from torch.randperm(self.rows, generator=draws).split(self.batch_size)[
+                : len(self)
+            ]
+        else:
+            for _ in range(len(self)):
+                yield torch.randperm(self.rows, generator=draws)[: self.batch_size]

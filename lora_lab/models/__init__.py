@@ -1,0 +1,1 @@
+"""Models: one file each, plain nn.Modules that know nothing of LoRA."""

@@ -1,0 +1,180 @@
+"""The LightningModules: a base learning its task, and LoRA adapting it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from math import cos, pi
+from typing import Any, Self
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lora_lab.adapters import attached
+from lora_lab.config import Optimizer
+
+Batch = tuple[Tensor, Tensor]
+
+READ_EVERY = 50
+"""Steps between two looks at the training loss: reading one waits for the device."""
+
+
+class DivergedError(RuntimeError):
+    """A loss that is no number any more."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the outputs are for: a loss, and the metrics of a validation pass by name.
+
+    A metric is made from the number of outputs.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metrics: dict[str, Callable[[int], Metric]]
+
+
+TASKS = {
+    "regression": Task(F.mse_loss, {}),
+    "classification": Task(
+        F.cross_entropy, {"accuracy": partial(MulticlassAccuracy, average="micro")}
+    ),
+}
+
+
+class BaseModule(pl.LightningModule):
+    """A model learning a task with every one of its parameters.
+
+    `prefix` stands before the names of everything it logs: `base/` while the base is trained.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: str, outputs: int, optimizer: Optimizer, prefix: str = ""
+    ):
+        super().__init__()
+        self.model, self.task, self.optimizer, self.prefix = model, TASKS[task], optimizer, prefix
+        self.metrics = nn.ModuleDict({n: make(outputs) for n, make in self.task.metrics.items()})
+        self.train_loss: float | None = None
+        """The last training loss that was looked at."""
+        self._losses: list[Tensor] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning writes the running hook's name here some 40 times a step, and nn.Module would
+        # each time find out anew that a string is no parameter: a fifth of Lightning's own cost.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output."""
+        return self.model(x)
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        """The parameters that the optimizer moves."""
+        return self.model.parameters()
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole epochs behind us; within fit every measurement is made at an epoch's end."""
+        return self.current_epoch + (self.trainer.state.fn == TrainerFn.FITTING)
+
+    def now(self) -> dict[str, float]:
+        """The date of a row: steps and whole epochs taken. Lightning's own count is one behind."""
+        return {"step": float(self.global_step), "epoch": float(self.epochs_done)}
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the epoch's list of losses."""
+        self._losses.clear()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The task's loss on a batch."""
+        x, y = batch
+        loss = self.task.loss(self.model(x), y)
+        self._losses.append(loss.detach())
+        if len(self._losses) % READ_EVERY == 0:
+            self._read_losses()
+        return loss
+
+    def _read_losses(self) -> Tensor:
+        losses = torch.stack(self._losses).cpu()
+        self._check(losses, "train/loss", f" of {self.trainer.num_training_batches}")
+        self.train_loss = losses[-1].item()
+        return losses
+
+    def _check(self, losses: Tensor, name: str, of: str = "") -> None:
+        if not (finite := losses.isfinite()).all():
+            step = int(finite.int().argmin())
+            raise DivergedError(
+                f"{self.prefix}{name} became {losses[step].item()} in epoch "
+                f"{self.current_epoch + 1}, step {step + 1}{of}; a smaller learning rate "
+                f"(now {self.optimizer.lr:g}) or trainer.gradient_clip_val may keep it finite"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the epoch's mean training loss."""
+        mean = self._read_losses().double().mean()
+        self.log_dict({f"{self.prefix}train/loss": mean, **self.now()})
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The task's loss and metrics, logged as means over the whole validation set."""
+        x, y = batch
+        output = self.model(x)
+        loss = self.task.loss(output, y)
+        self._check(loss.detach()[None].cpu(), "val/loss")
+        self.log(f"{self.prefix}val/loss", loss, batch_size=len(x), sync_dist=True)
+        for name, metric in self.metrics.items():
+            assert isinstance(metric, Metric)
+            metric.update(output, y)
+            self.log(f"{self.prefix}val/{name}", metric, batch_size=len(x))
+
+    def on_validation_epoch_end(self) -> None:
+        """Dates the row."""
+        self.log_dict(self.now())
+
+    def configure_optimizers(self) -> Any:
+        """The configured optimizer over what trains, its rate scheduled over all steps."""
+        optimizer = self.optimizer.callee(self.trained(), **self.optimizer.arguments)
+        if self.optimizer.schedule == "constant" and not self.optimizer.warmup:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        rate = partial(rate_at, self.optimizer.schedule, self.optimizer.warmup * steps, steps)
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, rate), "interval": "step"}]
+
+
+def rate_at(schedule: str, warmup: float, steps: int, step: int) -> float:
+    """The share of the learning rate at `step` of `steps`: up over `warmup` steps, then down."""
+    if step < warmup:
+        return step / warmup
+    done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}[schedule]
+
+
+class LoRAModule(BaseModule):
+    """A frozen base and its adapters: they alone train.
+
+    The base takes no gradient, is not in the optimizer, and its running statistics stay what they
+    were: a norm that keeps them is in eval mode also while the adapters train.
+    """
+
+    def trained(self) -> list[nn.Parameter]:
+        """The adapters' parameters."""
+        made = attached(self.model).values()
+        return [p for adapter in made for p in adapter.parameters() if p.requires_grad]
+
+    def on_train_start(self) -> None:
+        """Sets the modes: Lightning leaves them as it finds them."""
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for the base's norms with running statistics."""
+        super().train(mode)
+        for module in self.model.modules():
+            if getattr(module, "track_running_stats", False):
+                module.eval()
+        return self

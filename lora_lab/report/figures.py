@@ -1,0 +1,97 @@
+"""A run's figures: loss curves, the spectrum over training, ΔW itself; each as PNG and PDF."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from lora_lab.runs import Run
+
+# Fonts as text, so that a PDF's labels can be searched and edited.
+matplotlib.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 150})
+SHOWN = 16
+"""Singular values drawn, at most."""
+
+
+def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str]:
+    """Writes every figure the run has the numbers for, and returns their names."""
+    made = {"loss": _loss(run)}
+    if spectrum:
+        with np.load(run.path / "spectra.npz") as arrays:
+            made["spectrum"] = _spectrum(arrays["epochs"], spectrum)
+            corners = {site: arrays[f"{site}/delta"] for site in spectrum}
+            shapes = {site: tuple(arrays[f"{site}/shape"]) for site in spectrum}
+        made["delta"] = _delta(corners, shapes)
+    for name, figure in made.items():
+        for kind in ("png", "pdf"):
+            figure.savefig(directory / f"{name}.{kind}")
+    return list(made)
+
+
+def _loss(run: Run) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    published = run.config.get("published") or {}
+    method = run.config["adapter"]["method"]
+    for i, (prefix, label, paper) in enumerate(
+        (("base/", "base", "base"), ("", method, "adapted"))
+    ):
+        for kind, style, width in (("train", "-", 0.8), ("val", "--", 1.4)):
+            curve = run.curve(f"{prefix}{kind}/loss")
+            if curve:
+                name = f"{label}, {'training' if kind == 'train' else 'validation'}"
+                axes.plot(*_points(curve), style, color=f"C{i}", linewidth=width, label=name)
+        if points := published.get(paper):
+            name = f"{label}, published"
+            axes.plot(*_points(points), "o", color=f"C{i}", fillstyle="none", label=name)
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log", title=run.config["name"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
+    return list(curve), list(curve.values())
+
+
+def _spectrum(epochs: np.ndarray, spectrum: dict[str, np.ndarray]) -> Figure:
+    figure, axes = _panels(len(spectrum), width=4.5)
+    for panel, (site, sigma) in zip(axes, spectrum.items(), strict=True):
+        for i in range(min(sigma.shape[1], SHOWN)):
+            # A zero (B before the first step) has no place on a log axis.
+            values = np.where(sigma[:, i] > 0, sigma[:, i], np.nan)
+            panel.plot(epochs, values, ".-", color=matplotlib.colormaps["viridis"](i / SHOWN))
+            panel.annotate(rf"$\sigma_{{{i + 1}}}$", (epochs[-1], values[-1]), fontsize=7)
+        panel.set(title=site, xlabel="epoch", ylabel="singular values of ΔW", yscale="log")
+        panel.grid(alpha=0.3)
+    return figure
+
+
+def _delta(corners: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> Figure:
+    figure, axes = _panels(len(corners), width=4.5)
+    for panel, (site, corner) in zip(axes, corners.items(), strict=True):
+        limit = np.abs(corner).max() or 1.0
+        image = panel.imshow(
+            corner, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+        )
+        rows, columns = corner.shape
+        out, rest = shapes[site]
+        panel.set_title(
+            f"ΔW of {site}: {rows} × {columns} of {out} × {rest}\n"
+            f"entries from {corner.min():.4g} to {corner.max():.4g}",
+            fontsize=10,
+        )
+        panel.set(xlabel="input", ylabel="output")
+        figure.colorbar(image, ax=panel)
+    return figure
+
+
+def _panels(count: int, width: float) -> tuple[Figure, list]:
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, list(axes[:count])

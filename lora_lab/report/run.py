@@ -1,0 +1,159 @@
+"""One run's tables, and the list of many."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lora_lab.report import figures
+from lora_lab.runs import Run, write_atomic
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a run has to say: curves by epoch, and facts by name."""
+
+    curves: list[list[str]]  # the first row holds the column names
+    facts: list[list[str]]
+
+
+def number(value: float | None) -> str:
+    """Five significant digits, an en dash for what is not there."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
+
+
+def tables(run: Run) -> Tables:
+    """The run's tables, from its files alone."""
+    return Tables(_curves(run), _facts(run))
+
+
+def _curves(run: Run) -> list[list[str]]:
+    published = run.config.get("published") or {}
+    method = run.config["adapter"]["method"]
+    columns: dict[str, dict[int, float]] = {}
+    for prefix, label, paper in (("base/", "base", "base"), ("", method, "adapted")):
+        for key in dict.fromkeys(
+            k for row in run.rows() for k in row if k.startswith(f"{prefix}val/")
+        ):
+            name = f"{label} {key.removeprefix(f'{prefix}val/')}"
+            columns[name] = run.curve(key)
+            if key.endswith("val/loss") and published.get(paper):
+                columns[f"{label} published"] = published[paper]
+    epochs = sorted({epoch for curve in columns.values() for epoch in curve})
+    body = [[str(e), *(number(curve.get(e)) for curve in columns.values())] for e in epochs]
+    return [["epoch", *columns], *body]
+
+
+def _facts(run: Run) -> list[list[str]]:
+    config, adapter = run.config, run.config["adapter"]
+    facts = []
+    if adapter["method"] == "lora":
+        facts.append(["r, alpha", f"{adapter['r']}, {adapter['alpha']:g} ({adapter['scaling']})"])
+    loss = run.curve("val/loss")
+    if loss:
+        facts.append(["loss on the new data before adaptation", number(loss[min(loss)])])
+    if len(loss) > 1:
+        facts.append(["loss on the new data after adaptation", number(loss[max(loss)])])
+    if (merged := run.last("merged/val/loss")) is not None:
+        facts.append(["loss of the merged model", number(merged)])
+    trainable, base = run.last("parameters/trainable"), run.last("parameters/base")
+    if trainable and base:
+        share = f"{number(trainable)} of {number(base)} ({trainable / base:.3%})"
+        facts.append(["trainable parameters", share])
+    for site, sigma in spectrum(run).items():
+        last = ", ".join(number(value) for value in sigma[-1][:4])
+        more = ", …" if sigma.shape[1] > 4 else ""
+        rank = run.last(f"spectra/{site}/effective_rank")
+        facts.append([f"ΔW of {site}: singular values", f"{last}{more}"])
+        facts.append([f"ΔW of {site}: effective rank", number(rank)])
+    facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
+    return facts
+
+
+def spectrum(run: Run) -> dict[str, np.ndarray]:
+    """Site → singular values (time × k), from spectra.npz; empty where there is none."""
+    path, suffix = run.path / "spectra.npz", "/singular_values"
+    if not path.exists():
+        return {}
+    with np.load(path) as arrays:
+        return {k.removesuffix(suffix): arrays[k] for k in arrays.files if k.endswith(suffix)}
+
+
+def write(run: Run) -> Path:
+    """Writes report/: table.md, curves.csv, facts.csv, and every figure as PNG and PDF."""
+    directory = run.path / "report"
+    directory.mkdir(exist_ok=True)
+    made = tables(run)
+    drawn = figures.draw(run, spectrum(run), directory)
+    parts = [
+        f"# {run.config['name']}: {run.path.name}",
+        _markdown(made.curves, "r"),
+        _markdown([["", ""], *made.facts], "l"),
+        *(f"![{name}]({name}.png)" for name in drawn),
+    ]
+    write_atomic(directory / "table.md", "\n\n".join(parts) + "\n")
+    write_atomic(directory / "curves.csv", _csv(made.curves))
+    write_atomic(directory / "facts.csv", _csv([["fact", "value"], *made.facts]))
+    return directory
+
+
+def _markdown(rows: list[list[str]], align: str) -> str:
+    rule = ["---:" if align == "r" else "---"] * len(rows[0])
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+
+
+def _csv(rows: Iterable[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def show(run: Run, console: Console) -> None:
+    """Prints the run's tables, and where its figures and files are."""
+    made = tables(run)
+    for rows, head in ((made.curves, True), (made.facts, False)):
+        table = Table(box=box.SIMPLE, show_header=head, pad_edge=False)
+        for name in rows[0]:
+            table.add_column(name if head else "", justify="right" if head else "left")
+        for row in rows[1:] if head else rows:
+            table.add_row(*row)
+        console.print(table)
+    seconds = run.status.get("seconds")
+    figures = ", ".join(path.stem for path in sorted((run.path / "report").glob("*.png")))
+    console.print(f"figures  {run.path / 'report'} ({figures})", soft_wrap=True, highlight=False)
+    took = f" ({seconds:.0f} s)" if seconds else ""
+    console.print(f"run      {run.path}{took}", soft_wrap=True, highlight=False)
+    if wandb := run.status.get("wandb"):
+        path = os.path.relpath(run.path / wandb)
+        console.print(f"W&B      {path}", soft_wrap=True, highlight=False)
+
+
+def listing(runs: list[Run]) -> Table:
+    """The table of `lora-lab ls`."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("status", "experiment", "cell"):
+        table.add_column(name, overflow="fold")
+    for name in ("seed", "final loss", "time", "hash"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        status = run.status
+        seconds = status.get("seconds")
+        table.add_row(
+            status["state"],
+            run.path.parent.name,
+            status.get("cell", "–"),
+            str(status.get("seed", "–")),
+            number(run.last("val/loss")),
+            f"{seconds:.0f} s" if seconds is not None else "–",
+            run.path.name.rpartition("-")[2],
+        )
+    return table

@@ -1,0 +1,193 @@
+"""The Hydra entry, overrides → config → checks → run: `lora-lab train`, or with python -m."""
+
+import gc
+import logging
+import os
+import re
+import sys
+import warnings
+from dataclasses import replace
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lora_lab.config import Config, ConfigError, check, nearest
+from lora_lab.options import options
+
+log = logging.getLogger(__name__)
+console = Console()
+
+
+class RunFailedError(RuntimeError):
+    """A run that was started and did not reach its end."""
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lora_lab.conf", config_name="train")
+def job(content: DictConfig) -> None:
+    """One job: a single run, or one of a multirun, where it raises so that the rest goes on."""
+    single = HydraConfig.get().mode == RunMode.RUN
+    try:
+        _run(content)
+    except ConfigError as error:
+        console.print(f"[red]config error:[/] {_plain(error)}", soft_wrap=True)
+        if single:
+            sys.exit(2)
+        raise
+    except RunFailedError as error:
+        console.print(f"[red]failed:[/] {_plain(error)}", soft_wrap=True)
+        if single:
+            sys.exit(1)
+        raise
+
+
+def _plain(text: object) -> str:
+    return str(text).replace("[", r"\[")
+
+
+def _run(content: DictConfig) -> None:
+    said = [o.split("=")[0].lstrip("+~") for o in HydraConfig.get().overrides.task]
+    try:
+        plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: must be given") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    assert isinstance(plain, dict)
+    cfg = check({str(key): value for key, value in plain.items()}, said)
+    # Lightning and wandb take seconds to import: after the first checks, not before. The garbage
+    # collector finds nothing in what they make, and need never look there again.
+    gc.disable()
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from lora_lab import bases, experiment, report
+    from lora_lab.runs import Run, RunBusyError
+
+    gc.enable()
+    gc.freeze()
+    quiet()
+    planned = experiment.plan(cfg)
+    if cfg.published is not None:
+        paper = _as_published()
+        rows = {
+            "base": cfg.published.base if bases.key(cfg) == bases.key(paper) else {},
+            "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
+        }
+        published = cfg.published.model_copy(update=rows)
+        planned = replace(planned, cfg=cfg.model_copy(update={"published": published}))
+    run = Run(planned.path)
+    if run.finished and not cfg.overwrite:
+        console.print(f"Finished before, not repeated (overwrite=true repeats it): {run.path}\n")
+    else:
+        try:
+            run = experiment.run(planned, console)
+        except RunBusyError as error:
+            raise RunFailedError(str(error)) from None
+        except (KeyboardInterrupt, SystemExit) as stop:
+            # Lightning has turned Ctrl-C into SystemExit(1) by now, and SIGTERM into its own kind.
+            console.print(f"interrupted: the same command runs it again ({run.path})")
+            sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+        except Exception as error:
+            raise RunFailedError(
+                f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
+            ) from error
+        report.write(run)
+    report.show(run, console)
+
+
+def _as_published() -> Config:
+    """The experiment as its YAML has it, but for this run's seeds: what the paper's rows are of."""
+    told = HydraConfig.get()
+    free = ("seed=", "data.seed=", "base.seed=", "spectra.")
+    overrides = [o for o in told.overrides.task if o.startswith(free)]
+    choice = f"experiment={told.runtime.choices['experiment']}"
+    plain = OmegaConf.to_container(hydra.compose("train", [choice, *overrides]), resolve=True)
+    assert isinstance(plain, dict)
+    return check({str(key): value for key, value in plain.items()})
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra can read them.
+
+    Flags come before overrides; the brackets of alpha/sqrt(r) are no function call; and a glob on
+    module names, target='*.fc1', becomes an option of conf/target that no YAML has. What holds a *,
+    a ? or a dot is a glob, any other word the name of an option.
+    """
+    for argument in arguments:
+        if argument.startswith("target="):
+            for word in re.findall(r"[^\s,\[\]'\"]+", argument.removeprefix("target=")):
+                if re.search(r"[*?.]", word):
+                    ConfigStore.instance().store(word, {word: {"match": word}}, group="target")
+    arguments = [re.sub(r"(?<=/sqrt)\((r)\)(?!['\"])", r"\(\1\)", a) for a in arguments]
+    return sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+
+
+def explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's errors in one paragraph that names the nearest valid word."""
+    cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {str(error).splitlines()[0]}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.partition("/")
+        known = options().get(group, {})
+        hint = "; a glob on module names has a *, a ? or a dot in it" if group == "target" else ""
+        return (
+            f"{group}={option}: there is no such {group}{nearest(option, known)} "
+            f"(conf/{group} has {', '.join(known)}){hint}"
+        )
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
+        known = [str(key) for key in cause.parent_node]
+        return (
+            f"{cause.full_key}: there is no such key{nearest(cause.key, known)} "
+            f"(there {'are' if len(known) > 1 else 'is'} {', '.join(known)})"
+        )
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    """Runs what the command line says.
+
+    Exits with 0: finished, 1: failed, 2: config error, 130: Ctrl-C, 143: SIGTERM.
+    """
+    # Hydra then raises what it would otherwise print in its own words.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = prepare(sys.argv[1:])
+    handler = RichHandler(console=console, show_path=False, show_level=False, show_time=False)
+    logging.getLogger("lora_lab").handlers = [handler]
+    logging.getLogger("lora_lab").setLevel(logging.INFO)
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
+    try:
+        job()
+    except (ConfigError, RunFailedError) as error:
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except (HydraException, OmegaConfBaseException) as error:
+        console.print(f"[red]config error:[/] {_plain(explain(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def quiet() -> None:
+    """Silences what Lightning says of things that are as we want them."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # The data sets are in memory: worker processes would only copy them.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    # Lightning 2.6 on torch 2.13.
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What tests share: runs at a small size, in a folder of their own, by the real command."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_lab import train
+from lora_lab.runs import Run, find_runs
+from lora_lab.tracking import Tracking
+
+SMALL = {
+    "shift": [
+        *("data.samples=256", "data.in_features=12", "data.out_features=9", "data.batch_size=32"),
+        *("base.epochs=4", "trainer.max_epochs=4", "trainer.check_val_every_n_epoch=2"),
+        *("optimizer.lr=0.05", "base.optimizer.lr=0.05", "spectra.every_n_epochs=2"),
+    ],
+    "digits": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
+}
+"""Every experiment at a size for tests."""
+
+Lab = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test has its own folder, and no W&B settings or login from outside."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+    monkeypatch.setattr(Tracking, "fell_back", False)
+    monkeypatch.setattr(sys, "argv", ["lora-lab"])
+    yield
+    logging.getLogger("lora_lab").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def lab() -> Lab:
+    """lab("shift", "adapter.r=2") runs `lora-lab train` here, small, and gives its exit code."""
+
+    def run(experiment: str, *overrides: str, tracking: str = "off") -> int:
+        small = [o for o in SMALL[experiment] if not o.startswith("base.")]
+        if "base=checkpoint" not in overrides:
+            small = SMALL[experiment]
+        sys.argv[1:] = [f"experiment={experiment}", f"tracking={tracking}", *small, *overrides]
+        try:
+            train.main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
+
+
+def only_run(root: str = "runs") -> Run:
+    """The one run there is."""
+    (run,) = find_runs(Path(root))
+    return run

@@ -1,0 +1,80 @@
+"""Bases are trained once, by whoever comes first, and a damaged one is noticed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_lab.runs import find_runs
+from tests.conftest import SMALL, Lab, only_run
+
+
+def base_file() -> Path:
+    (path,) = Path("bases").glob("*.safetensors")
+    return path
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def forget(path: Path) -> None:
+    path.with_suffix(".json").unlink()
+
+
+def garble(path: Path) -> None:
+    path.with_suffix(".json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, forget, garble])
+def test_a_damaged_base_is_trained_again_and_said(lab: Lab, damage):
+    lab("shift", "seed=0")
+    path = base_file()
+    content = path.read_bytes()
+    damage(path)
+    assert lab("shift", "seed=1") == 0
+    logs = [(run.path / "log.txt").read_text() for run in find_runs(Path("runs"))]
+    assert "is damaged" in logs[1]
+    assert "base trained in" in logs[1]
+    assert path.read_bytes() == content
+    assert lab("shift", "seed=2") == 0
+    assert "base found" in (find_runs(Path("runs"))[2].path / "log.txt").read_text()
+
+
+def test_runs_at_once_train_their_base_once():
+    command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
+    command.append("base.epochs=200")
+    runs = [subprocess.Popen([*command, f"seed={seed}"]) for seed in range(3)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
+    logs = [(run.path / "log.txt").read_text() for run in find_runs(Path("runs"))]
+    assert sorted(("base trained in" in log, "base found" in log) for log in logs) == [
+        (False, True),
+        (False, True),
+        (True, False),
+    ]
+    curves = [run.curve("base/train/loss") for run in find_runs(Path("runs"))]
+    assert curves[0] == curves[1] == curves[2]
+
+
+def test_the_json_beside_it_says_what_it_is(lab: Lab):
+    lab("shift")
+    about = json.loads(base_file().with_suffix(".json").read_text())
+    assert about["config"]["base"]["epochs"] == 4
+    assert about["config"]["data"]["samples"] == 256
+    assert [row["base/val/loss"] for row in about["rows"] if "base/val/loss" in row] == list(
+        only_run().curve("base/val/loss").values()
+    )
+
+
+def test_a_run_that_dies_while_training_its_base_leaves_none(lab: Lab):
+    assert lab("shift", "base.optimizer.lr=1e30", "base.optimizer._target_=torch.optim.SGD") == 1
+    assert "base/train/loss became" in only_run().status["error"]
+    assert not list(Path("bases").glob("*.safetensors"))

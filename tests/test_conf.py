@@ -1,0 +1,98 @@
+"""Every file of conf/ composes, says what it is, and makes a run that can be; so does sweeps/."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from lora_lab import bases, experiment
+from lora_lab.cli import train_help
+from lora_lab.config import Config, check
+from lora_lab.options import options
+from lora_lab.train import prepare
+from tests.conftest import SMALL
+
+OPTIONS = [(group, option) for group, choices in options().items() for option in choices]
+SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+NEEDS = {
+    ("trainer", "gpu"): ["trainer.accelerator=cpu"],
+    ("base", "checkpoint"): ["base.path=base.safetensors"],
+}
+"""What an option cannot do without on a machine with no GPU and no files."""
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_module("lora_lab.conf", version_base="1.3"):
+        plain = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+    assert isinstance(plain, dict)
+    return check({str(key): value for key, value in plain.items()})
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_says_what_it_is(group: str, option: str):
+    cfg = composed(f"{group}={option}", *NEEDS.get((group, option), []))
+    assert options()[group][option].endswith(".")
+    if (group, option) != ("base", "checkpoint"):
+        experiment.plan(cfg)
+
+
+def test_every_group_is_there():
+    groups = "experiment data model base adapter target optimizer trainer tracking"
+    assert sorted(options()) == sorted(groups.split())
+    assert sorted(options()["experiment"]) == sorted(SMALL)
+
+
+@pytest.mark.parametrize(("data", "model"), product(options()["data"], options()["model"]))
+def test_every_model_fits_every_data_set(data: str, model: str):
+    plan = experiment.plan(composed(f"data={data}", f"model={model}"))
+    assert plan.sites
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_point_of_every_sweep_composes(path: Path):
+    sweep = yaml.safe_load(path.read_text())
+    assert sweep["command"][-1] == "${args_no_hyphens}"
+    parameters = {
+        name: said["values"] if "values" in said else [said["value"]]
+        for name, said in sweep["parameters"].items()
+    }
+    for values in product(*parameters.values()):
+        experiment.plan(composed(*(f"{k}={v}" for k, v in zip(parameters, values, strict=True))))
+
+
+def test_help_names_every_option():
+    text = train_help()
+    for group, option in OPTIONS:
+        assert f"{group}=" in text
+        assert f" {option} " in text or f"={option} " in text
+
+
+def test_identity_is_of_what_can_change_the_result():
+    one = composed()
+    for same in ("runs_dir=x", "bases_dir=y", "tracking=off", "overwrite=true", "trainer=cpu"):
+        assert composed(same).identity() == one.identity()
+    others = ("seed=1", "data.seed=1", "adapter.r=2", "optimizer.lr=0.1", "base.epochs=3")
+    others = (*others, "target=lin*", "trainer.max_epochs=3", "+trainer.limit_train_batches=5")
+    prepare(["target=lin*"])
+    assert len({composed(other).identity() for other in others} | {one.identity()}) == 9
+
+
+def test_base_key_is_of_what_can_change_the_base():
+    one = composed()
+    same = ("seed=1", "adapter.r=2", "adapter=full", "optimizer.lr=0.1", "trainer.max_epochs=3")
+    for other in (*same, "name=other", "trainer=cpu", "base.optimizer.fused=true"):
+        assert bases.key(composed(other)) == bases.key(one)
+    others = ("base.seed=1", "data.seed=1", "base.epochs=3", "base.optimizer.lr=0.1", "model=mlp")
+    others = (*others, "trainer.precision=bf16-true", "trainer.gradient_clip_val=1")
+    assert len({bases.key(composed(other)) for other in others} | {bases.key(one)}) == 8
+
+
+def test_a_cell_names_its_run_within_a_file_systems_limits():
+    plan = experiment.plan(
+        composed("+optimizer.betas=[0.5,0.6]", r"adapter.scaling=alpha/sqrt\(r\)")
+    )
+    assert plan.path.name.startswith("r1-alpha1-gaussian-alpha-sqrt_r_-linear-data0-seed0-")
+    assert len(plan.path.name.encode()) < 255

@@ -1,0 +1,84 @@
+"""The full-size experiments against what is published and what is known; minutes each."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lora_lab import adapters
+from lora_lab.models.linear import Linear
+from lora_lab.runs import find_runs
+from lora_lab.train import main
+from tests.conftest import only_run
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = yaml.safe_load((ROOT / "conf/experiment/shift.yaml").read_text())["published"]
+
+pytestmark = pytest.mark.slow
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    monkeypatch.setattr("sys.argv", ["lora-lab", *overrides])
+    main()
+
+
+@pytest.mark.parametrize("data_seed", [0, 1, 2])
+def test_shift_is_as_published(monkeypatch: pytest.MonkeyPatch, data_seed: int):
+    train(monkeypatch, f"data.seed={data_seed}")
+    run = only_run()
+    base, lora = run.curve("base/val/loss"), run.curve("val/loss")
+    for epoch in range(10, 100, 10):
+        bound = 0.05 if epoch <= 80 else 0.20
+        assert base[epoch] == pytest.approx(PUBLISHED["base"][epoch], rel=bound), epoch
+        # These rows move with the draw of the data.
+        bound = 0.12 if epoch <= 60 else 0.75
+        assert lora[epoch] == pytest.approx(PUBLISHED["adapted"][epoch], rel=bound), epoch
+    assert base[100] < 0.001
+    assert lora[100] < 0.004
+    assert run.last("merged/val/loss") == pytest.approx(lora[100], rel=1e-4)
+    assert run.last("parameters/trainable") == 2001
+    assert run.last("parameters/base") == 1_001_000
+
+    (path,) = Path("bases").glob("*.safetensors")
+    weights = load_file(path)
+    model = Linear(1001, 1000)
+    model.load_state_dict(weights)
+    adapters.load(model, run.path / "adapter")
+    delta = adapters.attached(model)["linear"].delta().detach()
+    assert (delta - 1).abs().max() < 0.01
+    sigma = torch.linalg.svdvals(delta.double())
+    assert sigma[0].item() == pytest.approx((1001 * 1000) ** 0.5, rel=1e-3)
+    assert sigma[1] < 0.01
+    with np.load(run.path / "spectra.npz") as arrays:
+        assert arrays["linear/singular_values"][-1] == pytest.approx(sigma[:1].numpy(), rel=1e-6)
+    adapters.merge(model)
+    adapters.unmerge(model)
+    assert torch.equal(model.linear.weight, weights["linear.weight"])
+    # The base's own rows are of a model that this data's rows say is 1 away everywhere.
+    assert lora[0] == pytest.approx(1001, rel=0.02)
+
+
+def test_shift_twice_is_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch):
+    train(monkeypatch, "trainer.max_epochs=20", "base.epochs=20")
+    run = only_run()
+    first = (run.path / "metrics.jsonl").read_bytes()
+    train(monkeypatch, "trainer.max_epochs=20", "base.epochs=20", "overwrite=true")
+    assert (run.path / "metrics.jsonl").read_bytes() == first
+
+
+def test_digits_accuracy_rises_with_the_rank(monkeypatch: pytest.MonkeyPatch):
+    digits = ("experiment=digits", "tracking=off", "seed=0,1,2", "-m")
+    train(monkeypatch, *digits, "adapter.r=1,4,9")
+    train(monkeypatch, *digits, "adapter=full")
+    accuracies: dict[object, list[float]] = {}
+    for run in find_runs(Path("runs")):
+        r = run.config["adapter"].get("r", "full")
+        accuracies.setdefault(r, []).append(run.last("val/accuracy") or 0)
+        assert run.curve("val/accuracy")[0] < 0.5  # the base knows five digits of ten
+    means = [float(np.mean(accuracies[r])) for r in (1, 4, 9, "full")]
+    assert means == sorted(means)
+    assert means[0] < means[-1] - 0.03
+    assert means[-1] > 0.95

@@ -1,0 +1,57 @@
+"""Run directories: whole files, true states."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_lab.runs import Run, RunBusyError, find_runs, record, write_atomic
+
+
+def test_states(tmp_path: Path):
+    path = tmp_path / "run"
+    with record(path, {"a": 1}, seed=3) as run:
+        assert run.status["state"] == "running"
+        assert run.config == {"a": 1}
+        with pytest.raises(RunBusyError), record(path, {"a": 1}):
+            pass
+    assert run.finished
+    assert run.status["seed"] == 3
+    with pytest.raises(ZeroDivisionError), record(path, {}):
+        _ = 1 / 0
+    assert run.status["state"] == "failed"
+    assert "ZeroDivisionError" in run.status["traceback"]
+    with pytest.raises(KeyboardInterrupt), record(path, {}):
+        raise KeyboardInterrupt
+    assert run.status["state"] == "interrupted"
+    assert [r.path for r in find_runs(tmp_path)] == [path]
+
+
+def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running"}))
+    assert Run(tmp_path).status["state"] == "interrupted"
+
+
+def test_a_new_try_clears_what_the_last_one_left(tmp_path: Path):
+    with pytest.raises(OSError, match="full"), record(tmp_path, {}) as run:
+        (run.path / "adapter").mkdir()
+        (run.path / "metrics.jsonl").write_text("{}\n")
+        raise OSError("full")
+    with record(tmp_path, {}):
+        assert {p.name for p in tmp_path.iterdir()} == {
+            *("config.yaml", "env.json", "status.json", "log.txt", "lock"),
+        }
+    assert "error" not in run.status
+
+
+def test_a_last_line_cut_short_is_left_out(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1.0, "a": 2}\n{"epoch": 2.0, "a"')
+    assert Run(tmp_path).rows() == [{"epoch": 1.0, "a": 2}]
+    assert Run(tmp_path).curve("a") == {1: 2}
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path):
+    write_atomic(tmp_path / "file", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(tmp_path / "file", "\ud800")
+    assert (tmp_path / "file").read_text() == "old"

@@ -1,0 +1,201 @@
+"""What W&B holds: read back from its own files offline, and from a loopback server online."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_lab import tracking
+from lora_lab.runs import Run, find_runs
+from lora_lab.tracking import read_back
+from tests.conftest import Lab, only_run
+from tests.wandb_server import ServedRun, WandbServer
+
+
+def wandb_directory(run: Run) -> Path:
+    return run.path / run.status["wandb"]
+
+
+def held(run: Run) -> dict:
+    """A run's file in W&B: config, history rows, summary, exit code, artifacts, description."""
+    (path,) = wandb_directory(run).glob("*.wandb")
+    content: dict = {"config": {}, "history": [], "summary": {}, "exit": None, "artifacts": []}
+
+    def unfold(items) -> dict:
+        return {
+            "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items
+        }
+
+    for record in read_back(path):
+        match record.WhichOneof("record_type"):
+            case "run":
+                content["run"] = record.run
+                content["config"] |= unfold(record.run.config.update)
+            case "config":
+                content["config"] |= unfold(record.config.update)
+            case "history":
+                content["history"].append(unfold(record.history.item))
+            case "summary":
+                content["summary"] |= unfold(record.summary.update)
+            case "exit":
+                content["exit"] = record.exit.exit_code
+            case "request" if record.request.HasField("log_artifact"):
+                content["artifacts"].append(record.request.log_artifact.artifact)
+            case "artifact":
+                content["artifacts"].append(record.artifact)
+    return content
+
+
+def as_ours(row: dict) -> dict:
+    """A row of W&B as metrics.jsonl has it: without W&B's own keys and what is no number."""
+    numbers = {k: v for k, v in row.items() if not k.startswith("_") and isinstance(v, int | float)}
+    return {"step": numbers.pop("trainer/global_step"), **numbers}
+
+
+def test_offline_everything_can_be_read_back(lab: Lab):
+    assert lab("shift", "adapter.r=2", tracking="offline") == 0
+    run = only_run()
+    content = held(run)
+    assert content["config"]["adapter"] == run.config["adapter"]
+    assert content["config"]["data"] == run.config["data"]
+    assert content["exit"] == 0
+    assert content["run"].run_group == run.status["cell"]
+    assert content["run"].job_type == "lora"
+    assert set(content["run"].tags) == {"shift", "linear"}
+    assert content["run"].display_name == run.path.name
+    charts = [row for row in content["history"] if any("chart" in key for key in row)]
+    assert len(charts) == 1
+    rows = [as_ours(row) for row in content["history"] if row not in charts]
+    assert rows == run.rows()
+    assert content["summary"]["val/loss"] == run.last("val/loss")
+    assert content["summary"]["merged/val/loss"] == run.last("merged/val/loss")
+    histograms = [r for r in content["history"] if "spectra/linear/sigma_1" in r]
+    for row in histograms:
+        assert row["spectra/linear/singular_values/_type"] == "histogram"
+        assert sum(row["spectra/linear/singular_values/values"]) == 2
+    assert len(histograms) == 3
+    artifact = next(a for a in content["artifacts"] if a.type == "adapter")
+    contents = {entry.path for entry in artifact.manifest.contents}
+    assert contents == {"adapter.json", "adapter.safetensors"}
+
+
+def test_one_wandb_folder_for_all_runs_of_an_experiment(lab: Lab):
+    lab("shift", "seed=0,1", "-m", tracking="offline")
+    assert len(list(Path("runs/shift/wandb").glob("offline-run-*"))) == 2
+    assert [run.status["state"] for run in find_runs(Path("runs"))] == ["finished"] * 2
+
+
+def test_a_cached_bases_rows_are_in_every_run(lab: Lab):
+    lab("shift", "seed=0,1", "-m", tracking="offline")
+    for run in find_runs(Path("runs")):
+        base = [as_ours(row) for row in held(run)["history"] if "base/val/loss" in row]
+        assert [row["epoch"] for row in base] == [2, 4]
+
+
+def test_a_failed_run_ends_as_failed(lab: Lab):
+    assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30", tracking="offline") == 1
+    assert held(only_run())["exit"] == 1
+
+
+def test_off_is_off(lab: Lab):
+    assert lab("shift") == 0
+    assert not Path("runs/shift/wandb").exists()
+
+
+def test_rows_that_wandb_lost_are_said_loudly(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The file is cut before it is counted, as a full disk would."""
+    count = tracking.read_back
+
+    def cut(path: Path):
+        path.write_bytes(path.read_bytes()[:-4000])
+        return count(path)
+
+    monkeypatch.setattr(tracking, "read_back", cut)
+    assert lab("shift", tracking="offline") == 0
+    assert "W&B HOLDS" in capsys.readouterr().out
+    run = only_run()
+    assert run.status["wandb_rows_lost"] > 0
+    # base: 4 train, 2 val; adapter: 3 val, 4 train, 3 spectra; merged; parameters.
+    assert len(run.rows()) == 4 + 2 + 3 + 4 + 3 + 1 + 1
+
+
+def test_a_damaged_byte_ends_the_reading(lab: Lab):
+    lab("shift", tracking="offline")
+    (path,) = wandb_directory(only_run()).glob("*.wandb")
+    whole = list(read_back(path))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    part = list(read_back(path))
+    assert 0 < len(part) < len(whole)
+    assert part == whole[: len(part)]
+
+
+def serve(served: ServedRun) -> None:
+    run = only_run()
+    assert served.complete
+    assert served.exitcode == 0
+    assert served.config["adapter"] == run.config["adapter"]
+    assert served.group == run.status["cell"]
+    assert set(served.tags) == {"shift", "linear"}
+    rows = [as_ours(row) for row in served.history if "spectra/linear/chart_table" not in row]
+    assert rows == run.rows()
+    assert served.summary["val/loss"] == run.last("val/loss")
+    adapter = next(a for a in served.artifacts if a["type"] == "adapter")
+    stored = (run.path / "adapter" / "adapter.safetensors").read_bytes()
+    assert adapter["files"]["adapter.safetensors"] == stored
+    assert adapter["committed"]
+
+
+def test_online_the_server_gets_everything(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    with WandbServer() as server:
+        environment(monkeypatch, server)
+        assert lab("shift", tracking="online") == 0
+        (served,) = server.runs.values()
+        serve(served)
+        assert served.project == "lora_lab"
+
+
+def test_offline_then_synced_the_server_gets_everything(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    assert lab("shift", tracking="offline") == 0
+    with WandbServer() as server:
+        environment(monkeypatch, server)
+        command = [str(Path(sys.executable).with_name("wandb")), "sync"]
+        subprocess.run([*command, wandb_directory(only_run())], check=True, capture_output=True)
+        (served,) = server.runs.values()
+        serve(served)
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, server: WandbServer) -> None:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    tracking.wandb.teardown()  # settings are read once a process
+
+
+def test_no_login_falls_back_to_offline_and_says_so_once(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+):
+    tracking.wandb.teardown()
+    assert lab("shift", "seed=0,1", "-m", tracking="online") == 0
+    assert capsys.readouterr().out.count("W&B cannot be used online") == 1
+    for run in find_runs(Path("runs")):
+        assert held(run)["exit"] == 0
+
+
+def test_no_server_falls_back_to_offline(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
+    tracking.wandb.teardown()
+    started = time.time()
+    assert lab("shift", tracking="online") == 0
+    assert time.time() - started < 30
+    assert "W&B cannot be used online" in capsys.readouterr().out
+    assert held(only_run())["exit"] == 0

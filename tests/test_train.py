@@ -1,0 +1,378 @@
+"""The main job end to end, small: what it leaves, what it says of bad input, how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_lab import adapters
+from lora_lab.data.shift import Shift
+from lora_lab.models.linear import Linear
+from lora_lab.runs import find_runs
+from tests.conftest import SMALL, Lab, only_run
+
+
+def test_a_run_leaves_everything(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    assert lab("shift") == 0
+    run = only_run()
+    assert run.status["state"] == "finished"
+    names = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*.*")}
+    assert names >= {
+        *("config.yaml", "status.json", "metrics.jsonl", "spectra.npz", "env.json", "log.txt"),
+        *("adapter/adapter.json", "adapter/adapter.safetensors"),
+        *("report/table.md", "report/curves.csv", "report/facts.csv"),
+        *(f"report/{f}.{k}" for f in ("loss", "spectrum", "delta") for k in ("png", "pdf")),
+    }
+    assert list(run.curve("base/val/loss")) == [2, 4]
+    assert list(run.curve("val/loss")) == [0, 2, 4]
+    assert list(run.curve("train/loss")) == [1, 2, 3, 4]
+    assert list(run.curve("spectra/linear/sigma_1")) == [0, 2, 4]
+    assert run.last("parameters/trainable") == 12 + 9
+    assert run.last("parameters/base") == 12 * 9
+    # 256 rows in batches of 32: 8 steps an epoch.
+    assert all(row["step"] == 8 * row["epoch"] for row in run.rows() if "epoch" in row)
+    printed = capsys.readouterr().out
+    assert str(run.path) in printed.replace("\n", "")
+    assert "21 of 108" in printed
+
+
+def test_the_numbers_are_those_of_a_plain_loop(lab: Lab):
+    """The whole run again in plain torch: same draws, same batches, same losses and ΔW."""
+    assert lab("shift", "adapter.r=2", "adapter.alpha=3", "seed=5", "data.seed=7") == 0
+    run = only_run()
+
+    def data(phase: str) -> Shift:
+        drawn = Shift(phase, 256, 12, 9, 1.0, 32, 7)  # pyright: ignore
+        drawn.setup("fit")
+        return drawn
+
+    def loss_on(everything: Shift) -> float:
+        with torch.no_grad():
+            x, y = everything.train.tensors  # pyright: ignore
+            return torch.nn.functional.mse_loss(forward(x), y).item()
+
+    def fit(parameters: list[torch.Tensor], learned: Shift) -> list[float]:
+        optimizer = torch.optim.Adam(parameters, lr=0.05)
+        x, y = learned.train.tensors  # pyright: ignore
+        curve, loader = [], learned.train_dataloader()
+        for epoch in range(4):
+            loader.sampler.set_epoch(epoch)  # pyright: ignore
+            for rows in loader.sampler:
+                optimizer.zero_grad()
+                torch.nn.functional.mse_loss(forward(x[rows]), y[rows]).backward()
+                optimizer.step()
+            curve.append(loss_on(learned))
+        return curve[1::2]
+
+    torch.manual_seed(0)
+    W = Linear(12, 9).linear.weight.detach().requires_grad_()
+    forward = lambda x: x @ W.T  # noqa: E731
+    base = fit([W], data("base"))
+    np.testing.assert_allclose(list(run.curve("base/val/loss").values()), base, rtol=1e-5)
+
+    frozen = W.detach().clone()
+    model = Linear(12, 9)
+    adapters.attach(model, r=2, alpha=3, init="gaussian", seed=5)
+    adapter = adapters.attached(model)["linear"]
+    A, B = adapter.A.detach().requires_grad_(), adapter.B.detach().requires_grad_()
+    forward = lambda x: x @ (frozen + 3 / 2 * B @ A).T  # noqa: E731
+    before = loss_on(data("adapt"))
+    adapted = [before, *fit([A, B], data("adapt"))]
+    np.testing.assert_allclose(list(run.curve("val/loss").values()), adapted, rtol=1e-4)
+    assert run.last("merged/val/loss") == pytest.approx(adapted[-1], rel=1e-4)
+
+    delta = (3 / 2 * B @ A).detach().double()
+    with np.load(run.path / "spectra.npz") as arrays:
+        sigma = arrays["linear/singular_values"][-1]
+        np.testing.assert_allclose(arrays["linear/delta"], delta, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(sigma, torch.linalg.svdvals(delta)[:2], rtol=1e-3)
+    base_model: Any = Linear(12, 9)
+    base_model.load_state_dict({"linear.weight": load_base(Path("bases"))["linear.weight"]})
+    adapters.load(base_model, run.path / "adapter")
+    torch.testing.assert_close(base_model.linear.lora.delta().double(), delta, rtol=1e-3, atol=1e-5)
+
+
+def load_base(bases: Path) -> dict[str, torch.Tensor]:
+    (path,) = bases.glob("*.safetensors")
+    return load_file(path)
+
+
+def test_again_shows_the_finished_run_and_overwrite_repeats_it_bit_for_bit(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+):
+    lab("shift", "adapter.dropout=0.3")
+    run = only_run()
+    metrics = (run.path / "metrics.jsonl").read_bytes()
+    started = run.status["started"]
+    capsys.readouterr()
+    assert lab("shift", "adapter.dropout=0.3") == 0
+    assert "Finished before, not repeated" in capsys.readouterr().out
+    assert run.status["started"] == started
+    assert lab("shift", "adapter.dropout=0.3", "overwrite=true") == 0
+    assert run.status["started"] > started
+    assert (run.path / "metrics.jsonl").read_bytes() == metrics
+    assert "base found, not trained again" in (run.path / "log.txt").read_text()
+    # Nor does it matter that the base was at hand.
+    for path in Path("bases").iterdir():
+        path.unlink()
+    assert lab("shift", "adapter.dropout=0.3", "overwrite=true") == 0
+    assert (run.path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_runs_of_one_cell_share_base_and_data_and_differ_in_their_adapters(lab: Lab):
+    lab("shift", "seed=0")
+    lab("shift", "seed=1")
+    one, two = find_runs(Path("runs"))
+    assert one.status["cell"] == two.status["cell"]
+    assert one.curve("base/train/loss") == two.curve("base/train/loss")
+    assert one.curve("val/loss")[0] == two.curve("val/loss")[0]
+    assert one.curve("val/loss")[4] != two.curve("val/loss")[4]
+    assert len(list(Path("bases").glob("*.safetensors"))) == 1
+
+
+def test_full_fine_tuning_measures_W_minus_W0(lab: Lab):
+    assert lab("shift", "adapter=full") == 0
+    run = only_run()
+    assert run.last("parameters/trainable") == 108
+    after = load_file(run.path / "model" / "model.safetensors")["linear.weight"]
+    delta = (after - load_base(Path("bases"))["linear.weight"]).double()
+    with np.load(run.path / "spectra.npz") as arrays:
+        sigma = arrays["linear/singular_values"]
+    assert sigma.shape == (3, 9)
+    np.testing.assert_allclose(sigma[0], 0)
+    np.testing.assert_allclose(sigma[-1], torch.linalg.svdvals(delta), rtol=1e-5)
+
+
+def test_no_adapter_evaluates_the_base(lab: Lab):
+    assert lab("shift", "adapter=none") == 0
+    run = only_run()
+    assert list(run.curve("val/loss")) == [0]
+    assert run.last("train/loss") is None
+    assert run.last("parameters/trainable") == 0
+
+
+def test_a_base_from_a_checkpoint(lab: Lab):
+    torch.manual_seed(3)
+    model = Linear(12, 9)
+    save_file(model.state_dict(), "mine.safetensors")
+    assert lab("shift", "base=checkpoint", "base.path=mine.safetensors") == 0
+    run = only_run()
+    data = Shift("adapt", 256, 12, 9, 1.0, 32, 0)
+    data.setup("fit")
+    x, y = data.train.tensors  # pyright: ignore
+    before = torch.nn.functional.mse_loss(model(x), y).item()
+    assert run.curve("val/loss")[0] == pytest.approx(before, rel=1e-6)
+    assert run.last("base/val/loss") is None
+    assert not Path("bases").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("adapter.r=0", "adapter.r=0: must be greater than 0"),
+        ("adapter.r=-3", "adapter.r=-3: must be greater than 0"),
+        (
+            "adapter.r=2000",
+            "adapter.r=2000 exceeds the rank of 'linear' (weight 9 × 12): at most 9",
+        ),
+        ("adapter.r=abc", "adapter.r=abc: must be a valid integer"),
+        ("adapter.r=", "adapter.r=: must be a valid integer"),
+        ("adapter.rr=4", "adapter.rr: there is no such key; nearest: r"),
+        (
+            "adapter.init=kaming",
+            "adapter.init=kaming: must be one of kaiming, gaussian; nearest: k",
+        ),
+        ("adapter.scaling=alfa", "must be one of alpha/r, alpha/sqrt(r), alpha; nearest: alpha"),
+        ("adapter.dropout=1.0", "adapter.dropout=1.0: must be less than 1"),
+        ("adapter=full adapter.r=3", "adapter.r=3: there is no such key with adapter=full"),
+        ("adapter=lorra", "adapter=lorra: there is no such adapter; nearest: lora"),
+        ("experiment=shfit", "experiment=shfit: there is no such experiment; nearest: shift"),
+        ("target=[linaer]", "target=linaer: there is no such target; nearest: linear"),
+        ("target=linaer", "target=linaer: there is no such target; nearest: linear"),
+        ("target=lin.*", "target 'lin.*' picks no layer; nearest names: linear"),
+        ("target=[linear,lin*]", "targets 'linear' and 'lin*' both pick layer 'linear'"),
+        ("base=checkpoint", "base.path: must be given"),
+        ("base=checkpoint base.path=no.st", "base.path=no.st: no safetensors file to be read"),
+        ("base=checkpoint base.path=text", "base.path=text: no safetensors file to be read"),
+        ("base=checkpoint base.path=other", "linear.weight: file None, model [9, 12]"),
+        ("trainer=gpu", f"this machine has {torch.cuda.device_count()} CUDA GPUs"),
+        ("trainer.devices=99", "trainer.devices=99"),
+        ("trainer.precision=17", "trainer.precision=17: must be"),
+        ("+trainer.max_stepz=3", "Trainer has no such argument; nearest: max_steps"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0: must be greater than 0"),
+        ("optimizer=adm", "optimizer=adm: there is no such optimizer; nearest: adam"),
+        ("optimizer.lr=0", "optimizer.lr=0: must be greater than 0"),
+        ("+optimizer.momentun=1", "optimizer.momentun=1: Adam has no such argument"),
+        ("+optimizer.betas=[2,3]", "optimizer: Invalid beta parameter"),
+        ("data.batch_size=0", "data.batch_size=0: must be greater than 0"),
+        ("data.batch_size=999", "data.batch_size=999 is more than the 256 training rows"),
+        ("data.smaples=9", "data.smaples: there is no such key; nearest: samples"),
+        ("+data.smaples=9", "data.smaples=9: Shift has no such argument; nearest: samples"),
+        ("data._target_=lora_lab.data.Nope", "cannot be imported"),
+        ("model=mlp model.hidden=[a]", "model.hidden=['a']: must be a valid integer"),
+        ("adapter.r=[", "adapter.r=["),
+        ("name=a/b", "name=a/b"),
+        ("seed=-1", "seed=-1: must be greater than or equal to 0"),
+        ("spectra.every_n_epochs=0", "spectra.every_n_epochs=0: must be greater than 0"),
+    ],
+)
+def test_bad_input(lab: Lab, capsys: pytest.CaptureFixture[str], overrides: str, says: str):
+    Path("text").write_text("not tensors")
+    save_file({"other": torch.zeros(2)}, "other")
+    assert lab("shift", *overrides.split()) == 2
+    printed = capsys.readouterr()
+    assert says in " ".join(printed.out.split())
+    assert "Traceback" not in printed.out + printed.err
+    assert not Path("runs").exists()
+    assert not Path("bases").exists()
+
+
+def test_a_loss_that_diverges_fails_the_run_and_says_where(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+):
+    assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30") == 1
+    run = only_run()
+    assert run.status["state"] == "failed"
+    assert "DivergedError: train/loss became" in run.status["error"]
+    assert "in epoch 1, step " in run.status["error"]
+    assert "Traceback" in run.status["traceback"]
+    assert "train/loss became" in capsys.readouterr().out
+
+
+def test_the_step_of_the_divergence_is_the_first(lab: Lab):
+    """With clipping off, SGD at this rate overflows float32 at a step that a plain loop finds."""
+    lab("shift", "optimizer=sgd", "optimizer.lr=1e7", "adapter.r=1")
+    says = only_run().status["error"]
+    base = load_base(Path("bases"))["linear.weight"]
+    model = Linear(12, 9)
+    adapters.attach(model, r=1, alpha=1, init="gaussian")
+    adapter = adapters.attached(model)["linear"]
+    data = Shift("adapt", 256, 12, 9, 1.0, 32, 0)
+    data.setup("fit")
+    optimizer = torch.optim.SGD([adapter.A, adapter.B], lr=1e7)
+    with torch.no_grad():
+        model.linear.weight.copy_(base)
+    step = 0
+    for x, y in data.train_dataloader():
+        step += 1
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        if not loss.isfinite():
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert f"in epoch 1, step {step} of 8" in says
+
+
+def test_a_failed_run_of_a_multirun_leaves_the_others(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30,1e-3", "-m") == 1
+    states = {r.config["optimizer"]["lr"]: r.status["state"] for r in find_runs(Path("runs"))}
+    assert states == {1e30: "failed", 1e-3: "finished"}
+    assert lab("shift", "adapter.r=0,2", "-m") == 2
+    assert 2 in {r.config["adapter"].get("r") for r in find_runs(Path("runs"))}
+
+
+def test_a_failed_run_is_tried_again_by_the_same_command(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "save", fail)
+        assert lab("shift") == 1
+    run = only_run()
+    assert "OSError: the disk is gone" in run.status["error"]
+    assert lab("shift") == 0
+    assert run.status["state"] == "finished"
+    assert "error" not in run.status
+
+
+def start(*overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=offline"]
+    return subprocess.Popen([*command, *overrides], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_is_interrupted_and_runs_again(signum: signal.Signals):
+    endless = ["trainer.max_epochs=100000", "trainer.check_val_every_n_epoch=5"]
+    process = start(*endless)
+    wait_for(lambda: find_runs(Path("runs")) and only_run().curve("val/loss").get(10), process)
+    assert only_run().status["state"] == "running"
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    assert process.returncode == {"SIGINT": 130, "SIGKILL": -9, "SIGTERM": 143}[signum.name]
+    run = only_run()
+    assert run.status["state"] == "interrupted"
+    rows = run.rows()
+    assert rows[-1]["step"] >= 80
+    (run.path / "metrics.jsonl").write_text('{"epoch": 10, "val/loss": -1}\n')
+    again = start(*endless)
+    wait_for(lambda: run.curve("val/loss").get(10, -1) > 0, again)
+    assert run.status["state"] == "running"
+    first = run.rows()
+    assert first[: len(rows)] == rows[: len(first)]
+    again.kill()
+    again.communicate()
+
+
+def test_the_same_run_twice_at_once_is_refused():
+    process = start("trainer.max_epochs=100000")
+    wait_for(lambda: find_runs(Path("runs")) and only_run().curve("val/loss"), process)
+    second = start("trainer.max_epochs=100000")
+    out, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert "is being run by another process" in " ".join(out.split())
+    assert only_run().status["state"] == "running"
+    process.kill()
+    process.communicate()
+
+
+def test_env_and_config_say_what_was_run(lab: Lab):
+    lab("shift", "adapter.r=3", "+optimizer.betas=[0.8,0.9]")
+    run = only_run()
+    assert run.config["adapter"]["r"] == 3
+    assert run.config["optimizer"]["betas"] == [0.8, 0.9]
+    env = json.loads((run.path / "env.json").read_text())
+    assert env["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert env["cpus"] == os.cpu_count()
+
+
+def test_published_rows_stand_beside_the_published_run_alone(lab: Lab):
+    lab("shift")
+    assert only_run().config["published"] == {"base": {}, "adapted": {}}
+
+
+def test_scaling_needs_no_quotes_and_scales(lab: Lab):
+    assert lab("shift", "adapter.r=4", "adapter.scaling=alpha/r,alpha/sqrt(r),alpha", "-m") == 0
+    scales = set()
+    for run in find_runs(Path("runs")):
+        about = json.loads((run.path / "adapter" / "adapter.json").read_text())
+        scales.add((run.config["adapter"]["scaling"], about["sites"]["linear"]["scale"]))
+    assert scales == {("alpha/r", 0.25), ("alpha/sqrt(r)", 0.5), ("alpha", 1.0)}
+
+
+def test_targets_by_glob(lab: Lab):
+    assert lab("digits", "target=body.*") == 0
+    assert lab("digits", "target=[linear]") == 0
+    assert lab("digits", "target=[head*,body.fc?]") == 0
+    sites = sorted(
+        sorted(json.loads((run.path / "adapter" / "adapter.json").read_text())["sites"])
+        for run in find_runs(Path("runs"))
+    )
+    assert sites == [["body.fc1"], ["body.fc1", "head"], ["body.fc1", "head"]]
