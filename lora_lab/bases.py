@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
+from lora_lab import data, modules, seeding
 from lora_lab.config import Config, TrainedBase, content_hash
 from lora_lab.runs import write_atomic
 
@@ -32,21 +34,17 @@ class Base:
 
 
 def key(cfg: Config) -> str:
-    """The hash of what can change the base: its config, data, model, their source, the trainer's.
+    """The hash of what can change the base or its rows: config, data, model, source, torch.
 
-    Devices, the run's own length and how often it is evaluated cannot.
+    Devices and the run's own length cannot.
     """
     trainer = cfg.trainer.model_dump()
-    for other in (
-        *("accelerator", "devices", "num_nodes", "strategy"),
-        *("max_epochs", "check_val_every_n_epoch"),
-    ):
+    for other in ("accelerator", "devices", "num_nodes", "strategy", "max_epochs"):
         trainer.pop(other, None)
-    sources = [
-        inspect.getsource(inspect.getmodule(c.callee) or c.callee) for c in (cfg.data, cfg.model)
-    ]
+    callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
+    sources = [inspect.getsource(code) for code in (*callees, data, modules, seeding)]
     nodes = [node.model_dump(by_alias=True) for node in (cfg.base, cfg.data, cfg.model)]
-    return content_hash([*nodes, trainer, sources])
+    return content_hash([*nodes, trainer, sources, torch.__version__])
 
 
 def obtain(
@@ -81,7 +79,7 @@ def obtain(
         model, rows = train()
         content = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
         about = {
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": _checksum(content, rows),
             "seconds": time.time() - started,
             "config": {
                 n: getattr(cfg, n).model_dump(by_alias=True) for n in ("base", "data", "model")
@@ -100,9 +98,13 @@ def _kept(path: Path) -> Base | None:
     try:
         content = path.read_bytes()
         about = json.loads(path.with_suffix(".json").read_text())
-        if hashlib.sha256(content).hexdigest() != about["sha256"]:
+        if _checksum(content, about["rows"]) != about["sha256"]:
             raise ValueError("its checksum is not the one written beside it")
         return Base(load(content), about["rows"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         log.warning("the kept base %s is damaged (%s): training it again", path, error)
         return None
+
+
+def _checksum(content: bytes, rows: list[Row]) -> str:
+    return hashlib.sha256(content + json.dumps(rows).encode()).hexdigest()

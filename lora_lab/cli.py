@@ -120,7 +120,7 @@ def _ls(root: Path) -> None:
 
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {root}")
-    Console().print(report.listing(find_runs(root)))
+    Console(width=None if sys.stdout.isatty() else 200).print(report.listing(find_runs(root)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveInt,
     TypeAdapter,
     ValidationError,
@@ -44,10 +43,16 @@ def one_of(choices: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy and scikit-learn take too."""
+
+
 class Node(BaseModel):
     """A node of the config: no key beyond those named, no value of another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
 
 
 class Component(Node, extra="allow"):
@@ -87,15 +92,16 @@ class TrainedBase(Node):
 
     method: Literal["train"]
     epochs: PositiveInt
-    seed: NonNegativeInt
+    seed: Seed
     optimizer: Optimizer
 
 
 class CheckpointBase(Node):
-    """A base that is loaded from a safetensors file."""
+    """A base that is loaded from a safetensors file, known by its content, not by its path."""
 
     method: Literal["checkpoint"]
     path: str
+    sha256: str | None = None
 
 
 class Lora(Node):
@@ -147,7 +153,7 @@ class Tracking(Node):
     """Where W&B keeps the run."""
 
     mode: Literal["offline", "online", "off"]
-    project: str
+    project: str = Field(pattern=r"^[^/\\#?%:]{1,128}$")  # W&B's rule
     entity: str | None
     tags: list[str]
 
@@ -162,8 +168,8 @@ class Published(Node):
 class Config(Node):
     """One run."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=80)
-    seed: NonNegativeInt
+    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64)  # it is a tag in W&B
+    seed: Seed
     data: Component
     model: Component
     base: TrainedBase | CheckpointBase = Field(discriminator="method")
@@ -174,8 +180,8 @@ class Config(Node):
     spectra: Spectra
     tracking: Tracking
     published: Published | None
-    runs_dir: str
-    bases_dir: str
+    runs_dir: str = Field(min_length=1)
+    bases_dir: str = Field(min_length=1)
     overwrite: bool
 
     def plain(self) -> dict[str, Any]:
@@ -184,14 +190,25 @@ class Config(Node):
 
     def identity(self) -> str:
         """The hash of what can change the run's result: not paths, tracking or devices."""
+        return content_hash(self._matters())
+
+    def _matters(self) -> dict[str, Any]:
         cannot = {"published", "runs_dir", "bases_dir", "overwrite", "tracking"}
         config = self.model_dump(by_alias=True, exclude=cannot)
         for device in ("accelerator", "devices", "num_nodes", "strategy"):
             config["trainer"].pop(device, None)
-        return content_hash(config)
+        if isinstance(self.base, CheckpointBase):
+            del config["base"]["path"]
+        return config
 
     def cell(self) -> str:
-        """The run in words, without its seed: what one point of an ablation is called."""
+        """One point of an ablation: the run without its seed, in words and by a short hash."""
+        config = self._matters()
+        del config["seed"]
+        return f"{self.words()}-{content_hash(config)[:6]}"
+
+    def words(self) -> str:
+        """What is most asked of a run, but for its seed; the rest is in its hash."""
         adapter = self.adapter
         words = [adapter.method]
         if isinstance(adapter, Lora):
@@ -200,13 +217,22 @@ class Config(Node):
             words += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
         targets = "+".join(self.target) if adapter.method != "none" else ""
         data = f"data{self.data.arguments['seed']}" if "seed" in self.data.arguments else ""
-        text = "-".join(filter(None, [*words, targets, data]))
+        rate = f"lr{self.optimizer.lr:g}" if adapter.method != "none" else ""
+        text = "-".join(filter(None, [*words, targets, rate, data]))
         return "".join(c if c.isalnum() or c in "-+._" else "_" for c in text)[:120]
 
 
 def content_hash(content: Any) -> str:
-    """The SHA-256 of plain nested data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """The SHA-256 of plain nested data, whatever the order of its keys; 1.0 is 1."""
+    return hashlib.sha256(json.dumps(_whole(content), sort_keys=True).encode()).hexdigest()
+
+
+def _whole(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _whole(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_whole(value) for value in content]
+    return int(content) if isinstance(content, float) and content.is_integer() else content
 
 
 def check(content: dict[str, Any], said: Collection[str] = ()) -> Config:
@@ -247,9 +273,12 @@ def _say(error: Any) -> str:
         return f"{key}={value}: there is no such key" + (
             f" with {path[0]}={error['loc'][1]}" if path[0] in ("adapter", "base") else ""
         )
+    if error["type"] == "string_pattern_mismatch" and key == "name":
+        return f"{key}={value}: must be of letters, digits and _ - . and not begin with - or ."
     if error["type"] == "missing":
         return f"{key}: must be given"
-    return f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}: {message}"
+    shown = value if isinstance(value, str | float) else json.dumps(value, default=str)
+    return f"{key}={shown}: {message}"
 
 
 def bind(key: str, component: Component, given: Collection[str] = ()) -> Callable[..., Any]:
@@ -282,7 +311,9 @@ def fits(
                 f"{nearest(name, known)} (it takes {', '.join(known)})"
             )
         try:
-            TypeAdapter(hints.get(name, Any)).validate_python(value)
+            # Strict, but for lists, which YAML has and tuples are written as.
+            strict = not isinstance(value, list)
+            TypeAdapter(hints.get(name, Any)).validate_python(value, strict=strict)
         except ValidationError as error:
             # A union fails once for each of its members.
             said = dict.fromkeys(_say({**e, "loc": ()}).partition(": ")[2] for e in error.errors())

@@ -1,7 +1,9 @@
 """One run from start to end: base, adapter, training, spectra, merge check, files, report."""
 
+import hashlib
 import inspect
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ class Plan:
     @property
     def path(self) -> Path:
         """The run's directory: a readable cell, its seed, and a hash of all that matters."""
-        name = f"{self.cfg.cell()}-seed{self.cfg.seed}-{self.cfg.identity()[:10]}"
+        name = f"{self.cfg.words()}-seed{self.cfg.seed}-{self.cfg.identity()[:10]}"
         return Path(self.cfg.runs_dir) / self.cfg.name / name
 
     def data(self, phase: Phase) -> Data:
@@ -81,7 +83,10 @@ def plan(cfg: Config) -> Plan:
 
     The model is built on the meta device for it. Raises ConfigError.
     """
+    for key in ("runs_dir", "bases_dir"):
+        _check_directory(key, Path(getattr(cfg, key)))
     bind("data", cfg.data, ["phase"])
+    _call("data", cfg, phase="base")
     data = _call("data", cfg, phase="adapt")
     sizes = _sizes(cfg, data)
     bind("model", cfg.model, list(sizes))
@@ -102,8 +107,15 @@ def plan(cfg: Config) -> Plan:
     if isinstance(cfg.base, TrainedBase):
         _check_optimizer("base.optimizer", cfg.base.optimizer)
     else:
-        _check_checkpoint(cfg.base, model)
+        found = _check_checkpoint(cfg.base, model)
+        cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": found})})
     return Plan(cfg, sites)
+
+
+def _check_directory(key: str, path: Path) -> None:
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{key}={path}: {there} is no directory that can be written to")
 
 
 def _call(key: str, cfg: Config, **given: Any) -> Any:
@@ -149,7 +161,8 @@ def _check_trainer(cfg: Config) -> None:
         raise ConfigError(f"trainer.devices={devices}: a run takes one device, so far")
 
 
-def _check_checkpoint(base: CheckpointBase, model: nn.Module) -> None:
+def _check_checkpoint(base: CheckpointBase, model: nn.Module) -> str:
+    """The file's SHA-256, once it is found to hold the model's weights."""
     try:
         with safe_open(base.path, "pt") as file:
             found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -165,20 +178,25 @@ def _check_checkpoint(base: CheckpointBase, model: nn.Module) -> None:
             f"base.path={base.path}: does not hold this model's weights "
             f"({len(differ)} tensors differ: {shown})"
         )
+    with open(base.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run(plan: Plan, console: Console) -> Run:
     """Runs what was planned and returns its finished directory. The run fails by raising."""
     cfg = plan.cfg
     about = {"cell": cfg.cell(), "seed": cfg.seed}
-    with record(plan.path, cfg.plain(), **about) as run, Tracking(cfg, run, plan.path) as tracking:
+    recorded = record(plan.path, cfg.plain(), overwrite=cfg.overwrite, **about)
+    with recorded as run, Tracking(cfg, run, plan.path) as tracking:
         base = _base(plan, tracking, console)
         data = plan.data("adapt")
         model = plan.model()
         model.load_state_dict(base.state)
+        # In the model's dtypes, which need not be the file's.
+        loaded = {key: value.clone() for key, value in model.state_dict().items()}
         # From here on dropout is the only thing that draws from the global stream.
         pl.seed_everything(cfg.seed, verbose=False)
-        _adapt(plan, model, data, base.state, run, tracking, console)
+        _adapt(plan, model, data, loaded, run, tracking, console)
     return run
 
 
@@ -267,6 +285,7 @@ def _check_merge(
     module.prefix = "merged/"
     trainer.validate(module, data, verbose=False)
     adapters.unmerge(module.model)
-    for key, value in adapters.base_state_dict(module.model).items():
-        if not torch.equal(value.cpu(), base[key]):
+    now = module.model.state_dict()
+    for key, value in base.items():
+        if not torch.equal(now[key].cpu(), value.to(now[key].dtype)):
             raise AdapterError(f"'{key}' is not the base's any more after merge and unmerge")

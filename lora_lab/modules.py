@@ -97,24 +97,22 @@ class BaseModule(pl.LightningModule):
         x, y = batch
         loss = self.task.loss(self.model(x), y)
         self._losses.append(loss.detach())
-        if len(self._losses) % READ_EVERY == 0:
+        if len(self._losses) % READ_EVERY == 0 or self.trainer.is_last_batch:
             self._read_losses()
         return loss
 
     def _read_losses(self) -> Tensor:
         losses = torch.stack(self._losses).cpu()
-        self._check(losses, "train/loss", f" of {self.trainer.num_training_batches}")
+        if not (finite := losses.isfinite()).all():
+            step, steps = int(finite.int().argmin()), self.trainer.num_training_batches
+            raise DivergedError(
+                f"{self.prefix}train/loss became {losses[step].item()} in epoch "
+                f"{self.current_epoch + 1}, step {step + 1} of {steps}; "
+                f"a smaller learning rate (now {self.optimizer.lr:g}) or "
+                "trainer.gradient_clip_val may keep it finite"
+            )
         self.train_loss = losses[-1].item()
         return losses
-
-    def _check(self, losses: Tensor, name: str, of: str = "") -> None:
-        if not (finite := losses.isfinite()).all():
-            step = int(finite.int().argmin())
-            raise DivergedError(
-                f"{self.prefix}{name} became {losses[step].item()} in epoch "
-                f"{self.current_epoch + 1}, step {step + 1}{of}; a smaller learning rate "
-                f"(now {self.optimizer.lr:g}) or trainer.gradient_clip_val may keep it finite"
-            )
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's mean training loss."""
@@ -126,7 +124,12 @@ class BaseModule(pl.LightningModule):
         x, y = batch
         output = self.model(x)
         loss = self.task.loss(output, y)
-        self._check(loss.detach()[None].cpu(), "val/loss")
+        if not loss.isfinite():
+            raise DivergedError(
+                f"{self.prefix}val/loss is {loss.item()} after epoch {self.epochs_done}, "
+                f"step {self.global_step} of the run"
+                + ("" if self.global_step else ": the base or the data holds it, no step was taken")
+            )
         self.log(f"{self.prefix}val/loss", loss, batch_size=len(x), sync_dist=True)
         for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)

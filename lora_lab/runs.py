@@ -27,6 +27,10 @@ class RunBusyError(RuntimeError):
     """Another process is running this very run."""
 
 
+class RunFinishedError(RuntimeError):
+    """The run has been finished, by this process or another, and is not to be repeated."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's directory, as it is on disk now."""
@@ -48,11 +52,13 @@ class Run:
             status = json.loads((self.path / "status.json").read_text())
         except FileNotFoundError:
             return {"state": "none"}
+        except ValueError:
+            return {"state": "damaged"}
         if status["state"] == "running":
             try:
                 with FileLock(self.path / "lock", timeout=0):
                     status["state"] = "interrupted"
-            except Timeout:
+            except (Timeout, OSError):  # held, or not ours to hold: a folder that is read-only
                 pass
         return status
 
@@ -100,20 +106,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def record(path: Path, config: dict[str, Any], **about: Any) -> Iterator[Run]:
+def record(
+    path: Path, config: dict[str, Any], *, overwrite: bool = False, **about: Any
+) -> Iterator[Run]:
     """Within it the run is `running`; how it is left is how it ended.
 
     Clears what an earlier try left, keeps the log in log.txt, and holds the directory's lock, so
     that a run which was killed is told from one that goes on. Raises RunBusyError where another
-    process holds it.
+    process holds it, RunFinishedError where the run is finished and `overwrite` is not set.
     """
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
     try:
         lock = FileLock(path / "lock").acquire(timeout=1)
     except Timeout:
-        raise RunBusyError(f"{path} is being run by another process: {run.status}") from None
+        host = run.status.get("host", "an unknown host")
+        raise RunBusyError(f"{path} is being run by another process, on {host}") from None
     with lock:
+        if run.finished and not overwrite:
+            raise RunFinishedError(str(path))
         started = time.time()
         status = {"state": "running", "started": started, "host": socket.gethostname(), **about}
         write_atomic(path / "status.json", json.dumps(status, indent=2) + "\n")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 30
 """Seconds that the server has to answer before a run goes on offline."""
+
+SETTLE = 10
+"""Seconds without a new row after which W&B is taken to have written all it will."""
 
 SERIES = 16
 """Singular values that the line-series chart in W&B shows, at most."""
@@ -94,8 +98,7 @@ class Tracking:
             return
         file = Path(self.wandb.settings.sync_file)
         self.wandb.finish(exit_code=0 if error is None else 1)
-        held = sum(record.HasField("history") for record in read_back(file))
-        if (wanted := len(self.rows) + self.beside) > held:
+        if (held := _count(file, wanted := len(self.rows) + self.beside)) < wanted:
             self.run.update(wandb_rows_lost=wanted - held)
             log.error(
                 "W&B HOLDS %d OF %d ROWS of this run (%s): is the disk full? "
@@ -176,7 +179,7 @@ def _init(cfg: Config, directory: Path, mode: Any) -> wandb.Run:
         name=directory.name,
         group=cfg.cell(),
         job_type=cfg.adapter.method,
-        tags=[cfg.name, *cfg.target, *cfg.tracking.tags],
+        tags=[tag[:64] for tag in (cfg.name, *cfg.target, *cfg.tracking.tags)],  # W&B's limit
         config=cfg.plain(),
         settings=wandb.Settings(
             silent=True,
@@ -186,6 +189,21 @@ def _init(cfg: Config, directory: Path, mode: Any) -> wandb.Run:
             x_transaction_log_flush_interval=2,  # seconds that a kill can cost
         ),
     )
+
+
+def _count(file: Path, wanted: int) -> int:
+    """The rows in a .wandb file, read again until they are as many as wanted or come no more.
+
+    Offline, `finish` returns before W&B's service process has written the last of them.
+    """
+    held, until = -1, time.monotonic() + SETTLE
+    while held < wanted and time.monotonic() < until:
+        before, held = held, sum(record.HasField("history") for record in read_back(file))
+        if held > before:
+            until = time.monotonic() + SETTLE
+        if held < wanted:
+            time.sleep(0.05)
+    return held
 
 
 def read_back(path: Path) -> Iterator[Record]:

@@ -22,12 +22,17 @@ from omegaconf.errors import (
 )
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from lora_lab.config import Config, ConfigError, check, nearest
 from lora_lab.options import options
 
 log = logging.getLogger(__name__)
-console = Console()
+# Piped, a line is a line: paths are not broken to fit 80 columns.
+console = Console(width=None if sys.stdout.isatty() else 200)
+errors = Console(stderr=True)
+
+HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: 'KEY="a value"'"""
 
 
 class RunFailedError(RuntimeError):
@@ -41,19 +46,15 @@ def job(content: DictConfig) -> None:
     try:
         _run(content)
     except ConfigError as error:
-        console.print(f"[red]config error:[/] {_plain(error)}", soft_wrap=True)
+        errors.print(f"[red]config error:[/] {escape(str(error))}", soft_wrap=True)
         if single:
             sys.exit(2)
         raise
     except RunFailedError as error:
-        console.print(f"[red]failed:[/] {_plain(error)}", soft_wrap=True)
+        errors.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
         if single:
             sys.exit(1)
         raise
-
-
-def _plain(text: object) -> str:
-    return str(text).replace("[", r"\[")
 
 
 def _run(content: DictConfig) -> None:
@@ -72,7 +73,7 @@ def _run(content: DictConfig) -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from lora_lab import bases, experiment, report
-    from lora_lab.runs import Run, RunBusyError
+    from lora_lab.runs import Run, RunBusyError, RunFinishedError
 
     gc.enable()
     gc.freeze()
@@ -85,24 +86,25 @@ def _run(content: DictConfig) -> None:
             "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
         }
         published = cfg.published.model_copy(update=rows)
-        planned = replace(planned, cfg=cfg.model_copy(update={"published": published}))
+        planned = replace(planned, cfg=planned.cfg.model_copy(update={"published": published}))
     run = Run(planned.path)
-    if run.finished and not cfg.overwrite:
-        console.print(f"Finished before, not repeated (overwrite=true repeats it): {run.path}\n")
-    else:
-        try:
-            run = experiment.run(planned, console)
-        except RunBusyError as error:
-            raise RunFailedError(str(error)) from None
-        except (KeyboardInterrupt, SystemExit) as stop:
-            # Lightning has turned Ctrl-C into SystemExit(1) by now, and SIGTERM into its own kind.
-            console.print(f"interrupted: the same command runs it again ({run.path})")
-            sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
-        except Exception as error:
-            raise RunFailedError(
-                f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
-            ) from error
+    try:
+        experiment.run(planned, console)
         report.write(run)
+    except RunFinishedError:
+        console.print(f"Finished before, not repeated (overwrite=true repeats it): {run.path}\n")
+        if not (run.path / "report" / "table.md").exists():
+            report.write(run)
+    except RunBusyError as error:
+        raise RunFailedError(str(error)) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning has turned Ctrl-C into SystemExit(1) by now, and SIGTERM into its own kind.
+        console.print(f"interrupted: the same command runs it again ({run.path})")
+        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+    except Exception as error:
+        raise RunFailedError(
+            f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
+        ) from error
     report.show(run, console)
 
 
@@ -137,7 +139,7 @@ def explain(error: Exception) -> str:
     """Hydra's and OmegaConf's errors in one paragraph that names the nearest valid word."""
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: {str(error).splitlines()[0]}"
+        return f"{error.override}: cannot be read{HINT}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.partition("/")
         known = options().get(group, {})
@@ -147,7 +149,7 @@ def explain(error: Exception) -> str:
             f"(conf/{group} has {', '.join(known)}){hint}"
         )
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        known = [str(key) for key in cause.parent_node]
+        known = [str(key) for key in cause.parent_node if key != "hydra"]
         return (
             f"{cause.full_key}: there is no such key{nearest(cause.key, known)} "
             f"(there {'are' if len(known) > 1 else 'is'} {', '.join(known)})"
@@ -172,7 +174,7 @@ def main() -> None:
     except (ConfigError, RunFailedError) as error:
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except (HydraException, OmegaConfBaseException) as error:
-        console.print(f"[red]config error:[/] {_plain(explain(error))}", soft_wrap=True)
+        errors.print(f"[red]config error:[/] {escape(explain(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

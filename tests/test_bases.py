@@ -34,7 +34,16 @@ def garble(path: Path) -> None:
     path.with_suffix(".json").write_text("{")
 
 
-@pytest.mark.parametrize("damage", [cut, flip, forget, garble])
+def empty(path: Path) -> None:
+    path.with_suffix(".json").write_text("[]")
+
+
+def lose_rows(path: Path) -> None:
+    about = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**about, "rows": about["rows"][:1]}))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, forget, garble, empty, lose_rows])
 def test_a_damaged_base_is_trained_again_and_said(lab: Lab, damage):
     lab("shift", "seed=0")
     path = base_file()

@@ -87,12 +87,31 @@ def test_base_key_is_of_what_can_change_the_base():
         assert bases.key(composed(other)) == bases.key(one)
     others = ("base.seed=1", "data.seed=1", "base.epochs=3", "base.optimizer.lr=0.1", "model=mlp")
     others = (*others, "trainer.precision=bf16-true", "trainer.gradient_clip_val=1")
-    assert len({bases.key(composed(other)) for other in others} | {bases.key(one)}) == 8
+    others = (*others, "trainer.check_val_every_n_epoch=7")
+    assert len({bases.key(composed(other)) for other in others} | {bases.key(one)}) == 9
 
 
 def test_a_cell_names_its_run_within_a_file_systems_limits():
     plan = experiment.plan(
         composed("+optimizer.betas=[0.5,0.6]", r"adapter.scaling=alpha/sqrt\(r\)")
     )
-    assert plan.path.name.startswith("r1-alpha1-gaussian-alpha-sqrt_r_-linear-data0-seed0-")
+    assert plan.path.name.startswith("r1-alpha1-gaussian-alpha-sqrt_r_-linear-lr0.001-data0-seed0-")
     assert len(plan.path.name.encode()) < 255
+
+
+def test_a_cell_is_all_of_a_run_but_its_seed():
+    one = composed()
+    assert composed("seed=1").cell() == one.cell()
+    for other in ("optimizer.lr=0.1", "adapter.dropout=0.5", "base.epochs=3", "data.seed=1"):
+        assert composed(other).cell() != one.cell()
+
+
+def test_one_and_one_point_nought_are_the_same_run():
+    assert composed("data.shift=1").identity() == composed("data.shift=1.0").identity()
+
+
+def test_a_base_is_of_its_source_too(monkeypatch: pytest.MonkeyPatch):
+    cfg = composed()
+    before, source = bases.key(cfg), bases.inspect.getsource
+    monkeypatch.setattr(bases.inspect, "getsource", lambda code: source(code) + "# changed")
+    assert bases.key(cfg) != before

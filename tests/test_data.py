@@ -49,6 +49,14 @@ def test_seed_phase_and_epoch_alone_decide(make, phase: str):
     assert not same(first[:1], batches(ready(make, phase=phase, seed=1))[:1])
 
 
+def test_the_phases_have_orders_of_their_own():
+    orders = [
+        list(ready(small_shift, phase=phase).train_dataloader().sampler)
+        for phase in ("base", "adapt")
+    ]
+    assert not torch.equal(orders[0][0], orders[1][0])
+
+
 @pytest.mark.parametrize("make", list(EVERY.values()), ids=list(EVERY))
 def test_loading_draws_nothing_from_the_global_stream(make):
     data = ready(make, phase="adapt")
@@ -118,6 +126,10 @@ def test_digits_base_knows_five_and_the_rest_come_later():
     sizes = [len(part) for part in (adapt.train, adapt.val)]  # pyright: ignore
     assert sum(sizes) == 1797
     assert sizes[1] == 360
+    for part in (adapt.train, adapt.val):
+        y = part.tensors[1]  # pyright: ignore
+        shares = torch.bincount(y) / len(y)
+        assert (shares - 0.1).abs().max() < 0.005  # as in the whole set
     # What the base trained on is in the training part of the adaptation, never in its validation.
     learned = {tuple(row.tolist()) for row in base.train.tensors[0]}  # pyright: ignore
     assert not learned & {tuple(row.tolist()) for row in adapt.val.tensors[0]}  # pyright: ignore

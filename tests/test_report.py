@@ -77,12 +77,15 @@ def test_ls_lists_every_state(
     lab("shift", "seed=1", "optimizer=sgd", "optimizer.lr=1e30")
     (Path("runs") / "killed").mkdir()
     (Path("runs") / "killed" / "status.json").write_text('{"state": "running"}')
+    (Path("runs") / "torn").mkdir()
+    (Path("runs") / "torn" / "status.json").write_text('{"state": "finished"}')
+    (Path("runs") / "torn" / "metrics.jsonl").write_text('{"a"\n{"epoch": 1}\n')
     monkeypatch.setenv("COLUMNS", "200")
     capsys.readouterr()
     assert command(monkeypatch, "ls") == 0
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[3:-1]] == [
-        *("interrupted", "finished", "failed"),
+        *("interrupted", "finished", "failed", "damaged"),
     ]
     done = next(r for r in find_runs(Path("runs")) if r.finished)
     assert f"{done.last('val/loss'):.5g}" in shown

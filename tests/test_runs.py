@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.runs import Run, RunBusyError, find_runs, record, write_atomic
+from lora_lab.runs import (
+    Run,
+    RunBusyError,
+    RunFinishedError,
+    find_runs,
+    record,
+    write_atomic,
+)
 
 
 def test_states(tmp_path: Path):
@@ -17,7 +24,10 @@ def test_states(tmp_path: Path):
             pass
     assert run.finished
     assert run.status["seed"] == 3
-    with pytest.raises(ZeroDivisionError), record(path, {}):
+    with pytest.raises(RunFinishedError), record(path, {}):
+        pass
+    assert run.finished
+    with pytest.raises(ZeroDivisionError), record(path, {}, overwrite=True):
         _ = 1 / 0
     assert run.status["state"] == "failed"
     assert "ZeroDivisionError" in run.status["traceback"]
@@ -55,3 +65,8 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path):
     with pytest.raises(UnicodeEncodeError):
         write_atomic(tmp_path / "file", "\ud800")
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_damaged_status_is_a_state(tmp_path: Path):
+    (tmp_path / "status.json").write_text("")
+    assert Run(tmp_path).status["state"] == "damaged"

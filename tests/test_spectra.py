@@ -66,6 +66,8 @@ def test_measures_of_a_known_spectrum():
     assert known.stable_rank == pytest.approx(10 / 9)
     assert (known.energy_90, known.energy_99, known.numerical_rank) == (1, 2, 2)
     assert known.measures()["sigma_2"] == 1.0
+    eps = known.eps
+    assert spectrum(1.0, 101 * eps, 99 * eps).numerical_rank == 2  # 100 × 50: max is 100
 
 
 def test_energy_ranks_hold_their_share_and_no_less_does():

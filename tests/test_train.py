@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,13 +67,17 @@ def test_the_numbers_are_those_of_a_plain_loop(lab: Lab):
         curve, loader = [], learned.train_dataloader()
         for epoch in range(4):
             loader.sampler.set_epoch(epoch)  # pyright: ignore
+            means.append(0.0)
             for rows in loader.sampler:
                 optimizer.zero_grad()
-                torch.nn.functional.mse_loss(forward(x[rows]), y[rows]).backward()
+                loss = torch.nn.functional.mse_loss(forward(x[rows]), y[rows])
+                loss.backward()
                 optimizer.step()
+                means[-1] += loss.item() / len(loader.sampler)  # pyright: ignore
             curve.append(loss_on(learned))
         return curve[1::2]
 
+    means: list[float] = []
     torch.manual_seed(0)
     W = Linear(12, 9).linear.weight.detach().requires_grad_()
     forward = lambda x: x @ W.T  # noqa: E731
@@ -89,6 +94,9 @@ def test_the_numbers_are_those_of_a_plain_loop(lab: Lab):
     adapted = [before, *fit([A, B], data("adapt"))]
     np.testing.assert_allclose(list(run.curve("val/loss").values()), adapted, rtol=1e-4)
     assert run.last("merged/val/loss") == pytest.approx(adapted[-1], rel=1e-4)
+
+    logged = [*run.curve("base/train/loss").values(), *run.curve("train/loss").values()]
+    np.testing.assert_allclose(logged, means, rtol=1e-4)
 
     delta = (3 / 2 * B @ A).detach().double()
     with np.load(run.path / "spectra.npz") as arrays:
@@ -220,8 +228,19 @@ def test_a_base_from_a_checkpoint(lab: Lab):
         ("data._target_=lora_lab.data.Nope", "cannot be imported"),
         ("model=mlp model.hidden=[a]", "model.hidden=['a']: must be a valid integer"),
         ("adapter.r=[", "adapter.r=["),
-        ("name=a/b", "name=a/b"),
+        ("name=a/b", "name=a/b: must be of letters, digits"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
+        ("seed=99999999999", "seed=99999999999: must be less than 4294967296"),
+        ("data.seed=99999999999", "data.seed=99999999999: must be less than 4294967296"),
+        ("data.samples=1e3", "data.samples=1000.0: must be a valid integer"),
+        ("adapter.alpha=inf", "adapter.alpha=inf: must be a finite number"),
+        ("optimizer.lr=inf", "must be a finite number"),
+        ("runs_dir=", "runs_dir=: "),
+        ("name=übung", "name=übung: cannot be read; settings are KEY=VALUE"),
+        ("tracking.project=a/b", "tracking.project=a/b"),
+        ("data.shift=nan", "data.shift=nan: must be a finite number"),
+        ("runs_dir=text", "text is no directory that can be written to"),
+        ("bases_dir=text/b", "text is no directory that can be written to"),
         ("spectra.every_n_epochs=0", "spectra.every_n_epochs=0: must be greater than 0"),
     ],
 )
@@ -230,7 +249,7 @@ def test_bad_input(lab: Lab, capsys: pytest.CaptureFixture[str], overrides: str,
     save_file({"other": torch.zeros(2)}, "other")
     assert lab("shift", *overrides.split()) == 2
     printed = capsys.readouterr()
-    assert says in " ".join(printed.out.split())
+    assert says in " ".join(printed.err.split())
     assert "Traceback" not in printed.out + printed.err
     assert not Path("runs").exists()
     assert not Path("bases").exists()
@@ -245,7 +264,7 @@ def test_a_loss_that_diverges_fails_the_run_and_says_where(
     assert "DivergedError: train/loss became" in run.status["error"]
     assert "in epoch 1, step " in run.status["error"]
     assert "Traceback" in run.status["traceback"]
-    assert "train/loss became" in capsys.readouterr().out
+    assert "train/loss became" in capsys.readouterr().err
 
 
 def test_the_step_of_the_divergence_is_the_first(lab: Lab):
@@ -297,7 +316,8 @@ def test_a_failed_run_is_tried_again_by_the_same_command(lab: Lab, monkeypatch: 
 
 def start(*overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=offline"]
-    return subprocess.Popen([*command, *overrides], stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, *overrides], stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60) -> None:
@@ -335,9 +355,9 @@ def test_the_same_run_twice_at_once_is_refused():
     process = start("trainer.max_epochs=100000")
     wait_for(lambda: find_runs(Path("runs")) and only_run().curve("val/loss"), process)
     second = start("trainer.max_epochs=100000")
-    out, _ = second.communicate(timeout=60)
+    _, says = second.communicate(timeout=60)
     assert second.returncode == 1
-    assert "is being run by another process" in " ".join(out.split())
+    assert "is being run by another process" in " ".join(says.split())
     assert only_run().status["state"] == "running"
     process.kill()
     process.communicate()
@@ -376,3 +396,97 @@ def test_targets_by_glob(lab: Lab):
         for run in find_runs(Path("runs"))
     )
     assert sites == [["body.fc1"], ["body.fc1", "head"], ["body.fc1", "head"]]
+
+
+def test_the_last_epoch_is_measured_whatever_its_number(lab: Lab):
+    assert lab("shift", "trainer.max_epochs=3", "base.epochs=3") == 0
+    run = only_run()
+    assert list(run.curve("base/val/loss")) == [2, 3]
+    assert list(run.curve("val/loss")) == [0, 2, 3]
+    assert list(run.curve("spectra/linear/sigma_1")) == [0, 2, 3]
+    with np.load(run.path / "spectra.npz") as arrays:
+        assert arrays["epochs"].tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-6])
+def test_a_base_that_unmerging_does_not_give_back_fails_the_run(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, change: float
+):
+    unmerge = adapters.unmerge
+
+    def wrong(model: torch.nn.Module) -> None:
+        if change:
+            unmerge(model)
+            model.get_parameter("linear.weight").data += change
+
+    monkeypatch.setattr(adapters, "unmerge", wrong)
+    assert lab("shift") == 1
+    assert "is not the base's any more after merge and unmerge" in only_run().status["error"]
+
+
+def test_a_batch_of_more_than_the_digits_is_a_config_error(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+):
+    assert lab("digits", "data.batch_size=1000") == 2
+    assert "data.batch_size=1000 is more than the 720 training rows" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("spectra.every_n_epochs=1", "trainer.check_val_every_n_epoch=3"),
+        ("trainer.check_val_every_n_epoch=1", "spectra.every_n_epochs=3"),
+    ],
+)
+def test_a_divergence_is_of_the_training_loss_whatever_is_measured_first(
+    lab: Lab, overrides: tuple[str, ...]
+):
+    assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30", *overrides) == 1
+    says = only_run().status["error"]
+    assert "DivergedError: train/loss became" in says
+    assert "in epoch 1, step " in says
+
+
+def test_a_divergence_at_an_epochs_last_step_is_found_by_what_is_measured(lab: Lab):
+    """One step an epoch: its loss is finite, the weights after it are not."""
+    one_step = ["optimizer=sgd", "optimizer.lr=1e38", "data.batch_size=256", "data.shift=1e3"]
+    assert lab("shift", *one_step, "trainer.check_val_every_n_epoch=1") == 1
+    assert "val/loss is " in only_run().status["error"]
+    assert "after epoch 1, step 1 of the run" in only_run().status["error"]
+    assert lab("shift", *one_step, "spectra.every_n_epochs=1") == 1
+    says = [run.status["error"] for run in find_runs(Path("runs"))]
+    assert any("after epoch 1, step 1 of the run: " in s and "NaN or infinity" in s for s in says)
+
+
+def test_a_base_that_is_no_number_is_said_before_any_step(lab: Lab):
+    save_file({"linear.weight": torch.full((9, 12), torch.nan)}, "nan.safetensors")
+    assert lab("shift", "base=checkpoint", "base.path=nan.safetensors") == 1
+    assert "the base or the data holds it, no step was taken" in only_run().status["error"]
+
+
+def test_a_checkpoint_is_known_by_its_content(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        save_file(Linear(12, 9).state_dict(), "mine.safetensors")
+        assert lab("shift", "base=checkpoint", "base.path=mine.safetensors") == 0
+    one, two = find_runs(Path("runs"))
+    assert one.curve("val/loss")[0] != two.curve("val/loss")[0]
+    Path("mine.safetensors").rename("moved.safetensors")
+    assert lab("shift", "base=checkpoint", "base.path=moved.safetensors") == 0
+    assert "Finished before" in capsys.readouterr().out
+    assert len(find_runs(Path("runs"))) == 2
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_precisions(lab: Lab, precision: str):
+    assert lab("shift", f"trainer.precision={precision}", "optimizer.lr=0.01") == 0
+    run = only_run()
+    assert run.last("merged/val/loss") == pytest.approx(run.last("val/loss"), rel=0.05)
+
+
+def test_a_report_that_was_lost_comes_back(lab: Lab):
+    lab("shift")
+    shutil.rmtree(only_run().path / "report")
+    assert lab("shift") == 0
+    assert (only_run().path / "report" / "table.md").exists()

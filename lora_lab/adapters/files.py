@@ -74,16 +74,17 @@ def load(model: nn.Module, directory: str | Path) -> None:
     try:
         description = json.loads((directory / "adapter.json").read_text())
         tensors = load_file(directory / "adapter.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        base, sites = description["base"], description["sites"]
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
     found = weights_hash(base_state_dict(model))
-    if description["base"] != found:
+    if base != found:
         raise AdapterError(
             f"the adapter in {directory} belongs to another base: it was trained on weights "
-            f"{description['base'][:12]}, this model's are {found[:12]}"
+            f"{base[:12]}, this model's are {found[:12]}"
         )
     layers, wrong, made = dict(model.named_modules()), [], {}
-    for name, site in description["sites"].items():
+    for name, site in sites.items():
         if name not in layers or kind_of(layers[name]) != site["kind"]:
             wrong.append(f"'{name}' is no {site['kind']} layer of this model")
             continue

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import Adapter, is_adapter_key
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.linear import LinearAdapter
 from lora_lab.adapters.scaling import SCALINGS
@@ -79,13 +79,18 @@ def find(model: nn.Module, targets: Mapping[str, Target], r: int | None = None) 
                 )
             picked[name] = label
 
-    owners: dict[int, list[str]] = {}
+    owners: dict[object, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(_place_in_memory(parameter), []).append(name)
     sites = []
     for name in (name for name in layers if name in picked):
         weight = KINDS[kinds[name]].weight_of(layers[name])
-        if len(tied := owners[id(weight)]) > 1:
+        if not isinstance(weight, nn.Parameter):
+            raise TargetError(
+                f"the weight of layer '{name}' is no parameter but computed from others (a norm or "
+                "another parametrization): exclude it by a glob"
+            )
+        if len(tied := owners[_place_in_memory(weight)]) > 1:
             raise TargetError(
                 f"the weight of layer '{name}' is tied ({' = '.join(tied)}): an adapter would "
                 "change one use of it and not the other; untie it first, or exclude it by a glob"
@@ -100,6 +105,13 @@ def find(model: nn.Module, targets: Mapping[str, Target], r: int | None = None) 
             )
         sites.append(Site(name, kinds[name], (out, rest)))
     return sites
+
+
+def _place_in_memory(weight: Tensor) -> object:
+    """What two tied weights share, also where each is a Parameter of its own."""
+    if weight.is_meta:
+        return id(weight)
+    return weight.untyped_storage().data_ptr(), weight.storage_offset()
 
 
 def _no_match(label: str, target: Target, layers: Mapping[str, nn.Module]) -> str:
@@ -133,6 +145,9 @@ def attach(
     is targeted never changes it. Raises what `find` raises, and AdapterError where a layer has
     an adapter already.
     """
+    for name, value, table in (("init", init, INITS), ("scaling", scaling, SCALINGS)):
+        if value not in table:
+            raise AdapterError(f"{name}={value!r}: must be one of {', '.join(table)}")
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     sites = find(model, targets, r)
     made = {}
@@ -150,12 +165,19 @@ def place(model: nn.Module, made: Mapping[str, Adapter]) -> None:
     """Puts adapters on the layers they are named by, and freezes every other parameter."""
     if taken := [name for name in made if hasattr(model.get_submodule(name), "lora")]:
         raise AdapterError(f"these layers have an adapter already: {', '.join(taken)}")
-    base = {n: p for n, p in model.named_parameters() if not is_adapter_key(n)}
-    # Remembered on the model, so that detach gives back what was trainable, also after deepcopy.
-    thaw = [name for name, parameter in base.items() if parameter.requires_grad]
-    model.__dict__.setdefault("_frozen_by_lora", []).extend(thaw)
-    for parameter in base.values():
-        parameter.requires_grad_(False)
+    if merged := [name for name, adapter in attached(model).items() if adapter.kept is not None]:
+        raise AdapterError(f"these layers are merged: {', '.join(merged)}; unmerge them first")
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            continue
+        if name.rpartition(".")[2] == "lora":
+            raise AdapterError(f"the model's own module '{name}' has the name of an adapter")
+        # Remembered by each module, so that detach thaws it, from any root and after deepcopy.
+        own = dict(module.named_parameters(recurse=False))
+        if thaw := [key for key, parameter in own.items() if parameter.requires_grad]:
+            module.__dict__.setdefault("_frozen_by_lora", []).extend(thaw)
+        for parameter in own.values():
+            parameter.requires_grad_(False)
     for name, adapter in made.items():
         layer = model.get_submodule(name)
         layer.lora = adapter.train(layer.training)
@@ -191,8 +213,9 @@ def detach(model: nn.Module) -> None:
                 del layer._forward_hooks[key]
                 layer._forward_hooks_with_kwargs.pop(key, None)
         del layer.lora
-    for name in model.__dict__.pop("_frozen_by_lora", []):
-        model.get_parameter(name).requires_grad_(True)
+    for module in model.modules():
+        for name in module.__dict__.pop("_frozen_by_lora", []):
+            module.get_parameter(name).requires_grad_(True)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """When ΔW is measured, and where its spectrum goes."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
-from lora_lab.modules import BaseModule
+from lora_lab.modules import BaseModule, DivergedError
+from lora_lab.runs import write_atomic
 from lora_lab.spectra import Spectrum
 from lora_lab.tracking import Tracking
 
@@ -54,7 +56,12 @@ class SpectraCallback(pl.Callback):
             self._measure(trainer, trainer.current_epoch)
 
     def _measure(self, trainer: pl.Trainer, epoch: int) -> None:
-        spectra = self.measure()
+        try:
+            spectra = self.measure()
+        except ValueError as error:
+            raise DivergedError(
+                f"after epoch {epoch}, step {trainer.global_step} of the run: {error}"
+            ) from error
         self.epochs.append(epoch)
         for site, spectrum in spectra.items():
             self.history.setdefault(site, []).append(spectrum)
@@ -73,4 +80,6 @@ class SpectraCallback(pl.Callback):
             arrays[f"{site}/shape"] = np.array(spectra[-1].shape)
             corner = self.delta(site)[:CORNER, :CORNER]
             arrays[f"{site}/delta"] = corner.detach().cpu().float().numpy()
-        np.savez_compressed(path, allow_pickle=False, **arrays)
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **arrays)
+        write_atomic(path, content.getvalue())

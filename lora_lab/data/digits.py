@@ -1,11 +1,12 @@
 """Scikit-learn's handwritten digits: the base knows five of them, the adaptation all ten."""
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
+from lora_lab.config import Seed
 from lora_lab.data import Data, Phase
 
 
@@ -17,8 +18,9 @@ class Digits(Data):
 
     task = "classification"
 
-    def __init__(self, phase: Phase, batch_size: PositiveInt, seed: NonNegativeInt):
+    def __init__(self, phase: Phase, batch_size: PositiveInt, seed: Seed):
         super().__init__(phase, batch_size, seed)
+        self.check_batch(720 if phase == "base" else 1437)
 
     @property
     def sizes(self) -> dict[str, int]:

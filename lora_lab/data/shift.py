@@ -1,9 +1,10 @@
 """A linear map all of whose entries move by the same amount: the update to find has rank 1."""
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import FiniteFloat, PositiveInt
 from torch.utils.data import TensorDataset
 
+from lora_lab.config import Seed
 from lora_lab.data import Data, Phase
 from lora_lab.seeding import generator
 
@@ -24,9 +25,9 @@ class Shift(Data):
         samples: PositiveInt,
         in_features: PositiveInt,
         out_features: PositiveInt,
-        shift: float,
+        shift: FiniteFloat,
         batch_size: PositiveInt,
-        seed: NonNegativeInt,
+        seed: Seed,
     ):
         super().__init__(phase, batch_size, seed)
         self.check_batch(samples)

@@ -41,6 +41,7 @@ def _loss(run: Run) -> Figure:
             curve = run.curve(f"{prefix}{kind}/loss")
             if curve:
                 name = f"{label}, {'training' if kind == 'train' else 'validation'}"
+                style = style if len(curve) > 1 else "s"
                 axes.plot(*_points(curve), style, color=f"C{i}", linewidth=width, label=name)
         if points := published.get(paper):
             name = f"{label}, published"

@@ -147,12 +147,16 @@ def listing(runs: list[Run]) -> Table:
     for run in runs:
         status = run.status
         seconds = status.get("seconds")
+        try:
+            loss = run.last("val/loss")
+        except ValueError:
+            status["state"], loss = "damaged", None
         table.add_row(
             status["state"],
             run.path.parent.name,
             status.get("cell", "–"),
             str(status.get("seed", "–")),
-            number(run.last("val/loss")),
+            number(loss),
             f"{seconds:.0f} s" if seconds is not None else "–",
             run.path.name.rpartition("-")[2],
         )

@@ -114,3 +114,46 @@ def test_a_subclass_with_its_own_forward_is_no_plain_linear():
 
     with pytest.raises(TargetError):
         adapters.find(nn.Sequential(Doubled(3, 3)), {"linear": Target("linear")})
+
+
+def test_weights_tied_by_their_storage_are_an_error():
+    tied = model()
+    tied.fc2 = nn.Linear(6, 8)
+    tied.fc2.weight = nn.Parameter(tied.fc1.weight.data)
+    with pytest.raises(TargetError, match=r"fc1\.weight = fc2\.weight"):
+        adapters.find(tied, {"linear": Target("linear")})
+
+
+def test_a_merged_model_takes_no_further_adapter():
+    merged = model()
+    adapters.attach(merged, {"head": Target(match="head")}, r=1, alpha=1)
+    adapters.merge(merged)
+    with pytest.raises(adapters.AdapterError, match="merged: head; unmerge"):
+        adapters.attach(merged, {"fc": Target(match="fc*")}, r=1, alpha=1)
+
+
+def test_detach_from_an_outer_model_thaws():
+    inner = model()
+    outer = nn.Sequential(inner, nn.Linear(3, 3))
+    adapters.attach(inner, r=1, alpha=1)
+    adapters.detach(outer)
+    assert all(p.requires_grad for p in outer.parameters())
+
+
+def test_a_module_of_that_name_is_an_error():
+    taken = nn.Sequential(OrderedDict(lora=nn.Linear(3, 3), fc=nn.Linear(3, 3)))
+    with pytest.raises(adapters.AdapterError, match="has the name of an adapter"):
+        adapters.attach(taken, r=1, alpha=1)
+    assert all(p.requires_grad for p in taken.parameters())
+
+
+def test_a_computed_weight_is_an_error():
+    normed = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3)))
+    with pytest.raises(TargetError, match="is no parameter but computed"):
+        adapters.attach(normed, r=1, alpha=1)
+
+
+@pytest.mark.parametrize("how", [{"init": "zeros"}, {"scaling": "2"}])
+def test_an_unknown_variant_is_an_error(how: dict):
+    with pytest.raises(adapters.AdapterError, match="must be one of"):
+        adapters.attach(model(), r=1, alpha=1, **how)
