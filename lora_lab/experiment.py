@@ -17,18 +17,10 @@ from torch import Tensor, nn
 
 from lora_lab import adapters, bases, spectra
 from lora_lab.adapters import AdapterError, RankError, Site, Target
+from lora_lab.binding import bind, fits
 from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.callbacks.spectra import SpectraCallback
-from lora_lab.config import (
-    CheckpointBase,
-    Config,
-    ConfigError,
-    Lora,
-    Optimizer,
-    TrainedBase,
-    bind,
-    fits,
-)
+from lora_lab.config import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
 from lora_lab.data import Data, Phase
 from lora_lab.modules import BaseModule, LoRAModule
 from lora_lab.runs import Run, record
