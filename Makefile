@@ -11,7 +11,7 @@ run: .venv/.run
 test: .venv/.test
 	$(BIN)/pytest $(ARGS)
 
-test-slow: .venv/.test
+test-slow: .venv/.slow
 	$(BIN)/pytest -m slow $(ARGS)
 
 check: .venv/.test
@@ -40,4 +40,8 @@ clean:
 
 .venv/.test: .venv/.run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/.slow: .venv/.test
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[slow]'
 	touch $@

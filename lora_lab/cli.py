@@ -14,6 +14,8 @@ examples:
   lora-lab train -m adapter.r=1,2,4 seed=0,1  six runs, one after another
   lora-lab train --help                       everything that can be set
   lora-lab report RUN                         a run's table and figures again
+  lora-lab export RUN DIR                     its adapter, as PEFT loads it
+  lora-lab export RUN DIR --format merged     its model, ΔW in the weights
   lora-lab ls                                 every run: status, cell, seed, loss, time
 """
 
@@ -31,10 +33,15 @@ settings:
   base.seed=0            draws the base's first weights
   adapter.r=8            the rank, at most that of the smallest targeted weight
   adapter.alpha=8        scale is alpha/r; adapter.scaling: alpha/r | alpha/sqrt(r) | alpha
-  adapter.init=kaiming   kaiming | gaussian; B starts at zero
+  adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd
+  adapter.trains=both    both | zero | core: LoRA, LoRA-FA, LoRA-XS
+  adapter.dora=false     true trains the norms of the weight's rows as well
+  adapter.lr_ratio=1.0   the learning rate of B over that of A (LoRA+)
   adapter.dropout=0.0    on what goes into A
-  target='*.fc1'         a glob on module names; several as target=[linear,'*.proj']
-  target.linear.match='body.*'    a named target, narrowed to a glob
+  adapter.rank_pattern='{{body.*:4}}'    by a glob on sites; alpha_pattern alike
+  target='*.fc1'         a glob on names; several as target=[linear,'*.proj']
+  target.linear.match='body.*'    a named target, narrowed to a glob or a list of globs
+  target.linear.exclude='head'    and its own r, alpha, dropout, init; tied=true: a shared weight
   optimizer.lr=0.001     optimizer.schedule: constant | linear | cosine, optimizer.warmup: a share
   base.epochs=10         how long the base trains, where base=train
   base.path=FILE         its safetensors file, where base=checkpoint
@@ -73,6 +80,15 @@ def main() -> None:
     commands.add_parser("train", help="run one experiment, or with -m several", add_help=False)
     report = commands.add_parser("report", help="write a run's table and figures again")
     report.add_argument("run", type=Path, help="a run directory, or the start of its hash")
+    export = commands.add_parser("export", help="write a run's adapter or merged model for others")
+    export.add_argument("run", type=Path, help="a run directory, or the start of its hash")
+    export.add_argument("directory", type=Path, help="where to")
+    export.add_argument(
+        "--format",
+        choices=("peft", "merged"),
+        default="peft",
+        help="peft: a folder for PeftModel.from_pretrained (the default); merged: the whole model",
+    )
     ls = commands.add_parser("ls", help="list runs")
     ls.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="where (runs)")
     # The rest of a train command is Hydra's to read.
@@ -80,8 +96,13 @@ def main() -> None:
         return _train(sys.argv[2:])
     arguments = parser.parse_args()
     try:
-        _report(arguments.run) if arguments.command == "report" else _ls(arguments.root)
-    except FileNotFoundError as error:
+        if arguments.command == "report":
+            _report(arguments.run)
+        elif arguments.command == "export":
+            _export(arguments.run, arguments.format, arguments.directory)
+        else:
+            _ls(arguments.root)
+    except (FileNotFoundError, ValueError) as error:
         parser.exit(2, f"lora-lab {arguments.command}: {error}\n")
 
 
@@ -99,17 +120,20 @@ def _report(path: Path) -> None:
     from rich.console import Console
 
     from lora_lab import report
-    from lora_lab.runs import Run, find_runs
+    from lora_lab.runs import named_run
 
-    if not (path / "status.json").exists():
-        runs = find_runs(Path("runs"))
-        hits = [run for run in runs if run.path.name.rpartition("-")[2].startswith(path.name)]
-        if len(hits) != 1:
-            names = ", ".join(run.path.name for run in hits or runs[:3]) or "none"
-            raise FileNotFoundError(f"{path} is no run directory and no run's hash; runs: {names}")
-        path = hits[0].path
-    report.write(Run(path))
-    report.show(Run(path), Console())
+    run = named_run(path)
+    report.write(run)
+    report.show(run, Console())
+
+
+def _export(path: Path, format: str, directory: Path) -> None:
+    from lora_lab.runs import named_run
+
+    run = named_run(path)
+    from lora_lab.export import export
+
+    print(export(run, format, directory))
 
 
 def _ls(root: Path) -> None:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from hydra.utils import get_object
 from pydantic import (
@@ -14,9 +14,10 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
-from lora_lab.adapters import INITS, KINDS, SCALINGS
+from lora_lab.adapters import GROUPS, INITS, SCALINGS, TRAINS
 
 
 class ConfigError(ValueError):
@@ -101,15 +102,28 @@ class CheckpointBase(Node):
     sha256: str | None = None
 
 
+Alpha = Annotated[float, Field(gt=0)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+InitName = Annotated[str, one_of(INITS)]
+
+
 class Lora(Node):
-    """Low-rank adapters."""
+    """Low-rank adapters. Patterns are {glob on sites: value}, the first that fits.
+
+    `lr_ratio` is the learning rate of the factor that starts at zero, over the other's (LoRA+).
+    """
 
     method: Literal["lora"]
     r: PositiveInt
-    alpha: float = Field(gt=0)
-    dropout: float = Field(ge=0, lt=1)
-    init: Annotated[str, one_of(INITS)]
+    alpha: Alpha
+    dropout: Dropout
+    init: InitName
     scaling: Annotated[str, one_of(SCALINGS)]
+    trains: Annotated[str, one_of(TRAINS)]
+    dora: bool
+    lr_ratio: float = Field(gt=0)
+    rank_pattern: dict[str, PositiveInt] | None
+    alpha_pattern: dict[str, Alpha] | None
 
 
 class Full(Node):
@@ -125,10 +139,23 @@ class NoAdapter(Node):
 
 
 class TargetRule(Node):
-    """What a target picks: layers of a kind, by the name's glob."""
+    """What a target picks, by kind and by globs on names, and what is its sites' own."""
 
-    kind: Annotated[str, one_of(KINDS)] | None = None
-    match: str = "*"
+    kind: Annotated[str, one_of(GROUPS)] = "all"
+    match: str | list[str] = "*"
+    exclude: str | list[str] = []
+    r: PositiveInt | None = None
+    alpha: Alpha | None = None
+    dropout: Dropout | None = None
+    init: InitName | None = None
+    tied: bool = False
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Self:
+        # Settings of a target that was not chosen would otherwise make one that picks everything.
+        if not {"kind", "match"} & self.model_fields_set:
+            raise ValueError("must say a kind or a match, as the targets of conf/target do")
+        return self
 
 
 class Trainer(Node, extra="allow"):
@@ -210,6 +237,9 @@ class Config(Node):
         words = [adapter.method]
         if isinstance(adapter, Lora):
             words = [f"r{adapter.r}", f"alpha{adapter.alpha:g}", adapter.init]
+            words += ["dora"] if adapter.dora else []
+            words += [f"trains-{adapter.trains}"] if adapter.trains != "both" else []
+            words += [f"ratio{adapter.lr_ratio:g}"] if adapter.lr_ratio != 1 else []
             words += [adapter.scaling.replace("/", "-")] if adapter.scaling != "alpha/r" else []
             words += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
         targets = "+".join(self.target) if adapter.method != "none" else ""
@@ -268,12 +298,14 @@ def say(error: Any) -> str:
     key, value = ".".join(path), error["input"]
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if error["type"] == "extra_forbidden":
-        return f"{key}={value}: there is no such key" + (
-            f" with {path[0]}={error['loc'][1]}" if path[0] in ("adapter", "base") else ""
-        )
+        known = TargetRule.model_fields if path[0] == "target" else ()
+        where = f" with {path[0]}={error['loc'][1]}" if path[0] in ("adapter", "base") else ""
+        return f"{key}={value}: there is no such key{where}{nearest(path[-1], known)}"
     if error["type"] == "string_pattern_mismatch" and key == "name":
         return f"{key}={value}: must be of letters, digits and _ - . and not begin with - or ."
     if error["type"] == "missing":
         return f"{key}: must be given"
+    if isinstance(value, dict):
+        return f"{key}: {message}"
     shown = value if isinstance(value, str | float) else json.dumps(value, default=str)
     return f"{key}={shown}: {message}"

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lab import adapters, bases, spectra
-from lora_lab.adapters import AdapterError, RankError, Site, Target
+from lora_lab import adapters, bases, report, spectra
+from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, TargetError
 from lora_lab.binding import bind, fits
 from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.callbacks.spectra import SpectraCallback
@@ -88,20 +88,34 @@ def plan(cfg: Config) -> Plan:
         model = _call("model", cfg, **sizes)
     sites = []
     if cfg.adapter.method != "none":
-        targets = {label: Target(rule.kind, rule.match) for label, rule in cfg.target.items()}
-        r = cfg.adapter.r if isinstance(cfg.adapter, Lora) else None
         try:
-            sites = adapters.find(model, targets, r)
+            if isinstance(cfg.adapter, Lora):
+                own, pattern = _recipe(cfg.adapter)
+                sites = adapters.find(model, _targets(cfg), own, **pattern)
+            else:
+                sites = adapters.find(model, _targets(cfg))
         except RankError as error:
             raise ConfigError(f"adapter.{error}") from None
-        except AdapterError as error:
+        except TargetError as error:
             raise ConfigError(f"target={','.join(cfg.target)}: {error}") from None
+        except AdapterError as error:
+            raise ConfigError(f"adapter.{error}") from None
     if isinstance(cfg.base, TrainedBase):
         _check_optimizer("base.optimizer", cfg.base.optimizer)
     else:
         found = _check_checkpoint(cfg.base, model)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": found})})
     return Plan(cfg, sites)
+
+
+def _targets(cfg: Config) -> dict[str, Target]:
+    return {label: Target(**rule.model_dump()) for label, rule in cfg.target.items()}
+
+
+def _recipe(adapter: Lora) -> tuple[Recipe, dict[str, Any]]:
+    """How every site's adapter is made, and the patterns over it."""
+    pattern = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
+    return Recipe(**adapter.model_dump(exclude={"method", "lr_ratio", *pattern})), pattern
 
 
 def _check_directory(key: str, path: Path) -> None:
@@ -228,28 +242,36 @@ def _adapt(
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     total = sum(p.numel() for p in model.parameters())
     if isinstance(cfg.adapter, Lora):
-        targets = {site.name: Target(site.kind, site.name) for site in plan.sites}
-        how = cfg.adapter.model_dump(exclude={"method"})
-        adapters.attach(model, targets, **how, seed=cfg.seed)
-        module = LoRAModule(model, data.task, outputs, cfg.optimizer)
+        own, pattern = _recipe(cfg.adapter)
+        adapters.attach(model, _targets(cfg), **asdict(own), **pattern, seed=cfg.seed)
+        ratio = cfg.adapter.lr_ratio
+        module = LoRAModule(model, data.task, outputs, cfg.optimizer, lr_ratio=ratio)
+        console.print(report.sites(plan.sites))
     else:
         module = BaseModule(model, data.task, outputs, cfg.optimizer)
 
-    def delta(site: str) -> Tensor:
+    def delta(site: Site) -> Tensor:
         """ΔW of a site as a matrix."""
         if isinstance(cfg.adapter, Lora):
-            return adapters.attached(model)[site].delta().flatten(1)
-        weight = model.get_submodule(site).get_parameter("weight")
-        key = f"{site}.weight" if site else "weight"
-        return (weight.detach() - base[key].to(weight.device)).flatten(1)
+            return adapters.deltas(model)[site.name].flatten(1)
+        weight = model.get_submodule(site.layer).get_parameter(site.parameter)
+        key = f"{site.layer}.{site.parameter}" if site.layer else site.parameter
+        changed = weight.detach() - base[key].to(weight.device)
+        return (changed if site.rows is None else changed[slice(*site.rows)]).flatten(1)
 
     def measure() -> dict[str, spectra.Spectrum]:
-        if isinstance(cfg.adapter, Lora):
-            made = adapters.attached(model).items()
-            return {n: spectra.from_factors(a.A, a.B, a.scale) for n, a in made}
-        return {site.name: spectra.from_matrix(delta(site.name)) for site in plan.sites}
+        made = adapters.attached(model)
+        return {
+            site.name: spectra.from_factors(*made[site.name].factors(), made[site.name].scale)
+            if site.name in made and made[site.name].magnitude is None
+            else spectra.from_matrix(delta(site))
+            for site in plan.sites
+        }
 
-    spectral = SpectraCallback(measure, delta, cfg.spectra.every_n_epochs, tracking)
+    by_name = {site.name: site for site in plan.sites}
+    spectral = SpectraCallback(
+        measure, lambda name: delta(by_name[name]), cfg.spectra.every_n_epochs, tracking
+    )
     trainer = plan.trainer(tracking, [ProgressBar(cfg.adapter.method, console), spectral])
     trainer.validate(module, data, verbose=False)
     if cfg.adapter.method == "none":
@@ -266,7 +288,15 @@ def _adapt(
         (run.path / "model").mkdir()
         save_file(model.state_dict(), run.path / "model" / "model.safetensors")
         tracking.artifact(run.path / "model", "model")
-    tracking.log({"parameters/trainable": trainable, "parameters/base": total}, trainer.global_step)
+    costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": total}
+    if isinstance(cfg.adapter, Lora):
+        cost = adapters.count(model)
+        costs |= {
+            "bytes/adapter": cost.adapter_bytes,
+            "bytes/optimizer": cost.optimizer_bytes,
+            "bytes/full_optimizer": cost.full_optimizer_bytes,
+        }
+    tracking.log(costs, trainer.global_step)
 
 
 def _check_merge(

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lora_lab.adapters import attached
+from lora_lab.adapters import attached, parameter_groups
 from lora_lab.config import Optimizer
 
 Batch = tuple[Tensor, Tensor]
@@ -78,6 +78,10 @@ class BaseModule(pl.LightningModule):
     def trained(self) -> Iterable[nn.Parameter]:
         """The parameters that the optimizer moves."""
         return self.model.parameters()
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The same as the optimizer's parameter groups."""
+        return [{"params": list(self.trained())}]
 
     @property
     def epochs_done(self) -> int:
@@ -142,7 +146,7 @@ class BaseModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer over what trains, its rate scheduled over all steps."""
-        optimizer = self.optimizer.callee(self.trained(), **self.optimizer.arguments)
+        optimizer = self.optimizer.callee(self.groups(), **self.optimizer.arguments)
         if self.optimizer.schedule == "constant" and not self.optimizer.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
@@ -162,8 +166,27 @@ class LoRAModule(BaseModule):
     """A frozen base and its adapters: they alone train.
 
     The base takes no gradient, is not in the optimizer, and its running statistics stay what they
-    were: a norm that keeps them is in eval mode also while the adapters train.
+    were: a norm that keeps them is in eval mode also while the adapters train. Weight decay, which
+    would pull the adapted model toward the base, is on only where the config says so. `lr_ratio` is
+    LoRA+'s.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: str,
+        outputs: int,
+        optimizer: Optimizer,
+        prefix: str = "",
+        lr_ratio: float = 1.0,
+    ):
+        super().__init__(model, task, outputs, optimizer, prefix)
+        self.lr_ratio = lr_ratio
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The adapters' parameters, with the factor that starts at zero apart where it must be."""
+        decay = self.optimizer.arguments.get("weight_decay", 0.0)
+        return parameter_groups(self.model, self.optimizer.lr, self.lr_ratio, decay)
 
     def trained(self) -> list[nn.Parameter]:
         """The adapters' parameters."""

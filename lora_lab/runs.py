@@ -185,3 +185,18 @@ def _git(*command: str) -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def named_run(path: Path) -> Run:
+    """The run at `path`, or the one under runs/ whose hash begins with it.
+
+    Raises FileNotFoundError where there is none, or more than one.
+    """
+    if (path / "status.json").exists():
+        return Run(path)
+    runs = find_runs(Path("runs"))
+    hits = [run for run in runs if run.path.name.rpartition("-")[2].startswith(path.name)]
+    if len(hits) != 1:
+        names = ", ".join(run.path.name for run in hits or runs[:3]) or "none"
+        raise FileNotFoundError(f"{path} is no run directory and no run's hash; runs: {names}")
+    return hits[0]

@@ -124,13 +124,17 @@ def prepare(arguments: list[str]) -> list[str]:
 
     Flags come before overrides; the brackets of alpha/sqrt(r) are no function call; and a glob on
     module names, target='*.fc1', becomes an option of conf/target that no YAML has. What holds a *,
-    a ? or a dot is a glob, any other word the name of an option.
+    a ? or a dot is a glob, any other word the name of an option. What a target or a pattern may say
+    it need not say beforehand, so that Hydra must take it as new.
     """
     for argument in arguments:
         if argument.startswith("target="):
             for word in re.findall(r"[^\s,\[\]'\"]+", argument.removeprefix("target=")):
                 if re.search(r"[*?.]", word):
                     ConfigStore.instance().store(word, {word: {"match": word}}, group="target")
+    arguments = [
+        re.sub(r"^(target\.|adapter\.(rank|alpha)_pattern)", r"++\1", a) for a in arguments
+    ]
     arguments = [re.sub(r"(?<=/sqrt)\((r)\)(?!['\"])", r"\(\1\)", a) for a in arguments]
     return sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
 

@@ -13,15 +13,18 @@ from lora_lab.cli import train_help
 from lora_lab.config import Config, check
 from lora_lab.options import options
 from lora_lab.train import prepare
-from tests.conftest import SMALL
+from tests.conftest import SMALL, Lab, only_run
 
 OPTIONS = [(group, option) for group, choices in options().items() for option in choices]
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+EVERYTHING = "model._target_=tests.everything.Everything"
 NEEDS = {
     ("trainer", "gpu"): ["trainer.accelerator=cpu"],
     ("base", "checkpoint"): ["base.path=base.safetensors"],
+    **{("target", option): [EVERYTHING] for option in options()["target"]},
 }
 """What an option cannot do without on a machine with no GPU and no files."""
+BRIEF = ("base.epochs=1", "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1")
 
 
 def composed(*overrides: str) -> Config:
@@ -37,6 +40,35 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str):
     assert options()[group][option].endswith(".")
     if (group, option) != ("base", "checkpoint"):
         experiment.plan(cfg)
+
+
+@pytest.mark.parametrize("adapter", options()["adapter"])
+def test_every_adapter_trains(lab: Lab, adapter: str):
+    targets = "target=[linear,conv,embedding]"
+    assert lab("shift", EVERYTHING, targets, f"adapter={adapter}", *BRIEF) == 0
+    losses = only_run().curve("val/loss")
+    assert adapter == "none" or losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("target", options()["target"])
+def test_every_target_trains(lab: Lab, target: str):
+    assert lab("shift", EVERYTHING, f"target=[{target}]", *BRIEF) == 0
+    losses = only_run().curve("val/loss")
+    assert losses[0] != losses[1]
+
+
+def test_no_experiment_sets_what_an_adapter_is():
+    """adapter=pissa must not be undone by the experiment it is tried in."""
+    conf = Path(__file__).parents[1] / "conf"
+    defining = {
+        key
+        for path in (conf / "adapter").glob("*.yaml")
+        for key in yaml.safe_load(path.read_text())
+        if path.stem not in ("lora", "full", "none")
+    }
+    for path in (conf / "experiment").glob("*.yaml"):
+        said = set(yaml.safe_load(path.read_text()).get("adapter", {}))
+        assert not said & (defining - {"defaults"}), path
 
 
 def test_every_group_is_there():

@@ -46,6 +46,20 @@ def test_a_frozen_base_does_not_move_its_running_statistics_included():
     assert model[2].training
 
 
+def test_weight_decay_is_off_unless_asked_for_and_the_zero_factor_has_its_own_rate():
+    model = normed()
+    adapters.attach(model, r=2, alpha=2)
+    quiet = {"_target_": "torch.optim.AdamW", "lr": 0.1, "schedule": "constant", "warmup": 0.0}
+    for said, decay in (({}, 0.0), ({"weight_decay": 0.3}, 0.3)):
+        optimizer = Optimizer.model_validate({**quiet, **said})
+        module = LoRAModule(model, "classification", 10, optimizer, lr_ratio=4.0)
+        groups = module.configure_optimizers().param_groups
+        made = adapters.attached(model).values()
+        assert [g["weight_decay"] for g in groups] == [decay, decay]
+        assert [g["lr"] for g in groups] == [0.1, 0.4]
+        assert [id(p) for p in groups[1]["params"]] == [id(adapter.B) for adapter in made]
+
+
 def test_a_base_in_training_moves_all_of_it():
     model = normed()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -106,7 +106,8 @@ def test_the_numbers_are_those_of_a_plain_loop(lab: Lab):
     base_model: Any = Linear(12, 9)
     base_model.load_state_dict({"linear.weight": load_base(Path("bases"))["linear.weight"]})
     adapters.load(base_model, run.path / "adapter")
-    torch.testing.assert_close(base_model.linear.lora.delta().double(), delta, rtol=1e-3, atol=1e-5)
+    loaded = adapters.deltas(base_model)["linear"].double()
+    torch.testing.assert_close(loaded, delta, rtol=1e-3, atol=1e-5)
 
 
 def load_base(bases: Path) -> dict[str, torch.Tensor]:
@@ -197,7 +198,8 @@ def test_a_base_from_a_checkpoint(lab: Lab):
         ("adapter.rr=4", "adapter.rr: there is no such key; nearest: r"),
         (
             "adapter.init=kaming",
-            "adapter.init=kaming: must be one of kaiming, gaussian; nearest: k",
+            "adapter.init=kaming: must be one of kaiming, gaussian, orthogonal, pissa, olora, svd; "
+            "nearest: kaiming",
         ),
         ("adapter.scaling=alfa", "must be one of alpha/r, alpha/sqrt(r), alpha; nearest: alpha"),
         ("adapter.dropout=1.0", "adapter.dropout=1.0: must be less than 1"),
@@ -206,8 +208,27 @@ def test_a_base_from_a_checkpoint(lab: Lab):
         ("experiment=shfit", "experiment=shfit: there is no such experiment; nearest: shift"),
         ("target=[linaer]", "target=linaer: there is no such target; nearest: linear"),
         ("target=linaer", "target=linaer: there is no such target; nearest: linear"),
-        ("target=lin.*", "target 'lin.*' picks no layer; nearest names: linear"),
-        ("target=[linear,lin*]", "targets 'linear' and 'lin*' both pick layer 'linear'"),
+        ("target=lin.*", "target 'lin.*' picks no weight; nearest names: linear"),
+        ("target=conv", "target 'conv' picks nothing: the model has no conv weight"),
+        (
+            "target.linear.r=99",
+            "adapter.r=99 exceeds the rank of 'linear' (weight 9 × 12): at most 9",
+        ),
+        ("target.linear.rr=2", "target.linear.rr=2: there is no such key; nearest: r"),
+        ("target.linear.init=pisa", "target.linear.init=pisa: must be one of kaiming, gaussian"),
+        ("target.conv.r=2", "target.conv: must say a kind or a match"),
+        (
+            "adapter.rank_pattern={fc:2}",
+            "target=linear: pattern 'fc' fits no site; nearest: linear",
+        ),
+        (
+            "adapter.rank_pattern={linear:0}",
+            "adapter.rank_pattern.linear=0: must be greater than 0",
+        ),
+        ("adapter.trains=core", "adapter.trains=core with init=gaussian: B is zero"),
+        ("adapter=lora_xs adapter.init=kaiming", "take an init from the weight: pissa, olora, svd"),
+        ("adapter.lr_ratio=0", "adapter.lr_ratio=0: must be greater than 0"),
+        ("target=[linear,lin*]", "targets 'linear' and 'lin*' both pick 'linear'"),
         ("base=checkpoint", "base.path: must be given"),
         ("base=checkpoint base.path=no.st", "base.path=no.st: no safetensors file to be read"),
         ("base=checkpoint base.path=text", "base.path=text: no safetensors file to be read"),
@@ -317,7 +338,14 @@ def test_a_failed_run_is_tried_again_by_the_same_command(lab: Lab, monkeypatch: 
 def start(*overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=offline"]
     pipe = subprocess.PIPE
-    return subprocess.Popen([*command, *overrides], stdout=pipe, stderr=pipe, text=True)
+
+    def listen() -> None:
+        """A shell ignores Ctrl-C on behalf of what it runs in the background, as these tests."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [*command, *overrides], stdout=pipe, stderr=pipe, text=True, preexec_fn=listen
+    )
 
 
 def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60) -> None:
@@ -396,6 +424,33 @@ def test_targets_by_glob(lab: Lab):
         for run in find_runs(Path("runs"))
     )
     assert sites == [["body.fc1"], ["body.fc1", "head"], ["body.fc1", "head"]]
+
+
+def test_a_targets_own_settings_and_patterns(lab: Lab):
+    own = ("target=[linear]", "target.linear.r=3", "target.linear.exclude=[head]")
+    assert lab("digits", *own, "adapter.alpha_pattern={body*:5}") == 0
+    (site,) = json.loads((only_run().path / "adapter" / "adapter.json").read_text())[
+        "sites"
+    ].items()
+    assert (site[0], site[1]["r"], site[1]["alpha"], site[1]["scale"]) == ("body.fc1", 3, 5, 5 / 3)
+
+
+def test_full_fine_tuning_of_blocks_measures_each(lab: Lab):
+    everything = "model._target_=tests.everything.Everything"
+    assert lab("shift", everything, "adapter=full", "target=all") == 0
+    run = only_run()
+    after = load_file(run.path / "model" / "model.safetensors")
+    before = load_base(Path("bases"))
+    with np.load(run.path / "spectra.npz") as arrays:
+        for site, name, rows in (
+            ("attn.in_proj_weight_k", "attn.in_proj_weight", slice(8, 16)),
+            ("lstm.weight_hh_l0_o", "lstm.weight_hh_l0", slice(24, 32)),
+            ("embed", "embed.weight", slice(None)),
+            ("conv", "conv.weight", slice(None)),
+        ):
+            delta = (after[name] - before[name])[rows].flatten(1).double()
+            sigma = arrays[f"{site}/singular_values"][-1]
+            np.testing.assert_allclose(sigma, torch.linalg.svdvals(delta), rtol=1e-5, atol=1e-8)
 
 
 def test_the_last_epoch_is_measured_whatever_its_number(lab: Lab):

@@ -1,32 +1,33 @@
 """LoRA itself: `from lora_lab import adapters; adapters.attach(model, r=8, alpha=16)`."""
 
-from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.files import adapter_state_dict, base_state_dict, load, save, weights_hash
-from lora_lab.adapters.init import INITS
-from lora_lab.adapters.inject import (
-    KINDS,
-    AdapterError,
-    RankError,
-    Site,
-    Target,
-    TargetError,
-    attach,
-    attached,
-    detach,
-    disabled,
-    find,
-    merge,
-    unmerge,
+from lora_lab.adapters.adapter import TRAINS, Adapter, AdapterError, Recipe
+from lora_lab.adapters.count import Count, count, parameter_groups
+from lora_lab.adapters.files import (
+    adapter_state_dict,
+    base_state_dict,
+    belongs_to,
+    load,
+    save,
+    weights_hash,
 )
+from lora_lab.adapters.init import INITS
+from lora_lab.adapters.inject import attach, attached, detach, disabled, names, switch
+from lora_lab.adapters.merge import combine, deltas, merge, merged, unmerge
+from lora_lab.adapters.peft import load_peft, save_peft
 from lora_lab.adapters.scaling import SCALINGS
+from lora_lab.adapters.sites import GROUPS, KINDS, RankError, Site, Target, TargetError, find
 
 __all__ = [
+    "GROUPS",
     "INITS",
     "KINDS",
     "SCALINGS",
+    "TRAINS",
     "Adapter",
     "AdapterError",
+    "Count",
     "RankError",
+    "Recipe",
     "Site",
     "Target",
     "TargetError",
@@ -34,12 +35,22 @@ __all__ = [
     "attach",
     "attached",
     "base_state_dict",
+    "belongs_to",
+    "combine",
+    "count",
+    "deltas",
     "detach",
     "disabled",
     "find",
     "load",
+    "load_peft",
     "merge",
+    "merged",
+    "names",
+    "parameter_groups",
     "save",
+    "save_peft",
+    "switch",
     "unmerge",
     "weights_hash",
 ]

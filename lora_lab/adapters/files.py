@@ -1,20 +1,29 @@
-"""Adapters on disk: the factors in safetensors, and what they mean in a small JSON beside them."""
+"""Adapters on disk: the tensors in safetensors, and what they mean in a small JSON beside them."""
 
+import glob
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import is_adapter_key
-from lora_lab.adapters.inject import KINDS, AdapterError, attached, kind_of, place
+from lora_lab.adapters.adapter import TENSORS, Adapter, AdapterError, Recipe
+from lora_lab.adapters.inject import chosen, everyone, place
+from lora_lab.adapters.sites import Site, Target, TargetError, adapter_for, find
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a state-dict key or parameter name belongs to an adapter."""
+    return "lora" in key.split(".")
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors alone, under the model's own names."""
+    """The adapters' tensors alone, under the model's own names: what a checkpoint need hold."""
     return {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
 
 
@@ -24,9 +33,15 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Values are the base's also while merged.
     """
     state = {key: value for key, value in model.state_dict().items() if not is_adapter_key(key)}
-    for name, adapter in attached(model).items():
-        if adapter.kept is not None:
-            state[f"{name}.weight" if name else "weight"] = adapter.kept
+    merged = [(site, a) for (_, site), a in everyone(model).items() if a.kept is not None]
+    for site, adapter in merged:
+        layer = site.rpartition(".")[0] if adapter.kind == "weight" else site
+        key = f"{layer}.{adapter.parameter}" if layer else adapter.parameter
+        weight = state[key].clone()
+        part = weight if adapter.rows is None else weight[slice(*adapter.rows)]
+        part.copy_(adapter.kept)
+        shared = state[key].data_ptr()
+        state |= {other: weight for other, value in state.items() if value.data_ptr() == shared}
     return state
 
 
@@ -40,67 +55,99 @@ def weights_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(model: nn.Module, directory: str | Path) -> None:
-    """Writes adapter.safetensors and adapter.json: only what trains, and the base it belongs to."""
+def save(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
+    """Writes the adapter `name`, or the active one, as adapter.safetensors and adapter.json.
+
+    Tensors are named by site (`fc1.A`); the JSON holds how each was made and the base's hash.
+    """
+    made = chosen(model, name)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    sites = {
-        name: {
-            "kind": kind_of(model.get_submodule(name)),
-            "shape": list(adapter.shape),
-            "r": adapter.r,
-            "alpha": adapter.alpha,
-            "scale": adapter.scale,
-            "dropout": adapter.dropout,
-            "init": adapter.init,
-        }
-        for name, adapter in attached(model).items()
+    tensors = {
+        f"{site}.{key}" if site else key: tensor.contiguous()
+        for site, adapter in made.items()
+        for key, tensor in adapter.tensors().items()
     }
-    save_file(
-        {k: v.contiguous() for k, v in adapter_state_dict(model).items()},
-        directory / "adapter.safetensors",
-    )
-    description = {"format": 1, "base": weights_hash(base_state_dict(model)), "sites": sites}
+    sites = {
+        site: {"kind": a.kind, "shape": list(a.shape), "scale": a.scale, **asdict(a.recipe)}
+        for site, a in made.items()
+    }
+    description = {"format": 2, "base": weights_hash(base_state_dict(model)), "sites": sites}
+    save_file(tensors, directory / "adapter.safetensors", {"format": "lora_lab"})
     (directory / "adapter.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
-def load(model: nn.Module, directory: str | Path) -> None:
-    """Puts the adapters of `directory` on `model`, and freezes the rest.
+def load(model: nn.Module, directory: str | Path, name: str = "default") -> None:
+    """Puts the adapter of `directory` on `model` under `name`, active, and freezes the rest.
 
     Raises AdapterError where the files are missing or do not fit: another base (by the hash of
-    its weights), layers that are not there, a wrong kind or shape, missing or unknown tensors.
+    its weights), weights that are not there, a wrong kind or shape, missing or unknown tensors.
     """
-    directory = Path(directory)
-    try:
-        description = json.loads((directory / "adapter.json").read_text())
-        tensors = load_file(directory / "adapter.safetensors")
-        base, sites = description["base"], description["sites"]
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
+    base, sites, tensors = _read(Path(directory))
     found = weights_hash(base_state_dict(model))
     if base != found:
         raise AdapterError(
             f"the adapter in {directory} belongs to another base: it was trained on weights "
             f"{base[:12]}, this model's are {found[:12]}"
         )
-    layers, wrong, made = dict(model.named_modules()), [], {}
-    for name, site in sites.items():
-        if name not in layers or kind_of(layers[name]) != site["kind"]:
-            wrong.append(f"'{name}' is no {site['kind']} layer of this model")
+    wrong: list[str] = []
+    made: dict[Site, Adapter] = {}
+    for path, about in sites.items():
+        try:
+            (site,) = find(model, {path: Target(about["kind"], glob.escape(path), tied=True)})
+        except TargetError as error:
+            wrong.append(str(error))
             continue
-        Kind = KINDS[site["kind"]]
-        shape = Kind.weight_of(layers[name]).shape
-        prefix = f"{name}.lora." if name else "lora."
-        A, B = tensors.pop(f"{prefix}A", None), tensors.pop(f"{prefix}B", None)
-        if list(shape) != site["shape"]:
-            wrong.append(f"'{name}' has shape {list(shape)}, the adapter's was {site['shape']}")
-        elif A is None or B is None:
-            wrong.append(f"no tensors {prefix}A and {prefix}B")
-        elif (A.shape, B.shape) != ((site["r"], shape[1:].numel()), (shape[0], site["r"])):
-            wrong.append(f"{prefix}A {list(A.shape)} and B {list(B.shape)} do not fit '{name}'")
+        prefix = f"{path}." if path else ""
+        own = {key: tensors.pop(prefix + key) for key in TENSORS if prefix + key in tensors}
+        # A copy is aligned in memory as a tensor made here, and sums in the same order.
+        device = model.get_submodule(site.layer).get_parameter(site.parameter).device
+        own = {key: tensor.to(device, copy=True) for key, tensor in own.items()}
+        recipe = Recipe(**{key: about[key] for key in Recipe.__dataclass_fields__})
+        layer = model.get_submodule(site.layer)
+        adapter = adapter_for(layer)(layer, site.parameter, site.rows, recipe)
+        adapter.scale = about["scale"]  # stored, not derived again
+        if problem := _misfit(adapter, about, own):
+            wrong.append(f"'{path}': {problem}")
         else:
-            how = {key: site[key] for key in ("alpha", "scale", "dropout", "init")}
-            made[name] = Kind(layers[name], A, B, **how)
+            made[site] = adapter.fill(own)
     if wrong := [*wrong, *(f"unknown tensor {key}" for key in tensors)]:
         raise AdapterError(f"the adapter in {directory} does not fit: {'; '.join(wrong)}")
-    place(model, made)
+    place(model, made, name)
+
+
+def belongs_to(directory: str | Path) -> str:
+    """The hash of the base that the adapter of `directory` was trained on."""
+    return _read(Path(directory))[0]
+
+
+def _read(directory: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """The base's hash, what is said of each site, and the tensors."""
+    try:
+        description = json.loads((directory / "adapter.json").read_text())
+        tensors = load_file(directory / "adapter.safetensors")
+        return description["base"], description["sites"], tensors
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
+
+
+def _misfit(adapter: Adapter, about: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
+    """Why these tensors are not this adapter's; None where they are."""
+    if list(adapter.shape) != about["shape"]:
+        return f"has shape {list(adapter.shape)}, the adapter's was {about['shape']}"
+    out, rest = adapter.matrix(torch.empty(adapter.shape, device="meta")).shape
+    r, recipe = adapter.r, adapter.recipe
+    wanted = {"A": [r, rest], "B": [out, r]}
+    if recipe.trains == "core":
+        wanted["core"] = [r, r]
+    elif "A0" in tensors or "B0" in tensors:
+        wanted |= {"A0": [r, rest], "B0": [out, r]}
+    if recipe.dora:
+        wanted["magnitude"] = [out]
+    found = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    if found != wanted:
+        return f"tensors must be {wanted}, they are {found}"
+    padding = getattr(adapter, "padding", None)
+    if padding is not None and tensors["A"][:, padding].any():
+        return f"A changes the padding token {padding}, whose change is zero"
+    return None

@@ -1,30 +1,77 @@
-"""What A and B are before the first step: (weight as a matrix, r, generator) → (A, B)."""
+"""What A and B are before the first step."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Init = Callable[[Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
+Matrix = Float[Tensor, "out rest"]
+Factors = tuple[Float[Tensor, "r rest"], Float[Tensor, "out r"]]
 
 
-def kaiming(
-    weight: Float[Tensor, "out rest"], r: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "r rest"], Float[Tensor, "out r"]]:
+@dataclass(frozen=True)
+class Init:
+    """`draw(weight, r, scale, generator)` gives A and B for a weight as a matrix.
+
+    `from_weight`: neither factor is zero, both are read from the weight; ΔW is then measured from
+    them, so that the base stays what it is and ΔW starts at zero.
+    """
+
+    draw: Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
+    from_weight: bool = False
+
+
+def kaiming(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
     """A uniform on ±1/√rest (Kaiming with a = √5, as nn.Linear draws its weight), B zero."""
-    A = nn.init.kaiming_uniform_(
-        torch.empty(r, weight.shape[1]), a=math.sqrt(5), generator=generator
-    )
-    return A, torch.zeros(weight.shape[0], r)
+    A = torch.empty(r, weight.shape[1])
+    return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator), _zeros(weight, r)
 
 
-def gaussian(
-    weight: Float[Tensor, "out rest"], r: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "r rest"], Float[Tensor, "out r"]]:
+def gaussian(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
     """A standard normal, B zero (Hu et al. 2021, section 4.1)."""
-    return torch.randn(r, weight.shape[1], generator=generator), torch.zeros(weight.shape[0], r)
+    return torch.randn(r, weight.shape[1], generator=generator), _zeros(weight, r)
 
 
-INITS: dict[str, Init] = {"kaiming": kaiming, "gaussian": gaussian}
+def orthogonal(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
+    """A with orthonormal rows, uniform among all such; B zero."""
+    A = torch.empty(r, weight.shape[1])
+    return nn.init.orthogonal_(A, generator=generator), _zeros(weight, r)
+
+
+def pissa(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
+    """scale · B A is the weight's best rank-r approximation, halved evenly between the factors.
+
+    A = √(S/scale) Vᵀ, B = U √(S/scale) (Meng et al. 2024, equations 2 and 3).
+    """
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def olora(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
+    """B = Q and A = R, the first r columns and rows of the weight's QR (Büyükakyüz 2024)."""
+    Q, R = torch.linalg.qr(weight)
+    return R[:r], Q[:, :r]
+
+
+def svd(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
+    """A = Vᵀ and B = U S of the weight's first r singular triples (LoRA-XS, Bałazy et al. 2024)."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    return Vh[:r], U[:, :r] * S[:r]
+
+
+def _zeros(weight: Tensor, r: int) -> Tensor:
+    return torch.zeros(weight.shape[0], r)
+
+
+INITS: dict[str, Init] = {
+    "kaiming": Init(kaiming),
+    "gaussian": Init(gaussian),
+    "orthogonal": Init(orthogonal),
+    "pissa": Init(pissa, from_weight=True),
+    "olora": Init(olora, from_weight=True),
+    "svd": Init(svd, from_weight=True),
+}

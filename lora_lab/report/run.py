@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -14,6 +15,9 @@ from rich.table import Table
 
 from lora_lab.report import figures
 from lora_lab.runs import Run, write_atomic
+
+SHOWN = 24
+"""Sites that are listed by name when a run starts; adapter/adapter.json has all."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,15 @@ def _facts(run: Run) -> list[list[str]]:
     config, adapter = run.config, run.config["adapter"]
     facts = []
     if adapter["method"] == "lora":
-        facts.append(["r, alpha", f"{adapter['r']}, {adapter['alpha']:g} ({adapter['scaling']})"])
+        how = [
+            f"r={adapter['r']}",
+            f"alpha={adapter['alpha']:g}",
+            adapter["scaling"],
+            adapter["init"],
+        ]
+        how += ["DoRA"] if adapter.get("dora") else []
+        how += [f"trains {adapter['trains']}"] if adapter.get("trains", "both") != "both" else []
+        facts.append(["adapter", ", ".join(how)])
     loss = run.curve("val/loss")
     if loss:
         facts.append(["loss on the new data before adaptation", number(loss[min(loss)])])
@@ -69,6 +81,13 @@ def _facts(run: Run) -> list[list[str]]:
     if trainable and base:
         share = f"{number(trainable)} of {number(base)} ({trainable / base:.3%})"
         facts.append(["trainable parameters", share])
+    full = run.last("bytes/full_optimizer")
+    for what, name in (("adapter on disk", "adapter"), ("optimizer state", "optimizer")):
+        if (size := run.last(f"bytes/{name}")) is not None:
+            beside = (
+                f", {_bytes(full)} for full fine-tuning" if full and name == "optimizer" else ""
+            )
+            facts.append([what, f"{_bytes(size)}{beside}"])
     for site, sigma in spectrum(run).items():
         last = ", ".join(number(value) for value in sigma[-1][:4])
         more = ", …" if sigma.shape[1] > 4 else ""
@@ -77,6 +96,29 @@ def _facts(run: Run) -> list[list[str]]:
         facts.append([f"ΔW of {site}: effective rank", number(rank)])
     facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
     return facts
+
+
+def _bytes(size: float) -> str:
+    unit = min(3, int(np.log10(max(size, 1)) // 3))
+    return f"{size / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB')[unit]}"
+
+
+def sites(picked: Iterable[Any]) -> Table:
+    """What the targets matched: each site's weight as a matrix, r, alpha, and what trains there."""
+    picked = list(picked)
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("site", "weight", "r", "alpha", "trains"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for site in picked[:SHOWN]:
+        weight = " × ".join(map(str, site.shape))
+        recipe = site.recipe
+        table.add_row(site.name, weight, str(recipe.r), f"{recipe.alpha:g}", f"{site.parameters:,}")
+    if len(picked) > SHOWN:
+        table.add_row(f"… and {len(picked) - SHOWN} more", "", "", "", "")
+    table.add_section()
+    total = sum(site.parameters for site in picked)
+    table.add_row(f"{len(picked)} site{'s' * (len(picked) != 1)}", "", "", "", f"{total:,}")
+    return table
 
 
 def spectrum(run: Run) -> dict[str, np.ndarray]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from lora_lab import adapters
 from lora_lab.adapters import Adapter
@@ -20,57 +21,214 @@ class Layer:
     name: str
     kind: str
     make: Callable[[], nn.Module]
-    input: Callable[[], Tensor]
+    inputs: Callable[[], tuple[Tensor, ...]]
+
+
+class Doubled(nn.Linear):
+    """A Linear with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Bare(nn.Module):
+    """A parameter that no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = nn.Parameter(torch.randn(4, 3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,ijk->bjk", x, self.theta)
+
+
+def floats(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: tuple(torch.randn(shape) for shape in shapes)
+
+
+def tokens(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randint(0, 7, shape),)
 
 
 LAYERS = [
-    Layer("linear", "linear", lambda: nn.Linear(7, 5), lambda: torch.randn(4, 7)),
-    Layer("linear-wide", "linear", lambda: nn.Linear(3, 9, bias=False), lambda: torch.randn(2, 3)),
-    Layer("linear-3d", "linear", lambda: nn.Linear(6, 4), lambda: torch.randn(2, 3, 6)),
-    Layer("linear-1d", "linear", lambda: nn.Linear(4, 4), lambda: torch.randn(4)),
-]
-RANKS = [1, 3]
+    Layer("linear", "linear", lambda: nn.Linear(7, 5), floats((4, 7))),
+    Layer("linear-wide", "linear", lambda: nn.Linear(3, 9, bias=False), floats((2, 3))),
+    Layer("linear-3d", "linear", lambda: nn.Linear(6, 4), floats((2, 3, 6))),
+    Layer("linear-1d", "linear", lambda: nn.Linear(4, 4), floats((4,))),
+    Layer("gpt2-conv1d", "linear", lambda: Conv1D(5, 6), floats((2, 3, 6))),
+    Layer("conv1d", "conv", lambda: nn.Conv1d(4, 5, 3, stride=2, padding=1), floats((2, 4, 9))),
+    Layer("conv1d-reflect", "conv", lambda: nn.Conv1d(3, 4, 3, padding=2, padding_mode="reflect"),
+          floats((2, 3, 6))),
+    Layer("conv2d-same", "conv",
+          lambda: nn.Conv2d(3, 4, 3, padding="same", dilation=2, padding_mode="circular"),
+          floats((2, 3, 6, 5))),
+    Layer("conv2d-grouped", "conv", lambda: nn.Conv2d(4, 6, (3, 2), groups=2, stride=(2, 1)),
+          floats((2, 4, 5, 4))),
+    Layer("conv2d-depthwise", "conv", lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False),
+          floats((2, 4, 4, 4))),
+    Layer("conv2d-unbatched", "conv", lambda: nn.Conv2d(3, 4, 2), floats((3, 4, 4))),
+    Layer("conv3d", "conv", lambda: nn.Conv3d(3, 4, 2, dilation=(1, 2, 1)),
+          floats((2, 3, 3, 4, 3))),
+    Layer("conv3d-pointwise", "conv", lambda: nn.Conv3d(4, 5, (1, 1, 2)), floats((2, 4, 2, 2, 3))),
+    Layer("embedding", "embedding", lambda: nn.Embedding(7, 5), tokens(2, 4)),
+    Layer("embedding-padding", "embedding", lambda: nn.Embedding(7, 4, padding_idx=2),
+          tokens(3, 5)),
+    Layer("embedding-freq", "embedding", lambda: nn.Embedding(7, 4, scale_grad_by_freq=True),
+          tokens(3, 5)),
+    Layer("embedding-sparse", "embedding", lambda: nn.Embedding(7, 4, sparse=True), tokens(5)),
+    Layer("attention", "weight", lambda: nn.MultiheadAttention(4, 2),
+          floats((3, 2, 4), (3, 2, 4), (3, 2, 4))),
+    Layer("attention-kdim", "weight",
+          lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=5, batch_first=True),
+          floats((2, 3, 4), (2, 4, 3), (2, 4, 5))),
+    Layer("lstm", "weight", lambda: nn.LSTM(3, 4, proj_size=2, bidirectional=True),
+          floats((3, 2, 3))),
+    Layer("gru", "weight", lambda: nn.GRU(3, 4, num_layers=2), floats((3, 2, 3))),
+    Layer("transpose1d", "weight", lambda: nn.ConvTranspose1d(4, 3, 3), floats((2, 4, 3))),
+    Layer("transpose2d", "weight", lambda: nn.ConvTranspose2d(4, 2, 2, stride=2, groups=2),
+          floats((2, 4, 2, 3))),
+    Layer("transpose3d", "weight", lambda: nn.ConvTranspose3d(3, 2, 2), floats((1, 3, 2, 2, 2))),
+    Layer("bilinear", "weight", lambda: nn.Bilinear(3, 4, 5), floats((2, 3), (2, 4))),
+    Layer("bag", "weight", lambda: nn.EmbeddingBag(7, 4, padding_idx=1), tokens(3, 4)),
+    Layer("subclass", "weight", lambda: Doubled(5, 4), floats((2, 5))),
+    Layer("bare", "weight", Bare, floats((2, 4))),
+]  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora-r1": {"r": 1},
+    "lora": {},
+    "gaussian-rslora": {"init": "gaussian", "scaling": "alpha/sqrt(r)"},
+    "orthogonal-alpha": {"init": "orthogonal", "scaling": "alpha"},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+    "svd": {"init": "svd"},
+    "lora-fa": {"trains": "zero"},
+    "pissa-fa": {"init": "pissa", "trains": "zero"},
+    "lora-xs": {"init": "svd", "trains": "core"},
+    "pissa-xs": {"init": "pissa", "trains": "core"},
+    "dora": {"dora": True},
+    "dora-fa": {"dora": True, "trains": "zero"},
+    "dora-pissa": {"dora": True, "init": "pissa"},
+    "dora-xs": {"dora": True, "init": "svd", "trains": "core"},
+}
+
+
+class Model(nn.Module):
+    """A layer called `site`, and the first of what it gives."""
+
+    def __init__(self, site: nn.Module):
+        super().__init__()
+        self.site = site
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output = self.site(*inputs)
+        return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass(frozen=True)
 class Case:
     layer: Layer
-    init: str
-    scaling: str
-    r: int
+    variant: str
 
     def __str__(self) -> str:
-        return f"{self.layer.name}-{self.init}-{self.scaling.replace('/', '_')}-r{self.r}"
+        return f"{self.layer.name}-{self.variant}"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"r": 2, "alpha": 2.5, "seed": 3, **VARIANTS[self.variant]}
+
+    def plain(self, dtype: torch.dtype = torch.float64) -> Any:
+        """The model without an adapter."""
+        torch.manual_seed(0)
+        return Model(self.layer.make()).to(dtype)
 
     def build(self, trained: bool = True, dtype: torch.dtype = torch.float64) -> Any:
-        """A model whose layer `site` has the adapter; trained: with a B that is not zero."""
-        torch.manual_seed(0)
-        model: Any = nn.Sequential()
-        model.add_module("site", self.layer.make())
-        model.to(dtype)
+        """A model whose `site` is adapted; trained: everything that trains has moved."""
+        model = self.plain(dtype)
         self.attach(model)
         if trained:
-            for adapter in adapters.attached(model).values():
-                nn.init.normal_(adapter.B)
+            move(model)
         return model
 
     def attach(self, model: nn.Module) -> None:
-        kind, how = self.layer.kind, {"init": self.init, "scaling": self.scaling, "seed": 3}
-        adapters.attach(model, kind, r=self.r, alpha=2.5, **how)  # pyright: ignore
+        adapters.attach(model, "all", **self.how)
 
-    def input(self) -> Tensor:
+    def inputs(self) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
-        x = self.layer.input()
-        return x.double() if x.is_floating_point() else x
+        return tuple(x.double() if x.is_floating_point() else x for x in self.layer.inputs())
 
 
-CASES = [Case(*c) for c in product(LAYERS, adapters.INITS, adapters.SCALINGS, RANKS)]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+CASES = [
+    Case(layer, name)
+    for layer in LAYERS
+    for name, variant in VARIANTS.items()
+    if not (variant.get("dora") and layer.kind == "weight")
+]
+
+
+def cases_where(holds: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [case for case in CASES if holds(case)], ids=str)
+
+
+every_case = cases_where(lambda case: True)
+every_layer = cases_where(lambda case: case.variant == "lora")
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def move(model: nn.Module, seed: int = 4) -> None:
+    """Moves all that trains as training could: the padding token has no gradient."""
+    torch.manual_seed(seed)
+    for adapter in adapters.attached(model).values():
+        padding = getattr(adapter, "padding", None)
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                step = torch.randn(parameter.shape).to(parameter)
+                if padding is not None and parameter is adapter.A:
+                    step[:, padding] = 0
+                parameter.data.add_(step)
+
+
+def weight_names(model: nn.Module) -> dict[str, str]:
+    """Site → the name of the parameter that its adapter changes."""
+    return {
+        site: f"{site}.weight"
+        if adapter.kind != "weight"
+        else f"{site.rpartition('.')[0]}.{adapter.parameter}"
+        for site, adapter in adapters.attached(model).items()
+    }
+
+
+def changed_weights(model: nn.Module, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter name → W + ΔW, written out block by block."""
+    base = adapters.base_state_dict(model)
+    changed: dict[str, Tensor] = {}
+    for site, name in weight_names(model).items():
+        rows = adapters.attached(model)[site].rows
+        weight = changed.get(name, base[name].detach().clone())
+        if rows is None:
+            changed[name] = weight + deltas[site]
+        else:
+            before, _, after = weight.tensor_split(rows)
+            changed[name] = torch.cat([before, weight[slice(*rows)] + deltas[site], after])
+    return changed
+
+
+def on_plain(case: Case, weights: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+    """What a model without adapters gives with those weights."""
+    output = functional_call(case.plain(), weights, inputs)
+    assert isinstance(output, Tensor)
+    return output
 
 
 def the_adapter(model: nn.Module) -> Adapter:
-    return adapters.attached(model)["site"]
+    (adapter,) = adapters.attached(model).values()
+    return adapter
 
 
-def test_the_table_has_every_kind():
+def test_the_table_has_every_kind_and_variant():
     assert {layer.kind for layer in LAYERS} == set(adapters.KINDS)
+    for key, table in (("init", adapters.INITS), ("scaling", adapters.SCALINGS)):
+        assert {v.get(key, next(iter(table))) for v in VARIANTS.values()} == set(table)
+    assert {v.get("trains", "both") for v in VARIANTS.values()} == set(adapters.TRAINS)

@@ -7,38 +7,71 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_lab import adapters
-from tests.adapters.cases import CASES, Case, every_case, the_adapter
+from tests.adapters.cases import CASES, Case, every_case, move
 
 
 @every_case
 def test_saved_and_loaded_is_the_same(case: Case, tmp_path: Path):
-    model, x = case.build(), case.input()
-    the_adapter(model).dropout = 0.25
-    model.eval()
-    adapters.save(model, tmp_path)
-    fresh = case.build().eval()
-    adapters.detach(fresh)
+    model, x = case.plain(), case.inputs()
+    adapters.attach(model, "all", **case.how, dropout=0.25)
+    move(model)
+    adapters.save(model.eval(), tmp_path)
+    fresh = case.plain().eval()
     adapters.load(fresh, tmp_path)
-    assert torch.equal(fresh(x), model(x))
-    ours, theirs = the_adapter(fresh), the_adapter(model)
-    for name in ("r", "alpha", "scale", "dropout", "init"):
-        assert getattr(ours, name) == getattr(theirs, name)
-    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
-        "site.lora.A",
-        "site.lora.B",
-    }
+    assert torch.equal(fresh(*x), model(*x))
+    theirs = adapters.attached(model)
+    for site, ours in adapters.attached(fresh).items():
+        assert (ours.recipe, ours.scale) == (theirs[site].recipe, theirs[site].scale)
+    assert [n for n, p in fresh.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
 
 
-def test_only_what_trains_is_stored(tmp_path: Path):
+@every_case
+def test_a_checkpoint_of_adapter_state_alone_is_enough(case: Case):
+    model, x = case.build(), case.inputs()
+    fresh = case.build(trained=False)
+    missing, unexpected = fresh.load_state_dict(adapters.adapter_state_dict(model), strict=False)
+    assert (set(missing), unexpected) == (set(adapters.base_state_dict(fresh)), [])
+    assert torch.equal(fresh(*x), model(*x))
+
+
+def test_only_the_adapter_is_stored(tmp_path: Path):
     model = CASES[0].build()
     adapters.merge(model)
     adapters.save(model, tmp_path)
-    assert set(load_file(tmp_path / "adapter.safetensors")) == {"site.lora.A", "site.lora.B"}
+    assert set(load_file(tmp_path / "adapter.safetensors")) == {"site.A", "site.B"}
     about = json.loads((tmp_path / "adapter.json").read_text())
     adapters.unmerge(model)
     assert about["base"] == adapters.weights_hash(adapters.base_state_dict(model))
+
+
+def test_the_scale_is_stored_and_not_derived_again(tmp_path: Path):
+    model, x = CASES[0].build(), CASES[0].inputs()
+    adapters.save(model, tmp_path)
+    path = tmp_path / "adapter.json"
+    about = json.loads(path.read_text())
+    about["sites"]["site"]["scale"] *= 2
+    path.write_text(json.dumps(about))
+    fresh = CASES[0].plain()
+    adapters.load(fresh, tmp_path)
+    base = fresh.eval()(*x) - CASES[0].plain()(*x)
+    torch.testing.assert_close(base, 2 * (model(*x) - CASES[0].plain()(*x)))
+
+
+def test_one_of_several_is_saved_by_its_name_and_loaded_under_another(tmp_path: Path):
+    model, x = CASES[0].build(), CASES[0].inputs()
+    y = model(*x)
+    adapters.attach(model, r=3, alpha=1, name="other")
+    adapters.save(model, tmp_path, name="default")
+    with pytest.raises(adapters.AdapterError, match="no adapter 'third'; on the model: default, o"):
+        adapters.save(model, tmp_path, name="third")
+    adapters.load(model, tmp_path, name="again")
+    assert adapters.names(model) == ["default", "other", "again"]
+    assert torch.equal(model(*x), y)
 
 
 def saved(tmp_path: Path) -> Any:
@@ -66,9 +99,9 @@ def edit(tmp_path: Path, **changes: torch.Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"site.lora.A": None}, "no tensors site.lora.A and site.lora.B"),
-        ({"site.lora.C": torch.zeros(1)}, "unknown tensor site.lora.C"),
-        ({"site.lora.A": torch.zeros(2, 3)}, r"site.lora.A \[2, 3\]"),
+        ({"site.A": None}, r"'A': \[1, 7\], 'B': \[5, 1\]}, they are {'B': \[5, 1\]}"),
+        ({"site.C": torch.zeros(1)}, "unknown tensor site.C"),
+        ({"site.A": torch.zeros(2, 3)}, r"they are \{'A': \[2, 3\]"),
     ],
 )
 def test_tensors_that_do_not_fit_are_listed(tmp_path: Path, changes: dict, says: str):
@@ -103,3 +136,13 @@ def test_weights_hash_sees_names_shapes_types_and_bits():
         {"b": state["a"], "n": state["n"]},
     ):
         assert adapters.weights_hash(other) != adapters.weights_hash(state)
+
+
+def test_a_change_of_the_padding_token_is_refused(tmp_path: Path):
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=1))
+    adapters.attach(model, "all", r=1, alpha=1)
+    adapters.attached(model)["0"].A.data += 1
+    adapters.save(model, tmp_path)
+    adapters.detach(model)
+    with pytest.raises(adapters.AdapterError, match="'0': A changes the padding token 1"):
+        adapters.load(model, tmp_path)

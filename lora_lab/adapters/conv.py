@@ -1,0 +1,46 @@
+"""The factored adapter of convolutions."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapters.adapter import FactoredAdapter
+
+
+class ConvAdapter(FactoredAdapter):
+    """ΔW = scale · B A on Conv1d, Conv2d and Conv3d: A is r filters, B a 1 × 1 convolution.
+
+    The matrix of the weight is out × (in/groups · k…), also of a grouped convolution: every group
+    filters its own channels with the same A, and its outputs have their own rows of B. Stride,
+    padding, dilation and padding_mode are the layer's.
+    """
+
+    kind = "conv"
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        """Conv1d, 2d and 3d themselves: a subclass may have another forward."""
+        return type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def along(self, values: Tensor, output: Tensor) -> Tensor:
+        """Channels come before the places."""
+        return values.view(-1, *[1] * (len(self.shape) - 2))
+
+    def down(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+        """r filters for each group, with the layer's geometry: (*, in, …) → (*, groups · r, …)."""
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        filters = A.view(-1, *self.shape[1:])
+        if layer.groups > 1:
+            filters = torch.cat([filters] * layer.groups)
+        return layer._conv_forward(self.dropped(input), filters, None)
+
+    def up(self, layer: nn.Module, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
+        """Every group's rows of B on its r channels, in one product onto the layer's output."""
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        groups, batched = layer.groups, output.dim() == len(self.shape)
+        batch = output.shape[0] if batched else 1
+        blocks, r = batch * groups, B.shape[1]
+        B = B.view(groups, -1, r).expand(batch, -1, -1, -1).reshape(blocks, -1, r)
+        onto = output.reshape(blocks, B.shape[1], -1)  # (batch · groups, out/groups, places)
+        return torch.baddbmm(onto, B, hidden.reshape(blocks, r, -1), alpha=self.scale).view(
+            output.shape
+        )

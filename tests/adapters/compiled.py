@@ -1,0 +1,26 @@
+"""`python -m tests.adapters.compiled`: factored adapters under torch.compile, without a break."""
+
+from typing import Any
+
+import torch
+
+from lora_lab import adapters
+from tests.adapters.cases import CASES, trained
+
+LAYERS = ("linear-3d", "gpt2-conv1d", "conv2d-grouped", "conv2d-same", "embedding")
+VARIANTS = ("lora", "pissa", "lora-xs", "dora")
+
+if __name__ == "__main__":
+    for case in CASES:
+        if case.layer.name not in LAYERS or case.variant not in VARIANTS:
+            continue
+        torch._dynamo.reset()
+        model, x = case.build(), case.inputs()
+        compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+        y, plain = compiled(*x), model(*x)
+        torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+        got = torch.autograd.grad(y.square().sum(), trained(model))
+        expected = torch.autograd.grad(plain.square().sum(), trained(model))
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        with adapters.disabled(model):
+            torch.testing.assert_close(compiled(*x), model(*x), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,289 @@
+"""Targets: what they pick, and what is said when they pick nothing that can be meant."""
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lab import adapters
+from lora_lab.adapters import RankError, Recipe, Site, Target, TargetError
+from tests.everything import Everything
+
+
+def model() -> Any:
+    return nn.Sequential(
+        OrderedDict(fc1=nn.Linear(6, 8), relu1=nn.ReLU(), fc2=nn.Linear(8, 8), head=nn.Linear(8, 3))
+    )
+
+
+def test_sites_are_in_the_models_order_with_their_matrix():
+    sites = adapters.find(model(), {"linear": Target("linear")})
+    assert sites == [
+        Site("fc1", "linear", (8, 6)),
+        Site("fc2", "linear", (8, 8)),
+        Site("head", "linear", (3, 8)),
+    ]
+
+
+def test_find_works_on_the_meta_device():
+    with torch.device("meta"):
+        assert len(adapters.find(model(), {"linear": Target("linear")}, Recipe(3, 1.0))) == 3
+
+
+@pytest.mark.parametrize(
+    ("match", "names"), [("fc*", ["fc1", "fc2"]), ("*2", ["fc2"]), ("head", ["head"])]
+)
+def test_globs(match: str, names: list[str]):
+    sites = adapters.find(model(), {match: Target(match=match)})
+    assert [site.name for site in sites] == names
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (Target(match="fcc*"), "picks no weight; nearest names: fc2, fc1"),
+        (Target("conv"), "picks nothing: the model has no conv weight"),
+        (Target("conv", match="fc*"), "the model has no conv weight"),
+        (Target(match="fc*", exclude="fc?"), "its exclude leaves out all that its match picks"),
+        (Target("lineal"), "kind='lineal' must be one of linear, conv, embedding, weight"),
+        (Target(match="relu*"), "picks no weight, only relu1 (ReLU)"),
+    ],
+)
+def test_a_target_that_picks_nothing_is_an_error(target: Target, says: str):
+    with pytest.raises(TargetError) as error:
+        adapters.find(model(), {"mine": target})
+    assert says in str(error.value)
+
+
+def test_a_model_without_such_layers_is_an_error():
+    with pytest.raises(TargetError, match="the model has no linear weight"):
+        adapters.find(nn.Sequential(nn.ReLU()), {"linear": Target("linear")})
+
+
+def test_two_targets_on_one_layer_are_an_error():
+    targets = {"linear": Target("linear"), "fc*": Target(match="fc*")}
+    with pytest.raises(TargetError, match=r"'linear' and 'fc\*' both pick 'fc1'"):
+        adapters.find(model(), targets)
+
+
+def test_a_tied_weight_is_an_error():
+    tied = model()
+    tied.fc2.weight = tied.fc1.weight = nn.Parameter(torch.randn(8, 8))
+    with pytest.raises(TargetError, match=r"fc1\.weight = fc2\.weight"):
+        adapters.find(tied, {"linear": Target("linear")})
+
+
+@pytest.mark.parametrize("r", [4, 100])
+def test_a_rank_over_the_weights_is_an_error(r: int):
+    rule = f"r={r} exceeds the rank of 'head' (weight 3 × 8): at most 3"
+    with pytest.raises(RankError) as error:
+        adapters.attach(model(), {"head": Target(match="head")}, r=r, alpha=1)
+    assert str(error.value) == rule
+
+
+@pytest.mark.parametrize("r", [0, -2])
+def test_no_rank_is_an_error(r: int):
+    with pytest.raises(RankError, match="at least 1"):
+        adapters.attach(model(), r=r, alpha=1)
+
+
+def test_an_error_leaves_the_model_untouched():
+    untouched = model()
+    with pytest.raises(RankError):
+        adapters.attach(untouched, r=5, alpha=1)
+    assert not adapters.attached(untouched)
+    assert all(p.requires_grad for p in untouched.parameters())
+
+
+def test_a_layer_takes_one_adapter_and_the_others_can_follow():
+    twice = model()
+    adapters.attach(twice, {"head": Target(match="head")}, r=1, alpha=1)
+    with pytest.raises(adapters.AdapterError, match="have an adapter already: head"):
+        adapters.attach(twice, r=1, alpha=1)
+    adapters.attach(twice, {"fc": Target(match="fc*")}, r=1, alpha=1)
+    assert {n.split(".")[0] for n, p in twice.named_parameters() if p.requires_grad} == {
+        "fc1",
+        "fc2",
+        "head",
+    }
+    adapters.detach(twice)
+    assert all(p.requires_grad for p in twice.parameters())
+
+
+def test_a_subclass_with_its_own_forward_is_no_plain_linear():
+    class Doubled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    subclass = nn.Sequential(Doubled(3, 3))
+    assert [site.kind for site in adapters.find(subclass, {"all": Target()})] == ["weight"]
+    with pytest.raises(TargetError):
+        adapters.find(subclass, {"linear": Target("linear")})
+
+
+def test_weights_tied_by_their_storage_are_an_error():
+    tied = model()
+    tied.fc2 = nn.Linear(6, 8)
+    tied.fc2.weight = nn.Parameter(tied.fc1.weight.data)
+    with pytest.raises(TargetError, match=r"fc1\.weight = fc2\.weight"):
+        adapters.find(tied, {"linear": Target("linear")})
+
+
+def test_a_merged_model_takes_no_further_adapter():
+    merged = model()
+    adapters.attach(merged, {"head": Target(match="head")}, r=1, alpha=1)
+    adapters.merge(merged)
+    with pytest.raises(adapters.AdapterError, match="merged: head; unmerge"):
+        adapters.attach(merged, {"fc": Target(match="fc*")}, r=1, alpha=1)
+
+
+def test_detach_from_an_outer_model_thaws():
+    inner = model()
+    outer = nn.Sequential(inner, nn.Linear(3, 3))
+    adapters.attach(inner, r=1, alpha=1)
+    adapters.detach(outer)
+    assert all(p.requires_grad for p in outer.parameters())
+
+
+def test_a_module_of_that_name_is_an_error():
+    taken = nn.Sequential(OrderedDict(lora=nn.Linear(3, 3), fc=nn.Linear(3, 3)))
+    with pytest.raises(adapters.AdapterError, match="has the name of an adapter"):
+        adapters.attach(taken, r=1, alpha=1)
+    assert all(p.requires_grad for p in taken.parameters())
+
+
+def test_a_computed_weight_is_an_error():
+    normed = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3)))
+    with pytest.raises(TargetError, match="is no parameter but computed"):
+        adapters.attach(normed, r=1, alpha=1)
+
+
+@pytest.mark.parametrize("how", [{"init": "zeros"}, {"scaling": "2"}])
+def test_an_unknown_variant_is_an_error(how: dict):
+    with pytest.raises(adapters.AdapterError, match="must be one of"):
+        adapters.attach(model(), r=1, alpha=1, **how)
+
+
+def names(target: Target, recipe: Recipe | None = None) -> list[str]:
+    return [site.name for site in adapters.find(Everything(5, 3), {"it": target}, recipe)]
+
+
+def test_every_kind_and_group_of_sites():
+    gates = [f"lstm.weight_{io}_l0_{gate}" for io in ("ih", "hh") for gate in "ifgo"]
+    blocks = [f"attn.in_proj_weight_{block}" for block in "qkv"]
+    assert names(Target("linear")) == ["fc", "head"]
+    assert names(Target("conv")) == ["conv"]
+    assert names(Target("embedding")) == ["embed"]
+    assert names(Target("attention")) == [*blocks, "attn.out_proj.weight"]
+    assert names(Target("weight")) == ["mix", *blocks, "attn.out_proj.weight", *gates]
+    assert len(names(Target("all"))) == 4 + 13
+
+
+@pytest.mark.parametrize(
+    ("target", "picked"),
+    [
+        (Target(match="*weight_[qv]"), ["attn.in_proj_weight_q", "attn.in_proj_weight_v"]),
+        (Target(match="attn.in_proj_weight", exclude="*_[kv]"), ["attn.in_proj_weight_q"]),
+        (Target(match=["fc", "head"], exclude=["h*"]), ["fc"]),
+        (Target(match="attn.out_proj"), ["attn.out_proj.weight"]),
+        (Target("linear", exclude="fc"), ["head"]),
+        (Target(match="mix"), ["mix"]),
+    ],
+)  # fmt: skip
+def test_matches_and_excludes(target: Target, picked: list[str]):
+    assert names(target) == picked
+
+
+def test_only_the_chosen_block_changes():
+    attention = Everything(5, 3)
+    adapters.attach(attention, {"v": Target(match="*_v")}, r=2, alpha=2)
+    nn.init.normal_(adapters.attached(attention)["attn.in_proj_weight_v"].B)
+    adapters.merge(attention)
+    moved = (
+        attention.attn.in_proj_weight != adapters.base_state_dict(attention)["attn.in_proj_weight"]
+    )
+    assert moved[16:].all()
+    assert not moved[:16].any()
+
+
+def test_a_targets_own_settings_and_patterns_over_them():
+    targets = {
+        "body": Target("linear", match="fc*", r=2, alpha=8.0, dropout=0.5, init="gaussian"),
+        "head": Target("linear", match="head"),
+    }
+    sites = adapters.attach(
+        one := model(),
+        targets,
+        r=3,
+        alpha=6,
+        rank_pattern={"fc2": 4, "fc*": 5},
+        alpha_pattern={"h*": 1.5},
+    )
+    assert [(s.name, s.recipe and (s.recipe.r, s.recipe.alpha)) for s in sites] == [
+        ("fc1", (5, 8.0)),
+        ("fc2", (4, 8.0)),
+        ("head", (3, 1.5)),
+    ]
+    made = adapters.attached(one)
+    assert [a.scale for a in made.values()] == [8 / 5, 2.0, 0.5]
+    assert [a.recipe.dropout for a in made.values()] == [0.5, 0.5, 0.0]
+    assert [a.recipe.init for a in made.values()] == ["gaussian", "gaussian", "kaiming"]
+    assert [s.parameters for s in sites] == [5 * 14, 4 * 16, 3 * 11]
+    counted = {n: sum(p.numel() for p in a.parameters()) for n, a in made.items()}
+    assert counted == {s.name: s.parameters for s in sites}
+
+
+@pytest.mark.parametrize("trains", adapters.TRAINS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_site_counts_what_trains(trains: str, dora: bool):
+    one = nn.ModuleDict({"e": nn.Embedding(9, 5), "l": nn.Linear(4, 7), "c": nn.Conv2d(3, 4, 2)})
+    sites = adapters.attach(one, "all", r=2, alpha=1, init="svd", trains=trains, dora=dora)
+    for site in sites:
+        made = adapters.attached(one)[site.name].parameters()
+        assert site.parameters == sum(p.numel() for p in made if p.requires_grad), site
+
+
+def test_a_pattern_that_fits_nothing_is_an_error():
+    with pytest.raises(TargetError, match="pattern 'fcc' fits no site; nearest: fc2, fc1"):
+        adapters.attach(model(), r=2, alpha=1, rank_pattern={"fcc": 1})
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (
+            {"trains": "core"},
+            "trains=core with init=kaiming: .* take an init from the weight: pissa",
+        ),
+        ({"dropout": 1.0}, "dropout=1.0: must be at least 0 and less than 1"),
+        ({"trains": "A"}, "trains='A': must be one of both, zero, core"),
+        ({"name": "a.b"}, "name='a.b': must be a plain word"),
+        ({"name": "keys"}, "name='keys': must be a plain word"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_an_error(how: dict, says: str):
+    one = model()
+    with pytest.raises(adapters.AdapterError, match=says):
+        adapters.attach(one, r=1, alpha=1, **how)
+    assert not adapters.attached(one)
+
+
+def test_dora_is_not_for_every_kind():
+    says = r"'0\.weight_ih_l0_i' is of kind weight, DoRA is for linear, conv, embedding"
+    with pytest.raises(adapters.AdapterError, match=says):
+        adapters.attach(nn.Sequential(nn.LSTM(3, 3)), "all", r=1, alpha=1, dora=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.Embedding(5, 3, max_norm=1.0), "its max_norm rewrites the base's weight"),
+        (nn.EmbeddingBag(5, 3, max_norm=1.0), "its max_norm rewrites the weight"),
+        (nn.EmbeddingBag(5, 3, sparse=True), "a sparse gradient cannot pass"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_with_the_reason(layer: nn.Module, why: str):
+    with pytest.raises(TargetError, match=f"'0(.weight)?' cannot be adapted: {why}"):
+        adapters.attach(nn.Sequential(layer), "all", r=1, alpha=1)

@@ -1,0 +1,173 @@
+"""What people put models through: adapters must be the same there as in a plain forward pass."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from lora_lab import adapters
+from tests.adapters.cases import Case, every_layer, move, trained
+from tests.everything import Everything
+
+ROOT = Path(__file__).parents[2]
+
+
+def everything(seed: int = 0, **how: Any) -> Everything:
+    torch.manual_seed(seed)
+    model = Everything(5, 3).double()
+    adapters.attach(model, how.pop("targets", "all"), **{"r": 2, "alpha": 2, **how})
+    move(model)
+    return model
+
+
+def test_compile_without_a_graph_break():
+    """In a process of its own: the type checks of the tests' import hook cannot be compiled."""
+    command = [sys.executable, "-m", "tests.adapters.compiled"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@every_layer
+def test_autocast(case: Case):
+    model = case.build(dtype=torch.float32)
+    x = tuple(one.float() if one.is_floating_point() else one for one in case.inputs())
+    exact = model(*x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(*x)
+        plain = case.plain(torch.float32)(*x)
+    assert y.dtype == plain.dtype
+    torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.1 * exact.abs().max().item())
+    y.float().square().sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in trained(model))
+
+
+def test_checkpointing_without_reentry():
+    model, x = everything(), torch.randn(4, 5).double()
+    plain = torch.autograd.grad(model(x).square().sum(), trained(model))
+    y = checkpoint(model, x, use_reentrant=False)
+    assert isinstance(y, Tensor)
+    again = torch.autograd.grad(y.square().sum(), trained(model))
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+@every_layer
+def test_vmap_over_adapters_of_one_base(case: Case):
+    """What packing does: many adapters, one base and one batch."""
+    if case.layer.name in ("lstm", "gru"):
+        pytest.skip("torch has no batching rule for LSTM and GRU, adapted or not")
+    models = [case.build() for _ in range(3)]
+    for seed, model in enumerate(models):
+        move(model, seed=seed)
+    x = case.inputs()
+    stacked = {
+        key: torch.stack([dict(m.named_parameters())[key] for m in models])
+        .detach()
+        .requires_grad_()
+        for key, p in models[0].named_parameters()
+        if p.requires_grad
+    }
+    base = models[0]
+
+    def one(own: dict[str, Tensor]) -> Tensor:
+        return functional_call(base, own, x)
+
+    y = vmap(one)(stacked)
+    alone = [model(*x) for model in models]
+    torch.testing.assert_close(y, torch.stack(alone), rtol=1e-10, atol=1e-10)
+    y.square().sum().backward()
+    for i, model in enumerate(models):
+        alone[i].square().sum().backward()
+        for key, value in stacked.items():
+            grad, own = value.grad, dict(model.named_parameters())[key].grad
+            if own is not None:
+                assert grad is not None
+                torch.testing.assert_close(grad[i], own, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("targets", ["all", "linear", "attention"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_eval_fast_path_of_a_transformer_encoder_sees_the_adapters(targets: str, masked: bool):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    adapters.attach(model, targets, r=2, alpha=2)
+    base = model.eval()(torch.zeros(1, 2, 16))
+    move(model)
+    x = torch.randn(2, 3, 16)
+    mask = torch.tensor([[False, False, False], [False, False, True]]) if masked else None
+    with torch.no_grad():
+        fast = model.eval()(x, src_key_padding_mask=mask)
+        slow = model.train()(x, src_key_padding_mask=mask)
+        keep = ~mask if mask is not None else torch.ones(2, 3, dtype=torch.bool)
+        torch.testing.assert_close(fast[keep], slow[keep], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(model.eval()(torch.zeros(1, 2, 16)), base)
+
+
+def _start(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+
+
+def _step(model: nn.Module, parameters: list[nn.Parameter], rows: Tensor) -> None:
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(rows).square().mean().backward()
+        optimizer.step()
+
+
+def _ddp(rank: int, folder: str) -> None:
+    _start(rank, folder)
+    model = everything()
+    torch.manual_seed(1)
+    batch = torch.randn(4, 5).double()
+    _step(DistributedDataParallel(model), trained(model), batch[2 * rank :][:2])
+    if rank == 0:
+        torch.save(adapters.adapter_state_dict(model), f"{folder}/state.pt")
+    dist.destroy_process_group()
+
+
+def _fsdp(rank: int, folder: str) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    _start(rank, folder)
+    model = everything(targets=SHARDED)
+    torch.manual_seed(1)
+    batch = torch.randn(4, 5).double()
+    for child in (model.conv, model.fc, model.head):
+        fully_shard(child)
+    fully_shard(model)
+    _step(model, trained(model), batch[2 * rank :][:2])
+    state = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if rank == 0:
+        torch.save({k: v for k, v in state.items() if ".lora." in k}, f"{folder}/state.pt")
+    dist.destroy_process_group()
+
+
+SHARDED = {"some": adapters.Target(match=["conv", "fc", "head", "embed"])}
+
+
+@pytest.mark.parametrize(("work", "targets"), [(_ddp, "all"), (_fsdp, SHARDED)])
+def test_two_processes_are_one(work: Any, targets: Any, tmp_path: Path):
+    """Half the batch in each of two gloo processes gives the whole batch's step."""
+    mp.spawn(work, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    model = everything(targets=targets)
+    torch.manual_seed(1)
+    _step(model, trained(model), torch.randn(4, 5).double())
+    expected, got = adapters.adapter_state_dict(model), torch.load(tmp_path / "state.pt")
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,24 @@
+"""A small model with a layer of every kind, for targets and adapters that no one model has."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Everything(nn.Module):
+    """(B, in) → (B, out), through linear, conv, embedding, attention, LSTM and a bare weight."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.embed = nn.Embedding(3, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding="same")
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.mix = nn.Parameter(torch.eye(8))
+        self.fc = nn.Linear(in_features, 8)
+        self.head = nn.Linear(8, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.sign().long() + 1  # (B, in)
+        y = self.conv(self.embed(tokens).mT).mT  # (B, in, 8)
+        y = self.lstm(y + self.attn(y, y, y)[0])[0]
+        return self.head(y.mean(1) @ self.mix + self.fc(x))

@@ -1,0 +1,84 @@
+"""`lora-lab export`: what a run learned, where others can use it."""
+
+import copy
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_lab import adapters, cli
+from lora_lab.models.linear import Linear
+from tests.conftest import Lab, only_run
+
+
+def lora_lab(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["lora-lab", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def base_and_adapted() -> tuple[Linear, Linear]:
+    (path,) = Path("bases").glob("*.safetensors")
+    base = Linear(12, 9)
+    base.load_state_dict(load_file(path))
+    adapted = copy.deepcopy(base)
+    adapters.load(adapted, only_run().path / "adapter")
+    return base, adapted
+
+
+@pytest.mark.parametrize("adapter", ["lora", "pissa", "dora", "rslora", "lora_xs"])
+def test_both_formats_give_the_runs_model(lab: Lab, monkeypatch: pytest.MonkeyPatch, adapter: str):
+    assert lab("shift", "adapter.r=2", f"adapter={adapter}") == 0
+    run, x = str(only_run().path), torch.randn(5, 12)
+    assert lora_lab(monkeypatch, "export", run, "there") == 0
+    assert lora_lab(monkeypatch, "export", run, "whole", "--format", "merged") == 0
+    base, adapted = base_and_adapted()
+    merged = Linear(12, 9)
+    merged.load_state_dict(load_file("whole/model.safetensors"))
+    torch.testing.assert_close(merged(x), adapted(x), rtol=1e-5, atol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(base, "there")  # pyright: ignore
+    torch.testing.assert_close(theirs(x), adapted(x), rtol=1e-5, atol=1e-5)
+
+
+def test_full_fine_tuning_is_written_whole(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    assert lab("shift", "adapter=full") == 0
+    run = only_run().path
+    assert lora_lab(monkeypatch, "export", run.name[-6:], "whole", "--format=merged") == 2
+    assert lora_lab(monkeypatch, "export", str(run), "whole", "--format=merged") == 0
+    written, trained = (
+        load_file("whole/model.safetensors"),
+        load_file(run / "model/model.safetensors"),
+    )
+    assert torch.equal(written["linear.weight"], trained["linear.weight"])
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        ("adapter=none", "adapter=none: the run has no adapter to write"),
+        ("adapter=full", "adapter=full: the run has no adapter to write"),
+        ("there", "there/adapter_model.safetensors is there already"),
+        ("base", "is not in bases/: run from the folder"),
+    ],
+)
+def test_what_cannot_be_written_is_said(
+    lab: Lab,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: str,
+    says: str,
+):
+    assert lab("shift", *[before][: "=" in before]) == 0
+    run = str(only_run().path)
+    if before == "there":
+        assert lora_lab(monkeypatch, "export", run, "there") == 0
+    if before == "base":
+        next(Path("bases").glob("*.safetensors")).unlink()
+    assert lora_lab(monkeypatch, "export", run, "there") == 2
+    assert says in capsys.readouterr().err
