@@ -26,6 +26,7 @@ format: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+	$(BIN)/python -m tests.benchmarks.adapters
 
 clean:
 	rm -rf .venv build dist *.egg-info

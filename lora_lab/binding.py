@@ -17,13 +17,18 @@ def bind(key: str, component: Component, given: Collection[str] = ()) -> Callabl
     parameter's annotation. Raises ConfigError for a target that cannot be imported, an unknown or
     missing argument, and a value of the wrong type or out of its range.
     """
+    callee = imported(key, component)
+    fits(key, callee, component.arguments, given)
+    return callee
+
+
+def imported(key: str, component: Component) -> Callable[..., Any]:
+    """What a component's `_target_` names. Raises ConfigError where it cannot be imported."""
     try:
-        callee = component.callee
+        return component.callee
     except Exception as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"{key}._target_={component.target}: cannot be imported: {why}") from None
-    fits(key, callee, component.arguments, given)
-    return callee
 
 
 def fits(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters, bases, report, spectra
 from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, TargetError
-from lora_lab.binding import bind, fits
+from lora_lab.binding import bind, fits, imported
 from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.callbacks.spectra import SpectraCallback
 from lora_lab.config import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
@@ -133,7 +133,7 @@ def _call(key: str, cfg: Config, **given: Any) -> Any:
 
 
 def _sizes(cfg: Config, data: Data) -> dict[str, int]:
-    takes = inspect.signature(cfg.model.callee).parameters
+    takes = inspect.signature(imported("model", cfg.model)).parameters
     return {n: v for n, v in data.sizes.items() if n in takes and n not in cfg.model.arguments}
 
 

@@ -247,6 +247,7 @@ def test_a_base_from_a_checkpoint(lab: Lab):
         ("data.smaples=9", "data.smaples: there is no such key; nearest: samples"),
         ("+data.smaples=9", "data.smaples=9: Shift has no such argument; nearest: samples"),
         ("data._target_=lora_lab.data.Nope", "cannot be imported"),
+        ("model._target_=lora_lab.Nope", "model._target_=lora_lab.Nope: cannot be imported"),
         ("model=mlp model.hidden=[a]", "model.hidden=['a']: must be a valid integer"),
         ("adapter.r=[", "adapter.r=["),
         ("name=a/b", "name=a/b: must be of letters, digits"),

@@ -14,15 +14,30 @@ SHOWN = 16
 """Singular values drawn, at most."""
 
 
+PANELS = 12
+"""Sites drawn, at most: those whose ΔW is largest."""
+
+
+def largest(spectrum: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The sites with the largest final ‖ΔW‖, in the model's order."""
+    by_norm = sorted(spectrum, key=lambda site: -np.linalg.norm(spectrum[site][-1]))
+    return {site: spectrum[site] for site in spectrum if site in by_norm[:PANELS]}
+
+
 def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str]:
     """Writes every figure the run has the numbers for, and returns their names."""
     made = {"loss": _loss(run)}
+    if (every := len(spectrum)) > PANELS:
+        spectrum = largest(spectrum)
     if spectrum:
         with np.load(run.path / "spectra.npz") as arrays:
             made["spectrum"] = _spectrum(arrays["epochs"], spectrum)
             corners = {site: arrays[f"{site}/delta"] for site in spectrum}
             shapes = {site: tuple(arrays[f"{site}/shape"]) for site in spectrum}
         made["delta"] = _delta(corners, shapes)
+    for name in ("spectrum", "delta"):
+        if name in made and every > PANELS:
+            made[name].suptitle(f"{PANELS} of {every} sites, those whose ΔW is largest")
     for name, figure in made.items():
         for kind in ("png", "pdf"):
             figure.savefig(directory / f"{name}.{kind}")
@@ -83,7 +98,7 @@ def _delta(corners: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -
             f"entries from {corner.min():.4g} to {corner.max():.4g}",
             fontsize=10,
         )
-        panel.set(xlabel="input", ylabel="output")
+        panel.set(xlabel="column", ylabel="row")
         figure.colorbar(image, ax=panel)
     return figure
 

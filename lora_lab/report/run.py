@@ -88,12 +88,15 @@ def _facts(run: Run) -> list[list[str]]:
                 f", {_bytes(full)} for full fine-tuning" if full and name == "optimizer" else ""
             )
             facts.append([what, f"{_bytes(size)}{beside}"])
-    for site, sigma in spectrum(run).items():
+    everything = spectrum(run)
+    for site, sigma in figures.largest(everything).items():
         last = ", ".join(number(value) for value in sigma[-1][:4])
         more = ", …" if sigma.shape[1] > 4 else ""
         rank = run.last(f"spectra/{site}/effective_rank")
         facts.append([f"ΔW of {site}: singular values", f"{last}{more}"])
         facts.append([f"ΔW of {site}: effective rank", number(rank)])
+    if (more := len(everything) - figures.PANELS) > 0:
+        facts.append([f"and {more} sites more", "with a smaller ΔW, in spectra.npz"])
     facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
     return facts
 
