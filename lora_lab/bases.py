@@ -77,7 +77,12 @@ def obtain(
             return base
         started = time.time()
         model, rows = train()
-        content = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+        content = save(
+            {
+                k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for k, v in model.state_dict().items()
+            }
+        )
         about = {
             "sha256": _checksum(content, rows),
             "seconds": time.time() - started,

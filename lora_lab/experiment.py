@@ -286,7 +286,9 @@ def _adapt(
         tracking.artifact(run.path / "adapter", "adapter")
     else:
         (run.path / "model").mkdir()
-        save_file(model.state_dict(), run.path / "model" / "model.safetensors")
+        # Copies: safetensors does not write one memory under two names, as tied weights have.
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        save_file(state, run.path / "model" / "model.safetensors")
         tracking.artifact(run.path / "model", "model")
     costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": total}
     if isinstance(cfg.adapter, Lora):

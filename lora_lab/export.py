@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
 from lora_lab.config import CheckpointBase, Config, check
-from lora_lab.experiment import plan
+from lora_lab.experiment import Plan
 from lora_lab.runs import Run
 
 FORMATS = {
@@ -36,7 +36,7 @@ def export(run: Run, format: str, directory: Path) -> Path:
         return path
     if cfg.adapter.method != "lora":
         raise AdapterError(f"adapter={cfg.adapter.method}: the run has no adapter to write")
-    model = plan(cfg).model()
+    model = Plan(cfg, []).model()
     model.load_state_dict(_base(cfg, run, model))
     adapters.load(model, run.path / "adapter")
     directory.mkdir(parents=True, exist_ok=True)

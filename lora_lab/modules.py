@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import cos, pi
-from typing import Any, Self
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -166,7 +166,7 @@ class LoRAModule(BaseModule):
     """A frozen base and its adapters: they alone train.
 
     The base takes no gradient, is not in the optimizer, and its running statistics stay what they
-    were: a norm that keeps them is in eval mode also while the adapters train. Weight decay, which
+    were. Weight decay, which
     would pull the adapted model toward the base, is on only where the config says so. `lr_ratio` is
     LoRA+'s.
     """
@@ -192,15 +192,3 @@ class LoRAModule(BaseModule):
         """The adapters' parameters."""
         made = attached(self.model).values()
         return [p for adapter in made for p in adapter.parameters() if p.requires_grad]
-
-    def on_train_start(self) -> None:
-        """Sets the modes: Lightning leaves them as it finds them."""
-        self.train()
-
-    def train(self, mode: bool = True) -> Self:
-        """Training mode, but for the base's norms with running statistics."""
-        super().train(mode)
-        for module in self.model.modules():
-            if getattr(module, "track_running_stats", False):
-                module.eval()
-        return self

@@ -1,5 +1,6 @@
 """What an adapter is: the trainable change to one weight, and the two views every adapter has."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -39,6 +40,10 @@ class Recipe:
 
     def check(self) -> None:
         """Raises AdapterError for a choice that does not exist or does not go with another."""
+        if type(self.r) is not int or self.r < 1:
+            raise AdapterError(f"r={self.r}: must be a whole number of at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise AdapterError(f"alpha={self.alpha}: must be more than 0")
         for name, table in (("init", INITS), ("scaling", SCALINGS), ("trains", TRAINS)):
             if getattr(self, name) not in table:
                 value = getattr(self, name)
@@ -77,6 +82,8 @@ class Adapter(nn.Module, ABC):
     A0: Tensor | None  # (r, rest)
     B0: Tensor | None  # (out, r)
     magnitude: nn.Parameter | None  # (out,)
+    source: "Adapter | None"
+    """The adapter of another layer that uses the same weight, and whose tensors these are."""
     kept: Tensor | None
     """The weight as it was before a merge; None while not merged."""
 
@@ -88,10 +95,10 @@ class Adapter(nn.Module, ABC):
         self.parameter, self.rows, self.recipe = parameter, rows, recipe
         self.scale = SCALINGS[recipe.scaling](recipe.alpha, recipe.r)
         self.shape = self.weight_of(layer).shape
-        self.swapped = False
-        """Whether the layer uses the factors' weight transposed: only where they are shared."""
-        self.twin = False
-        """Whether A and B are another layer's adapter's, which uses the same weight."""
+        self.masked: int | None = None
+        """The padding token of a table that several layers share: its change is held at zero."""
+        # Not a child: the tensors are registered, trained and stored once, with their owner.
+        object.__setattr__(self, "source", None)
         self.register_buffer("kept", None, persistent=False)
 
     @classmethod
@@ -126,6 +133,8 @@ class Adapter(nn.Module, ABC):
     def draw(self, layer: nn.Module, generator: torch.Generator) -> "Adapter":
         """Gives the factors what the recipe's init draws for the layer's weight."""
         weight, recipe = self.weight_of(layer).detach(), self.recipe
+        if weight.is_meta:
+            raise AdapterError("the model is on the meta device: attach once it has its weights")
         dtype = torch.promote_types(weight.dtype, torch.float32)
         W = self.matrix(weight).to(dtype)
         init = INITS[recipe.init]
@@ -146,16 +155,21 @@ class Adapter(nn.Module, ABC):
 
     def fill(self, tensors: dict[str, Tensor]) -> "Adapter":
         """Takes `tensors` by their names in TENSORS."""
-        trained = {"both": ("A", "B"), "zero": (self.zero,), "core": ()}[self.recipe.trains]
         for name in TENSORS:
             if (tensor := tensors.get(name)) is None:
                 setattr(self, name, None)
             elif name in ("A0", "B0"):
                 setattr(self, name, nn.Buffer(tensor))
             else:
-                trains = name in (*trained, "core", "magnitude")
-                setattr(self, name, nn.Parameter(tensor.contiguous(), requires_grad=trains))
+                setattr(self, name, nn.Parameter(tensor.contiguous()))
+        self.thaw(True)
         return self
+
+    def thaw(self, thawed: bool) -> None:
+        """Lets what the recipe trains take gradients, or nothing."""
+        trained = {"both": ("A", "B"), "zero": (self.zero,), "core": ("core",)}[self.recipe.trains]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(thawed and name in (*trained, "magnitude"))
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is to store."""
@@ -166,7 +180,15 @@ class Adapter(nn.Module, ABC):
 
         Their rank is r, or 2r where ΔW is measured from factors that start from the weight.
         """
-        A, B = (self.B.T, self.A.T) if self.swapped else (self.A, self.B)
+        source = self.source or self
+        A, B = (source.A, source.B) if source.zero == self.zero else (source.B.T, source.A.T)
+        if self.masked is not None:
+            token = torch.tensor(self.masked, device=A.device)
+            A, B = (
+                (A.index_fill(1, token, 0), B)
+                if self.zero == "A"
+                else (A, B.index_fill(0, token, 0))
+            )
         if self.core is not None:
             return A, B @ self.core
         if self.A0 is not None and self.B0 is not None:
@@ -174,7 +196,10 @@ class Adapter(nn.Module, ABC):
         return A, B
 
     def norms(self, weight: Tensor) -> Float[Tensor, " out"]:
-        """The norm of every row of the matrix W + scale · B A, without forming it."""
+        """The norm of every row of the matrix W + scale · B A, without forming it.
+
+        The terms cancel, and digits are lost, where a row is thousands of times smaller than W's.
+        """
         with torch.no_grad():
             A, B = self.factors()
             W, s = self.matrix(weight).to(A.dtype), self.scale
@@ -185,7 +210,10 @@ class Adapter(nn.Module, ABC):
     def gain(self, weight: Tensor) -> Float[Tensor, " out"]:
         """What DoRA multiplies every row by; the norm takes no gradient (section 4.3)."""
         assert self.magnitude is not None
-        return self.magnitude / self.norms(weight)
+        norms = self.norms(weight)
+        return torch.where(
+            norms > 0, self.magnitude / norms, 1.0
+        )  # a row of zeros has no direction
 
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW in the weight's own shape. `weight` is the base's, which only DoRA reads."""

@@ -1,5 +1,7 @@
 """The factored adapter of convolutions."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -38,9 +40,8 @@ class ConvAdapter(FactoredAdapter):
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         groups, batched = layer.groups, output.dim() == len(self.shape)
         batch = output.shape[0] if batched else 1
-        blocks, r = batch * groups, B.shape[1]
-        B = B.view(groups, -1, r).expand(batch, -1, -1, -1).reshape(blocks, -1, r)
-        onto = output.reshape(blocks, B.shape[1], -1)  # (batch · groups, out/groups, places)
-        return torch.baddbmm(onto, B, hidden.reshape(blocks, r, -1), alpha=self.scale).view(
-            output.shape
-        )
+        blocks, rows, r = batch * groups, B.shape[0] // groups, B.shape[1]
+        places = math.prod(output.shape[batched + 1 :])  # an empty batch leaves no -1 to be found
+        B = B.view(groups, rows, r).expand(batch, -1, -1, -1).reshape(blocks, rows, r)
+        onto, hidden = output.reshape(blocks, rows, places), hidden.reshape(blocks, r, places)
+        return torch.baddbmm(onto, B, hidden, alpha=self.scale).view(output.shape)

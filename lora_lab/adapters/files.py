@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import TENSORS, Adapter, AdapterError, Recipe
 from lora_lab.adapters.inject import chosen, everyone, place
-from lora_lab.adapters.sites import Site, Target, TargetError, adapter_for, find
+from lora_lab.adapters.sites import Site, Target, adapter_for, find
 
 
 def is_adapter_key(key: str) -> bool:
@@ -95,18 +95,19 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
     for path, about in sites.items():
         try:
             (site,) = find(model, {path: Target(about["kind"], glob.escape(path), tied=True)})
-        except TargetError as error:
-            wrong.append(str(error))
+            recipe = Recipe(**{key: about[key] for key in Recipe.__dataclass_fields__})
+            recipe.check()
+            layer = model.get_submodule(site.layer)
+            adapter = adapter_for(layer)(layer, site.parameter, site.rows, recipe)
+            adapter.scale = about["scale"]  # stored, not derived again
+        except (AdapterError, KeyError, TypeError) as error:
+            wrong.append(f"'{path}': {error}")
             continue
         prefix = f"{path}." if path else ""
         own = {key: tensors.pop(prefix + key) for key in TENSORS if prefix + key in tensors}
         # A copy is aligned in memory as a tensor made here, and sums in the same order.
-        device = model.get_submodule(site.layer).get_parameter(site.parameter).device
+        device = adapter.weight_of(layer).device
         own = {key: tensor.to(device, copy=True) for key, tensor in own.items()}
-        recipe = Recipe(**{key: about[key] for key in Recipe.__dataclass_fields__})
-        layer = model.get_submodule(site.layer)
-        adapter = adapter_for(layer)(layer, site.parameter, site.rows, recipe)
-        adapter.scale = about["scale"]  # stored, not derived again
         if problem := _misfit(adapter, about, own):
             wrong.append(f"'{path}': {problem}")
         else:

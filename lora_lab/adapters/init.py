@@ -26,18 +26,19 @@ class Init:
 
 def kaiming(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
     """A uniform on ±1/√rest (Kaiming with a = √5, as nn.Linear draws its weight), B zero."""
-    A = torch.empty(r, weight.shape[1])
+    A = torch.empty(r, weight.shape[1], dtype=torch.float32)
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator), _zeros(weight, r)
 
 
 def gaussian(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
     """A standard normal, B zero (Hu et al. 2021, section 4.1)."""
-    return torch.randn(r, weight.shape[1], generator=generator), _zeros(weight, r)
+    A = torch.randn(r, weight.shape[1], generator=generator, dtype=torch.float32)
+    return A, _zeros(weight, r)
 
 
 def orthogonal(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
     """A with orthonormal rows, uniform among all such; B zero."""
-    A = torch.empty(r, weight.shape[1])
+    A = torch.empty(r, weight.shape[1], dtype=torch.float32)
     return nn.init.orthogonal_(A, generator=generator), _zeros(weight, r)
 
 

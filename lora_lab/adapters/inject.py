@@ -25,6 +25,14 @@ class Slot(nn.ModuleDict):
             parts: Any = self[self.active]
             yield from (adapter for adapter in parts.values() if adapter.kept is None)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
+        error_msgs: list[str] = args[-1]
+        if any(isinstance(m, Adapter) and m.kept is not None for m in self.modules()):
+            error_msgs.append(
+                f"{prefix}: merged, and unmerge would undo what is loaded; unmerge first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 def attach(
     model: nn.Module,
@@ -45,10 +53,15 @@ def attach(
     """Puts an adapter on every site that `targets` pick, freezes the rest, and makes it active.
 
     `targets` may be a kind ("linear"), "attention" or "all". Layers keep their object, weight and
-    state-dict key. Each site's factors are drawn from a generator of its own, seeded by (seed,
-    site, r): what else is targeted never changes them. A second call with another `name` puts
-    another adapter beside the first. Raises what `find` raises, and AdapterError where a layer has
-    an adapter of that name already.
+    state-dict key; norms that keep running statistics are held in eval mode while they are frozen.
+    Each site's factors are drawn from a generator of its own, seeded by (seed, site, r): what else
+    is targeted never changes them. A second call with another `name` puts another adapter beside
+    the first. Raises what `find` raises, and AdapterError where a layer has an adapter of that name
+    already.
+
+    Load the base before attaching DoRA or an init that starts from the weight: they read it here.
+    Code that reads the weight of a Linear, Conv or Embedding without calling the layer, as
+    F.linear(x, embed.weight), reads the base's.
     """
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     recipe = Recipe(r, alpha, dropout, init, scaling, trains, dora)
@@ -65,15 +78,15 @@ def attach(
 
 def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
     """Puts adapters on their sites under `name`, active, and freezes every other parameter."""
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+    if not name.isidentifier() or hasattr(Slot(), name):
         raise AdapterError(f"name={name!r}: must be a plain word, and not one of nn.ModuleDict's")
     if merged := [site for site, adapter in everyone(model).items() if adapter.kept is not None]:
-        shown = ", ".join(site for _, site in merged)
+        shown = ", ".join(site or "the model itself" for _, site in merged)
         raise AdapterError(f"these layers are merged: {shown}; unmerge them first")
     there = {site for other, site in everyone(model) if other == name}
     if taken := [site.name for site in made if site.name in there]:
         raise AdapterError(
-            f"these layers have an adapter already: {', '.join(taken)}; "
+            f"there is an adapter '{name}' already on {', '.join(taken) or 'the model itself'}; "
             "detach it, or give this one another name"
         )
     for path, module in model.named_modules():
@@ -87,7 +100,13 @@ def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
             layer = model.get_submodule(path)
             if layer is model.get_submodule(site.layer):
                 continue  # one layer under two names
-            seats.append((layer, other, _shared(layer, site, parameter, adapter)))
+            seats.append(
+                (
+                    layer,
+                    other,
+                    _shared(layer, model.get_submodule(site.layer), site, parameter, adapter),
+                )
+            )
     for module in model.modules():
         if isinstance(module, Adapter):
             continue
@@ -97,6 +116,9 @@ def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
             module.__dict__.setdefault("_frozen_by_lora", []).extend(thaw)
         for parameter in own.values():
             parameter.requires_grad_(False)
+        if getattr(module, "track_running_stats", False) and "_held_by_lora" not in vars(module):
+            module.__dict__["_held_by_lora"] = True
+            module.register_forward_pre_hook(_hold)
     for layer, site, adapter in seats:
         _sit(layer, name, site, adapter)
     switch(model, name)
@@ -106,7 +128,8 @@ def _sit(layer: nn.Module, name: str, site: str, adapter: Adapter) -> None:
     if not isinstance(slot := getattr(layer, "lora", None), Slot):
         layer.lora = slot = Slot()
         if adapter.kind != "weight":
-            layer.register_forward_hook(_adapt, with_kwargs=True)
+            # First of all hooks: the others are meant for the layer's whole output.
+            layer.register_forward_hook(_adapt, with_kwargs=True, prepend=True)
     if adapter.kind == "weight":
         weight.watch(layer, adapter.parameter)
     if name not in slot:
@@ -116,16 +139,31 @@ def _sit(layer: nn.Module, name: str, site: str, adapter: Adapter) -> None:
     adapter.train(layer.training)
 
 
-def _shared(layer: nn.Module, site: Site, parameter: str, adapter: Adapter) -> Adapter:
+def _shared(
+    layer: nn.Module, owner: nn.Module, site: Site, parameter: str, adapter: Adapter
+) -> Adapter:
     """The adapter of another layer that uses the same weight: the very same factors."""
     twin = adapter_for(layer)(layer, parameter, None, adapter.recipe)
     if adapter.recipe.dora or adapter.core is not None or adapter.A0 is not None:
-        raise AdapterError(f"'{site.name}' is tied: only plain A and B can be shared")
+        raise AdapterError(
+            f"'{site.name}' is tied: only plain A and B can be shared; leave it to an adapter "
+            "without DoRA and with an init whose B is zero"
+        )
+    if site.rows is not None:
+        raise AdapterError(f"'{site.name}' is a block of a tied weight: untie it, or exclude it")
+    weights = (twin.weight_of(layer), adapter.weight_of(owner))
+    if len({(weight.shape, weight.stride()) for weight in weights}) > 1:
+        raise AdapterError(f"'{site.name}' is tied to a transpose or a part of it: exclude it")
     twin.fill({})
-    twin.A, twin.B = adapter.A, adapter.B
-    twin.swapped = twin.zero != adapter.zero
-    twin.twin = True
+    object.__setattr__(twin, "source", adapter)
+    tokens = (getattr(one, "padding", None) for one in (twin, adapter))
+    twin.masked = adapter.masked = next((token for token in tokens if token is not None), None)
     return twin
+
+
+def _hold(norm: nn.Module, args: tuple) -> None:
+    """A frozen norm's running statistics stay what they are."""
+    norm.eval()
 
 
 def _adapt(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
@@ -133,6 +171,10 @@ def _adapt(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tenso
     slot: Any = layer._modules["lora"]
     input = args[0] if args else next(iter(kwargs.values()))
     for adapter in slot.acting():
+        if output.is_nested and output.layout == torch.jagged:
+            ragged: Any = output
+            values = adapter(layer, input.values(), ragged.values())
+            return torch.nested.nested_tensor_from_jagged(values, ragged.offsets())
         if output.is_nested:  # nn.TransformerEncoder's, of padded sequences in eval mode
             pairs = zip(input.unbind(), output.unbind(), strict=True)
             return torch.nested.as_nested_tensor([adapter(layer, *pair) for pair in pairs])
@@ -144,7 +186,7 @@ def everyone(model: nn.Module) -> dict[tuple[str, str], Adapter]:
     """Every adapter in `model`, active or not, by its name and the name of its site."""
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, Adapter) and not module.twin:
+        if isinstance(module, Adapter) and module.source is None:
             parts = path.split(".")
             at = len(parts) - 3  # layer . lora . name . part
             layer, (name, part) = ".".join(parts[:at]), parts[at + 1 :]
@@ -191,19 +233,27 @@ def switch(model: nn.Module, name: str | None) -> None:
         raise AdapterError(
             f"name={name!r}: there is no such adapter, only {', '.join(names(model))}"
         )
-    for (other, site), adapter in everyone(model).items():
-        if adapter.kept is not None:
-            raise AdapterError(f"the adapter '{other}' of '{site}' is merged: unmerge it first")
+    _check_unmerged(model)
     for module in model.modules():
         if isinstance(module, Slot):
             module.active = name if name is not None and name in module else None
+    for (other, _), adapter in everyone(model).items():
+        adapter.thaw(other == name)
+
+
+def _check_unmerged(model: nn.Module) -> None:
+    for (name, site), adapter in everyone(model).items():
+        if adapter.kept is not None:
+            raise AdapterError(f"the adapter '{name}' of '{site}' is merged: unmerge it first")
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within it the model is its base, bit for bit; after it, each adapter is as it was."""
+    _check_unmerged(model)
     slots = {m: m.active for m in model.modules() if isinstance(m, Slot)}
-    switch(model, None)
+    for slot in slots:
+        slot.active = None
     try:
         yield
     finally:
@@ -214,8 +264,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Takes the adapter `name` off, or every adapter: the model is then as before any was attached.
 
-    Merged weights are put back first.
+    Whatever is merged is unmerged first. Where the active adapter goes, none is active.
     """
+    if name is not None:
+        chosen(model, name)
     for (_, site), adapter in everyone(model).items():
         if adapter.kept is not None:
             put_back(layer_of(model, site, adapter), adapter)
@@ -232,6 +284,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         for module in model.modules():
             for key in module.__dict__.pop("_frozen_by_lora", []):
                 module.get_parameter(key).requires_grad_(True)
+            if module.__dict__.pop("_held_by_lora", False):
+                _unhook(module._forward_pre_hooks, _hold)
+                module.train(model.training)
 
 
 def put_back(layer: nn.Module, adapter: Adapter) -> None:
@@ -241,10 +296,14 @@ def put_back(layer: nn.Module, adapter: Adapter) -> None:
     adapter.kept = None
 
 
+def _unhook(hooks: dict[int, Any], hook: Any) -> None:
+    for key in [key for key, one in hooks.items() if one is hook]:
+        del hooks[key]
+
+
 def _clear(layer: nn.Module) -> None:
-    for key, hook in list(layer._forward_hooks.items()):
-        if hook is _adapt:
-            del layer._forward_hooks[key]
-            layer._forward_hooks_with_kwargs.pop(key, None)
+    _unhook(layer._forward_hooks, _adapt)
+    for key in set(layer._forward_hooks_with_kwargs) - set(layer._forward_hooks):
+        del layer._forward_hooks_with_kwargs[key]
     weight.unwatch(layer)
     del layer.lora

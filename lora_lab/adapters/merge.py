@@ -9,23 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter, AdapterError
-from lora_lab.adapters.inject import attached, detach, everyone, layer_of, names, place, put_back
+from lora_lab.adapters.inject import (
+    attached,
+    chosen,
+    detach,
+    everyone,
+    layer_of,
+    names,
+    place,
+    put_back,
+)
 from lora_lab.adapters.sites import Target, find
 
 
 def deltas(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """ΔW of the adapter `name`, or of the active one, at every site, in the weights' own shapes."""
-    made = attached(model, name)
+    made = attached(model) if name is None else chosen(model, name)
     return {
         site: adapter.delta(base_weight(model, site, adapter)) for site, adapter in made.items()
     }
 
 
 def base_weight(model: nn.Module, site: str, adapter: Adapter) -> Tensor:
-    """The weight of a site as it is without its adapter, also while merged."""
-    return (
-        adapter.weight_of(layer_of(model, site, adapter)) if adapter.kept is None else adapter.kept
-    )
+    """The weight of a site as it is without any adapter, also while one is merged."""
+    for (_, other), merged in everyone(model).items():
+        if other == site and merged.kept is not None:
+            return merged.kept
+    return adapter.weight_of(layer_of(model, site, adapter))
 
 
 @torch.no_grad()
@@ -63,10 +73,9 @@ def unmerge(model: nn.Module) -> None:
 
 def _tell_twins(model: nn.Module) -> None:
     """A layer that shares an adapted weight is merged when the weight is."""
-    kept = {id(adapter.A): adapter.kept for adapter in everyone(model).values()}
     for module in model.modules():
-        if isinstance(module, Adapter) and module.twin:
-            module.kept = kept[id(module.A)]
+        if isinstance(module, Adapter) and module.source is not None:
+            module.kept = module.source.kept
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -101,8 +110,11 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
             parts.setdefault(site, []).append((A, share * adapter.scale * B))
             like.setdefault(site, adapter)
     targets = {site: Target(match=glob.escape(site), tied=True) for site in parts}
+    sites = find(model, targets)
+    if len(sites) < len(parts):
+        raise AdapterError("the adapters sit on a tied weight by its different names: attach alike")
     made = {}
-    for site in find(model, targets):
+    for site in sites:
         A = torch.cat([A for A, _ in parts[site.name]])
         B = torch.cat([B for _, B in parts[site.name]], 1)
         old, r = like[site.name], A.shape[0]

@@ -49,14 +49,14 @@ def save_peft(model: nn.Module, directory: str | Path, name: str | None = None) 
     """
     made = chosen(model, name)
     layers = {site: layer_of(model, site, adapter) for site, adapter in made.items()}
-    shared = {id(m.A) for m in model.modules() if isinstance(m, Adapter) and m.twin}
+    shared = {id(m.source) for m in model.modules() if isinstance(m, Adapter)}
     dora = {adapter.magnitude is not None for adapter in made.values()}
     wrong = []
     for site, adapter in made.items():
         why = _otherwise(layers[site], adapter.kind, adapter.magnitude is not None)
         if not site:
             why = "it is the model itself, and PEFT replaces layers of a model"
-        elif id(adapter.A) in shared:
+        elif id(adapter) in shared:
             why = "its weight is tied, and PEFT would adapt one use of it and not the other"
         elif len(dora) > 1 and adapter.magnitude is None:
             why = "it has no DoRA magnitude and others have; PEFT's use_dora is for all"

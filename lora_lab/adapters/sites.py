@@ -1,9 +1,10 @@
 """Which weights get an adapter: targets → sites, each with its recipe."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -112,20 +113,31 @@ def candidates(model: nn.Module) -> Iterator[Site]:
             "attn" in part.lower() or "attention" in part.lower() for part in path
         )
         kind = adapter_for(layer).kind
+        if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            continue  # a child `lora` would be one more of its members
         if kind != "weight":
-            if (weight := getattr(layer, "weight", None)) is not None:
+            if _adaptable(weight := getattr(layer, "weight", None)):
                 out, rest = weight.flatten(1).shape
                 shape = (rest, out) if TransposedLinearAdapter.fits(layer) else (out, rest)
                 yield Site(name, kind, shape, layer=name, attention=attention)
             continue
         for parameter, weight in layer._parameters.items():
-            if weight is None or weight.dim() < 2:
+            if not _adaptable(weight) or weight.dim() < 2:
                 continue
             out, rest = weight.flatten(1).shape
             for part, rows in blocks(layer, parameter, out).items():
                 shape = (out if rows is None else rows[1] - rows[0], rest)
                 site = f"{name}.{part}" if name else part
                 yield Site(site, kind, shape, None, name, parameter, rows, attention)
+
+
+def _adaptable(weight: object) -> TypeGuard[Tensor]:
+    """Numbers that a change can be added to: no integers, and no lazy layer's, not there yet."""
+    return (
+        isinstance(weight, Tensor)
+        and not nn.parameter.is_lazy(weight)
+        and weight.is_floating_point()
+    )
 
 
 def find(
@@ -153,6 +165,11 @@ def find(
         hits = [site.name for site in every if target.picks(site)]
         if not hits:
             raise TargetError(_no_match(label, target, model, every))
+        for glob in (*_globs(target.match), *_globs(target.exclude)):
+            if not any(_fits(site, glob) for site in every):
+                raise TargetError(
+                    f"target '{label}': '{glob}' fits no weight{_nearest(glob, every)}"
+                )
         for name in hits:
             if name in picked:
                 raise TargetError(
@@ -163,11 +180,11 @@ def find(
     patterns = {"r": rank_pattern or {}, "alpha": alpha_pattern or {}}
     for pattern in (glob for globs in patterns.values() for glob in globs):
         if not any(_fits(site, pattern) for site in every if site.name in picked):
-            near = difflib.get_close_matches(pattern, picked, n=3, cutoff=0.0)
-            raise TargetError(f"pattern '{pattern}' fits no site; nearest: {', '.join(near)}")
-    owners: dict[object, list[str]] = {}
+            raise TargetError(f"pattern '{pattern}' fits no site{_nearest(pattern, picked)}")
+    owners: dict[tuple[int, int, int], list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(_place_in_memory(parameter), []).append(name)
+        if not nn.parameter.is_lazy(parameter):
+            owners.setdefault(_place_in_memory(parameter), []).append(name)
     sites: list[Site] = []
     taken: set[object] = set()
     for site in every:
@@ -190,7 +207,7 @@ def find(
 
 
 def _checked(
-    site: Site, layer: nn.Module, target: Target, owners: Mapping[object, list[str]]
+    site: Site, layer: nn.Module, target: Target, owners: Mapping[tuple[int, int, int], list[str]]
 ) -> tuple[object, tuple[str, ...]]:
     """Where the site's weight is in memory, and which other parameters are the same."""
     weight = layer._parameters.get(site.parameter)
@@ -203,6 +220,12 @@ def _checked(
         raise TargetError(f"'{site.name}' cannot be adapted: {why}, or exclude it by a glob")
     place = _place_in_memory(weight)
     names = owners[place]
+    parts = [name for other in owners if _overlap(place, other) for name in owners[other]]
+    if parts:
+        raise TargetError(
+            f"the weight of '{site.name}' shares some of its memory with {', '.join(parts)}: an "
+            "adapter would change one and not the other; exclude it by a glob"
+        )
     if len(names) == 1:
         return place, ()
     if not target.tied:
@@ -216,35 +239,53 @@ def _checked(
 
 
 def _check_recipe(site: Site, recipe: Recipe, layer: nn.Module) -> None:
-    if recipe.r < 1:
-        raise RankError(f"r={recipe.r}: must be at least 1")
+    recipe.check()
     if recipe.r > min(site.shape):
         out, rest = site.shape
         raise RankError(
             f"r={recipe.r} exceeds the rank of '{site.name}' (weight {out} × {rest}): "
             f"at most {min(site.shape)}"
         )
-    recipe.check()
     if recipe.dora and not adapter_for(layer).takes_dora:
         able = ", ".join(dict.fromkeys(A.kind for A in ADAPTERS if A.takes_dora))
-        raise AdapterError(f"dora=true: '{site.name}' is of kind {site.kind}, DoRA is for {able}")
+        raise AdapterError(
+            f"dora=true: '{site.name}' is of kind {site.kind}, DoRA is for {able}; "
+            "leave it out of the target, or by its exclude"
+        )
 
 
 def _fits(site: Site, globs: str | Sequence[str]) -> bool:
     names = {site.name, site.layer, f"{site.layer}.{site.parameter}"}
-    globs = [globs] if isinstance(globs, str) else globs
-    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+    return any(fnmatchcase(name, glob) for name in names for glob in _globs(globs))
 
 
-def _place_in_memory(weight: Tensor) -> object:
-    """What two tied weights share, also where each is a Parameter of its own."""
+def _globs(globs: str | Sequence[str]) -> Sequence[str]:
+    return [globs] if isinstance(globs, str) else globs
+
+
+def _nearest(glob: str, names: Iterable[Site | str]) -> str:
+    known = [name.name if isinstance(name, Site) else name for name in names]
+    return f"; nearest: {', '.join(difflib.get_close_matches(glob, known, n=3, cutoff=0.0))}"
+
+
+def _place_in_memory(weight: Tensor) -> tuple[int, int, int]:
+    """Storage, first byte and last: what two tied weights share, each a Parameter of its own."""
     if weight.is_meta:
-        return id(weight)
-    return weight.untyped_storage().data_ptr(), weight.storage_offset()
+        return id(weight), 0, 0
+    size, first = weight.element_size(), int(weight.storage_offset())
+    last = first + sum(
+        (n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True)
+    )
+    return weight.untyped_storage().data_ptr(), first * size, last * size
+
+
+def _overlap(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    """Whether two places are not the same and have bytes in common."""
+    return one != other and one[0] == other[0] and one[1] <= other[2] and other[1] <= one[2]
 
 
 def _no_match(label: str, target: Target, model: nn.Module, every: Sequence[Site]) -> str:
-    globs = [target.match] if isinstance(target.match, str) else list(target.match)
+    globs = list(_globs(target.match))
     what = "weight" if target.kind in ("all", "weight") else f"{target.kind} weight"
     of_kind = [site for site in every if replace(target, match="*", exclude=()).picks(site)]
     if not of_kind:

@@ -119,7 +119,9 @@ def test_a_tied_weight_is_adapted_once_on_purpose(first: str, tmp_path: Path):
     twin: Any
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), y)
-        assert twin.embed.lora.default.weight.A is twin.head.lora.default.weight.A
+        owner, other = ("embed", "head") if first == "embed" else ("head", "embed")
+        slots = {name: twin.get_submodule(name).lora.default.weight for name in (owner, other)}
+        assert slots[other].source is slots[owner]
     adapters.save(model, tmp_path)
     fresh = Tied().double()
     fresh.load_state_dict(adapters.base_state_dict(model))
@@ -132,6 +134,7 @@ def test_a_tied_weight_is_adapted_once_on_purpose(first: str, tmp_path: Path):
     adapters.unmerge(model)
     assert torch.equal(model(x), y)
     assert torch.equal(model.embed.weight, before)
+    assert len(adapters.adapter_state_dict(model)) == 2
     adapters.detach(model)
     assert torch.equal(model(x), base)
     assert "lora" not in model.head._modules
@@ -211,3 +214,160 @@ def test_names_with_the_signs_of_a_glob(tmp_path: Path):
     assert torch.equal(model.get_submodule("a[0]")(x), y)
     adapters.combine(model, {"default": 1.0}, "same")
     torch.testing.assert_close(model.get_submodule("a[0]")(x), y)
+
+
+def test_a_users_own_hooks_come_after_the_adapter():
+    layer, x = nn.Linear(4, 5), torch.randn(3, 4)
+    layer.register_forward_hook(lambda module, args, output: (3 * output, "more"))
+    adapters.attach(layer, r=2, alpha=2)
+    move(layer)
+    y, _ = layer(x)
+    adapters.merge(layer)
+    torch.testing.assert_close(layer(x)[0], y)
+
+
+def test_a_frozen_norm_keeps_its_statistics_and_detach_frees_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
+    before, x = copy.deepcopy(model), torch.randn(8, 4)
+    adapters.attach(model.train(), r=2, alpha=2)
+    adapters.attach(model, r=1, alpha=2, name="second")
+    model(x)
+    base = adapters.base_state_dict(model)
+    assert all(torch.equal(base[key], value) for key, value in before.state_dict().items())
+    assert model[2].training
+    adapters.detach(model)
+    assert all(module.training for module in model.modules())
+    assert vars(model[1]).keys() == vars(before[1]).keys()
+    assert not model[1]._forward_pre_hooks
+    model(x)
+    assert model[1].num_batches_tracked == 1
+
+
+def test_what_is_not_active_takes_no_gradient():
+    model = everything()
+    adapters.attach(model, "linear", r=2, alpha=2, init="pissa", trains="zero", name="second")
+    for name in ("second", "default"):
+        adapters.switch(model, name)
+        trained = {
+            n.split("lora.")[1].split(".")[0]
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        }
+        assert trained == {name}
+    adapters.switch(model, "second")
+    second = adapters.attached(model)["fc"]
+    assert (second.A.requires_grad, second.B.requires_grad) == (False, True)
+    with adapters.disabled(model):
+        assert second.B.requires_grad
+
+
+def everything() -> Everything:
+    torch.manual_seed(0)
+    model = Everything(5, 3)
+    adapters.attach(model, "all", r=2, alpha=2)
+    return model
+
+
+@pytest.mark.parametrize("first", ["embedding", "linear"])
+def test_a_shared_tables_padding_token_is_held_at_zero(first: str, tmp_path: Path):
+    model = Tied()
+    model.embed.padding_idx = 2
+    if first == "linear":
+        head = model.head
+        del model.head
+        model._modules = {"head": head, **model._modules}
+    adapters.attach(model, {"tied": Target(tied=True)}, r=2, alpha=3)
+    move(model)
+    x = torch.tensor([[1, 2, 8]])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    (delta,) = adapters.deltas(model).values()
+    assert not delta[2].any()
+    assert delta.any()
+    y = model(x)
+    adapters.merge(model)
+    torch.testing.assert_close(model(x), y)
+    adapters.unmerge(model)
+    adapters.save(model, tmp_path)
+    adapters.detach(model)
+    adapters.load(model, tmp_path)
+    assert torch.equal(model(x), y)
+
+
+def test_ties_that_no_shared_factors_can_serve_are_errors():
+    transposed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    transposed[1].weight = nn.Parameter(transposed[0].weight.data.t())  # pyright: ignore
+    with pytest.raises(adapters.AdapterError, match="'0' is tied to a transpose or a part of it"):
+        adapters.attach(transposed, {"a": Target(tied=True)}, r=1, alpha=1)
+    part = nn.Sequential(nn.Linear(4, 8), nn.Linear(4, 4))
+    part[1].weight = nn.Parameter(part[0].weight.data[4:])  # pyright: ignore
+    with pytest.raises(adapters.TargetError, match=r"shares some of its memory with 1\.weight"):
+        adapters.attach(part, {"a": Target(tied=True)}, r=1, alpha=1)
+    blocks = nn.ModuleList([nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2)])
+    blocks[1].in_proj_weight = blocks[0].in_proj_weight
+    with pytest.raises(adapters.AdapterError, match="is a block of a tied weight"):
+        adapters.attach(blocks, {"a": Target(match="*in_proj*", tied=True)}, r=1, alpha=1)
+    model = Tied()
+    adapters.attach(model, {"a": Target("embedding", tied=True)}, r=1, alpha=1, name="a")
+    adapters.attach(model, {"a": Target("linear", tied=True)}, r=1, alpha=1, name="b")
+    with pytest.raises(adapters.AdapterError, match="by its different names"):
+        adapters.combine(model, {"a": 1.0, "b": 1.0}, "c")
+
+
+def test_the_change_of_one_adapter_while_another_is_merged():
+    model = nn.Linear(4, 5)
+    adapters.attach(model, r=2, alpha=2, dora=True, name="a")
+    move(model)
+    expected = adapters.deltas(model, "a")[""]
+    adapters.attach(model, r=2, alpha=2, name="b")
+    move(model)
+    adapters.merge(model)
+    torch.testing.assert_close(adapters.deltas(model, "a")[""], expected)
+    with pytest.raises(adapters.AdapterError, match="there is no adapter 'c'"):
+        adapters.deltas(model, "c")
+    with pytest.raises(adapters.AdapterError, match="there is no adapter 'c'"):
+        adapters.detach(model, "c")
+
+
+def test_loading_a_base_into_a_merged_model_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 5))
+    state = copy.deepcopy(model.state_dict())
+    adapters.attach(model, r=2, alpha=2)
+    adapters.merge(model)
+    with pytest.raises(RuntimeError, match="merged, and unmerge would undo what is loaded"):
+        model.load_state_dict(state, strict=False)
+
+
+def test_dora_of_a_row_of_zeros_is_no_nan():
+    layer = nn.Linear(4, 5)
+    layer.weight.data[1] = 0
+    adapters.attach(layer, r=2, alpha=2, dora=True)
+    assert not adapters.deltas(layer)[""].any()
+    assert layer(torch.randn(3, 4)).isfinite().all()
+
+
+def test_attaching_in_eval_mode_drops_nothing():
+    model = nn.Linear(4, 5).eval()
+    adapters.attach(model, r=2, alpha=2, dropout=0.9)
+    move(model)
+    x = torch.randn(3, 4)
+    assert torch.equal(model(x), model(x))
+
+
+def test_an_empty_batch():
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(2), nn.Linear(9, 5))
+    adapters.attach(model, "all", r=2, alpha=2)
+    assert model(torch.zeros(0, 3, 4, 4)).shape == (0, 4, 5)
+
+
+def test_a_jagged_batch():
+    layer = nn.Linear(4, 5)
+    adapters.attach(layer, r=2, alpha=2)
+    move(layer)
+    rows = [torch.randn(2, 4), torch.randn(3, 4)]
+    y = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    for one, row in zip(y.unbind(), rows, strict=True):
+        torch.testing.assert_close(one, layer(row))

@@ -48,6 +48,8 @@ def test_globs(match: str, names: list[str]):
         (Target("conv", match="fc*"), "the model has no conv weight"),
         (Target(match="fc*", exclude="fc?"), "its exclude leaves out all that its match picks"),
         (Target("lineal"), "kind='lineal' must be one of linear, conv, embedding, weight"),
+        (Target(exclude="hed"), "target 'mine': 'hed' fits no weight; nearest: head"),
+        (Target(match=["fc1", "typo"]), "target 'mine': 'typo' fits no weight; nearest:"),
         (Target(match="relu*"), "picks no weight, only relu1 (ReLU)"),
     ],
 )
@@ -85,7 +87,7 @@ def test_a_rank_over_the_weights_is_an_error(r: int):
 
 @pytest.mark.parametrize("r", [0, -2])
 def test_no_rank_is_an_error(r: int):
-    with pytest.raises(RankError, match="at least 1"):
+    with pytest.raises(adapters.AdapterError, match="at least 1"):
         adapters.attach(model(), r=r, alpha=1)
 
 
@@ -100,7 +102,7 @@ def test_an_error_leaves_the_model_untouched():
 def test_a_layer_takes_one_adapter_and_the_others_can_follow():
     twice = model()
     adapters.attach(twice, {"head": Target(match="head")}, r=1, alpha=1)
-    with pytest.raises(adapters.AdapterError, match="have an adapter already: head"):
+    with pytest.raises(adapters.AdapterError, match="an adapter 'default' already on head"):
         adapters.attach(twice, r=1, alpha=1)
     adapters.attach(twice, {"fc": Target(match="fc*")}, r=1, alpha=1)
     assert {n.split(".")[0] for n, p in twice.named_parameters() if p.requires_grad} == {
@@ -261,12 +263,15 @@ def test_a_pattern_that_fits_nothing_is_an_error():
         ({"trains": "A"}, "trains='A': must be one of both, zero, core"),
         ({"name": "a.b"}, "name='a.b': must be a plain word"),
         ({"name": "keys"}, "name='keys': must be a plain word"),
+        ({"name": "active"}, "name='active': must be a plain word"),
+        ({"alpha": 0}, "alpha=0: must be more than 0"),
+        ({"alpha": float("nan")}, "alpha=nan: must be more than 0"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_an_error(how: dict, says: str):
     one = model()
     with pytest.raises(adapters.AdapterError, match=says):
-        adapters.attach(one, r=1, alpha=1, **how)
+        adapters.attach(one, **{"r": 1, "alpha": 1, **how})
     assert not adapters.attached(one)
 
 
@@ -287,3 +292,18 @@ def test_dora_is_not_for_every_kind():
 def test_what_cannot_be_adapted_is_refused_with_the_reason(layer: nn.Module, why: str):
     with pytest.raises(TargetError, match=f"'0(.weight)?' cannot be adapted: {why}"):
         adapters.attach(nn.Sequential(layer), "all", r=1, alpha=1)
+
+
+def test_what_is_no_weight_is_left_alone():
+    class Odd(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.LazyLinear(3), nn.Linear(3, 3))
+            self.counts = nn.Parameter(torch.arange(12).view(3, 4), requires_grad=False)
+            self.table = nn.Parameter(torch.randn(3, 4))
+
+    assert [site.name for site in adapters.find(Odd(), {"all": Target()})] == ["1"]
+
+
+def test_a_model_without_its_weights_is_an_error():
+    with pytest.raises(adapters.AdapterError, match="on the meta device"):
+        adapters.attach(nn.Linear(3, 3, device="meta"), r=1, alpha=1)
