@@ -94,19 +94,13 @@ def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
             raise AdapterError(f"the model's own module '{path}' has the name of an adapter")
     seats = []
     for site, adapter in made.items():
-        seats.append((model.get_submodule(site.layer), site.name, adapter))
+        owner = model.get_submodule(site.layer)
+        seats.append((owner, site.name, adapter))
         for other in site.tied:
             path, _, parameter = other.rpartition(".")
             layer = model.get_submodule(path)
-            if layer is model.get_submodule(site.layer):
-                continue  # one layer under two names
-            seats.append(
-                (
-                    layer,
-                    other,
-                    _shared(layer, model.get_submodule(site.layer), site, parameter, adapter),
-                )
-            )
+            if layer is not owner:  # it may be one layer under two names
+                seats.append((layer, other, _shared(layer, owner, site, parameter, adapter)))
     for module in model.modules():
         if isinstance(module, Adapter):
             continue

@@ -102,13 +102,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olora": {"init": "olora"},
     "svd": {"init": "svd"},
     "lora-fa": {"trains": "zero"},
-    "pissa-fa": {"init": "pissa", "trains": "zero"},
     "lora-xs": {"init": "svd", "trains": "core"},
-    "pissa-xs": {"init": "pissa", "trains": "core"},
     "dora": {"dora": True},
     "dora-fa": {"dora": True, "trains": "zero"},
     "dora-pissa": {"dora": True, "init": "pissa"},
-    "dora-xs": {"dora": True, "init": "svd", "trains": "core"},
 }
 
 

@@ -1,5 +1,6 @@
 """What people put models through: adapters must be the same there as in a plain forward pass."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,12 @@ def _start(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
 
 
+def _stop() -> None:
+    gc.collect()  # DDP's reducer has threads of its own, and must go before the group
+    dist.barrier()  # and no process before the other has all it was sent
+    dist.destroy_process_group()
+
+
 def _step(model: nn.Module, parameters: list[nn.Parameter], rows: Tensor) -> None:
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     for _ in range(2):
@@ -134,7 +141,7 @@ def _ddp(rank: int, folder: str) -> None:
     _step(DistributedDataParallel(model), trained(model), batch[2 * rank :][:2])
     if rank == 0:
         torch.save(adapters.adapter_state_dict(model), f"{folder}/state.pt")
-    dist.destroy_process_group()
+    _stop()
 
 
 def _fsdp(rank: int, folder: str) -> None:
@@ -154,7 +161,7 @@ def _fsdp(rank: int, folder: str) -> None:
     )
     if rank == 0:
         torch.save({k: v for k, v in state.items() if ".lora." in k}, f"{folder}/state.pt")
-    dist.destroy_process_group()
+    _stop()
 
 
 SHARDED = {"some": adapters.Target(match=["conv", "fc", "head", "embed"])}
