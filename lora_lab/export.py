@@ -39,10 +39,10 @@ def export(run: Run, format: str, directory: Path) -> Path:
     model = Plan(cfg, []).model()
     model.load_state_dict(_base(cfg, run, model))
     adapters.load(model, run.path / "adapter")
-    directory.mkdir(parents=True, exist_ok=True)
     if format == "peft":
         adapters.save_peft(model, directory)
     else:
+        directory.mkdir(parents=True, exist_ok=True)
         # Copies: safetensors does not write one memory under two names, as tied weights have.
         state = {key: value.clone() for key, value in adapters.merged(model).state_dict().items()}
         save_file(state, path, {"format": "pt"})
