@@ -1,10 +1,10 @@
-"""The typed schema of a run, and every check of its values that needs no model and no data."""
+"""The typed schema of a run, and what identifies it."""
 
 import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from hydra.utils import get_object
 from pydantic import (
@@ -13,7 +13,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
@@ -260,52 +259,3 @@ def _whole(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_whole(value) for value in content]
     return int(content) if isinstance(content, float) and content.is_integer() else content
-
-
-def check(content: dict[str, Any], said: Collection[str] = ()) -> Config:
-    """The config, typed, or a ConfigError that names every wrong key and value.
-
-    An experiment may set what only one choice of a group has, as adapter.r for LoRA: with another
-    choice (adapter=full) that falls away, but for the keys `said` on the command line.
-    """
-    for group, choices in (
-        ("adapter", (Lora, Full, NoAdapter)),
-        ("base", (TrainedBase, CheckpointBase)),
-    ):
-        if not isinstance(node := content.get(group), dict):
-            continue
-        chosen, others = set(), set()
-        for choice in choices:
-            methods = get_args(choice.model_fields["method"].annotation)
-            (chosen if node.get("method") in methods else others).update(choice.model_fields)
-        content[group] = {
-            key: value
-            for key, value in node.items()
-            if key not in others - chosen or f"{group}.{key}" in said
-        }
-    try:
-        return Config.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError("\n".join(say(e) for e in error.errors())) from None
-
-
-def say(error: Any) -> str:
-    """One of pydantic's errors as `key=value: rule`."""
-    # pydantic puts a union's tag into the path: adapter.lora.r is our adapter.r.
-    path = [str(part) for part in error["loc"]]
-    if len(path) > 1 and path[0] in ("adapter", "base"):
-        del path[1]
-    key, value = ".".join(path), error["input"]
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if error["type"] == "extra_forbidden":
-        known = TargetRule.model_fields if path[0] == "target" else ()
-        where = f" with {path[0]}={error['loc'][1]}" if path[0] in ("adapter", "base") else ""
-        return f"{key}={value}: there is no such key{where}{nearest(path[-1], known)}"
-    if error["type"] == "string_pattern_mismatch" and key == "name":
-        return f"{key}={value}: must be of letters, digits and _ - . and not begin with - or ."
-    if error["type"] == "missing":
-        return f"{key}: must be given"
-    if isinstance(value, dict):
-        return f"{key}: {message}"
-    shown = value if isinstance(value, str | float) else json.dumps(value, default=str)
-    return f"{key}={shown}: {message}"

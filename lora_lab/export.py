@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
-from lora_lab.config import CheckpointBase, Config, check
-from lora_lab.experiment import Plan
+from lora_lab.checks import check
+from lora_lab.config import CheckpointBase, Config
+from lora_lab.plan import Plan
 from lora_lab.runs import Run
 
 FORMATS = {

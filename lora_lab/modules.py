@@ -1,6 +1,6 @@
 """The LightningModules: a base learning its task, and LoRA adapting it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import cos, pi
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lora_lab.adapters import attached, parameter_groups
+from lora_lab.adapters import parameter_groups
 from lora_lab.config import Optimizer
 
 Batch = tuple[Tensor, Tensor]
@@ -75,13 +75,9 @@ class BaseModule(pl.LightningModule):
         """The model's output."""
         return self.model(x)
 
-    def trained(self) -> Iterable[nn.Parameter]:
-        """The parameters that the optimizer moves."""
-        return self.model.parameters()
-
     def groups(self) -> list[dict[str, Any]]:
-        """The same as the optimizer's parameter groups."""
-        return [{"params": list(self.trained())}]
+        """What the optimizer moves, in its groups: every parameter."""
+        return [{"params": list(self.model.parameters())}]
 
     @property
     def epochs_done(self) -> int:
@@ -187,8 +183,3 @@ class LoRAModule(BaseModule):
         """The adapters' parameters, with the factor that starts at zero apart where it must be."""
         decay = self.optimizer.arguments.get("weight_decay", 0.0)
         return parameter_groups(self.model, self.optimizer.lr, self.lr_ratio, decay)
-
-    def trained(self) -> list[nn.Parameter]:
-        """The adapters' parameters."""
-        made = attached(self.model).values()
-        return [p for adapter in made for p in adapter.parameters() if p.requires_grad]

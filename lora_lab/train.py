@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from lora_lab.config import Config, ConfigError, check, nearest
+from lora_lab.checks import check
+from lora_lab.config import Config, ConfigError, nearest
 from lora_lab.options import options
 
 log = logging.getLogger(__name__)
@@ -72,13 +73,13 @@ def _run(content: DictConfig) -> None:
     gc.disable()
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from lora_lab import bases, experiment, report
+    from lora_lab import bases, experiment, plan, report
     from lora_lab.runs import Run, RunBusyError, RunFinishedError
 
     gc.enable()
     gc.freeze()
     quiet()
-    planned = experiment.plan(cfg)
+    planned = plan.plan(cfg)
     if cfg.published is not None:
         paper = _as_published()
         rows = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import train
+from lora_lab import cli, train
 from lora_lab.runs import Run, find_runs
 from lora_lab.tracking import Tracking
 
@@ -23,6 +23,16 @@ SMALL = {
 """Every experiment at a size for tests."""
 
 Lab = Callable[..., int]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs `lora-lab ARGUMENTS` here and gives its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lora-lab", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
 @pytest.fixture(autouse=True)

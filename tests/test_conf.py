@@ -8,10 +8,12 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from lora_lab import bases, experiment
+from lora_lab import bases
+from lora_lab.checks import check
 from lora_lab.cli import train_help
-from lora_lab.config import Config, check
+from lora_lab.config import Config
 from lora_lab.options import options
+from lora_lab.plan import plan
 from lora_lab.train import prepare
 from tests.conftest import SMALL, Lab, only_run
 
@@ -39,7 +41,7 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str):
     cfg = composed(f"{group}={option}", *NEEDS.get((group, option), []))
     assert options()[group][option].endswith(".")
     if (group, option) != ("base", "checkpoint"):
-        experiment.plan(cfg)
+        plan(cfg)
 
 
 @pytest.mark.parametrize("adapter", options()["adapter"])
@@ -79,8 +81,7 @@ def test_every_group_is_there():
 
 @pytest.mark.parametrize(("data", "model"), product(options()["data"], options()["model"]))
 def test_every_model_fits_every_data_set(data: str, model: str):
-    plan = experiment.plan(composed(f"data={data}", f"model={model}"))
-    assert plan.sites
+    assert plan(composed(f"data={data}", f"model={model}")).sites
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -92,7 +93,7 @@ def test_every_point_of_every_sweep_composes(path: Path):
         for name, said in sweep["parameters"].items()
     }
     for values in product(*parameters.values()):
-        experiment.plan(composed(*(f"{k}={v}" for k, v in zip(parameters, values, strict=True))))
+        plan(composed(*(f"{k}={v}" for k, v in zip(parameters, values, strict=True))))
 
 
 def test_help_names_every_option():
@@ -124,11 +125,9 @@ def test_base_key_is_of_what_can_change_the_base():
 
 
 def test_a_cell_names_its_run_within_a_file_systems_limits():
-    plan = experiment.plan(
-        composed("+optimizer.betas=[0.5,0.6]", r"adapter.scaling=alpha/sqrt\(r\)")
-    )
-    assert plan.path.name.startswith("r1-alpha1-gaussian-alpha-sqrt_r_-linear-lr0.001-data0-seed0-")
-    assert len(plan.path.name.encode()) < 255
+    path = plan(composed("+optimizer.betas=[0.5,0.6]", r"adapter.scaling=alpha/sqrt\(r\)")).path
+    assert path.name.startswith("r1-alpha1-gaussian-alpha-sqrt_r_-linear-lr0.001-data0-seed0-")
+    assert len(path.name.encode()) < 255
 
 
 def test_a_cell_is_all_of_a_run_but_its_seed():

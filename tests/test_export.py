@@ -1,7 +1,6 @@
 """`lora-lab export`: what a run learned, where others can use it."""
 
 import copy
-import sys
 from pathlib import Path
 
 import peft
@@ -9,18 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_lab import adapters, cli
+from lora_lab import adapters
 from lora_lab.models.linear import Linear
-from tests.conftest import Lab, only_run
-
-
-def lora_lab(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["lora-lab", *arguments])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+from tests.conftest import Lab, command, only_run
 
 
 def base_and_adapted() -> tuple[Linear, Linear]:
@@ -36,8 +26,8 @@ def base_and_adapted() -> tuple[Linear, Linear]:
 def test_both_formats_give_the_runs_model(lab: Lab, monkeypatch: pytest.MonkeyPatch, adapter: str):
     assert lab("shift", "adapter.r=2", f"adapter={adapter}") == 0
     run, x = str(only_run().path), torch.randn(5, 12)
-    assert lora_lab(monkeypatch, "export", run, "there") == 0
-    assert lora_lab(monkeypatch, "export", run, "whole", "--format", "merged") == 0
+    assert command(monkeypatch, "export", run, "there") == 0
+    assert command(monkeypatch, "export", run, "whole", "--format", "merged") == 0
     base, adapted = base_and_adapted()
     merged = Linear(12, 9)
     merged.load_state_dict(load_file("whole/model.safetensors"))
@@ -49,8 +39,8 @@ def test_both_formats_give_the_runs_model(lab: Lab, monkeypatch: pytest.MonkeyPa
 def test_full_fine_tuning_is_written_whole(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     assert lab("shift", "adapter=full") == 0
     run = only_run().path
-    assert lora_lab(monkeypatch, "export", run.name[-6:], "whole", "--format=merged") == 2
-    assert lora_lab(monkeypatch, "export", str(run), "whole", "--format=merged") == 0
+    assert command(monkeypatch, "export", run.name[-6:], "whole", "--format=merged") == 2
+    assert command(monkeypatch, "export", str(run), "whole", "--format=merged") == 0
     written, trained = (
         load_file("whole/model.safetensors"),
         load_file(run / "model/model.safetensors"),
@@ -77,8 +67,8 @@ def test_what_cannot_be_written_is_said(
     assert lab("shift", *[before][: "=" in before]) == 0
     run = str(only_run().path)
     if before == "there":
-        assert lora_lab(monkeypatch, "export", run, "there") == 0
+        assert command(monkeypatch, "export", run, "there") == 0
     if before == "base":
         next(Path("bases").glob("*.safetensors")).unlink()
-    assert lora_lab(monkeypatch, "export", run, "there") == 2
+    assert command(monkeypatch, "export", run, "there") == 2
     assert says in capsys.readouterr().err

@@ -8,18 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import cli
 from lora_lab.runs import find_runs
-from tests.conftest import Lab, only_run
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["lora-lab", *arguments])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+from tests.conftest import Lab, command, only_run
 
 
 def kept(run: Path) -> dict[str, bytes]:

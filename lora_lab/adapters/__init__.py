@@ -11,11 +11,13 @@ from lora_lab.adapters.files import (
     weights_hash,
 )
 from lora_lab.adapters.init import INITS
-from lora_lab.adapters.inject import attach, attached, detach, disabled, names, switch
+from lora_lab.adapters.inject import attach, detach
 from lora_lab.adapters.merge import combine, deltas, merge, merged, unmerge
 from lora_lab.adapters.peft import load_peft, save_peft
 from lora_lab.adapters.scaling import SCALINGS
-from lora_lab.adapters.sites import GROUPS, KINDS, RankError, Site, Target, TargetError, find
+from lora_lab.adapters.sites import KINDS, Site
+from lora_lab.adapters.slots import attached, disabled, names, switch
+from lora_lab.adapters.targets import GROUPS, RankError, Target, TargetError, find
 
 __all__ = [
     "GROUPS",

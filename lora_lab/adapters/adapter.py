@@ -211,9 +211,8 @@ class Adapter(nn.Module, ABC):
         """What DoRA multiplies every row by; the norm takes no gradient (section 4.3)."""
         assert self.magnitude is not None
         norms = self.norms(weight)
-        return torch.where(
-            norms > 0, self.magnitude / norms, 1.0
-        )  # a row of zeros has no direction
+        # A row of zeros has no direction to be scaled.
+        return torch.where(norms > 0, self.magnitude / norms, 1.0)
 
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW in the weight's own shape. `weight` is the base's, which only DoRA reads."""

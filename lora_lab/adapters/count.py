@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lab.adapters.inject import attached, everyone
+from lora_lab.adapters.slots import all_adapters, attached
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Count:
 
 def count(model: nn.Module) -> Count:
     """What the active adapter of `model` costs."""
-    every = {id(p) for a in everyone(model).values() for p in a.parameters()}
+    every = {id(p) for a in all_adapters(model).values() for p in a.parameters()}
     base = [p for p in model.parameters() if id(p) not in every]
     made = attached(model).values()
     trained = [p for adapter in made for p in adapter.parameters() if p.requires_grad]

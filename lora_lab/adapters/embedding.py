@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import Recipe
+from lora_lab.adapters.adapter import Adapter, AdapterError, Recipe
 from lora_lab.adapters.linear import LinearAdapter
 
 
@@ -29,6 +29,14 @@ class EmbeddingAdapter(LinearAdapter):
         super().__init__(layer, parameter, rows, recipe)
         assert isinstance(layer, nn.Embedding)
         self.padding = layer.padding_idx
+
+    def fill(self, tensors: dict[str, Tensor]) -> Adapter:
+        """Raises AdapterError for an A that changes the padding token."""
+        if self.padding is not None and "A" in tensors and tensors["A"][:, self.padding].any():
+            raise AdapterError(
+                f"A changes the padding token {self.padding}, whose change is always zero"
+            )
+        return super().fill(tensors)
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import TENSORS, Adapter, AdapterError, Recipe
-from lora_lab.adapters.inject import chosen, everyone, place
-from lora_lab.adapters.sites import Site, Target, adapter_for, find
+from lora_lab.adapters.inject import place
+from lora_lab.adapters.sites import Site, adapter_for
+from lora_lab.adapters.slots import all_adapters, chosen, layer_path
+from lora_lab.adapters.targets import Target, find
 
 
 def is_adapter_key(key: str) -> bool:
@@ -23,8 +25,13 @@ def is_adapter_key(key: str) -> bool:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors alone, under the model's own names: what a checkpoint need hold."""
-    return {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
+    """What trains of the active adapter, under the model's own names.
+
+    What it also needs and never moves (LoRA-FA's A, the start of PiSSA's factors) the same `attach`
+    makes again; `save` writes it all.
+    """
+    own = {k for k, p in model.named_parameters() if is_adapter_key(k) and p.requires_grad}
+    return {key: value for key, value in model.state_dict().items() if key in own}
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -33,10 +40,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Values are the base's also while merged.
     """
     state = {key: value for key, value in model.state_dict().items() if not is_adapter_key(key)}
-    merged = [(site, a) for (_, site), a in everyone(model).items() if a.kept is not None]
+    merged = [(site, a) for (_, site), a in all_adapters(model).items() if a.kept is not None]
     for site, adapter in merged:
-        layer = site.rpartition(".")[0] if adapter.kind == "weight" else site
-        key = f"{layer}.{adapter.parameter}" if layer else adapter.parameter
+        key = ".".join(filter(None, [layer_path(site, adapter), adapter.parameter]))
         weight = state[key].clone()
         part = weight if adapter.rows is None else weight[slice(*adapter.rows)]
         part.copy_(adapter.kept)
@@ -93,6 +99,8 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
     wrong: list[str] = []
     made: dict[Site, Adapter] = {}
     for path, about in sites.items():
+        prefix = f"{path}." if path else ""
+        own = {key: tensors.pop(prefix + key) for key in TENSORS if prefix + key in tensors}
         try:
             (site,) = find(model, {path: Target(about["kind"], glob.escape(path), tied=True)})
             recipe = Recipe(**{key: about[key] for key in Recipe.__dataclass_fields__})
@@ -100,18 +108,13 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
             layer = model.get_submodule(site.layer)
             adapter = adapter_for(layer)(layer, site.parameter, site.rows, recipe)
             adapter.scale = about["scale"]  # stored, not derived again
+            # A copy is aligned in memory as a tensor made here, and sums in the same order.
+            device = adapter.weight_of(layer).device
+            own = {key: tensor.to(device, copy=True) for key, tensor in own.items()}
+            _check_fit(adapter, about, own)
+            made[site] = adapter.fill(own)
         except (AdapterError, KeyError, TypeError) as error:
             wrong.append(f"'{path}': {error}")
-            continue
-        prefix = f"{path}." if path else ""
-        own = {key: tensors.pop(prefix + key) for key in TENSORS if prefix + key in tensors}
-        # A copy is aligned in memory as a tensor made here, and sums in the same order.
-        device = adapter.weight_of(layer).device
-        own = {key: tensor.to(device, copy=True) for key, tensor in own.items()}
-        if problem := _misfit(adapter, about, own):
-            wrong.append(f"'{path}': {problem}")
-        else:
-            made[site] = adapter.fill(own)
     if wrong := [*wrong, *(f"unknown tensor {key}" for key in tensors)]:
         raise AdapterError(f"the adapter in {directory} does not fit: {'; '.join(wrong)}")
     place(model, made, name)
@@ -132,10 +135,11 @@ def _read(directory: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
 
 
-def _misfit(adapter: Adapter, about: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
-    """Why these tensors are not this adapter's; None where they are."""
+def _check_fit(adapter: Adapter, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises AdapterError unless these tensors are this adapter's, by name and shape."""
     if list(adapter.shape) != about["shape"]:
-        return f"has shape {list(adapter.shape)}, the adapter's was {about['shape']}"
+        was = about["shape"]
+        raise AdapterError(f"has shape {list(adapter.shape)}, the adapter's was {was}")
     out, rest = adapter.matrix(torch.empty(adapter.shape, device="meta")).shape
     r, recipe = adapter.r, adapter.recipe
     wanted = {"A": [r, rest], "B": [out, r]}
@@ -147,8 +151,4 @@ def _misfit(adapter: Adapter, about: dict[str, Any], tensors: dict[str, Tensor])
         wanted["magnitude"] = [out]
     found = {key: list(tensor.shape) for key, tensor in tensors.items()}
     if found != wanted:
-        return f"tensors must be {wanted}, they are {found}"
-    padding = getattr(adapter, "padding", None)
-    if padding is not None and tensors["A"][:, padding].any():
-        return f"A changes the padding token {padding}, whose change is zero"
-    return None
+        raise AdapterError(f"tensors must be {wanted}, they are {found}")

@@ -1,7 +1,6 @@
-"""Putting adapters on a model, switching between them, and taking them off."""
+"""Putting adapters on a model, and taking them off."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,29 +8,10 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import weight
 from lora_lab.adapters.adapter import Adapter, AdapterError, Recipe
-from lora_lab.adapters.sites import Site, Target, adapter_for, find
+from lora_lab.adapters.sites import Site, adapter_for
+from lora_lab.adapters.slots import Slot, all_adapters, chosen, layer_of, switch
+from lora_lab.adapters.targets import Target, find
 from lora_lab.seeding import generator
-
-
-class Slot(nn.ModuleDict):
-    """What a layer carries as its child `lora`: {adapter's name: {part of the layer: Adapter}}."""
-
-    active: str | None = None
-    """The adapter that acts; None: the layer is its base."""
-
-    def acting(self) -> Iterator[Adapter]:
-        """The active adapters that are not merged into the weight already."""
-        if self.active is not None:
-            parts: Any = self[self.active]
-            yield from (adapter for adapter in parts.values() if adapter.kept is None)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
-        error_msgs: list[str] = args[-1]
-        if any(isinstance(m, Adapter) and m.kept is not None for m in self.modules()):
-            error_msgs.append(
-                f"{prefix}: merged, and unmerge would undo what is loaded; unmerge first"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def attach(
@@ -80,11 +60,11 @@ def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
     """Puts adapters on their sites under `name`, active, and freezes every other parameter."""
     if not name.isidentifier() or hasattr(Slot(), name):
         raise AdapterError(f"name={name!r}: must be a plain word, and not one of nn.ModuleDict's")
-    if merged := [site for site, adapter in everyone(model).items() if adapter.kept is not None]:
-        shown = ", ".join(site or "the model itself" for _, site in merged)
+    there = all_adapters(model)
+    if merged := [site for (_, site), adapter in there.items() if adapter.kept is not None]:
+        shown = ", ".join(site or "the model itself" for site in merged)
         raise AdapterError(f"these layers are merged: {shown}; unmerge them first")
-    there = {site for other, site in everyone(model) if other == name}
-    if taken := [site.name for site in made if site.name in there]:
+    if taken := [site.name for site in made if (name, site.name) in there]:
         raise AdapterError(
             f"there is an adapter '{name}' already on {', '.join(taken) or 'the model itself'}; "
             "detach it, or give this one another name"
@@ -176,85 +156,6 @@ def _adapt(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tenso
     return None
 
 
-def everyone(model: nn.Module) -> dict[tuple[str, str], Adapter]:
-    """Every adapter in `model`, active or not, by its name and the name of its site."""
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Adapter) and module.source is None:
-            parts = path.split(".")
-            at = len(parts) - 3  # layer . lora . name . part
-            layer, (name, part) = ".".join(parts[:at]), parts[at + 1 :]
-            inside = part if module.kind == "weight" else ""
-            found[name, ".".join(filter(None, [layer, inside]))] = module
-    return found
-
-
-def attached(model: nn.Module, name: str | None = None) -> dict[str, Adapter]:
-    """The adapters of that `name`, or the active ones, by the names of their sites."""
-    slots = [m for m in model.modules() if isinstance(m, Slot) and m.active is not None]
-    active = {id(a) for slot in slots for a in slot[slot.active].children()}  # pyright: ignore
-    return {
-        site: adapter
-        for (other, site), adapter in everyone(model).items()
-        if (id(adapter) in active if name is None else other == name)
-    }
-
-
-def chosen(model: nn.Module, name: str | None) -> dict[str, Adapter]:
-    """As `attached`, but raises AdapterError where that is none."""
-    if made := attached(model, name):
-        return made
-    asked = "no adapter is active" if name is None else f"there is no adapter '{name}'"
-    raise AdapterError(f"{asked}; on the model: {', '.join(names(model)) or 'none'}")
-
-
-def names(model: nn.Module) -> list[str]:
-    """The names of the adapters on `model`, in the order of their first sites."""
-    return list(dict.fromkeys(name for name, _ in everyone(model)))
-
-
-def layer_of(model: nn.Module, site: str, adapter: Adapter) -> nn.Module:
-    """The layer that a site is on."""
-    return model.get_submodule(site.rpartition(".")[0] if adapter.kind == "weight" else site)
-
-
-def switch(model: nn.Module, name: str | None) -> None:
-    """Makes the adapter `name` the one that acts and trains; None: the base, bit for bit.
-
-    Raises AdapterError where there is no such adapter, or one is merged.
-    """
-    if name is not None and name not in names(model):
-        raise AdapterError(
-            f"name={name!r}: there is no such adapter, only {', '.join(names(model))}"
-        )
-    _check_unmerged(model)
-    for module in model.modules():
-        if isinstance(module, Slot):
-            module.active = name if name is not None and name in module else None
-    for (other, _), adapter in everyone(model).items():
-        adapter.thaw(other == name)
-
-
-def _check_unmerged(model: nn.Module) -> None:
-    for (name, site), adapter in everyone(model).items():
-        if adapter.kept is not None:
-            raise AdapterError(f"the adapter '{name}' of '{site}' is merged: unmerge it first")
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within it the model is its base, bit for bit; after it, each adapter is as it was."""
-    _check_unmerged(model)
-    slots = {m: m.active for m in model.modules() if isinstance(m, Slot)}
-    for slot in slots:
-        slot.active = None
-    try:
-        yield
-    finally:
-        for slot, active in slots.items():
-            slot.active = active
-
-
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Takes the adapter `name` off, or every adapter: the model is then as before any was attached.
 
@@ -262,7 +163,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     if name is not None:
         chosen(model, name)
-    for (_, site), adapter in everyone(model).items():
+    for (_, site), adapter in all_adapters(model).items():
         if adapter.kept is not None:
             put_back(layer_of(model, site, adapter), adapter)
     for layer in list(model.modules()):
@@ -274,7 +175,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             slot.active = None if slot.active == other else slot.active
         if not len(slot):
             _clear(layer)
-    if not everyone(model):
+    if not all_adapters(model):
         for module in model.modules():
             for key in module.__dict__.pop("_frozen_by_lora", []):
                 module.get_parameter(key).requires_grad_(True)

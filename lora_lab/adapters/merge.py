@@ -9,33 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter, AdapterError
-from lora_lab.adapters.inject import (
-    attached,
-    chosen,
-    detach,
-    everyone,
-    layer_of,
-    names,
-    place,
-    put_back,
-)
-from lora_lab.adapters.sites import Target, find
+from lora_lab.adapters.inject import detach, place, put_back
+from lora_lab.adapters.slots import all_adapters, attached, chosen, layer_of, names
+from lora_lab.adapters.targets import Target, find
 
 
 def deltas(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """ΔW of the adapter `name`, or of the active one, at every site, in the weights' own shapes."""
     made = attached(model) if name is None else chosen(model, name)
+    # Another adapter may be merged: the base's weight is then the one it keeps.
+    kept = {site: a.kept for (_, site), a in all_adapters(model).items() if a.kept is not None}
     return {
-        site: adapter.delta(base_weight(model, site, adapter)) for site, adapter in made.items()
+        site: adapter.delta(kept.get(site, adapter.weight_of(layer_of(model, site, adapter))))
+        for site, adapter in made.items()
     }
-
-
-def base_weight(model: nn.Module, site: str, adapter: Adapter) -> Tensor:
-    """The weight of a site as it is without any adapter, also while one is merged."""
-    for (_, other), merged in everyone(model).items():
-        if other == site and merged.kept is not None:
-            return merged.kept
-    return adapter.weight_of(layer_of(model, site, adapter))
 
 
 @torch.no_grad()
@@ -45,7 +32,7 @@ def merge(model: nn.Module) -> None:
     The sum is formed in float32 (or wider) whatever the weight's dtype, and the weight is kept
     aside for `unmerge`. Raises AdapterError if one is merged already, or none is active.
     """
-    for (_, site), adapter in everyone(model).items():
+    for (_, site), adapter in all_adapters(model).items():
         if adapter.kept is not None:
             raise AdapterError(f"the adapter of '{site}' is merged already: unmerge it first")
     made = attached(model)
@@ -63,7 +50,7 @@ def merge(model: nn.Module) -> None:
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Puts back the weights that `merge` kept, bit for bit. Raises AdapterError if not merged."""
-    merged = {site: a for (_, site), a in everyone(model).items() if a.kept is not None}
+    merged = {site: a for (_, site), a in all_adapters(model).items() if a.kept is not None}
     if not merged:
         raise AdapterError("no adapter is merged")
     for site, adapter in merged.items():
@@ -82,7 +69,7 @@ def merged(model: nn.Module) -> nn.Module:
     """A copy of the model with the active adapter in its weights, and no adapters."""
     twin = copy.deepcopy(model)
     merge(twin)
-    for _, adapter in everyone(twin).items():
+    for _, adapter in all_adapters(twin).items():
         adapter.kept = None
     _tell_twins(twin)
     detach(twin)

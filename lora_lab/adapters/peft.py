@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter, AdapterError, Recipe
 from lora_lab.adapters.files import base_state_dict
-from lora_lab.adapters.inject import chosen, layer_of, place
+from lora_lab.adapters.inject import place
 from lora_lab.adapters.linear import TransposedLinearAdapter
-from lora_lab.adapters.sites import Site, Target, TargetError, adapter_for, candidates, find
+from lora_lab.adapters.sites import Site, adapter_for, candidates
+from lora_lab.adapters.slots import chosen, layer_of
+from lora_lab.adapters.targets import Target, TargetError, find
 
 PREFIX = "base_model.model."
 TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -229,9 +231,6 @@ def _from_peft(
     tensors["B"] = B.flatten(0, 1) if same else _blocks(B)
     if dora:
         tensors["magnitude"] = tensors["magnitude"].flatten()
-    padding = getattr(layer, "padding_idx", None)
-    if padding is not None and tensors["A"][:, padding].any():
-        raise AdapterError(f"A changes the padding token {padding}, which here never changes")
     r = len(tensors["A"])
     recipe = Recipe(
         r,

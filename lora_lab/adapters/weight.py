@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 
-GATES = {nn.MultiheadAttention: "qkv", nn.LSTM: "ifgo", nn.GRU: "rzn"}
+STACKED = {nn.MultiheadAttention: "qkv", nn.LSTM: "ifgo", nn.GRU: "rzn"}
 """The blocks that are stacked in one parameter, in their order: each is a site of its own."""
 
 
@@ -54,12 +54,12 @@ class WeightAdapter(Adapter):
 
 def blocks(layer: nn.Module, parameter: str, rows: int) -> dict[str, tuple[int, int] | None]:
     """The sites of a parameter by their names: itself, or its blocks of rows."""
-    gates = next((gates for Kind, gates in GATES.items() if isinstance(layer, Kind)), "")
+    names = next((names for Kind, names in STACKED.items() if isinstance(layer, Kind)), "")
     stacked = parameter.startswith(("in_proj_weight", "weight_ih", "weight_hh"))
-    if not gates or not stacked:
+    if not names or not stacked:
         return {parameter: None}
-    size = rows // len(gates)
-    return {f"{parameter}_{gate}": (i * size, (i + 1) * size) for i, gate in enumerate(gates)}
+    size = rows // len(names)
+    return {f"{parameter}_{gate}": (i * size, (i + 1) * size) for i, gate in enumerate(names)}
 
 
 def watch(layer: nn.Module, parameter: str) -> None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab import adapters
-from tests.adapters.cases import Case, every_layer, move, trained
+from tests.adapters.cases import Case, cases_where, every_layer, move, trained
 from tests.everything import Everything
 
 ROOT = Path(__file__).parents[2]
@@ -60,11 +60,21 @@ def test_checkpointing_without_reentry():
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
-@every_layer
+NO_VMAP = ("lstm", "gru")
+"""Layers that torch itself cannot batch over their weights."""
+
+
+@cases_where(lambda case: case.variant == "lora" and case.layer.name in NO_VMAP)
+def test_vmap_is_not_for_plain_recurrent_layers_either(case: Case):
+    plain, x = case.plain(), case.inputs()
+    stacked = {key: torch.stack([value, value]) for key, value in plain.named_parameters()}
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        vmap(lambda own: functional_call(plain, own, x))(stacked)
+
+
+@cases_where(lambda case: case.variant == "lora" and case.layer.name not in NO_VMAP)
 def test_vmap_over_adapters_of_one_base(case: Case):
     """What packing does: many adapters, one base and one batch."""
-    if case.layer.name in ("lstm", "gru"):
-        pytest.skip("torch has no batching rule for LSTM and GRU, adapted or not")
     models = [case.build() for _ in range(3)]
     for seed, model in enumerate(models):
         move(model, seed=seed)

@@ -1,0 +1,186 @@
+"""Whether a run can be, before anything is drawn or made; and what it will be made of."""
+
+import hashlib
+import inspect
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lora_lab import adapters
+from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, TargetError
+from lora_lab.checks import bind, fits, imported
+from lora_lab.config import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
+from lora_lab.data import Data, Phase
+from lora_lab.tracking import Tracking
+
+OURS = ("logger", "callbacks", "enable_progress_bar", "enable_model_summary")
+OURS += ("enable_checkpointing", "num_sanity_val_steps")
+"""Arguments of Lightning's Trainer that a run sets itself."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose every setting has been found possible, and where it will be."""
+
+    cfg: Config
+    sites: list[Site]
+
+    @property
+    def path(self) -> Path:
+        """The run's directory: a readable cell, its seed, and a hash of all that matters."""
+        name = f"{self.cfg.words()}-seed{self.cfg.seed}-{self.cfg.identity()[:10]}"
+        return Path(self.cfg.runs_dir) / self.cfg.name / name
+
+    def data(self, phase: Phase) -> Data:
+        """The data module of one phase; nothing is drawn yet."""
+        return self.cfg.data.callee(phase=phase, **self.cfg.data.arguments)
+
+    def model(self) -> nn.Module:
+        """The model, sized to the data where the config leaves its sizes open."""
+        sizes = _sizes(self.cfg, self.data("adapt"))
+        return self.cfg.model.callee(**sizes, **self.cfg.model.arguments)
+
+    def attach(self, model: nn.Module) -> None:
+        """Puts the configured adapter on the model."""
+        assert isinstance(self.cfg.adapter, Lora)
+        recipe, patterns = _recipe(self.cfg.adapter)
+        how = {**asdict(recipe), **patterns, "seed": self.cfg.seed}
+        adapters.attach(model, _targets(self.cfg), **how)
+
+    def trainer(
+        self, tracking: Tracking, callbacks: list[pl.Callback], **change: Any
+    ) -> pl.Trainer:
+        """Lightning's Trainer as configured, with this run's loggers."""
+        return pl.Trainer(
+            **{**self.cfg.trainer.model_dump(), **change},
+            logger=tracking.loggers,
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            num_sanity_val_steps=0,
+        )
+
+
+def plan(cfg: Config) -> Plan:
+    """Finds out, before any data is drawn or directory made, whether the run can be.
+
+    The model is built on the meta device for it. Raises ConfigError.
+    """
+    for key in ("runs_dir", "bases_dir"):
+        _check_directory(key, Path(getattr(cfg, key)))
+    bind("data", cfg.data, ["phase"])
+    _call("data", cfg, phase="base")
+    data = _call("data", cfg, phase="adapt")
+    sizes = _sizes(cfg, data)
+    bind("model", cfg.model, list(sizes))
+    _check_optimizer("optimizer", cfg.optimizer)
+    _check_trainer(cfg)
+    with torch.device("meta"):
+        model = _call("model", cfg, **sizes)
+    sites = []
+    if cfg.adapter.method != "none":
+        try:
+            if isinstance(cfg.adapter, Lora):
+                recipe, patterns = _recipe(cfg.adapter)
+                sites = adapters.find(model, _targets(cfg), recipe, **patterns)
+            else:
+                sites = adapters.find(model, _targets(cfg))
+        except RankError as error:
+            raise ConfigError(f"adapter.{error}") from None
+        except TargetError as error:
+            raise ConfigError(f"target={','.join(cfg.target)}: {error}") from None
+        except AdapterError as error:
+            raise ConfigError(f"adapter.{error}") from None
+    if isinstance(cfg.base, TrainedBase):
+        _check_optimizer("base.optimizer", cfg.base.optimizer)
+    else:
+        found = _check_checkpoint(cfg.base, model)
+        cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": found})})
+    return Plan(cfg, sites)
+
+
+def _targets(cfg: Config) -> dict[str, Target]:
+    return {label: Target(**rule.model_dump()) for label, rule in cfg.target.items()}
+
+
+def _recipe(adapter: Lora) -> tuple[Recipe, dict[str, Any]]:
+    """How every site's adapter is made, and the patterns over it."""
+    patterns = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
+    return Recipe(**adapter.model_dump(exclude={"method", "lr_ratio", *patterns})), patterns
+
+
+def _check_directory(key: str, path: Path) -> None:
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{key}={path}: {there} is no directory that can be written to")
+
+
+def _call(key: str, cfg: Config, **given: Any) -> Any:
+    component = getattr(cfg, key)
+    try:
+        return component.callee(**given, **component.arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{key}.{error}") from None
+
+
+def _sizes(cfg: Config, data: Data) -> dict[str, int]:
+    takes = inspect.signature(imported("model", cfg.model)).parameters
+    return {n: v for n, v in data.sizes.items() if n in takes and n not in cfg.model.arguments}
+
+
+def _check_optimizer(key: str, optimizer: Optimizer) -> None:
+    make = bind(key, optimizer, ["params"])
+    try:
+        make([nn.Parameter(torch.zeros(1))], **optimizer.arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _check_trainer(cfg: Config) -> None:
+    arguments = cfg.trainer.model_dump()
+    if ours := [name for name in arguments if name in OURS]:
+        raise ConfigError(f"trainer.{ours[0]}: a run sets this itself")
+    accelerator, devices = cfg.trainer.accelerator, cfg.trainer.devices
+    asked = len(devices) if isinstance(devices, list) else devices
+    there = torch.cuda.device_count()
+    too_many = isinstance(asked, int) and asked > there
+    if accelerator in ("gpu", "cuda") and (there == 0 or too_many):
+        raise ConfigError(
+            f"trainer.accelerator={accelerator} trainer.devices={devices}: this machine has "
+            f"{there} CUDA GPUs; trainer=cpu or trainer=auto runs without one"
+        )
+    fits("trainer", pl.Trainer, arguments)
+    try:
+        trainer = pl.Trainer(**arguments, logger=False, enable_checkpointing=False)
+    except (TypeError, ValueError, RuntimeError) as error:  # Lightning's own are RuntimeErrors
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+    if trainer.world_size > 1:
+        raise ConfigError(f"trainer.devices={devices}: a run takes one device, so far")
+
+
+def _check_checkpoint(base: CheckpointBase, model: nn.Module) -> str:
+    """The file's SHA-256, once it is found to hold the model's weights."""
+    try:
+        with safe_open(base.path, "pt") as file:
+            found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"base.path={base.path}: no safetensors file to be read: {error}"
+        ) from None
+    wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    if found != wanted:
+        differ = sorted(k for k in {**found, **wanted} if found.get(k) != wanted.get(k))
+        shown = "; ".join(f"{k}: file {found.get(k)}, model {wanted.get(k)}" for k in differ[:4])
+        raise ConfigError(
+            f"base.path={base.path}: does not hold this model's weights "
+            f"({len(differ)} tensors differ: {shown})"
+        )
+    with open(base.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
