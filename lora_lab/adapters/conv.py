@@ -1,6 +1,7 @@
 """The factored adapter of convolutions."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +30,20 @@ class ConvAdapter(FactoredAdapter):
 
     def down(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
         """r filters for each group, with the layer's geometry: (*, in, …) → (*, groups · r, …)."""
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        conv: Any = layer
         filters = A.view(-1, *self.shape[1:])
-        if layer.groups > 1:
-            filters = torch.cat([filters] * layer.groups)
-        return layer._conv_forward(self.dropped(input), filters, None)
+        if conv.groups > 1:
+            filters = torch.cat([filters] * conv.groups)
+        return conv._conv_forward(self.dropped(input), filters, None)
 
     def up(self, layer: nn.Module, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
         """Every group's rows of B on its r channels, in one product onto the layer's output."""
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        groups, batched = layer.groups, output.dim() == len(self.shape)
+        conv: Any = layer
+        groups, batched = conv.groups, output.dim() == len(self.shape)
         batch = output.shape[0] if batched else 1
         blocks, rows, r = batch * groups, B.shape[0] // groups, B.shape[1]
         places = math.prod(output.shape[batched + 1 :])  # an empty batch leaves no -1 to be found
-        B = B.view(groups, rows, r).expand(batch, -1, -1, -1).reshape(blocks, rows, r)
+        # Without groups no copy of B, and fewer views for backward.
+        B = B.expand(batch, -1, -1) if groups == 1 else B.view(groups, rows, r).repeat(batch, 1, 1)
         onto, hidden = output.reshape(blocks, rows, places), hidden.reshape(blocks, r, places)
         return torch.baddbmm(onto, B, hidden, alpha=self.scale).view(output.shape)
