@@ -143,16 +143,17 @@ def _hold(norm: nn.Module, args: tuple) -> None:
 def _adapt(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
     """The forward hook: the layer's output as it is with the adapter."""
     slot: Any = layer._modules["lora"]
-    input = args[0] if args else next(iter(kwargs.values()))
     for adapter in slot.acting():
-        if output.is_nested and output.layout == torch.jagged:
+        input = args[0] if args else next(iter(kwargs.values()))
+        if not output.is_nested:
+            return adapter(layer, input, output)
+        if output.layout == torch.jagged:
             ragged: Any = output
             values = adapter(layer, input.values(), ragged.values())
             return torch.nested.nested_tensor_from_jagged(values, ragged.offsets())
-        if output.is_nested:  # nn.TransformerEncoder's, of padded sequences in eval mode
-            pairs = zip(input.unbind(), output.unbind(), strict=True)
-            return torch.nested.as_nested_tensor([adapter(layer, *pair) for pair in pairs])
-        return adapter(layer, input, output)
+        # nn.TransformerEncoder's, of padded sequences in eval mode
+        pairs = zip(input.unbind(), output.unbind(), strict=True)
+        return torch.nested.as_nested_tensor([adapter(layer, *pair) for pair in pairs])
     return None
 
 

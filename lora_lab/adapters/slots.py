@@ -15,11 +15,12 @@ class Slot(nn.ModuleDict):
     active: str | None = None
     """The adapter that acts; None: the layer is its base."""
 
-    def acting(self) -> Iterator[Adapter]:
+    def acting(self) -> list[Adapter]:
         """The active adapters that are not merged into the weight already."""
-        if self.active is not None:
-            parts: Any = self[self.active]
-            yield from (adapter for adapter in parts.values() if adapter.kept is None)
+        if self.active is None:
+            return []
+        parts: Any = self._modules[self.active]
+        return [adapter for adapter in parts._modules.values() if adapter.kept is None]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
         error_msgs: list[str] = args[-1]

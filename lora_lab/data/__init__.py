@@ -6,10 +6,11 @@ from typing import Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lora_lab.seeding import generator
+from lora_lab.theory import Expected
 
 Phase = Literal["base", "adapt"]
 
@@ -30,9 +31,10 @@ class Data(pl.LightningDataModule, ABC):
     eval_rows = 4096
     """Rows of one evaluation batch: large, since nothing is kept for a backward pass."""
 
-    def __init__(self, phase: Phase, batch_size: int, seed: int):
+    def __init__(self, phase: Phase, batch_size: int | None, seed: int, steps: int = 1):
+        """`batch_size` None: every batch is all the rows, `steps` of them an epoch."""
         super().__init__()
-        self.phase, self.batch_size, self.seed = phase, batch_size, seed
+        self.phase, self.batch_size, self.seed, self.steps = phase, batch_size, seed, steps
         self.train: TensorDataset | None = None
         self.val: TensorDataset | None = None
 
@@ -45,6 +47,14 @@ class Data(pl.LightningDataModule, ABC):
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
         """The training and the validation set of this phase."""
 
+    def expected(self, model: nn.Module) -> dict[str, Expected]:
+        """What theory says of an adapted run's metrics at its end, by their names, if anything.
+
+        `model` is the base before its first step, with its adapters on it, or none for full
+        fine-tuning; this is the `adapt` phase, and the data is drawn.
+        """
+        return {}
+
     def setup(self, stage: str) -> None:
         """Draws the data, once."""
         if self.train is None:
@@ -53,12 +63,14 @@ class Data(pl.LightningDataModule, ABC):
 
     def check_batch(self, rows: int) -> None:
         """Raises ValueError where not even one batch can be drawn without replacement."""
-        if self.batch_size > rows:
+        if self.batch_size is not None and self.batch_size > rows:
             raise ValueError(f"batch_size={self.batch_size} is more than the {rows} training rows")
 
     def train_dataloader(self) -> DataLoader:
         """Batches in the order that (seed, phase, epoch) gives."""
         assert self.train is not None
+        if self.batch_size is None:
+            return _loader(self.train, [slice(None)] * self.steps)
         key = (self.seed, self.phase, "order")
         rows = Batches(len(self.train), self.batch_size, self.rows_differ_in, key)
         return _loader(self.train, rows)
