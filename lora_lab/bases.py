@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_lab import data, modules, seeding
 from lora_lab.config import Config, TrainedBase, content_hash
 from lora_lab.runs import write_atomic
+from lora_lab.spectra import SVD, svd_of_matrix
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,12 @@ def key(cfg: Config) -> str:
     return content_hash([*nodes, trainer, sources, torch.__version__])
 
 
+def path(cfg: Config) -> Path:
+    """Where the base that `cfg` trains is kept."""
+    name = "-".join(c.target.rsplit(".")[-1].lower() for c in (cfg.data, cfg.model))
+    return Path(cfg.bases_dir) / f"{name}-{key(cfg)[:16]}.safetensors"
+
+
 def obtain(
     cfg: Config,
     train: Callable[[], tuple[nn.Module, list[Row]]],
@@ -61,18 +68,17 @@ def obtain(
     """
     if not isinstance(cfg.base, TrainedBase):
         return Base(load_file(cfg.base.path), [])
-    name = "-".join(c.target.rsplit(".")[-1].lower() for c in (cfg.data, cfg.model))
-    path = Path(cfg.bases_dir) / f"{name}-{key(cfg)[:16]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_suffix(".lock"))
+    file = path(cfg)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file.with_suffix(".lock"))
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        log.info("waiting for the run that is training this base (%s)", path)
+        log.info("waiting for the run that is training this base (%s)", file)
         held = lock.acquire()
     with held:
-        if base := _kept(path):
-            log.info("base found, not trained again: %s", path)
+        if base := _kept(file):
+            log.info("base found, not trained again: %s", file)
             replay(base.rows)
             return base
         started = time.time()
@@ -91,10 +97,26 @@ def obtain(
             },
             "rows": rows,
         }
-        write_atomic(path, content)
-        write_atomic(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-        log.info("base trained in %.1f s and kept: %s", about["seconds"], path)
+        write_atomic(file, content)
+        write_atomic(file.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+        log.info("base trained in %.1f s and kept: %s", about["seconds"], file)
         return Base(load(content), rows)
+
+
+def decomposed(W: Tensor, directory: Path) -> SVD:
+    """The SVD of a base's weight as a matrix, computed once and kept by the weight's content."""
+    content = W.detach().cpu().contiguous()
+    name = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:16]
+    path = directory / "svd" / f"{'x'.join(map(str, W.shape))}-{name}.safetensors"
+    try:
+        kept = load_file(path)
+        return SVD(*(kept[key].to(W.device, torch.float64) for key in ("U", "S", "Vh")))
+    except (OSError, KeyError, SafetensorError):
+        made = svd_of_matrix(W)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"U": made.U, "S": made.S, "Vh": made.Vh}
+        write_atomic(path, save({k: t.cpu().contiguous() for k, t in tensors.items()}))
+        return made
 
 
 def _kept(path: Path) -> Base | None:

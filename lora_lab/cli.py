@@ -3,9 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_lab import __version__
 from lora_lab.options import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EPILOG = """\
 examples:
@@ -14,6 +18,9 @@ examples:
   lora-lab train -m adapter.r=1,2,4 seed=0,1  six runs, one after another
   lora-lab train --help                       everything that can be set
   lora-lab report RUN                         a run's table and figures again
+  lora-lab report runs/shift                  all its runs: by cell, against r, against theory
+  lora-lab analyze RUN                        its ΔW again: truncation, advice, against the base
+  lora-lab analyze RUN RUN                    how the directions of their ΔW compare
   lora-lab export RUN DIR                     its adapter, as PEFT loads it
   lora-lab export RUN DIR --format merged     its model, ΔW in the weights
   lora-lab ls                                 every run: status, cell, seed, loss, time
@@ -78,8 +85,10 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=f"lora_lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="run one experiment, or with -m several", add_help=False)
-    report = commands.add_parser("report", help="write a run's table and figures again")
-    report.add_argument("run", type=Path, help="a run directory, or the start of its hash")
+    report = commands.add_parser("report", help="write a run's table and figures, or many runs'")
+    report.add_argument(
+        "run", type=Path, help="a run directory, the start of its hash, or a folder"
+    )
     export = commands.add_parser("export", help="write a run's adapter or merged model for others")
     export.add_argument("run", type=Path, help="a run directory, or the start of its hash")
     export.add_argument("directory", type=Path, help="where to")
@@ -88,6 +97,13 @@ def main() -> None:
         choices=("peft", "merged"),
         default="peft",
         help="peft: a folder for PeftModel.from_pretrained (the default); merged: the whole model",
+    )
+    analyze = commands.add_parser("analyze", help="a run's ΔW again; or the ΔW of several compared")
+    analyze.add_argument("runs", type=Path, nargs="+", help="run directories, or starts of hashes")
+    analyze.add_argument("--keep", type=float, default=None, help="share of the gain to keep")
+    analyze.add_argument("--truncation", choices=("sites", "model", "none"), default=None)
+    analyze.add_argument(
+        "--to", type=Path, default=Path("analysis"), help="where a comparison is written (analysis)"
     )
     ls = commands.add_parser("ls", help="list runs")
     ls.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="where (runs)")
@@ -98,6 +114,10 @@ def main() -> None:
     try:
         if arguments.command == "report":
             _report(arguments.run)
+        elif arguments.command == "analyze":
+            asked = {"keep": arguments.keep, "truncation": arguments.truncation}
+            asked = {key: value for key, value in asked.items() if value is not None}
+            _analyze(arguments.runs, asked, arguments.to)
         elif arguments.command == "export":
             _export(arguments.run, arguments.format, arguments.directory)
         else:
@@ -117,14 +137,33 @@ def _train(arguments: list[str]) -> None:
 
 
 def _report(path: Path) -> None:
-    from rich.console import Console
+    from lora_lab import report
+    from lora_lab.runs import find_runs, named_run
 
+    if path.is_dir() and not (path / "status.json").exists() and (runs := find_runs(path)):
+        report.show_sweep(report.write_sweep(runs, path), path, _console())
+        return
+    run = named_run(path)
+    report.write(run)
+    report.show(run, _console())
+
+
+def _analyze(paths: list[Path], asked: dict[str, Any], to: Path) -> None:
     from lora_lab import report
     from lora_lab.runs import named_run
 
-    run = named_run(path)
-    report.write(run)
-    report.show(run, Console())
+    runs = [named_run(path) for path in paths]
+    from lora_lab import analyze, train
+
+    train.quiet()
+    if len(runs) > 1:
+        report.pairs(analyze.between(runs), to, _console())
+        return
+    said = analyze.again(runs[0], _console(), **asked)
+    report.write(runs[0])
+    report.show(runs[0], _console())
+    if said.advice is not None:
+        print(f"advice   lora-lab train … {said.advice.overrides}")
 
 
 def _export(path: Path, format: str, directory: Path) -> None:
@@ -136,15 +175,19 @@ def _export(path: Path, format: str, directory: Path) -> None:
     print(export(run, format, directory))
 
 
-def _ls(root: Path) -> None:
+def _console() -> "Console":
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _ls(root: Path) -> None:
     from lora_lab import report
     from lora_lab.runs import find_runs
 
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {root}")
-    Console(width=None if sys.stdout.isatty() else 200).print(report.listing(find_runs(root)))
+    _console().print(report.listing(find_runs(root)))
 
 
 if __name__ == "__main__":

@@ -167,9 +167,20 @@ class Trainer(Node, extra="allow"):
 
 
 class Spectra(Node):
-    """When ΔW's spectrum is measured: at the start, every so many epochs, at the end."""
+    """When ΔW's spectrum is measured, and what is asked of the finished update.
+
+    At the start, every so many epochs or steps, at the end. `truncation`: the validation loss with
+    ΔW cut to each lower rank, of the whole model or of each site too; `keep` is the share of the
+    gain that the advised ranks keep. `against_base` takes an SVD of each W, kept in bases_dir.
+    `first_step` measures the dense gradient and the descent of the first step.
+    """
 
     every_n_epochs: PositiveInt
+    every_n_steps: PositiveInt | None
+    truncation: Literal["sites", "model", "none"]
+    keep: float = Field(gt=0, le=1)
+    against_base: bool
+    first_step: bool
 
 
 class Tracking(Node):

@@ -1,5 +1,6 @@
 """One run from start to end: base, adapter, training, spectra, merge check, files."""
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,8 +9,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lab import adapters, bases, report, spectra
-from lora_lab.adapters import AdapterError, Site
+from lora_lab import adapters, analysis, bases, report
+from lora_lab.adapters import AdapterError
+from lora_lab.callbacks.first_step import FirstStep
 from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.callbacks.spectra import SpectraCallback
 from lora_lab.config import Lora, TrainedBase
@@ -18,6 +20,7 @@ from lora_lab.modules import BaseModule, LoRAModule
 from lora_lab.plan import Plan
 from lora_lab.runs import Run, record
 from lora_lab.tracking import Tracking
+from lora_lab.updates import Updates
 
 
 def run(plan: Plan, console: Console) -> Run:
@@ -80,37 +83,24 @@ def _adapt(
         console.print(report.sites(plan.sites))
     else:
         module = BaseModule(model, data.task, outputs, cfg.optimizer)
-    made = adapters.attached(model)
-
-    def delta(site: Site) -> Tensor:
-        """ΔW of a site as a matrix."""
-        layer = model.get_submodule(site.layer)
-        if adapter := made.get(site.name):
-            return adapter.delta(adapter.weight_of(layer)).flatten(1)
-        weight = layer.get_parameter(site.parameter).detach()
-        changed = weight - base[site.key].to(weight.device)
-        return (changed if site.rows is None else changed[slice(*site.rows)]).flatten(1)
-
-    def spectrum(site: Site) -> spectra.Spectrum:
-        adapter = made.get(site.name)
-        if adapter is None or adapter.magnitude is not None:  # DoRA's ΔW is no product
-            return spectra.from_matrix(delta(site))
-        return spectra.from_factors(*adapter.factors(), adapter.scale)
-
-    def measure() -> dict[str, spectra.Spectrum]:
-        return {site.name: spectrum(site) for site in plan.sites}
-
-    by_name = {site.name: site for site in plan.sites}
-    spectral = SpectraCallback(
-        measure, lambda name: delta(by_name[name]), cfg.spectra.every_n_epochs, tracking
-    )
-    trainer = plan.trainer(tracking, [ProgressBar(cfg.adapter.method, console), spectral])
+    updates = Updates(model, base, plan.sites)
+    spectral = SpectraCallback(updates, cfg.spectra, tracking)
+    callbacks = [ProgressBar(cfg.adapter.method, console), spectral]
+    if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
+        callbacks.append(FirstStep(updates, tracking))
+    if cfg.adapter.method != "none":
+        _log_theory(data, model, tracking)
+    trainer = plan.trainer(tracking, callbacks)
     trainer.validate(module, data, verbose=False)
     if cfg.adapter.method == "none":
         tracking.log({"parameters/trainable": 0, "parameters/base": total}, 0)
         return
     _fit(trainer, module, data)
-    spectral.write(run.path / "spectra.npz")
+    arrays = spectral.arrays()
+    loss = partial(val_loss, plan.trainer(None, []), module, data)
+    said = analysis.analyze(updates, loss, cfg.spectra, cfg.bases_dir, console)
+    analysis.write(run.path, {**arrays, **said.arrays}, said.advice)
+    tracking.log_findings(said.metrics, said.arrays, trainer.global_step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if isinstance(cfg.adapter, Lora):
         _check_merge(trainer, module, data, base)
@@ -131,6 +121,22 @@ def _adapt(
             "bytes/full_optimizer": cost.full_optimizer_bytes,
         }
     tracking.log(costs, trainer.global_step)
+
+
+def _log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:
+    """One row of what the run's metrics should be at its end, where theory says so."""
+    data.setup("fit")
+    row: dict[str, float] = {}
+    for metric, expected in data.expected(model).items():
+        row |= {f"theory/{metric}": expected.value, f"theory_error/{metric}": expected.error}
+    if row:
+        tracking.log(row, 0)
+
+
+def val_loss(quiet: pl.Trainer, module: BaseModule, data: Data) -> float:
+    """The validation loss of the model as it is now, by a Trainer that logs nothing."""
+    (result,) = quiet.validate(module, data, verbose=False)
+    return result[f"{module.prefix}val/loss"]
 
 
 def _check_merge(

@@ -54,12 +54,12 @@ class Plan:
         adapters.attach(model, _targets(self.cfg), **how)
 
     def trainer(
-        self, tracking: Tracking, callbacks: list[pl.Callback], **change: Any
+        self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
     ) -> pl.Trainer:
-        """Lightning's Trainer as configured, with this run's loggers."""
+        """Lightning's Trainer as configured, with this run's loggers, or none."""
         return pl.Trainer(
             **{**self.cfg.trainer.model_dump(), **change},
-            logger=tracking.loggers,
+            logger=tracking.loggers if tracking else False,
             callbacks=callbacks,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -1,9 +1,10 @@
-"""What an update looks like: singular values and the measures of rank read from them.
+"""What an update looks like: its singular values and directions, and the measures read from them.
 
-Pure functions of tensors, computed in float64.
+Pure functions of tensors, computed in float64. Directions are columns, orthonormal.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,12 @@ class Spectrum:
     def stable_rank(self) -> float:
         """Σσ² / σ₁²."""
         return (self.frobenius / self.sigma(1)) ** 2 if self.frobenius else 0.0
+
+    @property
+    def participation_ratio(self) -> float:
+        """(Σσ²)² / Σσ⁴."""
+        fourth = torch.linalg.vector_norm(self.singular_values, ord=4).item()
+        return (self.frobenius / fourth) ** 4 if fourth else 0.0
 
     @property
     def energy_90(self) -> int:
@@ -73,27 +80,51 @@ class Spectrum:
         return int((energy < share * energy[-1]).sum()) + 1
 
     def measures(self) -> dict[str, float]:
-        """Every measure by its name, with σ₁ and σ₂."""
-        names = ("effective_rank", "stable_rank", "energy_90", "energy_99", "numerical_rank")
+        """Every measure by its name, with σ₁ … σ₄."""
+        names = ("effective_rank", "stable_rank", "participation_ratio", "energy_90", "energy_99")
+        names += ("numerical_rank", "frobenius", "nuclear")
         return {
-            "sigma_1": self.sigma(1),
-            "sigma_2": self.sigma(2),
-            **{name: float(getattr(self, name)) for name in (*names, "frobenius", "nuclear")},
+            **{f"sigma_{i}": self.sigma(i) for i in range(1, 5)},
+            **{name: float(getattr(self, name)) for name in names},
         }
+
+
+@dataclass(frozen=True)
+class SVD:
+    """A matrix as U diag(S) Vh, S descending."""
+
+    U: Float64[Tensor, "out k"]
+    S: Float64[Tensor, " k"]
+    Vh: Float64[Tensor, "k rest"]
+
+    def cut(self, k: int) -> Float64[Tensor, "out rest"]:
+        """The best approximation of rank k (Eckart & Young 1936)."""
+        return (self.U[:, :k] * self.S[:k]) @ self.Vh[:k]
+
+    def first(self, k: int) -> "SVD":
+        """The first k triples."""
+        return SVD(self.U[:, :k], self.S[:k], self.Vh[:k])
+
+
+def singular_values(
+    A: Float[Tensor, "*sites r rest"], B: Float[Tensor, "*sites out r"], scale: float = 1.0
+) -> Float64[Tensor, "*sites k"]:
+    """Those of scale · B A, without forming it: O((out + rest) r² + r³).
+
+    With QR(B) = Q_B R_B and QR(Aᵀ) = Q_A R_A they are those of R_B R_Aᵀ (r × r). Raises ValueError
+    where a factor holds NaN or infinity.
+    """
+    _check_finite(A=A, B=B)
+    R_B = torch.linalg.qr(B.detach().double(), mode="r").R  # (*, min(out, r), r)
+    R_A = torch.linalg.qr(A.detach().double().mT, mode="r").R  # (*, min(rest, r), r)
+    return abs(scale) * torch.linalg.svdvals(R_B @ R_A.mT)
 
 
 def from_factors(
     A: Float[Tensor, "r rest"], B: Float[Tensor, "out r"], scale: float = 1.0
 ) -> Spectrum:
-    """The spectrum of scale · B A, without forming it: O((out + rest) r² + r³).
-
-    With QR(B) = Q_B R_B and QR(Aᵀ) = Q_A R_A the singular values are those of R_B R_Aᵀ (r × r).
-    Raises ValueError where a factor holds NaN or infinity.
-    """
-    _check_finite(A=A, B=B)
-    R_B = torch.linalg.qr(B.detach().double(), mode="r").R  # (min(out, r), r)
-    R_A = torch.linalg.qr(A.detach().double().T, mode="r").R  # (min(rest, r), r)
-    sigma = abs(scale) * torch.linalg.svdvals(R_B @ R_A.T)
+    """The spectrum of scale · B A. Raises as `singular_values` does."""
+    sigma = singular_values(A, B, scale)
     return Spectrum(sigma.cpu(), (B.shape[0], A.shape[1]), _eps(A))
 
 
@@ -102,6 +133,118 @@ def from_matrix(delta: Float[Tensor, "out rest"]) -> Spectrum:
     _check_finite(delta=delta)
     sigma = torch.linalg.svdvals(delta.detach().double())
     return Spectrum(sigma.cpu(), (delta.shape[0], delta.shape[1]), _eps(delta))
+
+
+Factors = tuple[Tensor, Tensor, float]
+"""A, B and scale."""
+
+
+def from_sites(sites: Mapping[str, Factors]) -> dict[str, Spectrum]:
+    """`from_factors` of every site; those of one shape are stacked and decomposed in one call."""
+    alike: dict[object, list[str]] = {}
+    for site, (A, B, _) in sites.items():
+        alike.setdefault((A.shape, B.shape, A.dtype, A.device), []).append(site)
+    found: dict[str, Spectrum] = {}
+    for names in alike.values():
+        A, B = (torch.stack([sites[name][i] for name in names]) for i in (0, 1))  # pyright: ignore
+        try:
+            values = singular_values(A, B).cpu()
+        except ValueError:
+            for name in names:  # says which
+                _check_finite(**{f"A of {name}": sites[name][0], f"B of {name}": sites[name][1]})
+            raise
+        for name, sigma in zip(names, values, strict=True):
+            scale = abs(sites[name][2])
+            found[name] = Spectrum(scale * sigma, (B.shape[1], A.shape[2]), _eps(A))
+    return {site: found[site] for site in sites}
+
+
+def together(spectra: Iterable[Spectrum]) -> Spectrum:
+    """The spectrum of several updates as one block-diagonal matrix: all their singular values."""
+    every = list(spectra)
+    sigma = torch.cat([s.singular_values for s in every]).sort(descending=True).values
+    shape = (sum(s.shape[0] for s in every), sum(s.shape[1] for s in every))
+    return Spectrum(sigma, shape, max(s.eps for s in every))
+
+
+def svd_of_factors(
+    A: Float[Tensor, "r rest"], B: Float[Tensor, "out r"], scale: float = 1.0
+) -> SVD:
+    """The SVD of scale · B A, without forming it. Raises as `singular_values` does."""
+    _check_finite(A=A, B=B)
+    Q_B, R_B = torch.linalg.qr(B.detach().double())
+    Q_A, R_A = torch.linalg.qr(A.detach().double().T)
+    U, S, Vh = torch.linalg.svd(scale * R_B @ R_A.T, full_matrices=False)
+    return SVD(Q_B @ U, S, Vh @ Q_A.T)
+
+
+def svd_of_matrix(matrix: Float[Tensor, "out rest"]) -> SVD:
+    """The thin SVD of a dense matrix. Raises ValueError where it holds NaN or infinity."""
+    _check_finite(matrix=matrix)
+    return SVD(*torch.linalg.svd(matrix.detach().double(), full_matrices=False))
+
+
+def similarity(
+    one: Float64[Tensor, "n p"], other: Float64[Tensor, "n q"]
+) -> Float64[Tensor, "p q"]:
+    """φ(i, j) = ‖Uᵢᵀ Vⱼ‖²_F / min(i, j) of the first i and the first j directions.
+
+    From 0, orthogonal, to 1, the smaller span inside the larger (Hu et al. 2021, equation 4).
+    """
+    _check_directions(one=one, other=other)
+    shared = (one.T @ other).square().cumsum(0).cumsum(1)
+    i, j = torch.arange(1, one.shape[1] + 1), torch.arange(1, other.shape[1] + 1)
+    return shared / torch.minimum(i[:, None], j).to(shared)
+
+
+def principal_angles(
+    one: Float64[Tensor, "n p"], other: Float64[Tensor, "n q"]
+) -> Float64[Tensor, " k"]:
+    """The angles between two spans in radians, ascending: arccos σ(UᵀV), k = min(p, q).
+
+    Below 45° they are taken from the sine, which keeps the digits the cosine loses (Björck & Golub
+    1973).
+    """
+    _check_directions(one=one, other=other)
+    if one.shape[1] < other.shape[1]:
+        one, other = other, one
+    cosine = torch.linalg.svdvals(one.T @ other).clamp(max=1)
+    sine = torch.linalg.svdvals(other - one @ (one.T @ other)).flip(0).clamp(max=1)
+    return torch.where(cosine > math.sqrt(0.5), sine.asin(), cosine.acos())
+
+
+def grassmann_distance(one: Float64[Tensor, "n p"], other: Float64[Tensor, "n q"]) -> float:
+    """√Σθ² over the principal angles."""
+    return torch.linalg.vector_norm(principal_angles(one, other)).item()
+
+
+def projection(W: Float[Tensor, "out rest"], delta: SVD) -> float:
+    """‖Uᵀ W V‖_F: how much of W lies in the directions of ΔW (Hu et al. 2021, table 7)."""
+    return torch.linalg.matrix_norm(delta.U.T @ W.double() @ delta.Vh.T).item()
+
+
+def amplification(W: Float[Tensor, "out rest"], delta: SVD) -> float:
+    """‖ΔW‖_F / ‖Uᵀ W V‖_F: how far ΔW amplifies what W has of its directions; 0 of no change."""
+    norm, held = torch.linalg.vector_norm(delta.S).item(), projection(W, delta)
+    return norm / held if held else (math.inf if norm else 0.0)
+
+
+def intruders(
+    before: Float64[Tensor, "out n"], after: Float64[Tensor, "out k"], cosine: float = 0.5
+) -> int:
+    """How many left singular vectors `after` are like none `before` (Shuttleworth et al. 2024).
+
+    Those of W + ΔW whose largest |cos| with any left singular vector of W is under `cosine`.
+    """
+    _check_directions(before=before, after=after)
+    return int(((before.T @ after).abs().amax(0) < cosine).sum())
+
+
+def _check_directions(**spans: Tensor) -> None:
+    for name, U in spans.items():
+        identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        if not torch.allclose(U.T @ U, identity, atol=1e-6):
+            raise ValueError(f"{name} ({U.shape[0]} × {U.shape[1]}): columns are not orthonormal")
 
 
 def _check_finite(**tensors: Tensor) -> None:

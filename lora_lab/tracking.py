@@ -6,7 +6,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +31,7 @@ SETTLE = 10
 """Seconds without a new row after which W&B is taken to have written all it will."""
 
 SERIES = 16
-"""Singular values that the line-series chart in W&B shows, at most."""
+"""Lines that a line-series chart in W&B shows, at most."""
 
 
 class JsonlLogger(Logger):
@@ -121,11 +121,21 @@ class Tracking:
         for row in rows:
             self.log({key: value for key, value in row.items() if key != "step"}, row["step"])
 
-    def log_spectra(self, spectra: dict[str, Spectrum], epoch: int, step: int) -> None:
-        """One row of every site's measures, with a histogram of its singular values in W&B."""
+    def log_spectra(
+        self,
+        spectra: dict[str, Spectrum],
+        wholes: dict[str, Spectrum],
+        epoch: float,
+        step: int,
+    ) -> None:
+        """One row of the measures of every site and of every group of sites.
+
+        W&B has a histogram of each site's singular values beside them.
+        """
         row: dict[str, Any] = {"epoch": float(epoch)}
-        for site, spectrum in spectra.items():
-            row |= {f"spectra/{site}/{name}": v for name, v in spectrum.measures().items()}
+        for prefix, every in (("spectra/", spectra), ("spectra_of/", wholes)):
+            for site, spectrum in every.items():
+                row |= {f"{prefix}{site}/{name}": v for name, v in spectrum.measures().items()}
         self.jsonl.log_metrics(row, step)
         if self.wandb is not None:
             for site, spectrum in spectra.items():
@@ -133,17 +143,56 @@ class Tracking:
                 row[f"spectra/{site}/singular_values"] = wandb.Histogram(np_histogram=counts)
             self.loggers[-1].log_metrics(row, step)
 
-    def log_spectrum_chart(self, site: str, epochs: list[int], sigma: np.ndarray) -> None:
-        """W&B's line series of σ_i by epoch; `sigma` is time × k."""
+    def log_series(
+        self,
+        key: str,
+        title: str,
+        xs: Sequence[float],
+        lines: Mapping[str, np.ndarray],
+        xname: str,
+    ) -> None:
+        """A line-series chart in W&B, the first SERIES of `lines` by their names."""
         if self.wandb is not None:
-            shown = sigma[:, :SERIES]
-            keys = [f"σ{i + 1}" for i in range(shown.shape[1])]
-            title = f"ΔW of {site}: singular values"
+            shown = dict(list(lines.items())[:SERIES])
+            ys = [line.tolist() for line in shown.values()]
             chart = wandb.plot.line_series(
-                xs=epochs, ys=shown.T.tolist(), keys=keys, title=title, xname="epoch"
+                xs=list(xs), ys=ys, keys=list(shown), title=title, xname=xname
             )
-            self.wandb.log({f"spectra/{site}/chart": chart})
+            self.wandb.log({key: chart})
             self.beside += 1
+
+    def log_findings(
+        self, metrics: dict[str, float], arrays: Mapping[str, np.ndarray], step: int
+    ) -> None:
+        """What an analysis found: a row; in W&B also φ as heat maps, truncation curves, a table."""
+        if metrics:
+            self.log(metrics, step)
+        if self.wandb is None:
+            return
+        shown: dict[str, Any] = {}
+        for key, values in arrays.items():
+            if key.endswith("/phi_base"):
+                # Enlarged without smoothing: one block of pixels an entry.
+                picture = np.kron((255 * values.clip(0, 1)).astype(np.uint8), np.ones((8, 8), "u1"))
+                shown[f"spectra/{key}"] = wandb.Image(picture, caption="φ(ΔW, W), i down, j across")
+        rows = [
+            [key.removesuffix("/S"), *map(float, [*values[:4], *[0.0] * (4 - len(values[:4]))])]
+            for key, values in arrays.items()
+            if key.endswith("/S")
+        ]
+        columns: list[Any] = ["site", "σ1", "σ2", "σ3", "σ4"]
+        shown["spectra/table"] = wandb.Table(columns=columns, data=rows)
+        self.wandb.log(shown)
+        self.beside += 1
+        if "truncation/ranks" in arrays:
+            ranks = arrays["truncation/ranks"]
+            lines = {"all sites": arrays["truncation/loss"]}
+            for key in arrays:
+                site = key.removesuffix("/truncation/ranks")
+                if site != key and np.array_equal(arrays[key], ranks):
+                    lines[site] = arrays[f"{site}/truncation/loss"]
+            title = "validation loss with ΔW cut to rank k"
+            self.log_series("truncation/chart", title, ranks.tolist(), lines, "k")
 
     def artifact(self, directory: Path, kind: str) -> None:
         """Keeps a directory of the run in W&B, as an artifact of that type."""

@@ -34,7 +34,9 @@ def test_a_report_needs_the_run_directory_alone(
     again = capsys.readouterr().out
     assert again.split("figures")[0].strip() in shown
     assert kept(moved) == before
-    assert {p.stem for p in (moved / "report").glob("*.pdf")} == {"loss", "spectrum", "delta"}
+    assert {p.stem for p in (moved / "report").glob("*.pdf")} == {
+        *("loss", "spectrum", "delta", "phi", "truncation")
+    }
 
 
 def test_the_tables_hold_the_runs_numbers(lab: Lab):

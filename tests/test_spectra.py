@@ -7,7 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lab.spectra import Spectrum, from_factors, from_matrix
+from lora_lab.spectra import (
+    SVD,
+    Spectrum,
+    amplification,
+    from_factors,
+    from_matrix,
+    from_sites,
+    grassmann_distance,
+    intruders,
+    principal_angles,
+    projection,
+    similarity,
+    svd_of_factors,
+    svd_of_matrix,
+    together,
+)
 
 
 @st.composite
@@ -111,3 +126,142 @@ def test_nan_and_infinity_are_errors_that_name_the_factor(bad: float):
 def test_bfloat16_has_a_numerical_rank():
     A, B = torch.randn(3, 2000).bfloat16(), torch.randn(1000, 3).bfloat16()
     assert from_factors(A, B).numerical_rank == 3
+
+
+def orthonormal(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(*shape, generator=generator, dtype=torch.float64)).Q
+
+
+@settings(deadline=None, max_examples=200)
+@given(factors())
+def test_svd_of_factors_is_the_product(made: tuple[torch.Tensor, torch.Tensor, float]):
+    A, B, scale = made
+    product = scale * B.double() @ A.double()
+    found = svd_of_factors(A, B, scale)
+    torch.testing.assert_close(found.cut(A.shape[0]), product, rtol=1e-9, atol=1e-12)
+    identity = torch.eye(len(found.S), dtype=torch.float64)
+    torch.testing.assert_close(found.U.T @ found.U, identity)
+    torch.testing.assert_close(found.Vh @ found.Vh.T, identity)
+    assert (found.S.diff() <= 0).all()
+    dense = svd_of_matrix(product)
+    k = len(found.S) // 2
+    error = torch.linalg.matrix_norm(product - found.cut(k))
+    best = torch.linalg.vector_norm(dense.S[k:])
+    torch.testing.assert_close(error, best, rtol=1e-6, atol=1e-12)
+
+
+def test_sites_of_one_shape_in_one_call_are_the_sites_one_by_one():
+    torch.manual_seed(0)
+    shapes = [(3, 8, 5), (3, 8, 5), (2, 8, 5), (3, 8, 5), (3, 5, 8)]
+    sites = {
+        f"site{i}": (torch.randn(r, rest), torch.randn(out, r), 0.5 + i)
+        for i, (r, out, rest) in enumerate(shapes)
+    }
+    found = from_sites(sites)
+    assert list(found) == list(sites)
+    for site, made in sites.items():
+        alone = from_factors(*made)
+        torch.testing.assert_close(found[site].singular_values, alone.singular_values)
+        assert found[site].shape == alone.shape
+
+
+def test_together_is_the_block_diagonal_matrix():
+    torch.manual_seed(0)
+    blocks = [torch.randn(4, 3), torch.randn(2, 6)]
+    whole = from_matrix(torch.block_diag(*blocks))
+    found = together(from_matrix(block) for block in blocks)
+    values = whole.singular_values
+    torch.testing.assert_close(found.singular_values, values[: len(found.singular_values)])
+    assert found.shape == whole.shape
+    assert found.effective_rank == pytest.approx(whole.effective_rank)
+
+
+def test_participation_ratio():
+    assert spectrum(3.0, 1.0).participation_ratio == pytest.approx(100 / 82)
+    assert spectrum(2.0, 2.0, 0.0).participation_ratio == pytest.approx(2)
+
+
+def test_similarity_is_its_definition_and_blind_to_signs_and_turns():
+    frame, V = orthonormal(20, 20), orthonormal(20, 6, seed=1)
+    U, rest = frame[:, :4], frame[:, 4:8]
+    phi = similarity(U, V)
+    for i in range(1, 5):
+        for j in range(1, 7):
+            expected = torch.linalg.matrix_norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j)
+            torch.testing.assert_close(phi[i - 1, j - 1], expected)
+    torch.testing.assert_close(similarity(-U, V), phi)
+    turn = orthonormal(4, 4, seed=2)
+    torch.testing.assert_close(similarity(U @ turn, V)[-1], phi[-1])
+    torch.testing.assert_close(similarity(U, U).diag(), torch.ones(4, dtype=torch.float64))
+    assert similarity(U, rest).abs().max() < 1e-12
+
+
+def test_similarity_of_random_subspaces_is_the_larger_over_all():
+    d, draws = (
+        40,
+        [
+            similarity(orthonormal(40, 3, seed=2 * i), orthonormal(40, 5, seed=2 * i + 1))[-1, -1]
+            for i in range(300)
+        ],
+    )
+    values = torch.stack(draws)
+    assert values.mean() == pytest.approx(5 / d, abs=3 * float(values.std()) / 300**0.5)
+
+
+def test_principal_angles_are_those_two_spans_were_made_with():
+    angles = torch.tensor([1e-9, 1e-4, 0.3, 1.2], dtype=torch.float64)
+    frame = orthonormal(30, 8, seed=3)
+    one, away = frame[:, :4], frame[:, 4:]
+    other = (one * angles.cos() + away * angles.sin()) @ orthonormal(4, 4, seed=4)
+    found = principal_angles(one, other)
+    torch.testing.assert_close(found, angles, rtol=1e-6, atol=1e-15)
+    torch.testing.assert_close(principal_angles(other, one), angles, rtol=1e-6, atol=1e-15)
+    assert grassmann_distance(one, other) == pytest.approx(float(angles.norm()))
+    phi = similarity(one, other)[-1, -1]
+    assert float(phi) == pytest.approx(float(angles.cos().square().mean()))
+    inside = principal_angles(one, one[:, :2])
+    torch.testing.assert_close(inside, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_directions_must_be_orthonormal():
+    with pytest.raises(ValueError, match=r"other \(5 × 2\): columns are not orthonormal"):
+        similarity(orthonormal(5, 2), torch.ones(5, 2, dtype=torch.float64))
+
+
+def test_amplification_of_directions_that_w_has():
+    frame, V = orthonormal(12, 12), orthonormal(9, 3, seed=1)
+    U = frame[:, :3]
+    sigma = torch.tensor([5.0, 2.0, 0.5], dtype=torch.float64)
+    W = (U * sigma) @ V.T
+    delta = svd_of_matrix(3.0 * U[:, 1:2] @ V[:, 1:2].T).first(1)
+    assert projection(W, delta) == pytest.approx(2.0)
+    assert amplification(W, delta) == pytest.approx(1.5)
+    beside = svd_of_matrix(frame[:, 3:4] @ V[:, :1].T).first(1)
+    assert amplification(W, beside) > 1e12
+    assert amplification(W, svd_of_matrix(0 * W)) == 0
+
+
+def test_projection_on_random_directions_is_the_share_of_their_number():
+    """‖Uᵀ W V‖ ≈ ‖W‖ r / √(m d)."""
+    W = torch.randn(60, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = []
+    for seed in range(100):
+        U, V = orthonormal(60, 4, seed=2 * seed), orthonormal(80, 4, seed=2 * seed + 1)
+        delta = SVD(U, torch.ones(4, dtype=torch.float64), V.T)
+        squares.append(projection(W, delta) ** 2)
+    mean = torch.tensor(squares).mean().sqrt()
+    assert float(mean) == pytest.approx(float(W.norm()) * 4 / math.sqrt(60 * 80), rel=0.05)
+
+
+def test_intruders_are_directions_that_w_has_not():
+    frame = orthonormal(20, 20)
+    before = frame[:, :12]
+    same = torch.stack([before[:, 3], -before[:, 0]], 1)
+    assert intruders(before, same) == 0
+    new = torch.stack([frame[:, 15], before[:, 0]], 1)
+    assert intruders(before, new) == 1
+    # Spread over five of W's directions: |cos| = 0.447 with each.
+    spread = before[:, :5].sum(1, keepdim=True) / math.sqrt(5)
+    assert intruders(before, spread) == 1
+    assert intruders(before, spread, cosine=0.44) == 0

@@ -67,9 +67,17 @@ def test_offline_everything_can_be_read_back(lab: Lab):
     assert content["run"].job_type == "lora"
     assert set(content["run"].tags) == {"shift", "linear"}
     assert content["run"].display_name == run.path.name
-    charts = [row for row in content["history"] if any("chart" in key for key in row)]
-    assert len(charts) == 1
-    rows = [as_ours(row) for row in content["history"] if row not in charts]
+    pictures = [row for row in content["history"] if "trainer/global_step" not in row]
+    shown = {"/".join(key.split("/")[:3]) for row in pictures for key in row if key[0] != "_"}
+    for wanted in (
+        "spectra/linear/phi_base",
+        "spectra/linear/chart_table",
+        "truncation/chart_table",
+    ):
+        assert any(key.startswith(wanted) for key in shown), wanted
+    assert any(key.startswith("spectra/table") for key in shown)
+    assert len(pictures) == 3
+    rows = [as_ours(row) for row in content["history"] if row not in pictures]
     assert rows == run.rows()
     assert content["summary"]["val/loss"] == run.last("val/loss")
     assert content["summary"]["merged/val/loss"] == run.last("merged/val/loss")
@@ -123,9 +131,10 @@ def test_rows_that_wandb_lost_are_said_loudly(
     run = only_run()
     (path,) = wandb_directory(run).glob("*.wandb")
     left = sum(record.HasField("history") for record in count(path))
-    assert run.status["wandb_rows_lost"] == len(run.rows()) + 1 - left  # and one row, the chart
-    # base: 4 train, 2 val; adapter: 3 val, 4 train, 3 spectra; merged; parameters.
-    assert len(run.rows()) == 4 + 2 + 3 + 4 + 3 + 1 + 1
+    # And three rows that only W&B has: two charts, and pictures with a table.
+    assert run.status["wandb_rows_lost"] == len(run.rows()) + 3 - left
+    # base: 4 train, 2 val; adapter: 3 val, 4 train, 3 spectra, findings; merged; parameters.
+    assert len(run.rows()) == 4 + 2 + 3 + 4 + 3 + 1 + 1 + 1
 
 
 def test_a_damaged_byte_ends_the_reading(lab: Lab):
@@ -147,7 +156,7 @@ def serve(served: ServedRun) -> None:
     assert served.config["adapter"] == run.config["adapter"]
     assert served.group == run.status["cell"]
     assert set(served.tags) == {"shift", "linear"}
-    rows = [as_ours(row) for row in served.history if "spectra/linear/chart_table" not in row]
+    rows = [as_ours(row) for row in served.history if "trainer/global_step" in row]
     assert rows == run.rows()
     assert served.summary["val/loss"] == run.last("val/loss")
     adapter = next(a for a in served.artifacts if a["type"] == "adapter")

@@ -15,7 +15,7 @@ from lora_lab.adapters.inject import attach, detach
 from lora_lab.adapters.merge import combine, deltas, merge, merged, unmerge
 from lora_lab.adapters.peft import load_peft, save_peft
 from lora_lab.adapters.scaling import SCALINGS
-from lora_lab.adapters.sites import KINDS, Site
+from lora_lab.adapters.sites import KINDS, Site, adapter_for
 from lora_lab.adapters.slots import attached, disabled, names, switch
 from lora_lab.adapters.targets import GROUPS, RankError, Target, TargetError, find
 
@@ -33,6 +33,7 @@ __all__ = [
     "Site",
     "Target",
     "TargetError",
+    "adapter_for",
     "adapter_state_dict",
     "attach",
     "attached",

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -122,13 +123,15 @@ class Adapter(nn.Module, ABC):
         assert weight is not None
         return weight if self.rows is None else weight[slice(*self.rows)]
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out rest"]:
+    @staticmethod
+    def matrix(weight: Tensor) -> Float[Tensor, "out rest"]:
         """The weight as the matrix that B A is added to."""
         return weight.flatten(1)
 
-    def shaped(self, matrix: Float[Tensor, "out rest"]) -> Tensor:
-        """A matrix in the weight's own shape."""
-        return matrix.view(self.shape)
+    @staticmethod
+    def shaped(matrix: Float[Tensor, "out rest"], shape: Sequence[int]) -> Tensor:
+        """A matrix in its weight's own shape."""
+        return matrix.view(*shape)
 
     def draw(self, layer: nn.Module, generator: torch.Generator) -> "Adapter":
         """Gives the factors what the recipe's init draws for the layer's weight."""
@@ -221,7 +224,7 @@ class Adapter(nn.Module, ABC):
         if self.magnitude is not None:
             W = self.matrix(weight).to(matrix.dtype)
             matrix = self.gain(weight)[:, None] * (W + matrix) - W
-        return self.shaped(matrix)
+        return self.shaped(matrix, self.shape)
 
     def dropped(self, x: Tensor) -> Tensor:
         """`x` under this adapter's dropout."""

@@ -1,5 +1,6 @@
 """The factored adapter of embeddings."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -50,11 +51,13 @@ class EmbeddingAdapter(LinearAdapter):
             return "its max_norm rewrites the base's weight in every forward pass; set it to None"
         return None
 
-    def matrix(self, weight: Float[Tensor, "tokens features"]) -> Tensor:
+    @staticmethod
+    def matrix(weight: Float[Tensor, "tokens features"]) -> Tensor:
         """features × tokens: the map from one token of all to its vector."""
         return weight.T
 
-    def shaped(self, matrix: Float[Tensor, "features tokens"]) -> Tensor:
+    @staticmethod
+    def shaped(matrix: Float[Tensor, "features tokens"], shape: Sequence[int]) -> Tensor:
         """tokens × features, as the weight."""
         return matrix.T
 

@@ -1,5 +1,7 @@
 """The factored adapters of linear layers."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -52,10 +54,12 @@ class TransposedLinearAdapter(LinearAdapter):
         made = type(layer)
         return (made.__module__, made.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
-    def matrix(self, weight: Float[Tensor, "in out"]) -> Float[Tensor, "out in"]:
+    @staticmethod
+    def matrix(weight: Float[Tensor, "in out"]) -> Float[Tensor, "out in"]:
         """out × in, as of any linear layer."""
         return weight.T
 
-    def shaped(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "in out"]:
+    @staticmethod
+    def shaped(matrix: Float[Tensor, "out in"], shape: Sequence[int]) -> Float[Tensor, "in out"]:
         """in × out, as the weight."""
         return matrix.T

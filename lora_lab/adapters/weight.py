@@ -41,7 +41,8 @@ class WeightAdapter(Adapter):
     def forward(self, weight: Tensor) -> Tensor:
         """The whole parameter `weight` with this adapter's rows changed."""
         A, B = self.factors()
-        delta = self.shaped(self.scale * B @ self.dropped_columns(A)).to(weight.dtype)
+        product = self.scale * B @ self.dropped_columns(A)
+        delta = self.shaped(product, self.shape).to(weight.dtype)
         if self.rows is not None:
             before, after = self.rows[0], weight.shape[0] - self.rows[1]
             delta = F.pad(delta, [0, 0] * (weight.dim() - 1) + [before, after])

@@ -1,53 +1,58 @@
 """When ΔW is measured, and where its spectrum goes."""
 
-import io
-from collections.abc import Callable
-from pathlib import Path
+import re
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 import numpy as np
-from torch import Tensor
 
+from lora_lab.adapters import Site
+from lora_lab.config import Spectra
 from lora_lab.modules import BaseModule, DivergedError
-from lora_lab.runs import write_atomic
-from lora_lab.spectra import Spectrum
+from lora_lab.spectra import Spectrum, together
 from lora_lab.tracking import Tracking
+from lora_lab.updates import Updates
 
 CORNER = 64
 """Rows and columns of ΔW that spectra.npz keeps for its picture."""
 
 
 class SpectraCallback(pl.Callback):
-    """Measures every site's ΔW before training, every so many epochs, and at the end.
+    """Measures every site's ΔW before training, every so many epochs or steps, and at the end.
 
-    `measure` gives the spectra by site, `delta` one site's ΔW as a matrix. Scalars and histograms
-    are logged as they come; `write` puts everything into one spectra.npz.
+    Scalars and histograms are logged as they come, by site and, of several sites, by kind, by depth
+    and of all; `arrays` gives what spectra.npz holds.
     """
 
-    def __init__(
-        self,
-        measure: Callable[[], dict[str, Spectrum]],
-        delta: Callable[[str], Tensor],
-        every_n_epochs: int,
-        tracking: Tracking,
-    ):
-        self.measure, self.delta, self.every, self.tracking = (
-            measure,
-            delta,
-            every_n_epochs,
-            tracking,
-        )
-        self.epochs: list[int] = []
+    def __init__(self, updates: Updates, schedule: Spectra, tracking: Tracking):
+        self.updates, self.schedule, self.tracking = updates, schedule, tracking
+        self.epochs: list[float] = []
         self.history: dict[str, list[Spectrum]] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures what the adapters start from."""
         self._measure(trainer, 0)
 
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Measures every `every_n_steps`, but for a step that ends an epoch which is measured."""
+        every = self.schedule.every_n_steps
+        if every is None or trainer.global_step % every:
+            return
+        epoch = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
+        if not (epoch.is_integer() and epoch % self.schedule.every_n_epochs == 0):
+            self._measure(trainer, epoch)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures every `every_n_epochs`."""
         assert isinstance(pl_module, BaseModule)
-        if pl_module.epochs_done % self.every == 0:
+        if pl_module.epochs_done % self.schedule.every_n_epochs == 0:
             self._measure(trainer, pl_module.epochs_done)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -55,20 +60,21 @@ class SpectraCallback(pl.Callback):
         if self.epochs[-1] != trainer.current_epoch:
             self._measure(trainer, trainer.current_epoch)
 
-    def _measure(self, trainer: pl.Trainer, epoch: int) -> None:
+    def _measure(self, trainer: pl.Trainer, epoch: float) -> None:
         try:
-            spectra = self.measure()
+            spectra = self.updates.spectrum()
         except ValueError as error:
             raise DivergedError(
-                f"after epoch {epoch}, step {trainer.global_step} of the run: {error}"
+                f"after epoch {epoch:g}, step {trainer.global_step} of the run: {error}"
             ) from error
         self.epochs.append(epoch)
         for site, spectrum in spectra.items():
             self.history.setdefault(site, []).append(spectrum)
-        self.tracking.log_spectra(spectra, epoch, trainer.global_step)
+        wholes = groups(spectra, self.updates.sites)
+        self.tracking.log_spectra(spectra, wholes, epoch, trainer.global_step)
 
-    def write(self, path: Path) -> None:
-        """spectra.npz: `epochs`, and by site the singular values (time × k), shape and corner.
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`epochs`, and by site the singular values (time × k), the shape and a corner of ΔW.
 
         The values' course is also charted in W&B.
         """
@@ -76,10 +82,30 @@ class SpectraCallback(pl.Callback):
         for site, spectra in self.history.items():
             values = np.stack([s.singular_values.numpy() for s in spectra])
             arrays[f"{site}/singular_values"] = values
-            self.tracking.log_spectrum_chart(site, self.epochs, values)
+            self.tracking.log_series(
+                f"spectra/{site}/chart",
+                f"ΔW of {site}: singular values",
+                self.epochs,
+                {f"σ{i + 1}": column for i, column in enumerate(values.T)},
+                "epoch",
+            )
             arrays[f"{site}/shape"] = np.array(spectra[-1].shape)
-            corner = self.delta(site)[:CORNER, :CORNER]
-            arrays[f"{site}/delta"] = corner.detach().cpu().float().numpy()
-        content = io.BytesIO()
-        np.savez_compressed(content, allow_pickle=False, **arrays)
-        write_atomic(path, content.getvalue())
+            corner = self.updates.matrix(site)[:CORNER, :CORNER]
+            arrays[f"{site}/delta"] = corner.cpu().float().numpy()
+        return arrays
+
+
+def groups(spectra: Mapping[str, Spectrum], sites: Mapping[str, Site]) -> dict[str, Spectrum]:
+    """The spectra of several sites' ΔW as one: of all, by kind and by depth; {} of a single site.
+
+    Depth is the first number in a site's name, as 3 in `layers.3.attn.q`.
+    """
+    if len(spectra) < 2:
+        return {}
+    members: dict[str, list[Spectrum]] = {}
+    for name, spectrum in spectra.items():
+        depth = re.search(r"(?<![^.])\d+(?![^.])", name)
+        of = ["all", f"kind/{sites[name].kind}", *([f"depth/{depth[0]}"] if depth else [])]
+        for group in of:
+            members.setdefault(group, []).append(spectrum)
+    return {group: together(own) for group, own in members.items()}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lab.runs import Run
@@ -34,13 +35,24 @@ def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str
             made["spectrum"] = _spectrum(arrays["epochs"], spectrum)
             corners = {site: arrays[f"{site}/delta"] for site in spectrum}
             shapes = {site: tuple(arrays[f"{site}/shape"]) for site in spectrum}
+            phi = {s: arrays[f"{s}/phi_base"] for s in spectrum if f"{s}/phi_base" in arrays}
+            curves = {
+                site: (arrays[f"{prefix}ranks"], arrays[f"{prefix}loss"])
+                for site in ("", *spectrum)
+                if f"{(prefix := f'{site}/truncation/'.lstrip('/'))}ranks" in arrays
+            }
         made["delta"] = _delta(corners, shapes)
-    for name in ("spectrum", "delta"):
+        if phi:
+            made["phi"] = _phi(phi)
+        if curves:
+            made["truncation"] = _truncation(curves)
+    for name in ("spectrum", "delta", "phi"):
         if name in made and every > PANELS:
             made[name].suptitle(f"{PANELS} of {every} sites, those whose ΔW is largest")
     for name, figure in made.items():
-        for kind in ("png", "pdf"):
-            figure.savefig(directory / f"{name}.{kind}")
+        figure.savefig(directory / f"{name}.png")
+        figure.set_layout_engine("none")  # it stays as laid out, and is not laid out again
+        figure.savefig(directory / f"{name}.pdf")
     return list(made)
 
 
@@ -72,7 +84,7 @@ def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def _spectrum(epochs: np.ndarray, spectrum: dict[str, np.ndarray]) -> Figure:
-    figure, axes = _panels(len(spectrum), width=4.5)
+    figure, axes = panels(len(spectrum), width=4.5)
     for panel, (site, sigma) in zip(axes, spectrum.items(), strict=True):
         for i in range(min(sigma.shape[1], SHOWN)):
             # A zero (B before the first step) has no place on a log axis.
@@ -85,7 +97,7 @@ def _spectrum(epochs: np.ndarray, spectrum: dict[str, np.ndarray]) -> Figure:
 
 
 def _delta(corners: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> Figure:
-    figure, axes = _panels(len(corners), width=4.5)
+    figure, axes = panels(len(corners), width=4.5)
     for panel, (site, corner) in zip(axes, corners.items(), strict=True):
         limit = np.abs(corner).max() or 1.0
         image = panel.imshow(
@@ -103,7 +115,44 @@ def _delta(corners: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -
     return figure
 
 
-def _panels(count: int, width: float) -> tuple[Figure, list]:
+def _phi(phi: dict[str, np.ndarray]) -> Figure:
+    figure, axes = panels(len(phi), width=4.5)
+    for panel, (site, values) in zip(axes, phi.items(), strict=True):
+        heat(figure, panel, values)
+        panel.set(title=site, xlabel="first j directions of W", ylabel="first i directions of ΔW")
+    return figure
+
+
+def heat(figure: Figure, panel: Axes, phi: np.ndarray) -> None:
+    """φ(i, j) as a picture, from 0 to 1, counted from 1."""
+    i, j = phi.shape
+    extent = (0.5, j + 0.5, i + 0.5, 0.5)
+    image = panel.imshow(phi, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
+    panel.locator_params(integer=True)
+    figure.colorbar(image, ax=panel, label="φ(i, j)")
+
+
+def _truncation(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (site, (ranks, loss)) in enumerate(curves.items()):
+        if site and len(curves) == 2:
+            continue  # the only site: the model's curve is its own
+        label = f"{site} alone" if site else "every site"
+        color, width = (f"C{i - 1}", 0.9) if site else ("black", 1.5)
+        axes.plot(ranks, loss, ".-", label=label, color=color, linewidth=width)
+    axes.set(xlabel="k", ylabel="validation loss with ΔW cut to rank k")
+    axes.locator_params(axis="x", integer=True)
+    whole = curves[""][1]
+    if whole.min() > 1e-6 * whole.max():
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def panels(count: int, width: float) -> tuple[Figure, list]:
+    """A figure of `count` panels, three a line."""
     columns = min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, 4 * rows), layout="constrained")

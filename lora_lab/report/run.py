@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lora_lab.report import figures
+from lora_lab.report.theory import held
 from lora_lab.runs import Run, write_atomic
 
 SHOWN = 24
@@ -22,10 +24,14 @@ SHOWN = 24
 
 @dataclass(frozen=True)
 class Tables:
-    """What a run has to say: curves by epoch, and facts by name."""
+    """What a run has to say: curves by epoch, facts by name, and theory beside what was measured.
 
-    curves: list[list[str]]  # the first row holds the column names
+    The first row of curves and theory holds the column names; theory is [] where there is none.
+    """
+
+    curves: list[list[str]]
     facts: list[list[str]]
+    theory: list[list[str]]
 
 
 def number(value: float | None) -> str:
@@ -37,7 +43,21 @@ def number(value: float | None) -> str:
 
 def tables(run: Run) -> Tables:
     """The run's tables, from its files alone."""
-    return Tables(_curves(run), _facts(run))
+    return Tables(_curves(run), _facts(run), _theory(run))
+
+
+def _theory(run: Run) -> list[list[str]]:
+    rows = [
+        [
+            one.metric,
+            number(one.measured),
+            number(one.theory) + (f" ± {number(one.error)}" if one.error else ""),
+            f"{one.gap:.2e}",
+            "yes" if one.passes else "NO",
+        ]
+        for one in held(run)
+    ]
+    return [["metric", "measured", "theory", "gap", "holds"], *rows] if rows else []
 
 
 def _curves(run: Run) -> list[list[str]]:
@@ -95,8 +115,17 @@ def _facts(run: Run) -> list[list[str]]:
         rank = run.last(f"spectra/{site}/effective_rank")
         facts.append([f"ΔW of {site}: singular values", f"{last}{more}"])
         facts.append([f"ΔW of {site}: effective rank", number(rank)])
+        if (amplified := run.last(f"spectra/{site}/amplification")) is not None:
+            facts.append([f"ΔW of {site}: amplification of W", number(amplified)])
+            new = run.last(f"spectra/{site}/intruders")
+            facts.append([f"W + ΔW of {site}: intruder dimensions of 10", number(new)])
     if (more := len(everything) - figures.PANELS) > 0:
         facts.append([f"and {more} sites more", "with a smaller ΔW, in spectra.npz"])
+    if (share := run.last("advice/share")) is not None:
+        advice = yaml.safe_load((run.path / "advice.yaml").read_text())["adapter"]
+        ranks = ", ".join(f"{site} {k}" for site, k in (advice["rank_pattern"] or {}).items())
+        low = f" ({ranks})" if ranks else ""
+        facts.append([f"rank that keeps {share:.1%} of the gain", f"{advice['r']}{low}"])
     facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
     return facts
 
@@ -141,22 +170,27 @@ def write(run: Run) -> Path:
     drawn = figures.draw(run, spectrum(run), directory)
     parts = [
         f"# {run.config['name']}: {run.path.name}",
-        _markdown(made.curves, "r"),
-        _markdown([["", ""], *made.facts], "l"),
+        markdown(made.curves, "r"),
+        *([markdown(made.theory, "r")] if made.theory else []),
+        markdown([["", ""], *made.facts], "l"),
         *(f"![{name}]({name}.png)" for name in drawn),
     ]
     write_atomic(directory / "table.md", "\n\n".join(parts) + "\n")
-    write_atomic(directory / "curves.csv", _csv(made.curves))
-    write_atomic(directory / "facts.csv", _csv([["fact", "value"], *made.facts]))
+    write_atomic(directory / "curves.csv", csv_of(made.curves))
+    if made.theory:
+        write_atomic(directory / "theory.csv", csv_of(made.theory))
+    write_atomic(directory / "facts.csv", csv_of([["fact", "value"], *made.facts]))
     return directory
 
 
-def _markdown(rows: list[list[str]], align: str) -> str:
+def markdown(rows: list[list[str]], align: str) -> str:
+    """Rows as a Markdown table, the first its head."""
     rule = ["---:" if align == "r" else "---"] * len(rows[0])
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
 
 
-def _csv(rows: Iterable[list[str]]) -> str:
+def csv_of(rows: Iterable[list[str]]) -> str:
+    """Rows as CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
@@ -165,7 +199,8 @@ def _csv(rows: Iterable[list[str]]) -> str:
 def show(run: Run, console: Console) -> None:
     """Prints the run's tables, and where its figures and files are."""
     made = tables(run)
-    for rows, head in ((made.curves, True), (made.facts, False)):
+    shown = [(made.curves, True), *([(made.theory, True)] if made.theory else [])]
+    for rows, head in (*shown, (made.facts, False)):
         table = Table(box=box.SIMPLE, show_header=head, pad_edge=False)
         for name in rows[0]:
             table.add_column(name if head else "", justify="right" if head else "left")

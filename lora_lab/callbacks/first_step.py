@@ -1,0 +1,66 @@
+"""What the first step sees and does: the factors' gradient beside the dense one, and its descent."""
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lora_lab.modules import BaseModule, Batch
+from lora_lab.tracking import Tracking
+from lora_lab.updates import Updates
+
+
+class FirstStep(pl.Callback):
+    """Logs `first_step/gradient_ratio`, ‖∇_Z‖ / ‖G‖, and `first_step/descent`, ⟨−G, ΔW⟩ / (η Σ‖G_o‖).
+
+    Z are the factors that start at zero, G = ∂L/∂W the dense gradients at the first batch with rows
+    G_o, ΔW what the first step made, η its learning rate; sums are over all sites.
+    """
+
+    def __init__(self, updates: Updates, tracking: Tracking):
+        self.updates, self.tracking = updates, tracking
+        self.dense: dict[str, Tensor] = {}
+        self.ratio = self.lr = 0.0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Takes both gradients, without a trace in the model or in dropout's stream."""
+        if trainer.global_step:
+            return
+        assert isinstance(pl_module, BaseModule)
+        sites = self.updates.sites
+        made = self.updates.adapters
+        weights = {site: pl_module.model.get_parameter(sites[site].key) for site in sites}
+        factors = [getattr(made[site], made[site].zero) for site in sites]
+        x, y = batch
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with torch.random.fork_rng(), trainer.precision_plugin.train_step_context():
+            loss = pl_module.task.loss(pl_module.model(x), y)
+            found = torch.autograd.grad(loss, [*weights.values(), *factors])
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        dense, low = found[: len(weights)], found[len(weights) :]
+        self.dense = {s: self.updates.part(s, G) for s, G in zip(sites, dense, strict=True)}
+        self.ratio = _norm(low) / _norm(tuple(self.dense.values()))
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Logs both once the step is taken."""
+        if trainer.global_step != 1:
+            return
+        descent = -sum((G * self.updates.matrix(s)).sum().item() for s, G in self.dense.items())
+        rows = sum(torch.linalg.vector_norm(G, dim=1).sum().item() for G in self.dense.values())
+        row = {"gradient_ratio": self.ratio, "descent": descent / (self.lr * rows)}
+        self.tracking.log({f"first_step/{name}": value for name, value in row.items()}, 1)
+
+
+def _norm(tensors: tuple[Tensor, ...]) -> float:
+    return torch.stack([torch.linalg.vector_norm(t) for t in tensors]).norm().item()

@@ -1,0 +1,42 @@
+"""What a run measured, held against what theory said of it."""
+
+from dataclasses import dataclass
+
+from lora_lab.runs import Run
+
+
+@dataclass(frozen=True)
+class Held:
+    """A measured metric held against theory's value, which has a standard error where not 0."""
+
+    metric: str
+    measured: float
+    theory: float
+    error: float
+    start: float
+    """The loss before adaptation: what a gap to a theory of 0 is relative to."""
+
+    @property
+    def gap(self) -> float:
+        """(measured − theory) / theory, or over the loss before adaptation where theory is 0."""
+        zero = abs(self.theory) < 1e-9 * self.start
+        return (self.measured - self.theory) / (self.start if zero else abs(self.theory))
+
+    @property
+    def passes(self) -> bool:
+        """Within 1e-3 of theory, or within 3 standard errors where it is statistical."""
+        within = 3 * self.error if self.error else 1e-3 * abs(self.theory) + 1e-6 * self.start
+        return abs(self.measured - self.theory) <= within
+
+
+def held(run: Run) -> list[Held]:
+    """The run's last metrics beside what theory said of them."""
+    loss = run.curve("val/loss")
+    start = loss[min(loss)] if loss else 1.0
+    found = []
+    for key in dict.fromkeys(k for row in run.rows() for k in row if k.startswith("theory/")):
+        metric = key.removeprefix("theory/")
+        value, error = run.last(key), run.last(f"theory_error/{metric}")
+        if value is not None and (measured := run.last(metric)) is not None:
+            found.append(Held(metric, measured, value, error or 0.0, start))
+    return found

@@ -1,0 +1,90 @@
+"""ΔW of a model in training, site by site: adapted, or fully fine-tuned as W − W₀."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab import adapters, spectra
+from lora_lab.adapters import Adapter, Site, adapter_for
+from lora_lab.spectra import SVD, Spectrum
+
+
+class Updates:
+    """What changed at each of `sites` of `model`, whose weights were `base` before."""
+
+    def __init__(self, model: nn.Module, base: Mapping[str, Tensor], sites: Sequence[Site]):
+        self.model, self.base = model, base
+        self.sites = {site.name: site for site in sites}
+        self.adapters = adapters.attached(model)
+
+    def before(self, site: str) -> Tensor:
+        """W₀ of a site as a matrix."""
+        return self.part(site, self.base[self.sites[site].key])
+
+    def matrix(self, site: str) -> Tensor:
+        """ΔW of a site as a matrix."""
+        where = self.sites[site]
+        if adapter := self.adapters.get(site):
+            layer = self.model.get_submodule(where.layer)
+            return adapter.matrix(adapter.delta(adapter.weight_of(layer))).detach()
+        weight = self.model.get_parameter(where.key).detach()
+        return self.part(site, weight - self.base[where.key].to(weight.device))
+
+    def spectrum(self) -> dict[str, Spectrum]:
+        """The singular values at every site: from the factors, where ΔW is their product."""
+        products = {
+            site: (*adapter.factors(), adapter.scale)
+            for site, adapter in self.adapters.items()
+            if adapter.magnitude is None  # DoRA's ΔW is no product
+        }
+        found = spectra.from_sites(products)
+        return {
+            site: found[site] if site in found else spectra.from_matrix(self.matrix(site))
+            for site in self.sites
+        }
+
+    def svd(self, site: str) -> SVD:
+        """The singular values and directions of a site's ΔW."""
+        adapter = self.adapters.get(site)
+        if adapter is None or adapter.magnitude is not None:
+            return spectra.svd_of_matrix(self.matrix(site))
+        return spectra.svd_of_factors(*adapter.factors(), adapter.scale)
+
+    @contextmanager
+    def cut(self, found: Mapping[str, SVD], ranks: Mapping[str, int]) -> Iterator[None]:
+        """Within it each site's weight is W₀ plus its ΔW's best approximation of rank ranks[site].
+
+        The sum is formed in float64. `found` holds every site's SVD; other weights stay trained.
+        """
+        kept = {site: self._weight(site).detach().clone() for site in self.sites}
+        with torch.no_grad(), adapters.disabled(self.model):
+            try:
+                for site, svd in found.items():
+                    part = self._part(site, self._weight(site))
+                    W = self.before(site).to(svd.S) + svd.cut(ranks[site])
+                    part.copy_(self._kind(site).shaped(W, part.shape))
+                yield
+            finally:
+                for site, weight in kept.items():
+                    self._weight(site).copy_(weight)
+
+    def _weight(self, site: str) -> Tensor:
+        """The parameter that a site is part of, in the model."""
+        weight = self.model.get_submodule(self.sites[site].layer)._parameters
+        found = weight[self.sites[site].parameter]
+        assert found is not None
+        return found
+
+    def _part(self, site: str, weight: Tensor) -> Tensor:
+        """A parameter's rows that are the site's."""
+        rows = self.sites[site].rows
+        return weight if rows is None else weight[slice(*rows)]
+
+    def _kind(self, site: str) -> type[Adapter]:
+        return adapter_for(self.model.get_submodule(self.sites[site].layer))
+
+    def part(self, site: str, weight: Tensor) -> Tensor:
+        """What a site has of something in its parameter's shape, as a matrix."""
+        return self._kind(site).matrix(self._part(site, weight))

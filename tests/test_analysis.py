@@ -1,0 +1,207 @@
+"""What is said of a finished update, against plain loops from the run's own files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+
+from lora_lab import adapters
+from lora_lab.analysis import Curve, advise, steps
+from lora_lab.data.digits import Digits
+from lora_lab.models.mlp import MLP
+from lora_lab.runs import Run, find_runs
+from tests.conftest import Lab, command, only_run
+
+
+def trained(run: Run) -> tuple[MLP, MLP, dict[str, torch.Tensor]]:
+    """The base, the adapted model and ΔW of every site, from the run's files."""
+    base, adapted = MLP(64, 10, [16]), MLP(64, 10, [16])
+    (path,) = Path("bases").glob("*.safetensors")
+    base.load_state_dict(load_file(path))
+    adapted.load_state_dict(load_file(path))
+    adapters.load(adapted, run.path / "adapter")
+    return base, adapted, {s: d.detach().double() for s, d in adapters.deltas(adapted).items()}
+
+
+def loss(model: torch.nn.Module) -> float:
+    data = Digits("adapt", batch_size=64, seed=0)
+    data.setup("fit")
+    assert data.val is not None
+    x, y = data.val.tensors
+    return F.cross_entropy(model(x), y).item()
+
+
+def cut_by_hand(base: MLP, deltas: dict[str, torch.Tensor], ranks: dict[str, int]) -> float:
+    model = MLP(64, 10, [16])
+    state = {key: value.clone() for key, value in base.state_dict().items()}
+    for site, delta in deltas.items():
+        U, S, Vh = np.linalg.svd(delta.numpy(), full_matrices=False)
+        k = ranks[site]
+        state[f"{site}.weight"] += torch.from_numpy((U[:, :k] * S[:k]) @ Vh[:k]).float()
+    model.load_state_dict(state)
+    return loss(model)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "pissa"])
+def test_the_truncation_curve_is_a_plain_loops(lab: Lab, adapter: str):
+    assert lab("digits", f"adapter={adapter}", "adapter.r=3") == 0
+    run = only_run()
+    base, _, deltas = trained(run)
+    with np.load(run.path / "spectra.npz") as arrays:
+        ranks = arrays["truncation/ranks"].tolist()
+        for k, value in zip(ranks, arrays["truncation/loss"], strict=True):
+            by_hand = cut_by_hand(base, deltas, dict.fromkeys(deltas, int(k)))
+            assert value == pytest.approx(by_hand, rel=1e-5)
+        for site in deltas:
+            own = arrays[f"{site}/truncation/ranks"], arrays[f"{site}/truncation/loss"]
+            for k, value in zip(*own, strict=True):
+                by_hand = cut_by_hand(base, deltas, {**dict.fromkeys(deltas, 99), site: int(k)})
+                assert value == pytest.approx(by_hand, rel=1e-5)
+        assert ranks[0] == 0
+        assert arrays["truncation/loss"][0] == pytest.approx(run.curve("val/loss")[0], rel=1e-5)
+        assert arrays["truncation/loss"][-1] == pytest.approx(run.last("val/loss"), rel=1e-5)
+
+
+def test_the_advised_ranks_keep_their_share_and_train(lab: Lab):
+    assert lab("digits", "adapter.r=4", "spectra.keep=0.9", "trainer.max_epochs=6") == 0
+    run = only_run()
+    advice = yaml.safe_load((run.path / "advice.yaml").read_text())["adapter"]
+    base, _, deltas = trained(run)
+    ranks = {site: advice["rank_pattern"].get(site, advice["r"]) for site in deltas}
+    before, *_, uncut = run.curve("val/loss").values()
+    kept = (before - cut_by_hand(base, deltas, ranks)) / (before - uncut)
+    assert kept >= 0.9
+    assert run.last("advice/share") == pytest.approx(kept, rel=1e-4)
+    assert min(ranks.values()) < 4, "a share of the gain costs less than all ranks"
+    said = (run.path / "advice.yaml").read_text().splitlines()[1].split(maxsplit=3)[3]
+    overrides = [word.strip("'") for word in said.split()]
+    assert lab("digits", *overrides) == 0
+    (other,) = [other for other in find_runs(Path("runs")) if other.path != run.path]
+    made = load_file(other.path / "adapter" / "adapter.safetensors")
+    assert {key[:-2]: A.shape[0] for key, A in made.items() if key.endswith(".A")} == ranks
+
+
+def test_advice_halves_the_loss_a_site_may_cost_until_all_together_are_within():
+    curve = Curve([0, 1, 2, 3], [10.0, 1.05, 1.02, 1.0])
+    curves = {"": Curve([0, 1, 2, 3], [10.0, 1.3, 1.1, 1.0]), "a": curve, "b": curve}
+
+    def together(ranks: dict[str, int]) -> float:
+        return sum(curve.losses[k] for k in ranks.values()) - 1.0 + 0.05 * (min(ranks.values()) < 2)
+
+    advice = advise(curves, 0.99, together)  # 9 won: 0.09 may be lost
+    assert advice is not None
+    assert advice.ranks == {"a": 2, "b": 2}
+    assert advice.share == pytest.approx((10 - 1.04) / 9)
+    assert advice.overrides == "adapter.r=2"
+    lost = advise({**curves, "": Curve([0, 3], [1.0, 1.0])}, 0.99, together)
+    assert lost is None, "nothing was won"
+
+
+def test_curves_are_measured_at_every_low_rank_and_sparser_above():
+    assert steps(4) == [0, 1, 2, 3, 4]
+    assert steps(20) == [*range(9), 11, 16, 20]
+    assert steps(1000)[-1] == 1000
+    assert len(steps(1000)) < 30
+
+
+def test_against_the_base_is_what_numpy_finds(lab: Lab):
+    assert lab("digits", "adapter.r=2", "trainer.max_epochs=8", "optimizer.lr=0.05") == 0
+    run = only_run()
+    base, _, deltas = trained(run)
+    for site, delta in deltas.items():
+        W = base.get_parameter(f"{site}.weight").detach().double().numpy()
+        U, S, Vh = np.linalg.svd(delta.numpy())
+        inside = np.linalg.norm(U[:, :2].T @ W @ Vh[:2].T)
+        assert run.last(f"spectra/{site}/projection") == pytest.approx(inside, rel=1e-5)
+        amplified = np.linalg.norm(S[:2]) / inside
+        assert run.last(f"spectra/{site}/amplification") == pytest.approx(amplified, rel=1e-5)
+        U0 = np.linalg.svd(W, full_matrices=False)[0]
+        U1 = np.linalg.svd(W + delta.numpy(), full_matrices=False)[0][:, :10]
+        new = (np.abs(U0.T @ U1).max(0) < 0.5).sum()
+        assert run.last(f"spectra/{site}/intruders") == new
+        with np.load(run.path / "spectra.npz") as arrays:
+            phi = arrays[f"{site}/phi_base"]
+        for i, j in ((1, 1), (2, 1), (1, 5), (2, 9)):
+            expected = np.linalg.norm(U[:, :i].T @ U0[:, :j]) ** 2 / min(i, j)
+            assert phi[i - 1, j - 1] == pytest.approx(expected, abs=1e-5)
+    kept = list(Path("bases/svd").iterdir())
+    assert len(kept) == len(deltas)
+    dates = [path.stat().st_mtime_ns for path in kept]
+    assert lab("digits", "adapter.r=1") == 0
+    assert [path.stat().st_mtime_ns for path in kept] == dates, "a base's SVD is computed once"
+
+
+def test_what_is_not_asked_for_is_not_done(lab: Lab):
+    assert lab("digits", "spectra.truncation=none", "spectra.against_base=false") == 0
+    run = only_run()
+    with np.load(run.path / "spectra.npz") as arrays:
+        assert not any("truncation" in key or "phi" in key for key in arrays.files)
+    assert not (run.path / "advice.yaml").exists()
+    assert not Path("bases/svd").exists()
+    assert run.last("spectra/head/intruders") is None
+
+
+def test_several_sites_are_measured_as_one_too(lab: Lab):
+    assert lab("digits") == 0
+    run = only_run()
+    with np.load(run.path / "spectra.npz") as arrays:
+        sigma = [arrays[f"{site}/singular_values"][-1] for site in ("body.fc1", "head")]
+    norm = np.linalg.norm(np.concatenate(sigma))
+    for group in ("all", "kind/linear"):
+        assert run.last(f"spectra_of/{group}/frobenius") == pytest.approx(norm)
+    assert run.last("spectra_of/depth/0/frobenius") is None
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_analyze_finds_what_the_run_found(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str
+):
+    assert lab("digits", f"adapter={adapter}") == 0
+    run = only_run()
+    with np.load(run.path / "spectra.npz") as arrays:
+        before = dict(arrays)
+    (run.path / "advice.yaml").unlink()
+    assert command(monkeypatch, "analyze", str(run.path)) == 0
+    with np.load(run.path / "spectra.npz") as arrays:
+        assert set(arrays.files) == set(before)
+        for key, value in before.items():
+            np.testing.assert_allclose(arrays[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+    capsys.readouterr()
+    assert command(monkeypatch, "analyze", str(run.path), "--keep=0.5") == 0
+    assert "adapter.r=" in capsys.readouterr().out
+    share = float((run.path / "advice.yaml").read_text().split("keeps ")[1].split("%")[0])
+    assert share >= 50
+    next(Path("bases").glob("*.safetensors")).unlink()
+    assert command(monkeypatch, "analyze", str(run.path)) == 2
+    assert "the base that" in capsys.readouterr().err
+
+
+def test_analyze_compares_runs(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert lab("digits", "adapter.r=3") == 0
+    assert lab("digits", "adapter.r=2", "seed=1") == 0
+    runs = find_runs(Path("runs"))
+    assert command(monkeypatch, "analyze", *(str(run.path) for run in runs), "--to=there") == 0
+    assert "run 1, run 2" in capsys.readouterr().out
+    with np.load("there/phi.npz") as arrays:
+        names = [run.path.name for run in runs]
+        assert len(arrays.files) == 2 * 3
+        _, _, one = trained(runs[0])
+        _, _, other = trained(runs[1])
+        V = [np.linalg.svd(deltas["head"].numpy())[2].T for deltas in (one, other)]
+        phi = arrays[f"{names[0]}|{names[1]}|head|input"]
+        i, j = phi.shape
+        expected = np.linalg.norm(V[0][:, :i].T @ V[1][:, :j]) ** 2 / min(i, j)
+        assert phi[-1, -1] == pytest.approx(expected, abs=1e-5)
+    assert {path.name for path in Path("there").glob("*.png")} == {
+        *("phi_A.png", "phi_input.png", "phi_output.png")
+    }
+    assert lab("shift") == 0
+    shift = next(run for run in find_runs(Path("runs/shift")))
+    assert command(monkeypatch, "analyze", str(shift.path), str(runs[0].path)) == 2
+    assert "share no site" in capsys.readouterr().err

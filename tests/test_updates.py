@@ -1,0 +1,108 @@
+"""ΔW of every kind of site, against dense products in float64."""
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lab import adapters
+from lora_lab.adapters import Target
+from lora_lab.updates import Updates
+from tests.adapters.cases import CASES, Case, changed_weights, every_case, move
+from tests.everything import Everything
+
+SEEN = 1e-6
+"""Of the first singular value: what every one down to it must be right to, in relative terms."""
+
+
+def updates(model: nn.Module) -> Updates:
+    base = {k: v.clone() for k, v in adapters.base_state_dict(model).items()}
+    names = adapters.attached(model)
+    sites = [s for s in adapters.find(model, {"all": Target(tied=True)}) if s.name in names]
+    return Updates(model, base, sites)
+
+
+def orient(case: Case, delta: torch.Tensor) -> torch.Tensor:
+    """The matrix of a weight: flattened, out first; an embedding's features are its out."""
+    turned = case.layer.kind == "embedding" or case.layer.name == "gpt2-conv1d"
+    return delta.T if turned else delta.flatten(1)
+
+
+@every_case
+def test_every_singular_value_is_the_dense_products(case: Case):
+    model = case.build()
+    found, deltas = updates(model), adapters.deltas(model)
+    for site, spectrum in found.spectrum().items():
+        dense = orient(case, deltas[site].detach())
+        expected = torch.linalg.svdvals(dense)
+        got = spectrum.singular_values[: len(expected)]
+        seen = expected[: len(got)] > SEEN * expected[0]
+        torch.testing.assert_close(got[seen], expected[: len(got)][seen], rtol=1e-5, atol=0)
+        assert spectrum.shape == dense.shape
+        svd = found.svd(site)
+        torch.testing.assert_close(svd.cut(len(svd.S)), dense, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.matrix(site), dense, rtol=1e-12, atol=1e-12)
+
+
+@every_case
+def test_cut_gives_the_model_with_the_best_approximation(case: Case):
+    model, x = case.build(), case.inputs()
+    before = copy.deepcopy(model.state_dict())
+    y, found = model(*x), updates(model)
+    svds = {site: found.svd(site) for site in found.sites}
+    whole = {site: found.matrix(site) for site in svds}
+    with found.cut(svds, {site: len(svd.S) for site, svd in svds.items()}):
+        torch.testing.assert_close(model(*x), y, rtol=1e-9, atol=1e-9)
+    with found.cut(svds, dict.fromkeys(svds, 0)):
+        torch.testing.assert_close(model(*x), case.plain()(*x), rtol=0, atol=0)
+    with found.cut(svds, dict.fromkeys(svds, 1)):
+        for site in svds:
+            W = found.part(site, model.get_parameter(found.sites[site].key))
+            change = W.detach() - found.before(site)
+            U, S, Vh = torch.linalg.svd(whole[site], full_matrices=False)
+            best = (U[:, :1] * S[:1]) @ Vh[:1]
+            torch.testing.assert_close(change, best, rtol=1e-7, atol=1e-9)
+    assert torch.equal(model(*x), y)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_full_fine_tuning_is_measured_as_adapters_are():
+    torch.manual_seed(0)
+    adapted = Everything(12, 9).double()
+    base = {key: value.clone() for key, value in adapted.state_dict().items()}
+    sites = adapters.attach(adapted, "all", r=2, alpha=2)
+    move(adapted)
+    tuned = adapters.merged(adapted)
+    one, other = Updates(adapted, base, sites), Updates(tuned, base, sites)
+    values: Mapping[str, torch.Tensor] = {
+        site: spectrum.singular_values for site, spectrum in other.spectrum().items()
+    }
+    assert set(values) == {site.name for site in sites}
+    for site, spectrum in one.spectrum().items():
+        assert spectrum.shape == other.spectrum()[site].shape
+        expected = values[site][: len(spectrum.singular_values)]
+        torch.testing.assert_close(spectrum.singular_values, expected, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(one.matrix(site), other.matrix(site))
+
+
+def test_the_layers_changed_are_the_reference_of_the_table():
+    """`changed_weights`, written out block by block, is what `cut` at full rank puts in."""
+    case = next(case for case in CASES if case.layer.name == "lstm" and case.variant == "lora")
+    model = case.build()
+    expected = changed_weights(model, adapters.deltas(model))
+    found = updates(model)
+    svds = {site: found.svd(site) for site in found.sites}
+    with found.cut(svds, dict.fromkeys(svds, 2)):
+        for name, weight in expected.items():
+            torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_factor_that_is_no_number_is_named(factor: str):
+    model = CASES[0].build()
+    (adapter,) = adapters.attached(model).values()
+    getattr(adapter, factor).data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=rf"{factor} of site \(\d+ × \d+\) holds NaN"):
+        updates(model).spectrum()
