@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def key(cfg: Config) -> str:
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
     sources = [inspect.getsource(code) for code in (*callees, data, modules, seeding)]
     nodes = [node.model_dump(by_alias=True) for node in (cfg.base, cfg.data, cfg.model)]
-    return content_hash([*nodes, trainer, sources, torch.__version__])
+    # Python's too: the bytes that `bytes` learns are its own library's.
+    return content_hash([*nodes, trainer, sources, torch.__version__, platform.python_version()])
 
 
 def path(cfg: Config) -> Path:

@@ -52,8 +52,12 @@ settings:
   optimizer.lr=0.001     optimizer.schedule: constant | linear | cosine, optimizer.warmup: a share
   base.epochs=10         how long the base trains, where base=train
   base.path=FILE         its safetensors file, where base=checkpoint
+  spectra.every_n_epochs=10   when ΔW is measured in training; spectra.every_n_steps=N
+  spectra.truncation=sites    the loss with ΔW cut to lower ranks: sites | model | none
+  spectra.keep=0.99      the share of the gain that the advised ranks keep
   trainer.max_epochs=10  and every other argument of Lightning's Trainer (a new one as +trainer.x=…)
   overwrite=false        true repeats a finished run
+  figures=true           false draws none: `lora-lab report RUN` does at any time
   runs_dir=runs          where run directories go; bases_dir=bases: where bases are kept
 
 examples:
@@ -66,10 +70,10 @@ examples:
 
 def train_help() -> str:
     """What `lora-lab train` takes: groups with their options as conf/ has them, and settings."""
-    lines = []
+    lines, width = [], 1 + max(len(o) for choices in options().values() for o in choices)
     for group, choices in options().items():
         for i, (option, says) in enumerate(choices.items()):
-            lines.append(f"  {group + '=' if i == 0 else '':<12}{option:<12}{says}")
+            lines.append(f"  {group + '=' if i == 0 else '':<12}{option:<{width}}{says}")
     return TRAIN.format(groups="\n".join(lines) + "\n")
 
 

@@ -217,6 +217,7 @@ class Config(Node):
     runs_dir: str = Field(min_length=1)
     bases_dir: str = Field(min_length=1)
     overwrite: bool
+    figures: bool
 
     def plain(self) -> dict[str, Any]:
         """The config as plain dicts, lists and numbers: what config.yaml holds."""
@@ -227,7 +228,7 @@ class Config(Node):
         return content_hash(self._matters())
 
     def _matters(self) -> dict[str, Any]:
-        cannot = {"published", "runs_dir", "bases_dir", "overwrite", "tracking"}
+        cannot = {"published", "runs_dir", "bases_dir", "overwrite", "figures", "tracking"}
         config = self.model_dump(by_alias=True, exclude=cannot)
         for device in ("accelerator", "devices", "num_nodes", "strategy"):
             config["trainer"].pop(device, None)

@@ -39,11 +39,25 @@ class Task:
     metrics: dict[str, Callable[[int], Metric]]
 
 
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean cross-entropy in nats of logits (B, T, V) at the tokens (B, T) that came."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+class TokenAccuracy(MulticlassAccuracy):
+    """The share of tokens (B, T) to which the logits (B, T, V) give the most."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Counts a batch."""
+        super().update(preds.flatten(0, 1), target.flatten())
+
+
 TASKS = {
     "regression": Task(F.mse_loss, {}),
     "classification": Task(
         F.cross_entropy, {"accuracy": partial(MulticlassAccuracy, average="micro")}
     ),
+    "language": Task(next_token_loss, {"accuracy": partial(TokenAccuracy, average="micro")}),
 }
 
 

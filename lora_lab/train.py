@@ -91,7 +91,7 @@ def _run(content: DictConfig) -> None:
     run = Run(planned.path)
     try:
         experiment.run(planned, console)
-        report.write(run)
+        report.write(run, cfg.figures)
     except RunFinishedError:
         console.print(f"Finished before, not repeated (overwrite=true repeats it): {run.path}\n")
         if not (run.path / "report" / "table.md").exists():

@@ -19,6 +19,43 @@ SMALL = {
         *("optimizer.lr=0.05", "base.optimizer.lr=0.05", "spectra.every_n_epochs=2"),
     ],
     "digits": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
+    "digits_rank": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
+    "digits_targets": ["base.epochs=2", "trainer.max_epochs=2"],
+    "bytes_bigram": [
+        *("data.size=4000", "data.context=16", "data.batch_size=16"),
+        *("base.epochs=2", "trainer.max_epochs=2"),
+    ],
+    "bytes_lm": [
+        *("data.size=4000", "data.context=16", "base.epochs=2", "trainer.max_epochs=2"),
+        *("model.width=16", "model.layers=1"),
+    ],
+    **{
+        name: [
+            *("data.samples=16", "data.in_features=12", "data.out_features=10", "data.steps=2"),
+            *("base.epochs=2", "trainer.max_epochs=2"),
+        ]
+        for name in ("planted_linear", "what_trains", "intruders")
+    },
+    "scaling": [
+        *("data.samples=16", "data.in_features=12", "data.out_features=10", "data.steps=2"),
+        "base.epochs=2",
+    ],
+    "subspace": [
+        *("data.samples=16", "data.in_features=12", "data.out_features=10", "data.steps=2"),
+        *("optimizer.lr=0.1", "base.epochs=2", "trainer.max_epochs=2"),
+    ],
+    "planted_conv": [
+        *("data.samples=32", "data.in_features=2", "data.size=4", "data.steps=2"),
+        *("base.epochs=2", "trainer.max_epochs=2"),
+    ],
+    "planted_embedding": [
+        *("data.samples=40", "data.in_features=20", "data.out_features=8", "data.steps=2"),
+        *("base.epochs=2", "trainer.max_epochs=2"),
+    ],
+    "group_shift": [
+        *("data.in_features=20", "data.out_features=8", "data.groups=[8,6]", "data.steps=2"),
+        *("base.epochs=2", "trainer.max_epochs=2"),
+    ],
 }
 """Every experiment at a size for tests."""
 
@@ -58,7 +95,8 @@ def lab() -> Lab:
         small = [o for o in SMALL[experiment] if not o.startswith("base.")]
         if "base=checkpoint" not in overrides:
             small = SMALL[experiment]
-        sys.argv[1:] = [f"experiment={experiment}", f"tracking={tracking}", *small, *overrides]
+        quick = [f"tracking={tracking}", "figures=false"]
+        sys.argv[1:] = [f"experiment={experiment}", *quick, *small, *overrides]
         try:
             train.main()
         except SystemExit as stop:

@@ -1,19 +1,63 @@
 """Data modules: what is drawn, and that seed, phase and epoch alone decide it."""
 
+from collections import Counter
 from functools import partial
+from math import log
+from pydoc_data.topics import topics
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from lora_lab import adapters
 from lora_lab.data import Batches, Data
+from lora_lab.data.bytes import Bytes
 from lora_lab.data.digits import Digits
+from lora_lab.data.group_shift import GroupShift
+from lora_lab.data.planted_conv import PlantedConv
+from lora_lab.data.planted_embedding import PlantedEmbedding
+from lora_lab.data.planted_linear import PlantedLinear
 from lora_lab.data.shift import Shift
+from lora_lab.models.bigram import Bigram
+from lora_lab.models.conv import Conv
+from lora_lab.models.embedding import Embedding
+from lora_lab.models.linear import Linear
+from lora_lab.models.transformer import Transformer
 from lora_lab.options import options
 
 small_shift = partial(
     Shift, samples=64, in_features=6, out_features=5, shift=2.0, batch_size=10, seed=0
 )
-EVERY = {"shift": small_shift, "digits": partial(Digits, batch_size=32, seed=0)}
+small_bytes = partial(Bytes, size=5000, context=16, held_out=0.25, batch_size=32, seed=0)
+PLANTED = {
+    "planted_linear": partial(
+        PlantedLinear,
+        **{"samples": 16, "in_features": 8, "out_features": 7, "sigma": [3.0, 2.0, 1.0]},
+        **{"spread": 0.3, "correlation": 0.5, "whiten": True, "noise": 0.1, "expects": "end"},
+        **{"steps": 3, "seed": 0},
+    ),
+    "planted_conv": partial(
+        PlantedConv,
+        **{"samples": 32, "in_features": 2, "out_features": 5, "kernel_size": 3, "size": 4},
+        **{"sigma": [3.0, 2.0, 1.0], "whiten": True, "noise": 0.1, "steps": 3, "seed": 0},
+    ),
+    "planted_embedding": partial(
+        PlantedEmbedding,
+        **{"samples": 60, "in_features": 20, "out_features": 6, "sigma": [3.0, 2.0, 1.0]},
+        **{"zipf": 1.5, "noise": 0.1, "steps": 3, "seed": 0},
+    ),
+    "group_shift": partial(
+        GroupShift,
+        **{"in_features": 20, "out_features": 6, "groups": [8, 5, 3], "shift": 1.0},
+        **{"noise": 0.1, "steps": 3, "seed": 0},
+    ),
+}
+EVERY = {
+    **PLANTED,
+    "shift": small_shift,
+    "digits": partial(Digits, batch_size=32, seed=0),
+    "bytes": small_bytes,
+}
 """Every data set, small."""
 
 
@@ -25,7 +69,8 @@ def ready(make, **changes) -> Data:
 
 def batches(data: Data, epoch: int = 0) -> list[tuple[torch.Tensor, ...]]:
     loader = data.train_dataloader()
-    loader.sampler.set_epoch(epoch)  # pyright: ignore
+    if data.batch_size is not None:
+        loader.sampler.set_epoch(epoch)  # pyright: ignore
     return list(loader)
 
 
@@ -42,10 +87,11 @@ def test_the_table_has_every_data_set():
 @pytest.mark.parametrize("make", list(EVERY.values()), ids=list(EVERY))
 @pytest.mark.parametrize("phase", ["base", "adapt"])
 def test_seed_phase_and_epoch_alone_decide(make, phase: str):
-    first = batches(ready(make, phase=phase))
+    data = ready(make, phase=phase)
+    first, all_rows = batches(data), data.batch_size is None
     torch.manual_seed(torch.seed() % 1000)
     assert same(first, batches(ready(make, phase=phase)))
-    assert not same(first, batches(ready(make, phase=phase), epoch=1))
+    assert same(first, batches(ready(make, phase=phase), epoch=1)) == all_rows
     assert not same(first[:1], batches(ready(make, phase=phase, seed=1))[:1])
 
 
@@ -133,3 +179,209 @@ def test_digits_base_knows_five_and_the_rest_come_later():
     # What the base trained on is in the training part of the adaptation, never in its validation.
     learned = {tuple(row.tolist()) for row in base.train.tensors[0]}  # pyright: ignore
     assert not learned & {tuple(row.tolist()) for row in adapt.val.tensors[0]}  # pyright: ignore
+
+
+def test_bytes_are_code_and_then_prose_each_followed_by_the_next():
+    base, adapt = (ready(small_bytes, phase=phase) for phase in ("base", "adapt"))
+    texts = []
+    for data in (base, adapt):
+        x, y = (torch.cat([data.train.tensors[i], data.val.tensors[i]]) for i in (0, 1))  # pyright: ignore
+        assert torch.equal(x.flatten()[1:], y.flatten()[:-1])
+        assert x.shape == (312, 16)  # ⌊4999 / 16⌋ windows
+        assert len(data.val) == 78  # pyright: ignore
+        texts.append(bytes(x.flatten().tolist()).decode())
+    assert "import os as _os" in texts[0]
+    assert "\n".join(topics[name] for name in sorted(topics)).startswith(texts[1])
+    whole = ready(small_bytes, phase="adapt", held_out=0)
+    assert whole.val is whole.train
+
+
+def test_a_bigrams_floor_is_the_entropy_of_the_next_byte():
+    data = ready(small_bytes, phase="adapt", held_out=0)
+    x, y = (t.flatten().tolist() for t in data.train.tensors)  # pyright: ignore
+    pairs, current = Counter(zip(x, y, strict=True)), Counter(x)
+    floor = sum(n * log(current[i] / n) for (i, _), n in pairs.items()) / len(x)
+    model = Bigram(256, 256)
+    assert data.expected(model)["val/loss"].value == pytest.approx(floor)
+    with torch.no_grad():
+        logits = torch.full((256, 256), -1e9)
+        for (i, j), n in pairs.items():
+            logits[i, j] = log(n)
+        assert F.cross_entropy(logits[x], torch.tensor(y)).item() == pytest.approx(floor)
+
+    r = len(current)  # a ΔW of this rank can be anything on the rows that occur
+    for rank, trains, dropout, known in (
+        (r, "both", 0.0, True),
+        (r - 1, "both", 0.0, False),
+        (r, "zero", 0.0, False),
+        (r, "both", 0.1, False),
+    ):
+        adapters.attach(model, "embedding", r=rank, alpha=8, trains=trains, dropout=dropout)
+        assert bool(data.expected(model)) == known, (rank, trains, dropout)
+        adapters.detach(model)
+    assert not ready(small_bytes, phase="adapt").expected(model)
+    assert not data.expected(Transformer(256, 256, width=8, heads=1, layers=1, context=16))
+
+
+@pytest.mark.parametrize("make", list(PLANTED.values()), ids=list(PLANTED))
+def test_all_the_rows_are_every_batch(make):
+    data = ready(make, phase="adapt")
+    assert len(batches(data)) == 3
+    assert all(same([batch], [data.train.tensors]) for batch in batches(data))  # pyright: ignore
+
+
+def adapted(data: Data, **recipe) -> torch.nn.Module:
+    """A model in float64 that is not quite the base, with an adapter of that recipe or none."""
+    one_of = {PlantedLinear: Linear, PlantedConv: Conv}
+    torch.manual_seed(0)
+    model = one_of.get(type(data), Embedding)(**data.sizes).double()  # pyright: ignore
+    if recipe:
+        adapters.attach(model, "all", r=2, alpha=4, seed=0, **recipe)
+    return model
+
+
+def learn(model: torch.nn.Module, data: Data) -> float:
+    """The loss that LBFGS reaches."""
+    x, y = (t.double() if t.is_floating_point() else t for t in data.train.tensors)  # pyright: ignore
+    optimizer = torch.optim.LBFGS(
+        [p for p in model.parameters() if p.requires_grad],
+        max_iter=1000,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore
+    return F.mse_loss(model(x), y).item()
+
+
+LEARNERS = {
+    "lora": {"init": "kaiming"},
+    "full": {},
+    "lora_fa": {"trains": "zero"},
+    "lora_xs": {"trains": "core", "init": "svd"},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+}
+
+
+@pytest.mark.parametrize("recipe", list(LEARNERS.values()), ids=list(LEARNERS))
+@pytest.mark.parametrize("make", list(PLANTED.values()), ids=list(PLANTED))
+def test_what_is_expected_is_what_training_reaches(make, recipe):
+    data = ready(make, phase="adapt")
+    model = adapted(data, **recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = data.expected(model)
+    loss = learn(model, data)
+    assert loss == pytest.approx(expected.pop("val/loss").value, rel=1e-5)
+    deltas = adapters.deltas(model) or {
+        name.rpartition(".")[0]: p - before[name] for name, p in model.named_parameters()
+    }
+    ((site, delta),) = deltas.items()
+    sigma = torch.linalg.svdvals(delta.detach().flatten(1))
+    # Tokens that never come move as the factors from the weight do, and no formula says how.
+    never = isinstance(data, PlantedEmbedding) and recipe.get("init", "kaiming") != "kaiming"
+    assert bool(expected) != never
+    for i in range(4):
+        if (said := expected.pop(f"spectra/{site}/sigma_{i + 1}", None)) is not None:
+            assert sigma[i].item() == pytest.approx(said.value, rel=1e-3)
+    assert not expected
+
+
+@pytest.mark.parametrize("make", list(PLANTED.values()), ids=list(PLANTED))
+def test_nothing_is_expected_of_what_theory_does_not_reach(make):
+    data = ready(make, phase="adapt")
+    assert data.expected(adapted(data, dora=True)) == {}
+    assert data.expected(adapted(data, dropout=0.1)) == {}
+    many = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 7))
+    assert data.expected(many) == {}
+
+
+@pytest.mark.parametrize("phase", ["base", "adapt"])
+def test_whitened_inputs_have_the_covariance_itself(phase: str):
+    x = ready(PLANTED["planted_linear"], phase=phase).train.tensors[0].double()  # pyright: ignore
+    covariance = [[0.5 ** abs(i - j) for i in range(8)] for j in range(8)]
+    torch.testing.assert_close(x.T @ x / 16, torch.tensor(covariance).double(), rtol=0, atol=1e-6)
+    images = ready(PLANTED["planted_conv"], phase=phase).train.tensors[0]  # pyright: ignore
+    x = images.flatten(1).double()
+    torch.testing.assert_close(x.T @ x / 32, torch.eye(32).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["planted_linear", "planted_conv", "planted_embedding"])
+def test_the_change_has_the_planted_singular_values(name: str):
+    base, adapt = (ready(PLANTED[name], phase=phase, noise=0.0) for phase in ("base", "adapt"))
+    learned = [adapted(data) for data in (base, adapt)]
+    for model, data in zip(learned, (base, adapt), strict=True):
+        assert learn(model, data) < 1e-10
+    (W,), (moved,) = ([*model.parameters()] for model in learned)
+    change = (moved - W).detach().flatten(1)
+    if name == "planted_embedding":
+        seen = base.train.tensors[0].unique()  # pyright: ignore
+        unseen = torch.ones(20).bool().index_fill(0, seen, False)
+        assert unseen.any()
+        assert not change[unseen].any()
+        change = change + torch.where(unseen[:, None], base.delta, 0)  # pyright: ignore
+    sigma = torch.linalg.svdvals(change)
+    torch.testing.assert_close(sigma[:3], torch.tensor([3.0, 2, 1]).double(), rtol=1e-4, atol=0)
+    assert sigma[3] < 1e-4
+
+
+def test_tokens_come_in_zipf_proportions():
+    counts = ready(PLANTED["planted_embedding"], phase="base").counts()  # pyright: ignore
+    assert counts.sum() == 60
+    share = torch.tensor([60 / v**1.5 for v in range(1, 21)]).double()
+    share = share / share.sum() * 60
+    assert (counts - share).abs().max() < 1
+    left = share - share.floor()
+    assert left[counts > share].min() > left[counts < share].max()
+    assert 0 in counts
+    tokens = ready(PLANTED["planted_embedding"], phase="adapt").train.tensors[0]  # pyright: ignore
+    assert torch.equal(tokens.bincount(minlength=20), counts)
+
+
+def test_a_group_moves_by_one_vector():
+    base, adapt = (ready(PLANTED["group_shift"], phase=p, noise=0.0) for p in ("base", "adapt"))
+    change = adapt.train.tensors[1] - base.train.tensors[1]  # pyright: ignore
+    for group in change.split([8, 5, 3, 4]):
+        torch.testing.assert_close(group, group[:1].expand_as(group), rtol=0, atol=1e-6)
+    assert not change[16:].any()
+    assert torch.linalg.matrix_rank(change, atol=1e-4) == 3
+
+
+def test_what_else_a_planted_linear_map_expects():
+    make = partial(PLANTED["planted_linear"], phase="adapt", noise=0.0, correlation=0.0)
+    first = ready(make, expects="first_step")
+    assert set(first.expected(adapted(first, init="gaussian"))) == {
+        "first_step/gradient_ratio",
+        "first_step/descent",
+    }
+    assert first.expected(adapted(first, init="orthogonal")) == {}
+    assert first.expected(adapted(first)) == {}
+    large = {"samples": 256, "in_features": 256, "out_features": 192, "spread": 1 / 16}
+    over = ready(make, expects="intruders", sigma=[5.0, 4.0, 0.1], **large)
+    theta = (over.train.tensors[1].T @ over.train.tensors[0] / 256).double()  # pyright: ignore
+    model = adapted(over, init="kaiming")
+    model.linear.weight.data = theta - over.delta  # pyright: ignore
+    assert over.expected(model)["spectra/linear/intruders"].value == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("planted_linear", {"samples": 7}, "samples=7: whiten needs in_features=8"),
+        ("planted_linear", {"sigma": [1.0] * 8}, "8 singular values, and 7 × 8 has 7"),
+        ("planted_conv", {"samples": 31}, "samples=31: whiten needs an image a pixel, 32"),
+        ("planted_conv", {"kernel_size": 2}, "kernel_size=2: must be odd"),
+        ("planted_embedding", {"sigma": [1.0] * 7}, "7 singular values, and 20 × 6 has 6"),
+        ("group_shift", {"groups": [20, 1]}, "21 tokens, and in_features=20"),
+    ],
+)
+def test_what_cannot_be_planted_is_an_error(name: str, change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        PLANTED[name](phase="base", **change)

@@ -21,7 +21,7 @@ def kept(run: Path) -> dict[str, bytes]:
 def test_a_report_needs_the_run_directory_alone(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    lab("digits")
+    lab("digits", "figures=true")
     run = only_run()
     shown = capsys.readouterr().out
     before = kept(run.path)
@@ -58,7 +58,7 @@ def test_the_tables_hold_the_runs_numbers(lab: Lab):
 
 @pytest.mark.parametrize("adapter", ["full", "none"])
 def test_every_method_has_a_report(lab: Lab, adapter: str):
-    assert lab("digits", f"adapter={adapter}") == 0
+    assert lab("digits", f"adapter={adapter}", "figures=true") == 0
     assert (only_run().path / "report" / "loss.png").stat().st_size > 5000
 
 

@@ -23,7 +23,7 @@ from tests.conftest import SMALL, Lab, only_run
 
 
 def test_a_run_leaves_everything(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    assert lab("shift") == 0
+    assert lab("shift", "figures=true") == 0
     run = only_run()
     assert run.status["state"] == "finished"
     names = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*.*")}
@@ -31,7 +31,11 @@ def test_a_run_leaves_everything(lab: Lab, capsys: pytest.CaptureFixture[str]):
         *("config.yaml", "status.json", "metrics.jsonl", "spectra.npz", "env.json", "log.txt"),
         *("adapter/adapter.json", "adapter/adapter.safetensors"),
         *("report/table.md", "report/curves.csv", "report/facts.csv"),
-        *(f"report/{f}.{k}" for f in ("loss", "spectrum", "delta") for k in ("png", "pdf")),
+        *(
+            f"report/{figure}.{kind}"
+            for figure in ("loss", "spectrum", "delta", "phi", "truncation")
+            for kind in ("png", "pdf")
+        ),
     }
     assert list(run.curve("base/val/loss")) == [2, 4]
     assert list(run.curve("val/loss")) == [0, 2, 4]

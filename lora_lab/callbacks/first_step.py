@@ -1,4 +1,4 @@
-"""What the first step sees and does: the factors' gradient beside the dense one, and its descent."""
+"""What the first step sees and does: the factors' gradient beside the dense one; its descent."""
 
 import lightning.pytorch as pl
 import torch
@@ -10,10 +10,11 @@ from lora_lab.updates import Updates
 
 
 class FirstStep(pl.Callback):
-    """Logs `first_step/gradient_ratio`, ‖∇_Z‖ / ‖G‖, and `first_step/descent`, ⟨−G, ΔW⟩ / (η Σ‖G_o‖).
+    """Logs the two figures that the scaling of an adapter decides.
 
-    Z are the factors that start at zero, G = ∂L/∂W the dense gradients at the first batch with rows
-    G_o, ΔW what the first step made, η its learning rate; sums are over all sites.
+    `first_step/gradient_ratio` is ‖∇_Z‖ / ‖G‖, `first_step/descent` ⟨−G, ΔW⟩ / (η Σ‖G_o‖): Z are
+    the factors that start at zero, G = ∂L/∂W the dense gradients of the first batch with rows G_o,
+    ΔW what the first step made, η the learning rate of Z; sums are over all sites.
     """
 
     def __init__(self, updates: Updates, tracking: Tracking):
@@ -43,7 +44,8 @@ class FirstStep(pl.Callback):
         dense, low = found[: len(weights)], found[len(weights) :]
         self.dense = {s: self.updates.part(s, G) for s, G in zip(sites, dense, strict=True)}
         self.ratio = _norm(low) / _norm(tuple(self.dense.values()))
-        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+        groups = trainer.optimizers[0].param_groups  # LoRA+ has two
+        self.lr = next(g["lr"] for g in groups if any(p is factors[0] for p in g["params"]))
 
     def on_train_batch_end(
         self,

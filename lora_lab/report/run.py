@@ -162,12 +162,12 @@ def spectrum(run: Run) -> dict[str, np.ndarray]:
         return {k.removesuffix(suffix): arrays[k] for k in arrays.files if k.endswith(suffix)}
 
 
-def write(run: Run) -> Path:
+def write(run: Run, draw: bool = True) -> Path:
     """Writes report/: table.md, curves.csv, facts.csv, and every figure as PNG and PDF."""
     directory = run.path / "report"
     directory.mkdir(exist_ok=True)
     made = tables(run)
-    drawn = figures.draw(run, spectrum(run), directory)
+    drawn = figures.draw(run, spectrum(run), directory) if draw else []
     parts = [
         f"# {run.config['name']}: {run.path.name}",
         markdown(made.curves, "r"),

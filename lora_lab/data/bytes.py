@@ -1,0 +1,99 @@
+"""Bytes of Python itself: the base reads the standard library's code, the adaptation its prose."""
+
+import sysconfig
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lora_lab import adapters
+from lora_lab.config import Seed
+from lora_lab.data import Data, Phase
+from lora_lab.theory import Expected
+
+FILES = (
+    *("argparse", "ast", "bdb", "calendar", "codecs", "configparser", "contextlib", "dataclasses"),
+    *("difflib", "dis", "doctest", "enum", "fractions", "functools", "inspect", "ipaddress"),
+)
+"""Modules of one file in every Python that the package runs on: about 950 kB of code."""
+
+
+class Bytes(Data):
+    """Windows of `context` bytes, each with the bytes that come next: code, then topics of help().
+
+    Each phase has the first `size` bytes of its text, or all of it; `held_out` is the share at its
+    end that is for validation, 0: validation is on the training windows themselves. The text is
+    that of the Python that runs this; `seed` draws the order of the windows alone.
+    """
+
+    task = "language"
+    eval_rows = 256
+
+    def __init__(
+        self,
+        phase: Phase,
+        size: PositiveInt,
+        context: PositiveInt,
+        held_out: Annotated[float, Field(ge=0, lt=1)],
+        batch_size: PositiveInt,
+        seed: Seed,
+    ):
+        super().__init__(phase, batch_size, seed)
+        self.size, self.context, self.held_out = size, context, held_out
+        self.check_batch(self._trained(size))
+
+    def _trained(self, size: int) -> int:
+        """How many windows of a text of `size` bytes are trained on."""
+        return round((1 - self.held_out) * ((size - 1) // self.context))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """256 bytes are read, 256 predicted, `context` at a time."""
+        return {"in_features": 256, "out_features": 256, "context": self.context}
+
+    def draw(self) -> tuple[TensorDataset, TensorDataset]:
+        """The windows (N, context) and what follows each byte (N, context), without overlap."""
+        if self.phase == "base":
+            library = Path(sysconfig.get_path("stdlib"))
+            text = b"".join((library / f"{name}.py").read_bytes() for name in FILES)
+        else:
+            text = "\n".join(topics[name] for name in sorted(topics)).encode()
+        text = torch.frombuffer(bytearray(text[: self.size]), dtype=torch.uint8).long()
+        end = (len(text) - 1) // self.context * self.context
+        x, y = (t.view(-1, self.context) for t in (text[:end], text[1 : end + 1]))
+        n = self._trained(len(text))
+        train = TensorDataset(x[:n], y[:n])
+        return train, TensorDataset(x[n:], y[n:]) if self.held_out else train
+
+    def expected(self, model: nn.Module) -> dict[str, Expected]:
+        """Of a lone table of logits, on its training pairs: H(next | current), neared from above.
+
+        Exact where ΔW can be any table on the rows of the bytes that occur: r is at least their
+        number, or all of the table trains.
+        """
+        weights = [weight.shape for weight in adapters.base_state_dict(model).values()]
+        if self.held_out or weights != [(256, 256)]:
+            return {}
+        assert self.train is not None
+        pairs = counts(*self.train.tensors)
+        occurring = int(pairs.any(1).sum())
+        recipes = [adapter.recipe for adapter in adapters.attached(model).values()]
+        if any(r.r < occurring or r.trains != "both" or r.dropout for r in recipes):
+            return {}
+        return {"val/loss": Expected(conditional_entropy(pairs))}
+
+
+def counts(x: Tensor, y: Tensor) -> Tensor:
+    """How often each byte (row) is followed by each (column): 256 × 256."""
+    return (256 * x + y).flatten().bincount(minlength=256**2).view(256, 256)
+
+
+def conditional_entropy(counts: Tensor) -> float:
+    """H(column | row) in nats of a table of counts: Σ n_ij ln(n_i / n_ij) / n."""
+    counts = counts.double()
+    rows = counts.sum(1)
+    return ((rows.xlogy(rows).sum() - counts.xlogy(counts).sum()) / counts.sum()).item()

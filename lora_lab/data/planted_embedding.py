@@ -1,0 +1,67 @@
+"""A table of embeddings that moves by a matrix of known singular values."""
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from lora_lab.config import Seed
+from lora_lab.data import Phase, Planted, planted
+from lora_lab.seeding import generator
+
+
+class PlantedEmbedding(Planted):
+    """y = E[token] for the base, y = (E + Δ)[token] + noise to adapt to.
+
+    E is standard normal, Δ (tokens × features) has the singular values `sigma`. Token v comes
+    `samples` / v^zipf / Σ 1/v^zipf times, rounded to the whole number that adds up, as often in
+    both phases; a rare one may never come.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        samples: PositiveInt,
+        in_features: PositiveInt,
+        out_features: PositiveInt,
+        sigma: list[PositiveFloat],
+        zipf: NonNegativeFloat,
+        noise: NonNegativeFloat,
+        steps: PositiveInt,
+        seed: Seed,
+    ):
+        super().__init__(phase, steps, seed)
+        self.samples, self.zipf, self.noise = samples, zipf, noise
+        self.in_features, self.out_features = in_features, out_features
+        self.delta = planted(in_features, out_features, sigma, generator(seed, "delta"))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Tokens, and the features of each."""
+        return {"in_features": self.in_features, "out_features": self.out_features}
+
+    def counts(self) -> Tensor:
+        """How often each token comes, by the largest remainder."""
+        share = torch.arange(1, self.in_features + 1, dtype=torch.float64) ** -self.zipf
+        wanted = self.samples * share / share.sum()
+        counts = wanted.floor().long()
+        missing = self.samples - int(counts.sum())
+        counts[(wanted - counts).argsort(descending=True, stable=True)[:missing]] += 1
+        return counts
+
+    def draw(self) -> tuple[TensorDataset, TensorDataset]:
+        """All of the phase's rows, twice."""
+        E = torch.randn(self.delta.shape, generator=generator(self.seed, "E")).double()
+        tokens = torch.arange(self.in_features).repeat_interleave(self.counts())
+        y = (E + self.delta if self.phase == "adapt" else E)[tokens]
+        if self.phase == "adapt":
+            y = y + self.noise * torch.randn(y.shape, generator=generator(self.seed, "noise"))
+        everything = TensorDataset(tokens, y.float())
+        return everything, everything
+
+    def design(self) -> tuple[Tensor, Tensor]:
+        """The tokens as one-hot rows, and y."""
+        assert self.train is not None
+        tokens, y = self.train.tensors
+        return F.one_hot(tokens, self.in_features), y

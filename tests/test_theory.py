@@ -1,0 +1,40 @@
+"""Experiments whose answer is known, at a few points: `make theory` runs them all at full size."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_lab.report.theory import Held
+from lora_lab.runs import find_runs
+from tests.conftest import command
+from tests.theory import MULTIRUNS, SMALL, commands, lines
+
+
+def test_every_known_experiment_is_in_both_tables():
+    assert list(SMALL) == list(MULTIRUNS)
+
+
+@pytest.mark.parametrize("experiment", list(SMALL))
+def test_theory_holds(monkeypatch: pytest.MonkeyPatch, experiment: str):
+    for arguments in commands({experiment: SMALL[experiment]}):
+        assert command(monkeypatch, "train", *arguments) == 0
+    found = lines(find_runs(Path("runs")))
+    assert found
+    for line in found:
+        assert len(line.seeds) >= 3
+        assert line.passes, (line.point, line.r, line.metric, line.worst)
+
+
+@pytest.mark.parametrize(
+    ("measured", "theory", "error", "passes"),
+    [
+        (1.0009, 1.0, 0.0, True),
+        (1.0011, 1.0, 0.0, False),
+        (0.9, 1.0, 0.04, True),
+        (0.9, 1.0, 0.03, False),
+        (1e-7, 0.0, 0.0, True),
+        (1e-5, 0.0, 0.0, False),
+    ],
+)
+def test_a_gap_is_judged_by_its_size(measured: float, theory: float, error: float, passes: bool):
+    assert Held("val/loss", measured, theory, error, start=1.0).passes == passes

@@ -1,0 +1,194 @@
+"""`make theory`: every experiment whose answer is known, beside that answer.
+
+Each is run for three seeds, of data and of adapter, by the command that its YAML gives.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lora_lab import theory
+from lora_lab.analyze import between
+from lora_lab.report.theory import Held, held
+from lora_lab.runs import Run, find_runs
+
+SEEDS = (0, 1, 2)
+
+MULTIRUNS: dict[str, list[list[str]]] = {
+    "planted_linear": [
+        ["adapter.r=1,2,3,4,6"],
+        ["adapter.r=2,4", "data.whiten=false", "data.noise=0.5"],
+        ["adapter=full"],
+    ],
+    "planted_conv": [["adapter.r=1,2,3,4,6"], ["adapter.r=2", "data.whiten=false"]],
+    "planted_embedding": [["adapter.r=1,2,3,4,6"]],
+    "group_shift": [["adapter.r=1,2,3,4,6"]],
+    "scaling": [["adapter=lora,rslora", "adapter.r=1,4,16,64,256"]],
+    "subspace": [["adapter.r=8,64"]],
+    "what_trains": [["adapter=lora,lora_fa,lora_xs,pissa,olora", "adapter.r=1,4,16"]],
+    "intruders": [["adapter.r=1,2,3,4,6"]],
+}
+"""Experiment → what its multiruns vary."""
+
+SMALL: dict[str, list[list[str]]] = {
+    "planted_linear": [["adapter.r=2,4"]],
+    "planted_conv": [["adapter.r=2,4"]],
+    "planted_embedding": [["adapter.r=2,4"]],
+    "group_shift": [["adapter.r=2,4"]],
+    "scaling": [["adapter=lora,rslora", "adapter.r=16"]],
+    "subspace": [["adapter.r=8"]],
+    "what_trains": [["adapter=lora_fa,lora_xs,pissa", "adapter.r=4"]],
+    "intruders": [["adapter.r=2"]],
+}
+"""The same for the tests: fewer points."""
+
+SHARED = 4
+"""Directions that the subspace experiment plants."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of one point, over the seeds."""
+
+    experiment: str
+    point: str
+    r: int
+    metric: str
+    seeds: list[Held]
+
+    @property
+    def passes(self) -> bool:
+        """Whether theory holds for every seed."""
+        return all(one.passes for one in self.seeds)
+
+    @property
+    def worst(self) -> str:
+        """The largest gap of the seeds, in standard errors where theory has one."""
+        if any(one.error for one in self.seeds):
+            return f"{max(abs(o.measured - o.theory) / o.error for o in self.seeds):.2f} s.e."
+        return f"{max((one.gap for one in self.seeds), key=abs):.1e}"
+
+
+def commands(multiruns: dict[str, list[list[str]]]) -> list[list[str]]:
+    """The arguments of every multirun, one a seed."""
+    return [
+        [
+            "-m",
+            f"experiment={experiment}",
+            *varied,
+            *seeds(experiment, seed),
+            "tracking=off",
+            "figures=false",
+        ]
+        for experiment, every in multiruns.items()
+        for varied in every
+        for seed in SEEDS
+    ]
+
+
+def seeds(experiment: str, seed: int) -> list[str]:
+    """Pairs of runs of `subspace` share their data and differ in A."""
+    if experiment == "subspace":
+        return [f"seed={2 * seed},{2 * seed + 1}", f"data.seed={seed}"]
+    return [f"seed={seed}", f"data.seed={seed}"]
+
+
+def lines(runs: Sequence[Run]) -> list[Line]:
+    """What was measured and what theory says, by experiment, point, r and metric."""
+    found: dict[tuple[str, str, int, str], list[Held]] = {}
+    for run in runs:
+        if (name := run.config["name"]) != "subspace":
+            for one in held(run):
+                found.setdefault((name, *_point(run), one.metric), []).append(one)
+    for seed in SEEDS:
+        own = [
+            r for r in runs if r.config["name"] == "subspace" and r.config["data"]["seed"] == seed
+        ]
+        for pair in between(own) if len(own) > 1 else []:
+            if pair.side == "A":
+                d, (r, other) = pair.features, sorted(pair.phi.shape)
+                for i, j in {(2, 2), (SHARED, SHARED), (r, r), (r, other)}:
+                    said = theory.similarity(i, j, d, SHARED)
+                    i_one, i_other = (i, j) if pair.phi.shape[0] == r else (j, i)
+                    phi = float(pair.phi[i_one - 1, i_other - 1])
+                    one = Held(f"φ({i}, {j})", phi, said.value, said.error, 1.0)
+                    found.setdefault(("subspace", f"r={r}, {other}", r, one.metric), []).append(one)
+    return [Line(*key, own) for key, own in found.items()]
+
+
+def _point(run: Run) -> tuple[str, int]:
+    adapter, data = run.config["adapter"], run.config["data"]
+    words = [] if adapter["method"] == "lora" else [adapter["method"]]
+    words += [adapter[k] for k in ("init",) if adapter.get(k, "kaiming") != "kaiming"]
+    words += [f"trains {adapter['trains']}"] if adapter.get("trains", "both") != "both" else []
+    words += [adapter["scaling"]] if adapter.get("scaling", "alpha/r") != "alpha/r" else []
+    words += ["not white"] if data.get("whiten") is False else []
+    return ", ".join(words) or "LoRA", adapter.get("r", 0)
+
+
+def table(found: Sequence[Line]) -> Table:
+    """One line a metric: means over the seeds, the worst gap, and whether all hold."""
+    made = Table(title=f"theory, seeds {', '.join(map(str, SEEDS))}")
+    for name in ("experiment", "adapter", "r", "metric", "measured", "theory", "worst gap", "pass"):
+        made.add_column(name, justify="left" if name in ("experiment", "metric") else "right")
+    for line in found:
+        numbers = (mean(getattr(o, name) for o in line.seeds) for name in ("measured", "theory"))
+        made.add_row(
+            *(line.experiment, line.point, str(line.r or "–"), line.metric),
+            *(f"{value:.6g}" for value in numbers),
+            *(line.worst, "yes" if line.passes else "[red]NO"),
+        )
+    return made
+
+
+def main() -> None:
+    """Runs all, two at a time, and prints the table. Exits with 1 where theory does not hold."""
+    parser = argparse.ArgumentParser("make theory ARGS=…")
+    parser.add_argument("names", nargs="*", help=f"which of {', '.join(MULTIRUNS)} (all)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once, one thread each")
+    arguments = parser.parse_args()
+    chosen = {
+        n: every for n, every in MULTIRUNS.items() if not arguments.names or n in arguments.names
+    }
+    console, started = Console(), time.time()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(command: list[str]) -> tuple[list[str], subprocess.CompletedProcess]:
+            lab = [sys.executable, "-m", "lora_lab.cli", "train", *command]
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            return command, subprocess.run(lab, cwd=folder, env=env, capture_output=True, text=True)
+
+        todo, failed = commands(chosen), []
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for command, ended in track(
+                pool.map(run, todo), "multiruns", len(todo), console=console
+            ):
+                if ended.returncode:
+                    failed.append(command)
+                    console.print(
+                        f"[red]failed:[/] lora-lab train {' '.join(command)}\n{ended.stderr}"
+                    )
+        runs = [run for run in find_runs(Path(folder) / "runs") if run.finished]
+        found = lines(runs)
+    console.print(table(found))
+    held_up = sum(line.passes for line in found)
+    console.print(
+        f"{held_up} of {len(found)} hold; {len(runs)} runs in {time.time() - started:.0f} s"
+    )
+    sys.exit(bool(failed) or held_up < len(found))
+
+
+if __name__ == "__main__":
+    main()
