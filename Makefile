@@ -3,13 +3,16 @@ PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11;
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p; done))
 BIN := .venv/bin
 
-.PHONY: run test test-slow check format bench clean
+.PHONY: run test test-slow theory check format bench clean
 
 run: .venv/.run
 	$(BIN)/lora-lab train $(ARGS)
 
 test: .venv/.test
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+
+theory: .venv/.test
+	$(BIN)/python -m tests.theory $(ARGS)
 
 test-slow: .venv/.slow
 	$(BIN)/pytest -m slow $(ARGS)
@@ -27,6 +30,7 @@ format: .venv/.test
 bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 	$(BIN)/python -m tests.benchmarks.adapters
+	$(BIN)/python -m tests.benchmarks.spectra
 
 clean:
 	rm -rf .venv build dist *.egg-info
