@@ -145,6 +145,30 @@ def test_what_is_not_asked_for_is_not_done(lab: Lab):
     assert run.last("spectra/head/intruders") is None
 
 
+@pytest.mark.parametrize(("every", "epochs"), [(3, [0, 0.375, 0.75]), (8, [0, 1, 2, 3, 4])])
+def test_spectra_are_measured_by_steps_too(lab: Lab, every: int, epochs: list[float]):
+    assert lab("shift", f"spectra.every_n_steps={every}") == 0
+    with np.load(only_run().path / "spectra.npz") as arrays:
+        measured = arrays["epochs"].tolist()
+        assert len(arrays["linear/singular_values"]) == len(measured)
+    assert measured[: len(epochs)] == epochs
+    assert measured == sorted(set(measured))
+    assert {2, 4} <= set(measured)
+
+
+def test_a_run_that_changed_nothing_is_analyzed_all_the_same(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+):
+    assert lab("digits", "optimizer=sgd", "optimizer.lr=1e-30", "trainer.max_epochs=1") == 0
+    run = only_run()
+    assert run.last("spectra/head/amplification") == pytest.approx(0, abs=1e-20)
+    assert not (run.path / "advice.yaml").exists()
+    assert lab("digits", "optimizer=sgd", "optimizer.lr=1e-30", "trainer.max_epochs=2") == 0
+    paths = [str(run.path) for run in find_runs(Path("runs"))]
+    assert command(monkeypatch, "report", *paths[:1]) == 0
+    assert command(monkeypatch, "analyze", *paths) == 0
+
+
 def test_several_sites_are_measured_as_one_too(lab: Lab):
     assert lab("digits") == 0
     run = only_run()

@@ -125,7 +125,8 @@ def lines(runs: Sequence[Run]) -> list[Line]:
                     phi = float(pair.phi[i_one - 1, i_other - 1])
                     one = Held(f"φ({i}, {j})", phi, said.value, said.error, 1.0)
                     found.setdefault(("subspace", f"r={r}, {other}", r, one.metric), []).append(one)
-    return [Line(*key, own) for key, own in found.items()]
+    order = list(MULTIRUNS)
+    return [Line(*key, found[key]) for key in sorted(found, key=lambda key: order.index(key[0]))]
 
 
 def _point(run: Run) -> tuple[str, int]:
@@ -146,7 +147,12 @@ def table(found: Sequence[Line]) -> Table:
     for line in found:
         numbers = (mean(getattr(o, name) for o in line.seeds) for name in ("measured", "theory"))
         made.add_row(
-            *(line.experiment, line.point, str(line.r or "–"), line.metric),
+            *(
+                line.experiment,
+                line.point,
+                str(line.r or "–"),
+                line.metric.removeprefix("spectra/"),
+            ),
             *(f"{value:.6g}" for value in numbers),
             *(line.worst, "yes" if line.passes else "[red]NO"),
         )
@@ -162,7 +168,8 @@ def main() -> None:
     chosen = {
         n: every for n, every in MULTIRUNS.items() if not arguments.names or n in arguments.names
     }
-    console, started = Console(), time.time()
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    started = time.time()
     with tempfile.TemporaryDirectory() as folder:
 
         def run(command: list[str]) -> tuple[list[str], subprocess.CompletedProcess]:

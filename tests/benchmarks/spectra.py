@@ -1,11 +1,13 @@
 """Spectra from factors against the dense product's SVD, and what measuring costs a run."""
 
 import argparse
+import io
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 
 import torch
 from rich.console import Console
@@ -65,7 +67,8 @@ def share(experiment: str, *overrides: str) -> tuple[float, float]:
     SpectraCallback._measure, runner._fit = timed("measuring", measure), timed("training", fit)
     sys.argv[1:] = [f"experiment={experiment}", *overrides]
     try:
-        train.main()
+        with redirect_stdout(io.StringIO()):
+            train.main()
     finally:
         SpectraCallback._measure, runner._fit = measure, fit
     return spent["measuring"], spent["training"]
