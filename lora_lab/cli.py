@@ -56,6 +56,7 @@ settings:
   spectra.truncation=sites    the loss with ΔW cut to lower ranks: sites | model | none
   spectra.keep=0.99      the share of the gain that the advised ranks keep
   trainer.max_epochs=10  and every other argument of Lightning's Trainer (a new one as +trainer.x=…)
+  sweep.fail_fast=false  true ends a multirun with its first failure
   overwrite=false        true repeats a finished run
   figures=true           false draws none: `lora-lab report RUN` does at any time
   runs_dir=runs          where run directories go; bases_dir=bases: where bases are kept

@@ -192,6 +192,12 @@ class Tracking(Node):
     tags: list[str]
 
 
+class Sweep(Node):
+    """A multirun: whether the first failure ends it."""
+
+    fail_fast: bool
+
+
 class Published(Node):
     """Loss on all data by epoch, as published for an experiment."""
 
@@ -213,6 +219,7 @@ class Config(Node):
     trainer: Trainer
     spectra: Spectra
     tracking: Tracking
+    sweep: Sweep
     published: Published | None
     runs_dir: str = Field(min_length=1)
     bases_dir: str = Field(min_length=1)
@@ -228,7 +235,7 @@ class Config(Node):
         return content_hash(self._matters())
 
     def _matters(self) -> dict[str, Any]:
-        cannot = {"published", "runs_dir", "bases_dir", "overwrite", "figures", "tracking"}
+        cannot = {"published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep", "tracking"}
         config = self.model_dump(by_alias=True, exclude=cannot)
         for device in ("accelerator", "devices", "num_nodes", "strategy"):
             config["trainer"].pop(device, None)

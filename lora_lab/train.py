@@ -6,7 +6,9 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -28,6 +30,9 @@ from lora_lab.checks import check
 from lora_lab.config import Config, ConfigError, nearest
 from lora_lab.options import options
 
+if TYPE_CHECKING:
+    from lora_lab.multirun import Job
+
 log = logging.getLogger(__name__)
 # Piped, a line is a line: paths are not broken to fit 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 200)
@@ -45,20 +50,27 @@ def job(content: DictConfig) -> None:
     """One job: a single run, or one of a multirun, where it raises so that the rest goes on."""
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        _run(content)
-    except ConfigError as error:
-        errors.print(f"[red]config error:[/] {escape(str(error))}", soft_wrap=True)
-        if single:
-            sys.exit(2)
+        _run(content, single)
+    except (ConfigError, RunFailedError) as error:
+        wrong, what = isinstance(error, ConfigError), "failed"
+        errors.print(
+            f"[red]{'config error' if wrong else what}:[/] {escape(str(error))}", soft_wrap=True
+        )
+        if single or OmegaConf.select(content, "sweep.fail_fast") is True:
+            sys.exit(2 if wrong else 1)
         raise
-    except RunFailedError as error:
-        errors.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
-        if single:
-            sys.exit(1)
-        raise
+    finally:
+        if not single and (line := _progress()):
+            console.print(f"[bold]multirun:[/] {line}", highlight=False)
 
 
-def _run(content: DictConfig) -> None:
+def _progress() -> str | None:
+    from lora_lab import multirun
+
+    return multirun.progress()
+
+
+def _run(content: DictConfig, single: bool) -> None:
     said = [o.split("=")[0].lstrip("+~") for o in HydraConfig.get().overrides.task]
     try:
         plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
@@ -93,7 +105,8 @@ def _run(content: DictConfig) -> None:
         experiment.run(planned, console)
         report.write(run, cfg.figures)
     except RunFinishedError:
-        console.print(f"Finished before, not repeated (overwrite=true repeats it): {run.path}\n")
+        again = "overwrite=true repeats it"
+        console.print(f"Finished before, not repeated ({again}): {run.path}", soft_wrap=True)
         if not (run.path / "report" / "table.md").exists():
             report.write(run)
     except RunBusyError as error:
@@ -106,7 +119,8 @@ def _run(content: DictConfig) -> None:
         raise RunFailedError(
             f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
         ) from error
-    report.show(run, console)
+    if single:
+        report.show(run, console)
 
 
 def _as_published() -> Config:
@@ -174,15 +188,47 @@ def main() -> None:
     logging.getLogger("lora_lab").handlers = [handler]
     logging.getLogger("lora_lab").setLevel(logging.INFO)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
+    every: list[Job] = []
     try:
-        job()
-    except (ConfigError, RunFailedError) as error:
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        every = _multirun(sys.argv[1:])
+        try:
+            job()
+        finally:
+            if every:
+                _ended(every)
+    except (ConfigError, RunFailedError) as error:  # of a multirun: the first
+        failed = isinstance(error, RunFailedError) or any(j.state == "failed" for j in every)
+        sys.exit(1 if failed else 2)
     except (HydraException, OmegaConfBaseException) as error:
         errors.print(f"[red]config error:[/] {escape(explain(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _multirun(arguments: list[str]) -> "list[Job]":
+    """The jobs of a multirun, said in one line before the first begins; [] of a single run."""
+    if not {"-m", "--multirun"} & set(arguments):
+        return []
+    quiet()
+    from lora_lab import multirun
+
+    every = multirun.jobs(arguments)
+    if every:
+        multirun.begin(every)
+        states = Counter(job.state for job in every)
+        told = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
+        rest = f" ({told})" if told else ""
+        console.print(f"[bold]multirun:[/] {len(every)} runs{rest}", highlight=False)
+    return every
+
+
+def _ended(every: "list[Job]") -> None:
+    """The table of all jobs, and of those that failed the causes."""
+    from lora_lab import report
+
+    os.environ.pop("LORA_LAB_JOBS", None)
+    console.print(report.jobs([(job.overrides, job.path, job.state, job.cause) for job in every]))
 
 
 def quiet() -> None:

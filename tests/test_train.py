@@ -325,6 +325,38 @@ def test_a_failed_run_of_a_multirun_leaves_the_others(lab: Lab, capsys: pytest.C
     assert 2 in {r.config["adapter"].get("r") for r in find_runs(Path("runs"))}
 
 
+def test_a_multirun_says_how_far_it_is_and_how_each_run_ended(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert lab("shift", "adapter.r=1", "optimizer=sgd", "optimizer.lr=1e-3") == 0
+    capsys.readouterr()
+    points = ("adapter.r=1,99,2", "optimizer=sgd", "optimizer.lr=1e-3,1e30")
+    assert lab("shift", *points, "-m") == 1
+    shown = capsys.readouterr().out
+    assert "multirun: 6 runs (1 finished, 2 config error)" in shown
+    assert "multirun: 2 of 4 done, 2 failed" in shown
+    assert shown.count("Finished before") == 1
+    rows = [line.split() for line in shown.splitlines() if " optimizer.lr=" in line]
+    ended = {tuple(row[:3]) for row in rows if row[0] in ("finished", "failed")}
+    assert ended == {
+        *(("finished", f"adapter.r={r}", "optimizer.lr=0.001") for r in (1, 2)),
+        *(("failed", f"adapter.r={r}", "optimizer.lr=1e+30") for r in (1, 2)),
+    }
+    assert len([row for row in rows if row[:2] == ["config", "error"]]) == 2
+    assert "exceeds the rank of" in shown
+    failed = next(r for r in find_runs(Path("runs")) if r.status["state"] == "failed")
+    assert "DivergedError: train/loss became" in shown
+    assert f"{failed.path.name}/log.txt" in "".join(shown.split())
+    assert "LORA_LAB_JOBS" not in os.environ
+
+
+def test_the_first_failure_ends_a_multirun_where_it_is_asked_to(lab: Lab):
+    points = ("optimizer=sgd", "optimizer.lr=1e30,1e-3", "-m")
+    assert lab("shift", *points, "sweep.fail_fast=true") == 1
+    assert [run.status["state"] for run in find_runs(Path("runs"))] == ["failed"]
+
+
 def test_a_failed_run_is_tried_again_by_the_same_command(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise OSError("the disk is gone")

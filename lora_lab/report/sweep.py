@@ -58,6 +58,31 @@ def show(made: dict[str, Rows], directory: Path, console: Console) -> None:
     console.print(f"figures  {directory / 'report'} ({figures})", soft_wrap=True, highlight=False)
 
 
+def jobs(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
+    """How each job of a multirun ended: overrides, directory, state and the cause of a failure."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    points = [set(overrides) for overrides, *_ in ended]
+    swept = set.union(*points) - set.intersection(*points)
+    for name in ("status", "run", "val/loss", "time", "cause"):
+        right = name in ("val/loss", "time")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for overrides, path, state, cause in ended:
+        run = Run(path) if path else None
+        point = " ".join(o for o in overrides if o in swept) or " ".join(overrides)
+        seconds = run.status.get("seconds") if run else None
+        loss = run.last("val/loss") if run and state == "finished" else None
+        if run and state == "failed":
+            cause += f" (traceback: {run.path / 'log.txt'})"
+        table.add_row(
+            state if state != "none" else "not begun",
+            point,
+            number(loss),
+            f"{seconds:.0f} s" if seconds is not None else "–",
+            cause if state in ("failed", "interrupted", "config error") else "",
+        )
+    return table
+
+
 def _r(run: Run) -> int | None:
     return run.config["adapter"].get("r")
 

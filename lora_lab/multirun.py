@@ -1,0 +1,109 @@
+"""A multirun as a whole: the runs it is made of, how far they are, and how each ended."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_lab.checks import check
+from lora_lab.config import ConfigError
+from lora_lab.plan import plan
+from lora_lab.runs import Run
+
+JOBS = "LORA_LAB_JOBS"
+"""The environment variable that tells every process of a multirun its runs, and when it began."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point of a multirun: its directory, or why its config cannot be."""
+
+    overrides: list[str]
+    path: Path | None
+    error: str | None = None
+
+    @property
+    def state(self) -> str:
+        """The run's status, `config error`, or `none` of a run that was not begun."""
+        return Run(self.path).status["state"] if self.path else "config error"
+
+    @property
+    def cause(self) -> str:
+        """Why it failed, in one line."""
+        if self.path is None:
+            return self.error or ""
+        return str(Run(self.path).status.get("error", "")).partition("\n")[0]
+
+
+def jobs(arguments: list[str]) -> list[Job]:
+    """Every point of the product that the overrides span, each checked as a run of its own.
+
+    None where another sweeper than Hydra's own decides on the points.
+    """
+    settings = [a for a in arguments if "=" in a and not a.startswith(("hydra.", "hydra/"))]
+    if any(a.startswith(("hydra.sweeper", "hydra/sweeper")) for a in arguments):
+        return []
+    every: list[list[str]] = []
+    for override in OverridesParser.create().parse_overrides(settings):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            every.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            every.append([f"{key}={override.get_value_element_as_str()}"])
+    with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
+        return [_job(list(point)) for point in product(*every)]
+
+
+def _job(overrides: list[str]) -> Job:
+    try:
+        plain = OmegaConf.to_container(
+            hydra.compose("train", overrides), resolve=True, throw_on_missing=True
+        )
+        assert isinstance(plain, dict)
+        said = [o.split("=")[0].lstrip("+~") for o in overrides]
+        return Job(overrides, plan(check({str(k): v for k, v in plain.items()}, said)).path)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        return Job(overrides, None, " ".join(str(error).split()))
+
+
+def begin(every: list[Job]) -> None:
+    """Tells this process and its children what the multirun is made of."""
+    paths = [str(job.path.absolute()) for job in every if job.path]
+    os.environ[JOBS] = json.dumps({"paths": list(dict.fromkeys(paths)), "began": time.time()})
+
+
+def progress() -> str | None:
+    """How far the multirun is that this process is part of: done, running, failed, time left."""
+    if JOBS not in os.environ:
+        return None
+    told = json.loads(os.environ[JOBS])
+    statuses = [Run(Path(path)).status for path in told["paths"]]
+    states = [status["state"] for status in statuses]
+    done, failed, running = (states.count(s) for s in ("finished", "failed", "running"))
+    left = len(states) - done - failed
+    took = [
+        s["seconds"]
+        for s in statuses
+        if s["state"] in ("finished", "failed") and s.get("started", 0) >= told["began"]
+    ]
+    parts = [f"{done} of {len(states)} done"]
+    parts += [f"{running} running"] if running else []
+    parts += [f"{failed} failed"] if failed else []
+    if took and left:
+        seconds = sum(took) / len(took) * left / max(1, running)
+        parts.append(f"about {_duration(seconds)} left")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
