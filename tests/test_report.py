@@ -1,7 +1,9 @@
 """Reports from run directories alone."""
 
 import csv
+import json
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +62,71 @@ def test_the_tables_hold_the_runs_numbers(lab: Lab):
 def test_every_method_has_a_report(lab: Lab, adapter: str):
     assert lab("digits", f"adapter={adapter}", "figures=true") == 0
     assert (only_run().path / "report" / "loss.png").stat().st_size > 5000
+
+
+def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    brief = ("optimizer=sgd", "trainer.max_epochs=4")
+    assert lab("shift", "adapter.r=1,2,3", "seed=0,1,2", *brief, "optimizer.lr=1e-3", "-m") == 0
+    assert lab("shift", "adapter=full", *brief, "optimizer.lr=1e-3") == 0
+    assert lab("shift", *brief, "optimizer.lr=1e30") == 1
+    capsys.readouterr()
+    assert command(monkeypatch, "report", "runs/shift") == 0
+    shown = capsys.readouterr().out
+    made = Path("runs/shift/report")
+    losses: dict[str, list[float]] = {}
+    for run in find_runs(Path("runs")):
+        rows = [json.loads(line) for line in (run.path / "metrics.jsonl").open()]
+        if run.finished:
+            last = next(row["val/loss"] for row in reversed(rows) if "val/loss" in row)
+            losses.setdefault(run.status["cell"], []).append(last)
+    with (made / "cells.csv").open() as file:
+        table = {row["cell"]: row for row in csv.DictReader(file)}
+    assert set(table) == set(losses)
+    for cell, own in losses.items():
+        center, *spread = table[cell]["val/loss"].split(" ± ")
+        assert int(table[cell]["runs"]) == len(own)
+        assert float(center) == pytest.approx(statistics.mean(own), rel=1e-4)
+        if len(own) > 1:
+            assert float(spread[0]) == pytest.approx(statistics.stdev(own), rel=1e-4)
+    best = min(losses, key=lambda cell: statistics.mean(losses[cell]))
+    (bold,) = [line for line in (made / "report.md").read_text().splitlines() if "**" in line]
+    assert bold.startswith(f"| {best} |")
+    tex = (made / "cells.tex").read_text()
+    assert r"\toprule" in tex
+    assert tex.count(r"\textbf{") == 1
+    assert tex.count(r"$\pm$") == 3
+    with (made / "not_finished.csv").open() as file:
+        (failed,) = csv.DictReader(file)
+    assert failed["status"] == "failed"
+    assert "DivergedError" in failed["cause"]
+    assert failed["run"] in shown
+    assert (made / "rank.png").stat().st_size > 5000
+    with (made / "truncation.csv").open() as file:
+        cut = {int(row["k"]): row for row in csv.DictReader(file)}
+    assert sorted(cut) == [0, 1, 2, 3]
+    assert float(cut[3]["cut from r = 3"].split()[0]) == pytest.approx(
+        float(cut[3]["trained at r = k"].split()[0]), rel=1e-4
+    )
+
+
+def test_theory_stands_beside_what_was_measured(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert lab("planted_linear", "adapter.r=1,2", "-m") == 0
+    for run in find_runs(Path("runs")):
+        with (run.path / "report" / "theory.csv").open() as file:
+            loss = next(row for row in csv.DictReader(file) if row["metric"] == "val/loss")
+        said = run.last("theory/val/loss")
+        assert float(loss["theory"]) == pytest.approx(said, rel=1e-4)
+        assert float(loss["measured"]) == pytest.approx(run.last("val/loss"), rel=1e-4)
+        gap = (run.last("val/loss") - said) / said  # pyright: ignore
+        assert float(loss["gap"]) == pytest.approx(gap, rel=1e-2)
+        assert loss["holds"] == "NO", "two steps do not reach the floor"
+    assert command(monkeypatch, "report", "runs") == 0
+    assert " NO" in capsys.readouterr().out
+    assert Path("runs/report/theory.png").exists()
 
 
 def test_ls_lists_every_state(

@@ -19,22 +19,28 @@ Rows = list[list[str]]
 
 
 def write(runs: Sequence[Run], directory: Path) -> dict[str, Rows]:
-    """Writes report/ in `directory`: report.md, a CSV of each table, figures; returns the tables.
+    """Writes report/ in `directory`: report.md, each table as CSV and LaTeX, and the figures.
 
-    Raises ValueError where none of the runs is finished.
+    Returns the tables; `**` stands around the best mean of a metric. Raises ValueError where none
+    of the runs is finished.
     """
     done = [run for run in runs if run.finished]
     if not done:
         raise ValueError(f"none of the {len(runs)} runs below {directory} is finished")
     made = {"cells": _cells(done), "theory": _theory(done), "truncation": _truncation(done)}
-    made["not finished"] = [["run", "status"]]
-    made["not finished"] += [[r.path.name, r.status["state"]] for r in runs if not r.finished]
+    made["not finished"] = [["run", "status", "cause"]]
+    for run in runs:
+        if not run.finished:
+            cause = str(run.status.get("error", "")).partition("\n")[0]
+            made["not finished"].append([run.path.name, run.status["state"], cause])
     made = {name: rows for name, rows in made.items() if len(rows) > 1}
     to = directory / "report"
     to.mkdir(exist_ok=True)
     parts = [f"# {directory.name}: {len(done)} runs"]
     for name, rows in made.items():
-        write_atomic(to / f"{name.replace(' ', '_')}.csv", csv_of(rows))
+        file = name.replace(" ", "_")
+        write_atomic(to / f"{file}.csv", csv_of([[c.strip("*") for c in row] for row in rows]))
+        write_atomic(to / f"{file}.tex", latex(rows))
         parts += [f"## {name}", markdown(rows, "l")]
     for name, figure in {"rank": _rank(done), "theory": _held(done)}.items():
         if figure is not None:
@@ -52,7 +58,7 @@ def show(made: dict[str, Rows], directory: Path, console: Console) -> None:
         for i, heading in enumerate(rows[0]):
             table.add_column(heading, justify="left" if i == 0 else "right")
         for row in rows[1:]:
-            table.add_row(*row)
+            table.add_row(*(f"[bold]{c.strip('*')}[/]" if c.startswith("**") else c for c in row))
         console.print(table)
     figures = ", ".join(path.stem for path in sorted((directory / "report").glob("*.png")))
     console.print(f"figures  {directory / 'report'} ({figures})", soft_wrap=True, highlight=False)
@@ -83,6 +89,22 @@ def jobs(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
     return table
 
 
+def latex(rows: Rows) -> str:
+    """Rows as a tabular of booktabs, the first its head; `**` becomes bold."""
+
+    def cell(text: str) -> str:
+        for sign in "&%_#":
+            text = text.replace(sign, f"\\{sign}")
+        text = text.replace("±", r"$\pm$").replace("–", "--").replace("σ", r"$\sigma$")
+        text = text.replace("φ", r"$\varphi$").replace("Δ", r"$\Delta$")
+        return rf"\textbf{{{text.strip('*')}}}" if text.startswith("**") else text
+
+    head, *body = [" & ".join(map(cell, row)) + r" \\" for row in rows]
+    columns = "l" + "r" * (len(rows[0]) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
 def _r(run: Run) -> int | None:
     return run.config["adapter"].get("r")
 
@@ -103,12 +125,19 @@ def _cells(runs: Sequence[Run]) -> Rows:
     keys = dict.fromkeys(k for run in runs for row in run.rows() for k in row)
     metrics = [k for k in keys if k.startswith("val/")]
     rows = [["cell", "runs", "trainable", *metrics]]
-    for cell, own in _by_cell(runs).items():
-        row = [cell, str(len(own)), number(own[0].last("parameters/trainable"))]
-        for metric in metrics:
+    cells = _by_cell(runs)
+    for cell, own in cells.items():
+        rows.append([cell, str(len(own)), number(own[0].last("parameters/trainable"))])
+    for column, metric in enumerate(metrics, start=3):
+        means: dict[int, float] = {}
+        for i, own in enumerate(cells.values(), start=1):
             values = [value for run in own if (value := run.last(metric)) is not None]
-            row.append(_spread(values) if values else "–")
-        rows.append(row)
+            rows[i].append(_spread(values) if values else "–")
+            if values:
+                means[i] = mean(values)
+        best = (min if metric.endswith("loss") else max)(means, key=means.__getitem__)
+        if len(means) > 1:
+            rows[best][column] = f"**{rows[best][column]}**"
     return rows
 
 
