@@ -1,12 +1,13 @@
 """What a finished update is worth: rank by rank, and against the base it changed."""
 
+import glob
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import track
@@ -14,7 +15,7 @@ from rich.progress import track
 from lora_lab import bases, spectra
 from lora_lab.config import Spectra
 from lora_lab.runs import write_atomic
-from lora_lab.spectra import SVD
+from lora_lab.spectra import SVD, Spectrum
 from lora_lab.updates import Updates
 
 TRIPLES = 64
@@ -32,31 +33,67 @@ class Curve:
     losses: list[float]
 
     def least(self, loss: float) -> int:
-        """The least rank that gives no more than `loss`."""
+        """The least rank that gives no more than `loss`, of those measured."""
         fit = (r for r, value in zip(self.ranks, self.losses, strict=True) if value <= loss)
         return next(fit, self.ranks[-1])
 
 
 @dataclass(frozen=True)
 class Advice:
-    """The least ranks by site that keep a share of what adaptation gained."""
+    """The least ranks of ΔW by site that keep the share `keep` of what it gains.
+
+    Losses on validation: with ΔW cut to these ranks, uncut, and without ΔW.
+    """
 
     ranks: dict[str, int]
     loss: float
     uncut: float
-    before: float
+    without: float
+    keep: float
 
     @property
     def share(self) -> float:
         """How much of the gain is kept with ΔW cut to these ranks."""
-        return (self.before - self.loss) / (self.before - self.uncut)
+        return (self.without - self.loss) / (self.without - self.uncut)
 
     @property
     def overrides(self) -> str:
-        """The ranks as `lora-lab train` takes them."""
-        r = max(self.ranks.values())
-        lower = ",".join(f"{site}:{k}" for site, k in self.ranks.items() if k < r)
-        return f"adapter.r={r}" + (f" 'adapter.rank_pattern={{{lower}}}'" if lower else "")
+        """The ranks as `lora-lab train` takes them, each site by its name."""
+        pattern = ",".join(f"{_as_key(site)}:{k}" for site, k in self.ranks.items())
+        return f"adapter.r={max(self.ranks.values())} 'adapter.rank_pattern={{{pattern}}}'"
+
+    def text(self) -> str:
+        """advice.yaml: what it keeps, and the adapter's settings."""
+        adapter = {
+            "r": max(self.ranks.values()),
+            "rank_pattern": {_as_glob(site): k for site, k in self.ranks.items()},
+        }
+        content = {
+            "keep": self.keep,
+            "share": self.share,
+            "loss": {"cut": self.loss, "uncut": self.uncut, "without": self.without},
+            "adapter": adapter,
+        }
+        return (
+            "# The least ranks of ΔW that keep the share `keep` of what it gains in val/loss.\n"
+            "# With the run's own settings (alpha too: alpha/r then scales each site anew) add\n"
+            f"#   {self.overrides}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
+        )
+
+
+def _as_glob(site: str) -> str:
+    """A glob that fits this name alone."""
+    return glob.escape(site)
+
+
+def _as_key(site: str) -> str:
+    """The same where Hydra reads it: signs of its grammar escaped, no name a number."""
+    try:
+        whole = str(yaml.safe_load(site)) == site
+    except yaml.YAMLError:
+        whole = True
+    name = _as_glob(site) if whole else f"{_as_glob(site[:-1])}[{site[-1]}]"
+    return re.sub(r"([\[\]{}:,=\\()])", r"\\\1", name)
 
 
 @dataclass
@@ -83,25 +120,33 @@ def analyze(
         for name, tensor in (("U", kept.U), ("S", kept.S), ("Vh", kept.Vh)):
             said.arrays[f"{site}/{name}"] = tensor.cpu().float().numpy()
     if cfg.against_base:
-        for site, svd in found.items():
-            _against(updates, site, svd, Path(bases_dir), said)
+        for site in found:
+            _against(updates, site, found[site], Path(bases_dir), said)
     if cfg.truncation != "none":
         _truncate(updates, found, loss, cfg, console, said)
     return said
 
 
 def _against(updates: Updates, site: str, svd: SVD, directory: Path, said: Findings) -> None:
-    """How ΔW's directions lie to W's (Hu et al. 2021, section 7.3), and which are new."""
+    """How ΔW's directions lie to W's (Hu et al. 2021, section 7.3), and which are new.
+
+    The directions of a product are all that it has; of a dense ΔW, whose smallest are of any kind,
+    those that hold 90% of its energy.
+    """
     W = updates.before(site).to(svd.S)
-    base = bases.decomposed(W, directory)
-    rank = int((svd.S[0] * max(W.shape) * torch.finfo(torch.float32).eps < svd.S).sum())
-    seen = svd.first(rank)
-    metrics = {"projection": spectra.projection(W, seen)}
-    metrics["amplification"] = spectra.amplification(W, seen)
-    after = spectra.svd_of_matrix(W + svd.cut(len(svd.S))).first(INTRUDERS_AMONG)
-    metrics["intruders"] = float(spectra.intruders(base.U, after.U))
-    said.metrics |= {f"spectra/{site}/{k}": v for k, v in metrics.items() if np.isfinite(v)}
-    if rank:
+    base, seen = bases.decomposed(W, directory).seen(), svd.seen()
+    if not updates.is_product(site):
+        seen = seen.first(Spectrum(seen.S.cpu(), (W.shape[0], W.shape[1]), 0).energy_90)
+    after = spectra.svd_of_matrix(W + svd.cut(len(svd.S))).seen().first(INTRUDERS_AMONG)
+    metrics = {
+        "directions": len(seen.S),
+        "projection": spectra.projection(W, seen),
+        "amplification": spectra.amplification(W, seen),
+        "intruders": spectra.intruders(base.U, after.U),
+        "intruders_among": len(after.S),
+    }
+    said.metrics |= {f"spectra/{site}/{k}": float(v) for k, v in metrics.items() if np.isfinite(v)}
+    if len(seen.S) and len(base.S):
         phi = spectra.similarity(seen.first(TRIPLES).U, base.first(TRIPLES).U)
         said.arrays[f"{site}/phi_base"] = phi.cpu().float().numpy()
 
@@ -121,50 +166,46 @@ def _truncate(
     said: Findings,
 ) -> None:
     whole = {site: len(svd.S) for site, svd in found.items()}
-    known: dict[tuple[int, ...], float] = {}
-
-    def cut(ranks: dict[str, int]) -> float:
-        if (key := tuple(ranks.values())) not in known:
-            with updates.cut(found, ranks):
-                known[key] = loss()
-        return known[key]
-
     top = steps(max(whole.values()))
-    asked = {"": [{site: min(k, n) for site, n in whole.items()} for k in top]}
+    asked: dict[str | None, list[dict[str, int]]] = {
+        None: [{site: min(k, n) for site, n in whole.items()} for k in top]
+    }
     if cfg.truncation == "sites":
         asked |= {site: [{**whole, site: k} for k in steps(n)] for site, n in whole.items()}
-    curves: dict[str, Curve] = {}
-    passes = [(name, ranks) for name, every in asked.items() for ranks in every]
-    for name, ranks in _shown(passes, console):
-        curve = curves.setdefault(name, Curve([], []))
-        curve.ranks.append(ranks[name] if name else top[len(curve.ranks)])
-        curve.losses.append(cut(ranks))
-    for name, curve in curves.items():
-        prefix = f"{name}/truncation" if name else "truncation"
+    known: dict[tuple[int, ...], float] = {}
+    curves: dict[str | None, Curve] = {}
+    with updates.cutting(found) as cut:
+
+        def cut_loss(ranks: dict[str, int]) -> float:
+            if (key := tuple(ranks.values())) not in known:
+                cut(ranks)
+                known[key] = loss()
+            return known[key]
+
+        for site, ranks in _shown([(s, r) for s, every in asked.items() for r in every], console):
+            curve = curves.setdefault(site, Curve([], []))
+            curve.ranks.append(top[len(curve.ranks)] if site is None else ranks[site])
+            curve.losses.append(cut_loss(ranks))
+        if cfg.truncation == "sites":
+            sites = {site: curve for site, curve in curves.items() if site is not None}
+            said.advice = advise(curves[None], sites, cfg.keep, cut_loss)
+    for site, curve in curves.items():
+        prefix = "truncation" if site is None else f"{site}/truncation"
         said.arrays[f"{prefix}/ranks"] = np.array(curve.ranks)
         said.arrays[f"{prefix}/loss"] = np.array(curve.losses)
-    if cfg.truncation == "sites":
-        said.advice = advise(curves, cfg.keep, cut)
     if said.advice is not None:
         metrics = {"loss": said.advice.loss, "share": said.advice.share}
         said.metrics |= {f"advice/{name}": value for name, value in metrics.items()}
 
 
 def write(directory: Path, arrays: Mapping[str, np.ndarray], advice: Advice | None) -> None:
-    """spectra.npz, and the advice as config that `lora-lab train` takes."""
+    """spectra.npz and advice.yaml; without advice, none that is older."""
     content = io.BytesIO()
-    np.savez_compressed(content, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
+    np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
     write_atomic(directory / "spectra.npz", content.getvalue())
+    (directory / "advice.yaml").unlink(missing_ok=True)
     if advice is not None:
-        r = max(advice.ranks.values())
-        pattern = {site: k for site, k in advice.ranks.items() if k < r}
-        text = (
-            f"# ΔW cut to these ranks keeps {advice.share:.1%} of the gain: val/loss "
-            f"{advice.loss:.5g}, {advice.uncut:.5g} uncut, {advice.before:.5g} before.\n"
-            f"# lora-lab train {advice.overrides}\n"
-        )
-        text += yaml.safe_dump({"adapter": {"r": r, "rank_pattern": pattern}}, sort_keys=False)
-        write_atomic(directory / "advice.yaml", text)
+        write_atomic(directory / "advice.yaml", advice.text())
 
 
 def _shown(passes: list, console: Console) -> Iterable:
@@ -178,22 +219,21 @@ def _shown(passes: list, console: Console) -> Iterable:
 
 
 def advise(
-    curves: Mapping[str, Curve], keep: float, cut: Callable[[dict[str, int]], float]
+    whole: Curve, sites: Mapping[str, Curve], keep: float, cut: Callable[[dict[str, int]], float]
 ) -> Advice | None:
     """The least ranks that together keep the share `keep` of the gain; None where nothing is won.
 
     Each site alone may lose a part of what all may, halved until all together (by `cut`) lose no
-    more than they may.
+    more than they may. No site is advised to have less than rank 1.
     """
-    whole = curves[""]
-    before, uncut = whole.losses[0], whole.losses[-1]
-    allowed = (1 - keep) * (before - uncut)
-    if not before > uncut:
+    without, uncut = whole.losses[0], whole.losses[-1]
+    allowed = (1 - keep) * (without - uncut)
+    if not without > uncut:
         return None
-    sites = {site: curve for site, curve in curves.items() if site}
     for halved in range(12):
         bound = uncut + allowed / 2**halved
         ranks = {site: max(1, curve.least(bound)) for site, curve in sites.items()}
         if (loss := cut(ranks)) <= uncut + allowed:
-            return Advice(ranks, loss, uncut, before)
-    return Advice({site: curve.ranks[-1] for site, curve in sites.items()}, uncut, uncut, before)
+            return Advice(ranks, loss, uncut, without, keep)
+    ranks = {site: curve.ranks[-1] for site, curve in sites.items()}
+    return Advice(ranks, uncut, uncut, without, keep)

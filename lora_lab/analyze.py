@@ -13,19 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_lab import analysis, spectra
+from lora_lab.config import Spectra
 from lora_lab.experiment import val_loss
 from lora_lab.modules import BaseModule
 from lora_lab.report import Pair
 from lora_lab.restore import restore
 from lora_lab.runs import Run
+from lora_lab.spectra import SVD, svd_of_matrix
 from lora_lab.updates import Updates
 
 
 def again(run: Run, console: Console, **change: Any) -> analysis.Findings:
     """Analyzes a finished run's ΔW with its `spectra` settings changed by `change`.
 
-    Its spectra.npz and advice.yaml are written anew; what was measured in training stays. Raises
-    what `restore` raises.
+    Its spectra.npz and advice.yaml are written anew, its metrics have one row more; what was
+    measured in training stays. Raises what `restore` raises.
     """
     found = restore(run)
     cfg, data = found.plan.cfg, found.plan.data("adapt")
@@ -33,21 +35,24 @@ def again(run: Run, console: Console, **change: Any) -> analysis.Findings:
     updates = Updates(found.model, found.base, found.plan.sites)
     pl.seed_everything(cfg.seed, verbose=False)
     loss = partial(val_loss, found.plan.trainer(None, []), module, data)
-    asked = cfg.spectra.model_copy(update=change)
+    asked = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
     said = analysis.analyze(updates, loss, asked, cfg.bases_dir, console)
     with np.load(run.path / "spectra.npz") as arrays:
         kept = dict(arrays)
     analysis.write(run.path, {**kept, **said.arrays}, said.advice)
+    run.append({"step": run.rows()[-1]["step"], **said.metrics})
     return said
 
 
 def between(runs: Sequence[Run]) -> list[Pair]:
     """Every pair of runs at every site they share, from their files alone.
 
-    Raises ValueError where two runs share no site whose weights have one shape, FileNotFoundError
-    for a run without spectra.npz.
+    Raises ValueError where a run is named twice or no two share a site whose weights have one
+    shape, FileNotFoundError for a run without spectra.npz.
     """
-    spans = {run.path.name: _spans(run) for run in runs}
+    spans = {str(run.path): _spans(run) for run in runs}
+    if len(spans) < len(runs):
+        raise ValueError("a run is compared with itself: name each of the runs once")
     pairs: list[Pair] = []
     for one, other in combinations(spans, 2):
         shared = [key for key in spans[one] if key in spans[other]]
@@ -74,20 +79,21 @@ def _spans(run: Run) -> dict[tuple[str, str], Tensor]:
     with np.load(path) as arrays:
         sites = [key.removesuffix("/S") for key in arrays.files if key.endswith("/S")]
         for site in sites:
-            S, shape = arrays[f"{site}/S"], arrays[f"{site}/shape"]
-            # Directions of a ΔW that is not there are rounding's.
-            rank = int((S[0] * max(shape) * np.finfo(np.float32).eps < S).sum())
-            if rank:
-                found[site, "input"] = _orthonormal(arrays[f"{site}/Vh"][:rank].T)
-                found[site, "output"] = _orthonormal(arrays[f"{site}/U"][:, :rank])
+            U, S, Vh = (torch.from_numpy(arrays[f"{site}/{name}"]) for name in ("U", "S", "Vh"))
+            seen = SVD(U.double(), S.double(), Vh.double()).seen()
+            if len(seen.S):
+                found[site, "input"] = _orthonormal(seen.Vh.T)
+                found[site, "output"] = _orthonormal(seen.U)
     factors = run.path / "adapter" / "adapter.safetensors"
     for key, A in (load_file(factors) if factors.exists() else {}).items():
         site, _, name = key.rpartition(".")
         if name == "A":
-            found[site, "A"] = torch.linalg.svd(A.double(), full_matrices=False).Vh.T
+            seen = svd_of_matrix(A).seen()
+            if len(seen.S):
+                found[site, "A"] = seen.Vh.T
     return found
 
 
-def _orthonormal(columns: np.ndarray) -> Tensor:
+def _orthonormal(columns: Tensor) -> Tensor:
     """Stored in single precision, they are so to seven digits only."""
-    return torch.linalg.qr(torch.from_numpy(columns.copy()).double()).Q
+    return torch.linalg.qr(columns).Q

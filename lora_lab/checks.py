@@ -43,6 +43,11 @@ def check(content: dict[str, Any], said: Collection[str] = ()) -> Config:
             for key, value in node.items()
             if key not in others - chosen or f"{group}.{key}" in said
         }
+    if isinstance(adapter := content.get("adapter"), dict):
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            if isinstance(globs := adapter.get(pattern), dict):
+                # Hydra reads the names of nn.Sequential's layers as numbers.
+                adapter[pattern] = {str(name): value for name, value in globs.items()}
     try:
         return Config.model_validate(content)
     except ValidationError as error:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from lora_lab import __version__
 from lora_lab.options import options
@@ -105,7 +106,7 @@ def main() -> None:
     )
     analyze = commands.add_parser("analyze", help="a run's ΔW again; or the ΔW of several compared")
     analyze.add_argument("runs", type=Path, nargs="+", help="run directories, or starts of hashes")
-    analyze.add_argument("--keep", type=float, default=None, help="share of the gain to keep")
+    analyze.add_argument("--keep", type=_share, default=None, help="share of the gain to keep")
     analyze.add_argument("--truncation", choices=("sites", "model", "none"), default=None)
     analyze.add_argument(
         "--to", type=Path, default=Path("analysis"), help="where a comparison is written (analysis)"
@@ -127,7 +128,7 @@ def main() -> None:
             _export(arguments.run, arguments.format, arguments.directory)
         else:
             _ls(arguments.root)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, BadZipFile) as error:
         parser.exit(2, f"lora-lab {arguments.command}: {error}\n")
 
 
@@ -153,6 +154,12 @@ def _report(path: Path) -> None:
     report.show(run, _console())
 
 
+def _share(text: str) -> float:
+    if not 0 < (share := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0 and at most 1")
+    return share
+
+
 def _analyze(paths: list[Path], asked: dict[str, Any], to: Path) -> None:
     from lora_lab import report
     from lora_lab.runs import named_run
@@ -176,6 +183,9 @@ def _export(path: Path, format: str, directory: Path) -> None:
 
     run = named_run(path)
     from lora_lab.export import export
+    from lora_lab.train import quiet
+
+    quiet()
 
     print(export(run, format, directory))
 

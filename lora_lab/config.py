@@ -176,11 +176,11 @@ class Spectra(Node):
     """
 
     every_n_epochs: PositiveInt
-    every_n_steps: PositiveInt | None
-    truncation: Literal["sites", "model", "none"]
-    keep: float = Field(gt=0, le=1)
-    against_base: bool
-    first_step: bool
+    every_n_steps: PositiveInt | None = None
+    truncation: Literal["sites", "model", "none"] = "sites"
+    keep: float = Field(default=0.99, gt=0, le=1)
+    against_base: bool = True
+    first_step: bool = False
 
 
 class Tracking(Node):
@@ -195,7 +195,7 @@ class Tracking(Node):
 class Sweep(Node):
     """A multirun: whether the first failure ends it."""
 
-    fail_fast: bool
+    fail_fast: bool = False
 
 
 class Published(Node):
@@ -219,12 +219,12 @@ class Config(Node):
     trainer: Trainer
     spectra: Spectra
     tracking: Tracking
-    sweep: Sweep
+    sweep: Sweep = Sweep()  # what an older run's config.yaml does not have has a default
     published: Published | None
     runs_dir: str = Field(min_length=1)
     bases_dir: str = Field(min_length=1)
     overwrite: bool
-    figures: bool
+    figures: bool = True
 
     def plain(self) -> dict[str, Any]:
         """The config as plain dicts, lists and numbers: what config.yaml holds."""
@@ -241,6 +241,9 @@ class Config(Node):
             config["trainer"].pop(device, None)
         if isinstance(self.base, CheckpointBase):
             del config["base"]["path"]
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            if globs := config["adapter"].get(pattern):
+                config["adapter"][pattern] = list(globs.items())  # the first that fits wins
         return config
 
     def cell(self) -> str:

@@ -33,11 +33,9 @@ def run(plan: Plan, console: Console) -> Run:
         data = plan.data("adapt")
         model = plan.model()
         model.load_state_dict(base.state)
-        # In the model's dtypes, which need not be the file's.
-        loaded = {key: value.clone() for key, value in model.state_dict().items()}
         # From here on dropout is the only thing that draws from the global stream.
         pl.seed_everything(cfg.seed, verbose=False)
-        _adapt(plan, model, data, loaded, run, tracking, console)
+        _adapt(plan, model, data, run, tracking, console)
     return run
 
 
@@ -69,7 +67,6 @@ def _adapt(
     plan: Plan,
     model: nn.Module,
     data: Data,
-    base: dict[str, Tensor],
     run: Run,
     tracking: Tracking,
     console: Console,
@@ -83,6 +80,10 @@ def _adapt(
         console.print(report.sites(plan.sites))
     else:
         module = BaseModule(model, data.task, outputs, cfg.optimizer)
+    # In the dtypes it is trained in, which need not be the file's.
+    quiet = plan.trainer(None, [])
+    quiet.precision_plugin.convert_module(module)
+    base = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
     updates = Updates(model, base, plan.sites)
     spectral = SpectraCallback(updates, cfg.spectra, tracking)
     callbacks = [ProgressBar(cfg.adapter.method, console), spectral]
@@ -96,11 +97,6 @@ def _adapt(
         tracking.log({"parameters/trainable": 0, "parameters/base": total}, 0)
         return
     _fit(trainer, module, data)
-    arrays = spectral.arrays()
-    loss = partial(val_loss, plan.trainer(None, []), module, data)
-    said = analysis.analyze(updates, loss, cfg.spectra, cfg.bases_dir, console)
-    analysis.write(run.path, {**arrays, **said.arrays}, said.advice)
-    tracking.log_findings(said.metrics, said.arrays, trainer.global_step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if isinstance(cfg.adapter, Lora):
         _check_merge(trainer, module, data, base)
@@ -121,6 +117,13 @@ def _adapt(
             "bytes/full_optimizer": cost.full_optimizer_bytes,
         }
     tracking.log(costs, trainer.global_step)
+    arrays = spectral.arrays()
+    analysis.write(run.path, arrays, None)  # whatever comes of the rest
+    module.prefix = ""
+    loss = partial(val_loss, quiet, module, data)
+    said = analysis.analyze(updates, loss, cfg.spectra, cfg.bases_dir, console)
+    analysis.write(run.path, {**arrays, **said.arrays}, said.advice)
+    tracking.log_findings(said.metrics, said.arrays, trainer.global_step)
 
 
 def _log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:

@@ -93,7 +93,9 @@ def plan(cfg: Config) -> Plan:
             else:
                 sites = adapters.find(model, _targets(cfg))
         except RankError as error:
-            raise ConfigError(f"adapter.{error}") from None
+            own = isinstance(cfg.adapter, Lora) and f"r={cfg.adapter.r} " in str(error)
+            where = "adapter." if own else "by a target or adapter.rank_pattern, "
+            raise ConfigError(f"{where}{error}") from None
         except TargetError as error:
             raise ConfigError(f"target={','.join(cfg.target)}: {error}") from None
         except AdapterError as error:

@@ -36,9 +36,11 @@ def restore(run: Run) -> Restored:
     if not isinstance(cfg.adapter, Lora | Full):
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
     planned = plan(cfg)
+    if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
+        raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     model = planned.model()
-    base = _base(cfg, run, model)
-    model.load_state_dict(base)
+    planned.trainer(None, []).precision_plugin.convert_module(model)
+    model.load_state_dict(_base(cfg, run, model))
     base = {key: value.clone() for key, value in model.state_dict().items()}
     if isinstance(cfg.adapter, Lora):
         adapters.load(model, run.path / "adapter")

@@ -54,13 +54,13 @@ class Run:
             return {"state": "none"}
         except ValueError:
             return {"state": "damaged"}
-        if status["state"] == "running":
+        if status.get("state", "damaged") == "running":
             try:
                 with FileLock(self.path / "lock", timeout=0):
                     status["state"] = "interrupted"
             except (Timeout, OSError):  # held, or not ours to hold: a folder that is read-only
                 pass
-        return status
+        return {"state": "damaged", **status}
 
     @property
     def finished(self) -> bool:
@@ -82,6 +82,11 @@ class Run:
     def curve(self, key: str) -> dict[int, float]:
         """A metric by epoch."""
         return {int(row["epoch"]): row[key] for row in self.rows() if key in row}
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row to metrics.jsonl: what is found out after the run."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def update(self, **changes: Any) -> None:
         """Sets fields of status.json."""
@@ -195,7 +200,11 @@ def named_run(path: Path) -> Run:
     if (path / "status.json").exists():
         return Run(path)
     runs = find_runs(Path("runs"))
-    hits = [run for run in runs if run.path.name.rpartition("-")[2].startswith(path.name)]
+    hits = [
+        run
+        for run in runs
+        if run.path.name == path.name or run.path.name.rpartition("-")[2].startswith(path.name)
+    ]
     if len(hits) != 1:
         names = ", ".join(run.path.name for run in hits or runs[:3]) or "none"
         raise FileNotFoundError(f"{path} is no run directory and no run's hash; runs: {names}")

@@ -105,6 +105,11 @@ class SVD:
         """The first k triples."""
         return SVD(self.U[:, :k], self.S[:k], self.Vh[:k])
 
+    def seen(self) -> "SVD":
+        """The triples above rounding in single precision: the directions that are the matrix's."""
+        size = max(self.U.shape[0], self.Vh.shape[1]) * torch.finfo(torch.float32).eps
+        return self.first(int((self.S[:1] * size < self.S).sum()))
+
 
 def singular_values(
     A: Float[Tensor, "*sites r rest"], B: Float[Tensor, "*sites out r"], scale: float = 1.0
@@ -117,7 +122,14 @@ def singular_values(
     _check_finite(A=A, B=B)
     R_B = torch.linalg.qr(B.detach().double(), mode="r").R  # (*, min(out, r), r)
     R_A = torch.linalg.qr(A.detach().double().mT, mode="r").R  # (*, min(rest, r), r)
-    return abs(scale) * torch.linalg.svdvals(R_B @ R_A.mT)
+    sigma = torch.linalg.svdvals(R_B @ R_A.mT)
+    return abs(scale) * torch.where(sigma > _rounding(R_A, R_B)[..., None], sigma, 0)
+
+
+def _rounding(R_A: Tensor, R_B: Tensor) -> Tensor:
+    """What is left of singular values where the product cancels: B A − B₀ A₀ before a step."""
+    sizes = torch.linalg.matrix_norm(R_A) * torch.linalg.matrix_norm(R_B)
+    return 8 * torch.finfo(torch.float64).eps * sizes
 
 
 def from_factors(
@@ -174,7 +186,8 @@ def svd_of_factors(
     _check_finite(A=A, B=B)
     Q_B, R_B = torch.linalg.qr(B.detach().double())
     Q_A, R_A = torch.linalg.qr(A.detach().double().T)
-    U, S, Vh = torch.linalg.svd(scale * R_B @ R_A.T, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(math.copysign(1, scale) * R_B @ R_A.T, full_matrices=False)
+    S = abs(scale) * torch.where(_rounding(R_A, R_B) < S, S, 0)
     return SVD(Q_B @ U, S, Vh @ Q_A.T)
 
 
@@ -237,6 +250,8 @@ def intruders(
     Those of W + ΔW whose largest |cos| with any left singular vector of W is under `cosine`.
     """
     _check_directions(before=before, after=after)
+    if not before.shape[1]:
+        return after.shape[1]
     return int(((before.T @ after).abs().amax(0) < cosine).sum())
 
 

@@ -162,7 +162,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.partition("/")
         known = options().get(group, {})
-        hint = "; a glob on module names has a *, a ? or a dot in it" if group == "target" else ""
+        hint = "; a layer by its name is target=all target.all.match=NAME, a glob has a * or a ?"
+        hint = hint if group == "target" else ""
         return (
             f"{group}={option}: there is no such {group}{nearest(option, known)} "
             f"(conf/{group} has {', '.join(known)}){hint}"
@@ -210,9 +211,9 @@ def _multirun(arguments: list[str]) -> "list[Job]":
     """The jobs of a multirun, said in one line before the first begins; [] of a single run."""
     if not {"-m", "--multirun"} & set(arguments):
         return []
-    quiet()
     from lora_lab import multirun
 
+    quiet()
     every = multirun.jobs(arguments)
     if every:
         multirun.begin(every)

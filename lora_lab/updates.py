@@ -1,6 +1,6 @@
 """ΔW of a model in training, site by site: adapted, or fully fine-tuned as W − W₀."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,14 +30,15 @@ class Updates:
             layer = self.model.get_submodule(where.layer)
             return adapter.matrix(adapter.delta(adapter.weight_of(layer))).detach()
         weight = self.model.get_parameter(where.key).detach()
-        return self.part(site, weight - self.base[where.key].to(weight.device))
+        change = weight.double() - self.base[where.key].to(weight.device)
+        return self.part(site, change.to(torch.promote_types(weight.dtype, torch.float32)))
 
     def spectrum(self) -> dict[str, Spectrum]:
         """The singular values at every site: from the factors, where ΔW is their product."""
         products = {
             site: (*adapter.factors(), adapter.scale)
             for site, adapter in self.adapters.items()
-            if adapter.magnitude is None  # DoRA's ΔW is no product
+            if self.is_product(site)
         }
         found = spectra.from_sites(products)
         return {
@@ -45,27 +46,39 @@ class Updates:
             for site in self.sites
         }
 
+    def is_product(self, site: str) -> bool:
+        """Whether ΔW is scale · B A: not DoRA's, nor that of full fine-tuning."""
+        adapter = self.adapters.get(site)
+        return adapter is not None and adapter.magnitude is None
+
     def svd(self, site: str) -> SVD:
         """The singular values and directions of a site's ΔW."""
-        adapter = self.adapters.get(site)
-        if adapter is None or adapter.magnitude is not None:
+        if not self.is_product(site):
             return spectra.svd_of_matrix(self.matrix(site))
+        adapter = self.adapters[site]
         return spectra.svd_of_factors(*adapter.factors(), adapter.scale)
 
     @contextmanager
-    def cut(self, found: Mapping[str, SVD], ranks: Mapping[str, int]) -> Iterator[None]:
-        """Within it each site's weight is W₀ plus its ΔW's best approximation of rank ranks[site].
+    def cutting(self, found: Mapping[str, SVD]) -> Iterator[Callable[[Mapping[str, int]], None]]:
+        """Within it, a call with ranks by site makes each site's weight W₀ + ΔW cut to its rank.
 
-        The sum is formed in float64. `found` holds every site's SVD; other weights stay trained.
+        ΔW's best approximation is added to W₀ in float64; `found` holds every site's SVD, other
+        weights stay trained. After it the model is what it was, bit for bit.
         """
         kept = {site: self._weight(site).detach().clone() for site in self.sites}
+        now: dict[str, int] = {}
+
+        def cut(ranks: Mapping[str, int]) -> None:
+            for site in found:
+                if now.get(site) != ranks[site]:
+                    part = self._part(site, self._weight(site))
+                    W = self.before(site).to(found[site].S) + found[site].cut(ranks[site])
+                    part.copy_(self._kind(site).shaped(W, part.shape))
+                    now[site] = ranks[site]
+
         with torch.no_grad(), adapters.disabled(self.model):
             try:
-                for site, svd in found.items():
-                    part = self._part(site, self._weight(site))
-                    W = self.before(site).to(svd.S) + svd.cut(ranks[site])
-                    part.copy_(self._kind(site).shaped(W, part.shape))
-                yield
+                yield cut
             finally:
                 for site, weight in kept.items():
                     self._weight(site).copy_(weight)

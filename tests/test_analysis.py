@@ -1,19 +1,25 @@
 """What is said of a finished update, against plain loops from the run's own files."""
 
+import csv
+import shlex
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
-from lora_lab.analysis import Curve, advise, steps
+from lora_lab.analysis import Advice, Curve, advise, steps
 from lora_lab.data.digits import Digits
 from lora_lab.models.mlp import MLP
 from lora_lab.runs import Run, find_runs
+from lora_lab.spectra import intruders, svd_of_factors, svd_of_matrix
 from tests.conftest import Lab, command, only_run
 
 
@@ -69,40 +75,69 @@ def test_the_truncation_curve_is_a_plain_loops(lab: Lab, adapter: str):
 def test_the_advised_ranks_keep_their_share_and_train(lab: Lab):
     assert lab("digits", "adapter.r=4", "spectra.keep=0.9", "trainer.max_epochs=6") == 0
     run = only_run()
-    advice = yaml.safe_load((run.path / "advice.yaml").read_text())["adapter"]
+    advice = yaml.safe_load((run.path / "advice.yaml").read_text())
     base, _, deltas = trained(run)
-    ranks = {site: advice["rank_pattern"].get(site, advice["r"]) for site in deltas}
-    before, *_, uncut = run.curve("val/loss").values()
-    kept = (before - cut_by_hand(base, deltas, ranks)) / (before - uncut)
-    assert kept >= 0.9
+    ranks = advice["adapter"]["rank_pattern"]
+    assert set(ranks) == set(deltas), "every site is named: a target's own r does not come before"
+    assert advice["adapter"]["r"] == max(ranks.values())
+    without, *_, uncut = run.curve("val/loss").values()
+    kept = (without - cut_by_hand(base, deltas, ranks)) / (without - uncut)
+    assert kept >= advice["keep"] == 0.9
+    assert advice["share"] == pytest.approx(kept, rel=1e-4)
     assert run.last("advice/share") == pytest.approx(kept, rel=1e-4)
     assert min(ranks.values()) < 4, "a share of the gain costs less than all ranks"
-    said = (run.path / "advice.yaml").read_text().splitlines()[1].split(maxsplit=3)[3]
-    overrides = [word.strip("'") for word in said.split()]
-    assert lab("digits", *overrides) == 0
+    own = ("target.linear.r=3", "+trainer.limit_train_batches=1")
+    assert lab("digits", *own, *overrides(run)) == 0
     (other,) = [other for other in find_runs(Path("runs")) if other.path != run.path]
     made = load_file(other.path / "adapter" / "adapter.safetensors")
     assert {key[:-2]: A.shape[0] for key, A in made.items() if key.endswith(".A")} == ranks
 
 
+def overrides(run: Run) -> list[str]:
+    """The advice as advice.yaml gives it for the command line."""
+    line = (run.path / "advice.yaml").read_text().splitlines()[2]
+    return shlex.split(line.removeprefix("#"))
+
+
+@pytest.mark.parametrize("name", ["0", "1.10", "p[0]", "k-1:z", "a,b", "x*", "body.fc1", "null"])
+def test_advice_reads_back_whatever_a_site_is_called(name: str):
+    said = Advice({name: 2, "other": 3}, 1.0, 1.0, 2.0, 0.99)
+    adapter = yaml.safe_load(said.text())["adapter"]
+    parser = OverridesParser.create()
+    pattern: Any = parser.parse_override(shlex.split(said.overrides)[1]).value()
+    for globs in (adapter["rank_pattern"], {str(key): k for key, k in pattern.items()}):
+        assert [k for glob, k in globs.items() if fnmatchcase(name, glob)] == [2], globs
+        assert len(globs) == 2
+
+
 def test_advice_halves_the_loss_a_site_may_cost_until_all_together_are_within():
     curve = Curve([0, 1, 2, 3], [10.0, 1.05, 1.02, 1.0])
-    curves = {"": Curve([0, 1, 2, 3], [10.0, 1.3, 1.1, 1.0]), "a": curve, "b": curve}
+    sites, whole = {"a": curve, "b": curve}, Curve([0, 1, 2, 3], [10.0, 1.3, 1.1, 1.0])
 
     def together(ranks: dict[str, int]) -> float:
         return sum(curve.losses[k] for k in ranks.values()) - 1.0 + 0.05 * (min(ranks.values()) < 2)
 
-    advice = advise(curves, 0.99, together)  # 9 won: 0.09 may be lost
+    advice = advise(whole, sites, 0.99, together)  # 9 won: 0.09 may be lost
     assert advice is not None
     assert advice.ranks == {"a": 2, "b": 2}
     assert advice.share == pytest.approx((10 - 1.04) / 9)
-    assert advice.overrides == "adapter.r=2"
-    lost = advise({**curves, "": Curve([0, 3], [1.0, 1.0])}, 0.99, together)
-    assert lost is None, "nothing was won"
+    assert advise(Curve([0, 3], [1.0, 1.0]), sites, 0.99, together) is None, "nothing was won"
+    # What may be lost is met exactly, at rank 0: an adapter has at least rank 1.
+    flat = Curve([0, 1, 2], [1.25, 1.25, 1.0])
+    least = advise(
+        Curve([0, 2], [1.25, 1.0]), {"a": flat}, 0.0, lambda ranks: flat.losses[ranks["a"]]
+    )
+    assert least is not None
+    assert least.ranks == {"a": 1}
+    # Where not even a 2048th of the loss a site may cost will do together, nothing is cut.
+    hopeless = advise(whole, sites, 0.99, lambda ranks: 5.0)
+    assert hopeless is not None
+    assert (hopeless.ranks, hopeless.share) == ({"a": 3, "b": 3}, 1.0)
 
 
 def test_curves_are_measured_at_every_low_rank_and_sparser_above():
     assert steps(4) == [0, 1, 2, 3, 4]
+    assert steps(100) == [*range(9), 11, 16, 23, 32, 45, 64, 91, 100]
     assert steps(20) == [*range(9), 11, 16, 20]
     assert steps(1000)[-1] == 1000
     assert len(steps(1000)) < 30
@@ -119,10 +154,12 @@ def test_against_the_base_is_what_numpy_finds(lab: Lab):
         assert run.last(f"spectra/{site}/projection") == pytest.approx(inside, rel=1e-5)
         amplified = np.linalg.norm(S[:2]) / inside
         assert run.last(f"spectra/{site}/amplification") == pytest.approx(amplified, rel=1e-5)
+        assert run.last(f"spectra/{site}/directions") == 2
         U0 = np.linalg.svd(W, full_matrices=False)[0]
         U1 = np.linalg.svd(W + delta.numpy(), full_matrices=False)[0][:, :10]
         new = (np.abs(U0.T @ U1).max(0) < 0.5).sum()
         assert run.last(f"spectra/{site}/intruders") == new
+        assert run.last(f"spectra/{site}/intruders_among") == 10
         with np.load(run.path / "spectra.npz") as arrays:
             phi = arrays[f"{site}/phi_base"]
         for i, j in ((1, 1), (2, 1), (1, 5), (2, 9)):
@@ -169,6 +206,42 @@ def test_a_run_that_changed_nothing_is_analyzed_all_the_same(
     assert command(monkeypatch, "analyze", *paths) == 0
 
 
+def test_the_base_must_be_the_file_it_was(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    save_file(MLP(64, 10, [16]).state_dict(), "base.safetensors")
+    assert lab("digits", "base=checkpoint", "base.path=base.safetensors", "adapter=full") == 0
+    torch.manual_seed(1)
+    save_file(MLP(64, 10, [16]).state_dict(), "base.safetensors")
+    assert command(monkeypatch, "analyze", str(only_run().path)) == 2
+    assert "is not the file that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_other_precisions_start_at_no_update_and_are_analyzed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, precision: str, adapter: str
+):
+    save_file(MLP(64, 10, [16]).state_dict(), "base.safetensors")
+    base = ("base=checkpoint", "base.path=base.safetensors", f"adapter={adapter}")
+    assert lab("digits", *base, f"trainer.precision={precision}") == 0
+    run = only_run()
+    assert run.curve("spectra/head/sigma_1")[0] == 0
+    assert run.curve("spectra/head/sigma_1")[2] > 0
+    assert command(monkeypatch, "analyze", str(run.path)) == 0
+
+
+def test_directions_are_those_that_a_weight_has():
+    W = torch.zeros(12, 16, dtype=torch.float64)
+    assert len(svd_of_matrix(W).seen().S) == 0
+    torch.manual_seed(0)
+    delta = svd_of_factors(torch.randn(4, 16), torch.randn(12, 4))
+    after = svd_of_matrix(W + delta.cut(4)).seen()
+    assert intruders(svd_of_matrix(W).seen().U, after.U) == 4
+    W[0, 0] = 1.0
+    assert len(svd_of_matrix(W).seen().S) == 1
+
+
 def test_several_sites_are_measured_as_one_too(lab: Lab):
     assert lab("digits") == 0
     run = only_run()
@@ -195,10 +268,22 @@ def test_analyze_finds_what_the_run_found(
         for key, value in before.items():
             np.testing.assert_allclose(arrays[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
     capsys.readouterr()
-    assert command(monkeypatch, "analyze", str(run.path), "--keep=0.5") == 0
-    assert "adapter.r=" in capsys.readouterr().out
-    share = float((run.path / "advice.yaml").read_text().split("keeps ")[1].split("%")[0])
-    assert share >= 50
+    for keep in (0.5, 1.0):
+        assert command(monkeypatch, "analyze", str(run.path), f"--keep={keep}") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        advice = yaml.safe_load((run.path / "advice.yaml").read_text())
+        assert advice["keep"] == keep
+        assert advice["share"] >= keep
+        assert run.last("advice/share") == advice["share"]
+        assert f"ranks that keep {advice['share']:.1%} of the gain" in shown
+        assert f"adapter.r={advice['adapter']['r']} " in shown
+    assert advice["share"] >= 0.999, "a loss cut at all ranks is the loss"
+    for wrong in ("--keep=0", "--keep=nan", "--keep=1.5"):
+        assert command(monkeypatch, "analyze", str(run.path), wrong) == 2
+        assert "must be more than 0 and at most 1" in capsys.readouterr().err
+    assert command(monkeypatch, "analyze", str(run.path), "--truncation=none") == 0
+    assert not (run.path / "advice.yaml").exists()
+    assert "ranks that keep" not in (run.path / "report" / "table.md").read_text()
     next(Path("bases").glob("*.safetensors")).unlink()
     assert command(monkeypatch, "analyze", str(run.path)) == 2
     assert "the base that" in capsys.readouterr().err
@@ -213,15 +298,23 @@ def test_analyze_compares_runs(
     assert command(monkeypatch, "analyze", *(str(run.path) for run in runs), "--to=there") == 0
     assert "run 1, run 2" in capsys.readouterr().out
     with np.load("there/phi.npz") as arrays:
-        names = [run.path.name for run in runs]
         assert len(arrays.files) == 2 * 3
         _, _, one = trained(runs[0])
         _, _, other = trained(runs[1])
         V = [np.linalg.svd(deltas["head"].numpy())[2].T for deltas in (one, other)]
-        phi = arrays[f"{names[0]}|{names[1]}|head|input"]
+        phi = arrays[f"{runs[0].path}|{runs[1].path}|head|input"]
         i, j = phi.shape
         expected = np.linalg.norm(V[0][:, :i].T @ V[1][:, :j]) ** 2 / min(i, j)
         assert phi[-1, -1] == pytest.approx(expected, abs=1e-5)
+        with open("there/pairs.csv") as file:
+            rows = list(csv.DictReader(file))
+        row = next(r for r in rows if (r["site"], r["side"]) == ("head", "input"))
+        overlap = np.linalg.svd(V[0][:, :2].T @ V[1][:, :2])[1].clip(max=1)
+        distance = np.linalg.norm(np.arccos(overlap))
+        assert float(row["distance"]) == pytest.approx(distance, abs=1e-4)
+        assert float(row["random"]) == pytest.approx(3 / 16, abs=1e-4)
+    assert command(monkeypatch, "analyze", str(runs[0].path), str(runs[0].path)) == 2
+    assert "compared with itself" in capsys.readouterr().err
     assert {path.name for path in Path("there").glob("*.png")} == {
         *("phi_A.png", "phi_input.png", "phi_output.png")
     }

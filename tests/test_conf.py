@@ -114,6 +114,23 @@ def test_identity_is_of_what_can_change_the_result():
     assert len({composed(other).identity() for other in others} | {one.identity()}) == 9
 
 
+def test_the_order_of_a_pattern_matters_and_its_names_may_be_numbers():
+    patterns = ("{li*:2,linear:3}", "{linear:3,li*:2}")
+    one, other = (composed(f"++adapter.rank_pattern={pattern}") for pattern in patterns)
+    assert one.identity() != other.identity()
+    assert one.cell() != other.cell()
+    numbers = composed("++adapter.rank_pattern={0:1,linear:2}").adapter
+    assert numbers.rank_pattern == {"0": 1, "linear": 2}  # pyright: ignore
+
+
+def test_a_config_of_before_a_key_was_there_is_read():
+    plain = composed().plain()
+    for key in ("sweep", "figures"):
+        del plain[key]
+    plain["spectra"] = {"every_n_epochs": 10}
+    assert check(plain).identity() == composed().identity()
+
+
 def test_base_key_is_of_what_can_change_the_base():
     one = composed()
     same = ("seed=1", "adapter.r=2", "adapter=full", "optimizer.lr=0.1", "trainer.max_epochs=3")

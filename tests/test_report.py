@@ -92,7 +92,7 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
             assert float(spread[0]) == pytest.approx(statistics.stdev(own), rel=1e-4)
     best = min(losses, key=lambda cell: statistics.mean(losses[cell]))
     (bold,) = [line for line in (made / "report.md").read_text().splitlines() if "**" in line]
-    assert bold.startswith(f"| {best} |")
+    assert bold.startswith(f"| shift | {best} |")
     tex = (made / "cells.tex").read_text()
     assert r"\toprule" in tex
     assert tex.count(r"\textbf{") == 1
@@ -106,9 +106,40 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     with (made / "truncation.csv").open() as file:
         cut = {int(row["k"]): row for row in csv.DictReader(file)}
     assert sorted(cut) == [0, 1, 2, 3]
-    assert float(cut[3]["cut from r = 3"].split()[0]) == pytest.approx(
+    assert float(cut[3]["cut from the largest r"].split()[0]) == pytest.approx(
         float(cut[3]["trained at r = k"].split()[0]), rel=1e-4
     )
+
+
+def test_runs_that_differ_in_more_than_r_are_not_averaged(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+):
+    """And one whose files are damaged leaves the others theirs."""
+    assert lab("planted_linear", "adapter=lora,lora_fa", "adapter.r=1,2", "-m") == 0
+    assert lab("shift") == 0
+    assert lab("shift", "seed=1") == 0
+    damaged = next(r for r in find_runs(Path("runs/shift")) if r.status["seed"] == 1)
+    (damaged.path / "spectra.npz").write_bytes(b"PK\x03\x04 cut")
+    assert command(monkeypatch, "report", "runs") == 0
+    with Path("runs/report/truncation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = {f"planted_linear, trains={trains}" for trains in ("both", "zero")}
+    assert {row["series"] for row in rows} == names
+    for run in find_runs(Path("runs/planted_linear")):
+        series = f"planted_linear, trains={run.config['adapter']['trains']}"
+        (row,) = [
+            row
+            for row in rows
+            if (row["series"], row["k"]) == (series, str(run.config["adapter"]["r"]))
+        ]
+        assert float(row["trained at r = k"]) == pytest.approx(run.last("val/loss"), rel=1e-4)
+    with Path("runs/report/not_finished.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["run"], row["status"]) == (damaged.path.name, "damaged")
+    assert not Path("runs/report/rank.png").exists(), "two experiments have no common axis"
+    assert command(monkeypatch, "report", "runs/planted_linear") == 0
+    assert Path("runs/planted_linear/report/rank.png").exists()
+    assert command(monkeypatch, "report", str(damaged.path)) == 2
 
 
 def test_theory_stands_beside_what_was_measured(

@@ -177,6 +177,19 @@ def test_together_is_the_block_diagonal_matrix():
     assert found.effective_rank == pytest.approx(whole.effective_rank)
 
 
+def test_energies_are_of_90_and_99_percent():
+    assert spectrum(0.88**0.5, 0.12**0.5).energy_90 == 2
+    assert spectrum(0.91**0.5, 0.09**0.5).energy_90 == 1
+    assert spectrum(0.992**0.5, 0.008**0.5).energy_99 == 1
+    assert spectrum(0.985**0.5, 0.015**0.5).energy_99 == 2
+
+
+def test_the_coarser_rounding_is_that_of_several_sites():
+    one = spectrum(1.0)
+    double = Spectrum(one.singular_values, one.shape, torch.finfo(torch.float64).eps)
+    assert together([one, double]).eps == together([double, one]).eps == one.eps
+
+
 def test_participation_ratio():
     assert spectrum(3.0, 1.0).participation_ratio == pytest.approx(100 / 82)
     assert spectrum(2.0, 2.0, 0.0).participation_ratio == pytest.approx(2)
@@ -240,6 +253,7 @@ def test_amplification_of_directions_that_w_has():
     beside = svd_of_matrix(frame[:, 3:4] @ V[:, :1].T).first(1)
     assert amplification(W, beside) > 1e12
     assert amplification(W, svd_of_matrix(0 * W)) == 0
+    assert amplification(0 * W, delta) == math.inf
 
 
 def test_projection_on_random_directions_is_the_share_of_their_number():

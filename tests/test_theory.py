@@ -37,4 +37,9 @@ def test_theory_holds(monkeypatch: pytest.MonkeyPatch, experiment: str):
     ],
 )
 def test_a_gap_is_judged_by_its_size(measured: float, theory: float, error: float, passes: bool):
-    assert Held("val/loss", measured, theory, error, start=1.0).passes == passes
+    held = Held("val/loss", measured, theory, error, start=1.0)
+    assert held.passes == passes
+    assert held.gap == pytest.approx(measured - theory)
+    relative = Held("val/loss", 0.3, 0.2, 0.0, start=4.0)
+    assert relative.gap == pytest.approx(0.5)
+    assert Held("val/loss", 0.3, 1e-12, 0.0, start=4.0).gap == pytest.approx(0.075)

@@ -53,11 +53,12 @@ def test_cut_gives_the_model_with_the_best_approximation(case: Case):
     y, found = model(*x), updates(model)
     svds = {site: found.svd(site) for site in found.sites}
     whole = {site: found.matrix(site) for site in svds}
-    with found.cut(svds, {site: len(svd.S) for site, svd in svds.items()}):
+    with found.cutting(svds) as cut:
+        cut({site: len(svd.S) for site, svd in svds.items()})
         torch.testing.assert_close(model(*x), y, rtol=1e-9, atol=1e-9)
-    with found.cut(svds, dict.fromkeys(svds, 0)):
+        cut(dict.fromkeys(svds, 0))
         torch.testing.assert_close(model(*x), case.plain()(*x), rtol=0, atol=0)
-    with found.cut(svds, dict.fromkeys(svds, 1)):
+        cut(dict.fromkeys(svds, 1))
         for site in svds:
             W = found.part(site, model.get_parameter(found.sites[site].key))
             change = W.detach() - found.before(site)
@@ -94,9 +95,18 @@ def test_the_layers_changed_are_the_reference_of_the_table():
     expected = changed_weights(model, adapters.deltas(model))
     found = updates(model)
     svds = {site: found.svd(site) for site in found.sites}
-    with found.cut(svds, dict.fromkeys(svds, 2)):
+    with found.cutting(svds) as cut:
+        cut(dict.fromkeys(svds, 2))
         for name, weight in expected.items():
             torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-9, atol=1e-9)
+
+
+@every_case
+def test_before_the_first_step_there_is_no_update(case: Case):
+    """Also where ΔW is a difference of products that start from the weight."""
+    for spectrum in updates(case.build(trained=False)).spectrum().values():
+        assert set(spectrum.measures().values()) == {0.0} or case.how.get("dora")
+        assert spectrum.frobenius < 1e-12
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])

@@ -42,7 +42,7 @@ class Recipe:
     def check(self) -> None:
         """Raises AdapterError for a choice that does not exist or does not go with another."""
         if type(self.r) is not int or self.r < 1:
-            raise AdapterError(f"r={self.r}: must be a whole number of at least 1")
+            raise AdapterError(f"r={self.r!r}: must be a whole number of at least 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise AdapterError(f"alpha={self.alpha}: must be more than 0")
         for name, table in (("init", INITS), ("scaling", SCALINGS), ("trains", TRAINS)):

@@ -83,6 +83,8 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     Its factors are the others' side by side, so its rank is the sum of theirs; its scale is 1.
     Raises AdapterError for a name that is not there, and for DoRA, whose ΔW is no product.
     """
+    if not isinstance(weights, Mapping) or not weights:
+        raise AdapterError(f"weights={weights!r}: must be {{adapter's name: share}}")
     if missing := [other for other in weights if other not in names(model)]:
         raise AdapterError(
             f"there is no adapter {', '.join(missing)}, only {', '.join(names(model))}"

@@ -75,6 +75,13 @@ def find(
     targets pick one site, when a picked weight is tied to another layer's or is no parameter;
     RankError when r is over a site's rank; AdapterError for a recipe that cannot be.
     """
+    if not isinstance(targets, Mapping) or not all(
+        isinstance(target, Target) for target in targets.values()
+    ):
+        raise TargetError(
+            f"targets={targets!r}: must be one of {', '.join(GROUPS)}, or "
+            "{label: Target(match=…)} with a glob on names"
+        )
     every = list(candidates(model))
     picked: dict[str, str] = {}
     for label, target in targets.items():

@@ -13,32 +13,38 @@ class FirstStep(pl.Callback):
     """Logs the two figures that the scaling of an adapter decides.
 
     `first_step/gradient_ratio` is ‖∇_Z‖ / ‖G‖, `first_step/descent` ⟨−G, ΔW⟩ / (η Σ‖G_o‖): Z are
-    the factors that start at zero, G = ∂L/∂W the dense gradients of the first batch with rows G_o,
-    ΔW what the first step made, η the learning rate of Z; sums are over all sites.
+    the factors (LoRA-XS: the cores) that start at zero, G = ∂L/∂W the dense gradients of the first
+    batch with rows G_o, ΔW what the first step made, η the learning rate of Z; sums are over all
+    sites.
     """
 
     def __init__(self, updates: Updates, tracking: Tracking):
         self.updates, self.tracking = updates, tracking
         self.dense: dict[str, Tensor] = {}
         self.ratio = self.lr = 0.0
+        self.done = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Takes both gradients, without a trace in the model or in dropout's stream."""
-        if trainer.global_step:
+        if self.dense:
             return
         assert isinstance(pl_module, BaseModule)
         sites = self.updates.sites
         made = self.updates.adapters
         weights = {site: pl_module.model.get_parameter(sites[site].key) for site in sites}
-        factors = [getattr(made[site], made[site].zero) for site in sites]
+        factors = [
+            made[site].core if made[site].core is not None else getattr(made[site], made[site].zero)
+            for site in sites
+        ]
         x, y = batch
         for weight in weights.values():
             weight.requires_grad_(True)
         with torch.random.fork_rng(), trainer.precision_plugin.train_step_context():
             loss = pl_module.task.loss(pl_module.model(x), y)
-            found = torch.autograd.grad(loss, [*weights.values(), *factors])
+            asked = [*weights.values(), *factors]
+            found = torch.autograd.grad(loss, asked, allow_unused=True, materialize_grads=True)
         for weight in weights.values():
             weight.requires_grad_(False)
         dense, low = found[: len(weights)], found[len(weights) :]
@@ -56,11 +62,14 @@ class FirstStep(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Logs both once the step is taken."""
-        if trainer.global_step != 1:
+        if trainer.global_step != 1 or self.done:
             return
+        self.done = True
         descent = -sum((G * self.updates.matrix(s)).sum().item() for s, G in self.dense.items())
         rows = sum(torch.linalg.vector_norm(G, dim=1).sum().item() for G in self.dense.values())
-        row = {"gradient_ratio": self.ratio, "descent": descent / (self.lr * rows)}
+        row = {"gradient_ratio": self.ratio}
+        if self.lr and rows:  # not in a warm-up's first step, which goes nowhere
+            row["descent"] = descent / (self.lr * rows)
         self.tracking.log({f"first_step/{name}": value for name, value in row.items()}, 1)
 
 

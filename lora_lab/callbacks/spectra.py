@@ -27,6 +27,8 @@ class SpectraCallback(pl.Callback):
     def __init__(self, updates: Updates, schedule: Spectra, tracking: Tracking):
         self.updates, self.schedule, self.tracking = updates, schedule, tracking
         self.epochs: list[float] = []
+        self.step = 0
+        """The optimizer's step at the last measurement."""
         self.history: dict[str, list[Spectrum]] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -42,8 +44,8 @@ class SpectraCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Measures every `every_n_steps`, but for a step that ends an epoch which is measured."""
-        every = self.schedule.every_n_steps
-        if every is None or trainer.global_step % every:
+        every, step = self.schedule.every_n_steps, trainer.global_step
+        if every is None or step % every or step == self.step:  # a step may take several batches
             return
         epoch = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
         if not (epoch.is_integer() and epoch % self.schedule.every_n_epochs == 0):
@@ -68,6 +70,7 @@ class SpectraCallback(pl.Callback):
                 f"after epoch {epoch:g}, step {trainer.global_step} of the run: {error}"
             ) from error
         self.epochs.append(epoch)
+        self.step = trainer.global_step
         for site, spectrum in spectra.items():
             self.history.setdefault(site, []).append(spectrum)
         wholes = groups(spectra, self.updates.sites)

@@ -45,6 +45,8 @@ class Bytes(Data):
         super().__init__(phase, batch_size, seed)
         self.size, self.context, self.held_out = size, context, held_out
         self.check_batch(self._trained(size))
+        if held_out and self._trained(size) == (size - 1) // context:
+            raise ValueError(f"held_out={held_out}: not one window of {size} bytes is held out")
 
     def _trained(self, size: int) -> int:
         """How many windows of a text of `size` bytes are trained on."""

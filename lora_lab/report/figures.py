@@ -38,8 +38,8 @@ def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str
             phi = {s: arrays[f"{s}/phi_base"] for s in spectrum if f"{s}/phi_base" in arrays}
             curves = {
                 site: (arrays[f"{prefix}ranks"], arrays[f"{prefix}loss"])
-                for site in ("", *spectrum)
-                if f"{(prefix := f'{site}/truncation/'.lstrip('/'))}ranks" in arrays
+                for site in (None, *spectrum)
+                if f"{(prefix := _truncation_key(site))}ranks" in arrays
             }
         made["delta"] = _delta(corners, shapes)
         if phi:
@@ -50,10 +50,15 @@ def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str
         if name in made and every > PANELS:
             made[name].suptitle(f"{PANELS} of {every} sites, those whose ΔW is largest")
     for name, figure in made.items():
-        figure.savefig(directory / f"{name}.png")
-        figure.set_layout_engine("none")  # it stays as laid out, and is not laid out again
-        figure.savefig(directory / f"{name}.pdf")
+        save(figure, directory / name)
     return list(made)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG and PDF, with all that belongs to it."""
+    figure.savefig(path.with_suffix(".png"), bbox_inches="tight")
+    figure.set_layout_engine("none")  # it stays as laid out, and is not laid out again
+    figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight")
 
 
 def _loss(run: Run) -> Figure:
@@ -132,18 +137,22 @@ def heat(figure: Figure, panel: Axes, phi: np.ndarray) -> None:
     figure.colorbar(image, ax=panel, label="φ(i, j)")
 
 
-def _truncation(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+def _truncation_key(site: str | None) -> str:
+    return "truncation/" if site is None else f"{site}/truncation/"
+
+
+def _truncation(curves: dict[str | None, tuple[np.ndarray, np.ndarray]]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for i, (site, (ranks, loss)) in enumerate(curves.items()):
-        if site and len(curves) == 2:
+        if site is not None and len(curves) == 2:
             continue  # the only site: the model's curve is its own
-        label = f"{site} alone" if site else "every site"
-        color, width = (f"C{i - 1}", 0.9) if site else ("black", 1.5)
+        label = "every site" if site is None else f"{site} alone"
+        color, width = ("black", 1.5) if site is None else (f"C{i - 1}", 0.9)
         axes.plot(ranks, loss, ".-", label=label, color=color, linewidth=width)
     axes.set(xlabel="k", ylabel="validation loss with ΔW cut to rank k")
     axes.locator_params(axis="x", integer=True)
-    whole = curves[""][1]
+    whole = curves[None][1]
     if whole.min() > 1e-6 * whole.max():
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab.report.figures import PANELS, heat, panels
+from lora_lab.report.figures import PANELS, heat, panels, save
 from lora_lab.report.run import csv_of
 from lora_lab.runs import write_atomic
 
@@ -37,10 +37,17 @@ class Pair:
         return max(self.phi.shape) / self.features
 
 
+WORDS = """\
+φ(i, j): the share of the first i directions that lies in the first j of the other run, from 0 to 1;
+random: its mean at the last i, j for random directions; distance: Grassmann's, √Σθ² in radians.
+"""
+
+
 def pairs(found: Sequence[Pair], directory: Path, console: Console) -> None:
     """Writes pairs.csv, phi.npz and the figures to `directory`, and prints the table."""
     directory.mkdir(parents=True, exist_ok=True)
     names = {name: f"run {i + 1}" for i, name in enumerate(_names(found))}
+    console.print(WORDS, highlight=False)
     rows = [["runs", "site", "side", "φ(1, 1)", "φ(i, j)", "i, j", "random", "distance"]]
     arrays: dict[str, np.ndarray] = {}
     for pair in found:
@@ -69,8 +76,7 @@ def pairs(found: Sequence[Pair], directory: Path, console: Console) -> None:
             panel.set(
                 xlabel=f"first j of {names[pair.other]}", ylabel=f"first i of {names[pair.one]}"
             )
-        for kind in ("png", "pdf"):
-            figure.savefig(directory / f"phi_{side}.{kind}")
+        save(figure, directory / f"phi_{side}")
     console.print(f"written  {directory} (pairs.csv, phi.npz, figures)", highlight=False)
 
 

@@ -18,6 +18,12 @@ from lora_lab.report import figures
 from lora_lab.report.theory import held
 from lora_lab.runs import Run, write_atomic
 
+OWN = ("r", "alpha", "dropout", "init")
+"""What a target may set for its own sites."""
+
+GAP = "gap: over theory, or over the loss before adaptation where theory is 0; holds: within 1e-3, "
+GAP += "or within 3 standard errors where theory has one (±)"
+
 SHOWN = 24
 """Sites that are listed by name when a run starts; adapter/adapter.json has all."""
 
@@ -89,6 +95,11 @@ def _facts(run: Run) -> list[list[str]]:
         ]
         how += ["DoRA"] if adapter.get("dora") else []
         how += [f"trains {adapter['trains']}"] if adapter.get("trains", "both") != "both" else []
+        ratio = adapter.get("lr_ratio", 1)
+        how += [f"lr ratio {ratio:g}"] if ratio != 1 else []
+        own = any(t.get(k) for t in config["target"].values() for k in OWN)
+        own = own or adapter.get("rank_pattern") or adapter.get("alpha_pattern")
+        how += ["but for sites with their own (adapter/adapter.json)"] if own else []
         facts.append(["adapter", ", ".join(how)])
     loss = run.curve("val/loss")
     if loss:
@@ -115,17 +126,22 @@ def _facts(run: Run) -> list[list[str]]:
         rank = run.last(f"spectra/{site}/effective_rank")
         facts.append([f"ΔW of {site}: singular values", f"{last}{more}"])
         facts.append([f"ΔW of {site}: effective rank", number(rank)])
-        if (amplified := run.last(f"spectra/{site}/amplification")) is not None:
-            facts.append([f"ΔW of {site}: amplification of W", number(amplified)])
-            new = run.last(f"spectra/{site}/intruders")
-            facts.append([f"W + ΔW of {site}: intruder dimensions of 10", number(new)])
+        for name, words in (
+            ("amplification", f"ΔW of {site}: ‖ΔW‖ over what W has of its directions"),
+            ("intruders", f"W + ΔW of {site}: first directions that W has not"),
+        ):
+            if (value := run.last(f"spectra/{site}/{name}")) is not None:
+                among = run.last(f"spectra/{site}/intruders_among")
+                of = f" of {number(among)}" if name == "intruders" and among else ""
+                facts.append([words, number(value) + of])
     if (more := len(everything) - figures.PANELS) > 0:
         facts.append([f"and {more} sites more", "with a smaller ΔW, in spectra.npz"])
-    if (share := run.last("advice/share")) is not None:
-        advice = yaml.safe_load((run.path / "advice.yaml").read_text())["adapter"]
-        ranks = ", ".join(f"{site} {k}" for site, k in (advice["rank_pattern"] or {}).items())
-        low = f" ({ranks})" if ranks else ""
-        facts.append([f"rank that keeps {share:.1%} of the gain", f"{advice['r']}{low}"])
+    if (run.path / "advice.yaml").exists():
+        advice = yaml.safe_load((run.path / "advice.yaml").read_text())
+        ranks = advice["adapter"]["rank_pattern"].items()
+        shown = ", ".join(f"{site} {k}" for site, k in list(ranks)[: figures.PANELS])
+        more = ", …" if len(ranks) > figures.PANELS else ""
+        facts.append([f"ranks that keep {advice['share']:.1%} of the gain", shown + more])
     facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
     return facts
 
@@ -139,17 +155,18 @@ def sites(picked: Iterable[Any]) -> Table:
     """What the targets matched: each site's weight as a matrix, r, alpha, and what trains there."""
     picked = list(picked)
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("site", "weight", "r", "alpha", "trains"):
+    for name in ("site", "weight", "r", "alpha", "init", "dropout", "trains"):
         table.add_column(name, justify="left" if name == "site" else "right")
     for site in picked[:SHOWN]:
         weight = " × ".join(map(str, site.shape))
         recipe = site.recipe
-        table.add_row(site.name, weight, str(recipe.r), f"{recipe.alpha:g}", f"{site.parameters:,}")
+        how = (str(recipe.r), f"{recipe.alpha:g}", recipe.init, f"{recipe.dropout:g}")
+        table.add_row(site.name, weight, *how, f"{site.parameters:,}")
     if len(picked) > SHOWN:
-        table.add_row(f"… and {len(picked) - SHOWN} more", "", "", "", "")
+        table.add_row(f"… and {len(picked) - SHOWN} more")
     table.add_section()
     total = sum(site.parameters for site in picked)
-    table.add_row(f"{len(picked)} site{'s' * (len(picked) != 1)}", "", "", "", f"{total:,}")
+    table.add_row(f"{len(picked)} site{'s' * (len(picked) != 1)}", *[""] * 5, f"{total:,}")
     return table
 
 
@@ -171,7 +188,7 @@ def write(run: Run, draw: bool = True) -> Path:
     parts = [
         f"# {run.config['name']}: {run.path.name}",
         markdown(made.curves, "r"),
-        *([markdown(made.theory, "r")] if made.theory else []),
+        *([markdown(made.theory, "r"), GAP] if made.theory else []),
         markdown([["", ""], *made.facts], "l"),
         *(f"![{name}]({name}.png)" for name in drawn),
     ]
@@ -208,13 +225,20 @@ def show(run: Run, console: Console) -> None:
             table.add_row(*row)
         console.print(table)
     seconds = run.status.get("seconds")
-    figures = ", ".join(path.stem for path in sorted((run.path / "report").glob("*.png")))
-    console.print(f"figures  {run.path / 'report'} ({figures})", soft_wrap=True, highlight=False)
+    if made.theory:
+        console.print(f"{GAP}\n", highlight=False)
+    console.print(drawn(run.path / "report"), soft_wrap=True, highlight=False)
     took = f" ({seconds:.0f} s)" if seconds else ""
     console.print(f"run      {run.path}{took}", soft_wrap=True, highlight=False)
     if wandb := run.status.get("wandb"):
         path = os.path.relpath(run.path / wandb)
         console.print(f"W&B      {path}", soft_wrap=True, highlight=False)
+
+
+def drawn(directory: Path) -> str:
+    """Which figures a report has, in a line."""
+    names = ", ".join(path.stem for path in sorted(directory.glob("*.png")))
+    return f"figures  {directory} ({names or 'none drawn: lora-lab report draws them'})"
 
 
 def listing(runs: list[Run]) -> Table:

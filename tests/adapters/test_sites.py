@@ -1,5 +1,7 @@
 """Targets: what they pick, and what is said when they pick nothing that can be meant."""
 
+import subprocess
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -307,3 +309,27 @@ def test_what_is_no_weight_is_left_alone():
 def test_a_model_without_its_weights_is_an_error():
     with pytest.raises(adapters.AdapterError, match="on the meta device"):
         adapters.attach(nn.Linear(3, 3, device="meta"), r=1, alpha=1)
+
+
+def test_what_is_no_target_or_share_is_said():
+    """In a process of its own: here jaxtyping would say it first."""
+    program = """
+from torch import nn
+from lora_lab import adapters
+model = nn.Linear(3, 4)
+for call in (
+    lambda: adapters.attach(model, ["c_attn"], r=1, alpha=1),
+    lambda: adapters.attach(model, {"a": "*c_attn"}, r=1, alpha=1),
+    lambda: adapters.attach(model, r=1, alpha=1) and adapters.combine(model, ["default"], "b"),
+    lambda: adapters.combine(model, {}, "b"),
+):
+    try:
+        call()
+    except adapters.AdapterError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stderr
+    assert all("must be one of linear, conv" in line for line in lines[:2])
+    assert all("must be {adapter's name: share}" in line for line in lines[2:])
