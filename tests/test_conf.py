@@ -80,7 +80,7 @@ def test_every_group_is_there():
     assert sorted(options()["experiment"]) == sorted(SMALL)
 
 
-@pytest.mark.parametrize(("data", "model"), product(options()["data"], options()["model"]))
+@pytest.mark.parametrize(("data", "model"), [*product(options()["data"], options()["model"])])
 def test_every_model_fits_every_data_set(data: str, model: str):
     assert plan(composed(f"data={data}", f"model={model}", "target=all")).sites
 
@@ -94,7 +94,8 @@ def test_every_point_of_every_sweep_composes(path: Path):
         for name, said in sweep["parameters"].items()
     }
     for values in product(*parameters.values()):
-        plan(composed(*(f"{k}={v}" for k, v in zip(parameters, values, strict=True))))
+        point = [f"{k}={v}" for k, v in zip(parameters, values, strict=True)]
+        assert plan(composed(*prepare(point))).sites
 
 
 def test_help_names_every_option():
