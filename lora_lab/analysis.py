@@ -152,9 +152,9 @@ def _against(updates: Updates, site: str, svd: SVD, directory: Path, said: Findi
 
 
 def steps(r: int) -> list[int]:
-    """The ranks that a curve is measured at: 0 … 8, then by factors of √2, and r."""
-    wider = {round(8 * 2 ** (i / 2)) for i in range(1, 32)}
-    return sorted(k for k in {*range(9), *wider, r} if k <= r)
+    """The ranks that a curve is measured at: 0 … 32, then by factors of √2, and r."""
+    wider = {round(32 * 2 ** (i / 2)) for i in range(1, 32)}
+    return sorted(k for k in {*range(33), *wider, r} if k <= r)
 
 
 def _truncate(

@@ -4,9 +4,9 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, Self
 
-from hydra.utils import get_object
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -65,7 +65,7 @@ class Component(Node, extra="allow"):
     @property
     def callee(self) -> Callable[..., Any]:
         """What `_target_` names."""
-        return get_object(self.target)
+        return resolve_name(self.target)
 
 
 class Optimizer(Component):

@@ -72,7 +72,6 @@ def _adapt(
     console: Console,
 ) -> None:
     cfg, outputs = plan.cfg, data.sizes["out_features"]
-    total = sum(p.numel() for p in model.parameters())
     if isinstance(cfg.adapter, Lora):
         plan.attach(model)
         ratio = cfg.adapter.lr_ratio
@@ -94,29 +93,11 @@ def _adapt(
     trainer = plan.trainer(tracking, callbacks)
     trainer.validate(module, data, verbose=False)
     if cfg.adapter.method == "none":
-        tracking.log({"parameters/trainable": 0, "parameters/base": total}, 0)
+        whole = adapters.count(model).frozen
+        tracking.log({"parameters/trainable": 0, "parameters/base": whole}, 0)
         return
     _fit(trainer, module, data)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if isinstance(cfg.adapter, Lora):
-        _check_merge(trainer, module, data, base)
-        adapters.save(model, run.path / "adapter")
-        tracking.artifact(run.path / "adapter", "adapter")
-    else:
-        (run.path / "model").mkdir()
-        # Copies: safetensors does not write one memory under two names, as tied weights have.
-        state = {key: value.clone() for key, value in model.state_dict().items()}
-        save_file(state, run.path / "model" / "model.safetensors")
-        tracking.artifact(run.path / "model", "model")
-    costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": total}
-    if isinstance(cfg.adapter, Lora):
-        cost = adapters.count(model)
-        costs |= {
-            "bytes/adapter": cost.adapter_bytes,
-            "bytes/optimizer": cost.optimizer_bytes,
-            "bytes/full_optimizer": cost.full_optimizer_bytes,
-        }
-    tracking.log(costs, trainer.global_step)
+    _keep(trainer, module, data, base, run, tracking)
     arrays = spectral.arrays()
     analysis.write(run.path, arrays, None)  # whatever comes of the rest
     module.prefix = ""
@@ -124,6 +105,36 @@ def _adapt(
     said = analysis.analyze(updates, loss, cfg.spectra, cfg.bases_dir, console)
     analysis.write(run.path, {**arrays, **said.arrays}, said.advice)
     tracking.log_findings(said.metrics, said.arrays, trainer.global_step)
+
+
+def _keep(
+    trainer: pl.Trainer,
+    module: BaseModule,
+    data: Data,
+    base: dict[str, Tensor],
+    run: Run,
+    tracking: Tracking,
+) -> None:
+    """Writes what was trained, adapter or model, and logs what it costs."""
+    model, cost = module.model, adapters.count(module.model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": cost.frozen}
+    if adapters.names(model):
+        _check_merge(trainer, module, data, base)
+        adapters.save(model, run.path / "adapter")
+        tracking.artifact(run.path / "adapter", "adapter")
+        costs |= {
+            "bytes/adapter": cost.adapter_bytes,
+            "bytes/optimizer": cost.optimizer_bytes,
+            "bytes/full_optimizer": cost.full_optimizer_bytes,
+        }
+    else:
+        (run.path / "model").mkdir()
+        # Copies: safetensors does not write one memory under two names, as tied weights have.
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        save_file(state, run.path / "model" / "model.safetensors")
+        tracking.artifact(run.path / "model", "model")
+    tracking.log(costs, trainer.global_step)
 
 
 def _log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:

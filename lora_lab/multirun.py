@@ -4,17 +4,10 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
-import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from lora_lab.checks import check
-from lora_lab.config import ConfigError
+from lora_lab import compose
+from lora_lab.config import Config, ConfigError
 from lora_lab.plan import plan
 from lora_lab.runs import Run
 
@@ -44,40 +37,28 @@ class Job:
 
 
 def jobs(arguments: list[str]) -> list[Job]:
-    """Every point of the product that the overrides span, each checked as a run of its own.
-
-    None where another sweeper than Hydra's own decides on the points.
-    """
-    settings = [a for a in arguments if "=" in a and not a.startswith(("hydra.", "hydra/"))]
-    if any(a.startswith(("hydra.sweeper", "hydra/sweeper")) for a in arguments):
-        return []
-    every: list[list[str]] = []
-    for override in OverridesParser.create().parse_overrides(settings):
-        key = override.get_key_element()
-        if override.is_sweep_override():
-            every.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            every.append([f"{key}={override.get_value_element_as_str()}"])
-    with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
-        return [_job(list(point)) for point in product(*every)]
+    """Every run of a multirun, each checked as a run of its own."""
+    return [_job(*point) for point in compose.every(arguments)]
 
 
-def _job(overrides: list[str]) -> Job:
+def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
     try:
-        plain = OmegaConf.to_container(
-            hydra.compose("train", overrides), resolve=True, throw_on_missing=True
-        )
-        assert isinstance(plain, dict)
-        said = [o.split("=")[0].lstrip("+~") for o in overrides]
-        return Job(overrides, plan(check({str(k): v for k, v in plain.items()}, said)).path)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        return Job(overrides, None, " ".join(str(error).split()))
+        if isinstance(cfg, ConfigError):
+            raise cfg
+        return Job(overrides, plan(cfg).path)
+    except ConfigError as error:
+        return Job(overrides, None, str(error))
 
 
 def begin(every: list[Job]) -> None:
     """Tells this process and its children what the multirun is made of."""
     paths = [str(job.path.absolute()) for job in every if job.path]
     os.environ[JOBS] = json.dumps({"paths": list(dict.fromkeys(paths)), "began": time.time()})
+
+
+def end() -> None:
+    """Whatever this process runs next is no part of it."""
+    os.environ.pop(JOBS, None)
 
 
 def progress() -> str | None:

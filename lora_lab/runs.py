@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,10 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
         try:
-            lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+            about = (self.path / "metrics.jsonl").stat()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return _rows((self.path / "metrics.jsonl").absolute(), about.st_mtime_ns, about.st_size)
 
     def last(self, key: str) -> float | None:
         """The last value of a metric, None where it was never logged."""
@@ -93,6 +93,13 @@ class Run:
         path = self.path / "status.json"
         status = json.loads(path.read_text()) if path.exists() else {}
         write_atomic(path, json.dumps({**status, **changes}, indent=2) + "\n")
+
+
+@lru_cache(maxsize=256)
+def _rows(path: Path, date: int, size: int) -> list[dict[str, Any]]:
+    """Read once: a report asks for many metrics. `date` and `size` tell when there is more."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def find_runs(root: Path) -> list[Run]:

@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-import re
 import sys
 import warnings
 from collections import Counter
@@ -11,24 +10,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from lora_lab.checks import check
-from lora_lab.config import Config, ConfigError, nearest
-from lora_lab.options import options
+from lora_lab import compose
+from lora_lab.config import ConfigError
 
 if TYPE_CHECKING:
     from lora_lab.multirun import Job
@@ -37,8 +29,6 @@ log = logging.getLogger(__name__)
 # Piped, a line is a line: paths are not broken to fit 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True)
-
-HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: 'KEY="a value"'"""
 
 
 class RunFailedError(RuntimeError):
@@ -52,34 +42,22 @@ def job(content: DictConfig) -> None:
     try:
         _run(content, single)
     except (ConfigError, RunFailedError) as error:
-        wrong, what = isinstance(error, ConfigError), "failed"
-        errors.print(
-            f"[red]{'config error' if wrong else what}:[/] {escape(str(error))}", soft_wrap=True
-        )
+        wrong = isinstance(error, ConfigError)
+        what = "config error" if wrong else "failed"
+        errors.print(f"[red]{what}:[/] {escape(str(error))}", soft_wrap=True)
         if single or OmegaConf.select(content, "sweep.fail_fast") is True:
             sys.exit(2 if wrong else 1)
         raise
     finally:
-        if not single and (line := _progress()):
-            console.print(f"[bold]multirun:[/] {line}", highlight=False)
+        if not single:
+            from lora_lab import multirun
 
-
-def _progress() -> str | None:
-    from lora_lab import multirun
-
-    return multirun.progress()
+            if line := multirun.progress():
+                console.print(f"[bold]multirun:[/] {line}", highlight=False)
 
 
 def _run(content: DictConfig, single: bool) -> None:
-    said = [o.split("=")[0].lstrip("+~") for o in HydraConfig.get().overrides.task]
-    try:
-        plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: must be given") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    assert isinstance(plain, dict)
-    cfg = check({str(key): value for key, value in plain.items()}, said)
+    cfg = compose.typed(content, HydraConfig.get().overrides.task)
     # Lightning and wandb take seconds to import: after the first checks, not before. The garbage
     # collector finds nothing in what they make, and need never look there again.
     gc.disable()
@@ -93,7 +71,8 @@ def _run(content: DictConfig, single: bool) -> None:
     quiet()
     planned = plan.plan(cfg)
     if cfg.published is not None:
-        paper = _as_published()
+        told = HydraConfig.get()
+        paper = compose.as_published(told.runtime.choices["experiment"], told.overrides.task)
         rows = {
             "base": cfg.published.base if bases.key(cfg) == bases.key(paper) else {},
             "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
@@ -123,60 +102,6 @@ def _run(content: DictConfig, single: bool) -> None:
         report.show(run, console)
 
 
-def _as_published() -> Config:
-    """The experiment as its YAML has it, but for this run's seeds: what the paper's rows are of."""
-    told = HydraConfig.get()
-    free = ("seed=", "data.seed=", "base.seed=", "spectra.")
-    overrides = [o for o in told.overrides.task if o.startswith(free)]
-    choice = f"experiment={told.runtime.choices['experiment']}"
-    plain = OmegaConf.to_container(hydra.compose("train", [choice, *overrides]), resolve=True)
-    assert isinstance(plain, dict)
-    return check({str(key): value for key, value in plain.items()})
-
-
-def prepare(arguments: list[str]) -> list[str]:
-    """The arguments as Hydra can read them.
-
-    Flags come before overrides; the brackets of alpha/sqrt(r) are no function call; and a glob on
-    module names, target='*.fc1', becomes an option of conf/target that no YAML has. What holds a *,
-    a ? or a dot is a glob, any other word the name of an option. What a target or a pattern may say
-    it need not say beforehand, so that Hydra must take it as new.
-    """
-    for argument in arguments:
-        if argument.startswith("target="):
-            for word in re.findall(r"[^\s,\[\]'\"]+", argument.removeprefix("target=")):
-                if re.search(r"[*?.]", word):
-                    ConfigStore.instance().store(word, {word: {"match": word}}, group="target")
-    arguments = [
-        re.sub(r"^(target\.|adapter\.(rank|alpha)_pattern)", r"++\1", a) for a in arguments
-    ]
-    arguments = [re.sub(r"(?<=/sqrt)\((r)\)(?!['\"])", r"\(\1\)", a) for a in arguments]
-    return sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
-
-
-def explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's errors in one paragraph that names the nearest valid word."""
-    cause = error.__cause__
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read{HINT}"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.partition("/")
-        known = options().get(group, {})
-        hint = "; a layer by its name is target=all target.all.match=NAME, a glob has a * or a ?"
-        hint = hint if group == "target" else ""
-        return (
-            f"{group}={option}: there is no such {group}{nearest(option, known)} "
-            f"(conf/{group} has {', '.join(known)}){hint}"
-        )
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        known = [str(key) for key in cause.parent_node if key != "hydra"]
-        return (
-            f"{cause.full_key}: there is no such key{nearest(cause.key, known)} "
-            f"(there {'are' if len(known) > 1 else 'is'} {', '.join(known)})"
-        )
-    return " ".join(str(error).split())
-
-
 def main() -> None:
     """Runs what the command line says.
 
@@ -184,7 +109,7 @@ def main() -> None:
     """
     # Hydra then raises what it would otherwise print in its own words.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = prepare(sys.argv[1:])
+    sys.argv[1:] = compose.prepare(sys.argv[1:])
     handler = RichHandler(console=console, show_path=False, show_level=False, show_time=False)
     logging.getLogger("lora_lab").handlers = [handler]
     logging.getLogger("lora_lab").setLevel(logging.INFO)
@@ -201,7 +126,7 @@ def main() -> None:
         failed = isinstance(error, RunFailedError) or any(j.state == "failed" for j in every)
         sys.exit(1 if failed else 2)
     except (HydraException, OmegaConfBaseException) as error:
-        errors.print(f"[red]config error:[/] {escape(explain(error))}", soft_wrap=True)
+        errors.print(f"[red]config error:[/] {escape(compose.explain(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -226,9 +151,9 @@ def _multirun(arguments: list[str]) -> "list[Job]":
 
 def _ended(every: "list[Job]") -> None:
     """The table of all jobs, and of those that failed the causes."""
-    from lora_lab import report
+    from lora_lab import multirun, report
 
-    os.environ.pop("LORA_LAB_JOBS", None)
+    multirun.end()
     console.print(report.jobs([(job.overrides, job.path, job.state, job.cause) for job in every]))
 
 

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from lora_lab import bases
 from lora_lab.checks import check
 from lora_lab.cli import train_help
+from lora_lab.compose import prepare
 from lora_lab.config import Config
 from lora_lab.options import options
 from lora_lab.plan import plan
-from lora_lab.train import prepare
 from tests.conftest import SMALL, Lab, only_run
 
 OPTIONS = [(group, option) for group, choices in options().items() for option in choices]

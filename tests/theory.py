@@ -33,7 +33,8 @@ MULTIRUNS: dict[str, list[list[str]]] = {
         ["adapter=full"],
     ],
     "planted_conv": [["adapter.r=1,2,3,4,6"], ["adapter.r=2", "data.whiten=false"]],
-    "planted_embedding": [["adapter.r=1,2,3,4,6"]],
+    # LoRA-FA on an embedding: its B, the factor that is drawn, is frozen.
+    "planted_embedding": [["adapter.r=1,2,3,4,6"], ["adapter=lora_fa", "adapter.r=2,8"]],
     "group_shift": [["adapter.r=1,2,3,4,6"]],
     "scaling": [["adapter=lora,rslora", "adapter.r=1,4,16,64,256"]],
     "subspace": [["adapter.r=8,64"]],

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_lab.report.figures import PANELS, heat, panels, save
-from lora_lab.report.run import csv_of
+from lora_lab.report.tables import csv_of
 from lora_lab.runs import write_atomic
 
 

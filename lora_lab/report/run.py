@@ -1,7 +1,5 @@
 """One run's tables, and the list of many."""
 
-import csv
-import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,14 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_lab.report import figures
-from lora_lab.report.theory import held
+from lora_lab.report.tables import Rows, csv_of, markdown, number
+from lora_lab.report.theory import GAP, HEAD, held, line
 from lora_lab.runs import Run, write_atomic
 
 OWN = ("r", "alpha", "dropout", "init")
 """What a target may set for its own sites."""
-
-GAP = "gap: over theory, or over the loss before adaptation where theory is 0; holds: within 1e-3, "
-GAP += "or within 3 standard errors where theory has one (±)"
 
 SHOWN = 24
 """Sites that are listed by name when a run starts; adapter/adapter.json has all."""
@@ -35,38 +31,18 @@ class Tables:
     The first row of curves and theory holds the column names; theory is [] where there is none.
     """
 
-    curves: list[list[str]]
-    facts: list[list[str]]
-    theory: list[list[str]]
-
-
-def number(value: float | None) -> str:
-    """Five significant digits, an en dash for what is not there."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
+    curves: Rows
+    facts: Rows
+    theory: Rows
 
 
 def tables(run: Run) -> Tables:
     """The run's tables, from its files alone."""
-    return Tables(_curves(run), _facts(run), _theory(run))
+    theory = [line(one) for one in held(run)]
+    return Tables(_curves(run), _facts(run), [HEAD, *theory] if theory else [])
 
 
-def _theory(run: Run) -> list[list[str]]:
-    rows = [
-        [
-            one.metric,
-            number(one.measured),
-            number(one.theory) + (f" ± {number(one.error)}" if one.error else ""),
-            f"{one.gap:.2e}",
-            "yes" if one.passes else "NO",
-        ]
-        for one in held(run)
-    ]
-    return [["metric", "measured", "theory", "gap", "holds"], *rows] if rows else []
-
-
-def _curves(run: Run) -> list[list[str]]:
+def _curves(run: Run) -> Rows:
     published = run.config.get("published") or {}
     method = run.config["adapter"]["method"]
     columns: dict[str, dict[int, float]] = {}
@@ -83,7 +59,7 @@ def _curves(run: Run) -> list[list[str]]:
     return [["epoch", *columns], *body]
 
 
-def _facts(run: Run) -> list[list[str]]:
+def _facts(run: Run) -> Rows:
     config, adapter = run.config, run.config["adapter"]
     facts = []
     if adapter["method"] == "lora":
@@ -198,19 +174,6 @@ def write(run: Run, draw: bool = True) -> Path:
         write_atomic(directory / "theory.csv", csv_of(made.theory))
     write_atomic(directory / "facts.csv", csv_of([["fact", "value"], *made.facts]))
     return directory
-
-
-def markdown(rows: list[list[str]], align: str) -> str:
-    """Rows as a Markdown table, the first its head."""
-    rule = ["---:" if align == "r" else "---"] * len(rows[0])
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
-
-
-def csv_of(rows: Iterable[list[str]]) -> str:
-    """Rows as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def show(run: Run, console: Console) -> None:

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
+from lora_lab.report.tables import number
 from lora_lab.runs import Run
+
+HEAD = ["metric", "measured", "theory", "gap", "holds"]
+GAP = "gap: over theory, or over the loss before adaptation where theory is 0; holds: within 1e-3, "
+GAP += "or within 3 standard errors where theory has one (±)"
 
 
 @dataclass(frozen=True)
@@ -40,3 +45,16 @@ def held(run: Run) -> list[Held]:
         if value is not None and (measured := run.last(metric)) is not None:
             found.append(Held(metric, measured, value, error or 0.0, start))
     return found
+
+
+def line(one: Held) -> list[str]:
+    """A row under HEAD."""
+    error = f" ± {number(one.error)}" if one.error else ""
+    holds = "yes" if one.passes else "NO"
+    return [
+        one.metric,
+        number(one.measured),
+        f"{number(one.theory)}{error}",
+        f"{one.gap:.1e}",
+        holds,
+    ]

@@ -1,0 +1,120 @@
+"""Hydra's grammar and composition: what is said on the command line → typed configs."""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from lora_lab.checks import check
+from lora_lab.config import Config, ConfigError, nearest
+from lora_lab.options import options
+
+HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: 'KEY="a value"'"""
+
+
+def typed(content: DictConfig, overrides: Sequence[str]) -> Config:
+    """What Hydra composed by `overrides`, checked. Raises ConfigError."""
+    said = [override.split("=")[0].lstrip("+~") for override in overrides]
+    try:
+        plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: must be given") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    assert isinstance(plain, dict)
+    return check({str(key): value for key, value in plain.items()}, said)
+
+
+def composed(overrides: Sequence[str]) -> Config:
+    """The config of one run, where Hydra is initialized. Raises ConfigError, and Hydra's errors."""
+    return typed(hydra.compose("train", list(overrides)), overrides)
+
+
+def points(arguments: Sequence[str]) -> list[list[str]]:
+    """The overrides of every run of a multirun: the product of what each argument sweeps.
+
+    None where another sweeper than Hydra's own decides on them.
+    """
+    if any(a.startswith(("hydra.sweeper", "hydra/sweeper")) for a in arguments):
+        return []
+    settings = [a for a in arguments if "=" in a and not a.startswith(("hydra.", "hydra/"))]
+    every: list[list[str]] = []
+    for override in OverridesParser.create().parse_overrides(settings):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            every.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            every.append([f"{key}={override.get_value_element_as_str()}"])
+    return [list(point) for point in product(*every)]
+
+
+def every(arguments: Sequence[str]) -> Iterator[tuple[list[str], Config | ConfigError]]:
+    """Each run of a multirun: its overrides, and its config or why it has none."""
+    with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
+        for overrides in points(arguments):
+            try:
+                yield overrides, composed(overrides)
+            except ConfigError as error:
+                yield overrides, error
+            except (HydraException, OmegaConfBaseException) as error:
+                yield overrides, ConfigError(explain(error))
+
+
+def as_published(experiment: str, overrides: Sequence[str]) -> Config:
+    """The experiment as its YAML has it, but for this run's seeds: what the paper's rows are of."""
+    free = ("seed=", "data.seed=", "base.seed=", "spectra.")
+    return composed([f"experiment={experiment}", *(o for o in overrides if o.startswith(free))])
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra can read them.
+
+    Flags come before overrides; the brackets of alpha/sqrt(r) are no function call; and a glob on
+    module names, target='*.fc1', becomes an option of conf/target that no YAML has. What holds a *,
+    a ? or a dot is a glob, any other word the name of an option. What a target or a pattern may say
+    it need not say beforehand, so that Hydra must take it as new.
+    """
+    for argument in arguments:
+        if argument.startswith("target="):
+            for word in re.findall(r"[^\s,\[\]'\"]+", argument.removeprefix("target=")):
+                if re.search(r"[*?.]", word):
+                    ConfigStore.instance().store(word, {word: {"match": word}}, group="target")
+    arguments = [
+        re.sub(r"^(target\.|adapter\.(rank|alpha)_pattern)", r"++\1", a) for a in arguments
+    ]
+    arguments = [re.sub(r"(?<=/sqrt)\((r)\)(?!['\"])", r"\(\1\)", a) for a in arguments]
+    return sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+
+
+def explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's errors in one paragraph that names the nearest valid word."""
+    cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read{HINT}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.partition("/")
+        known = options().get(group, {})
+        hint = "; a layer by its name is target=all target.all.match=NAME, a glob has a * or a ?"
+        hint = hint if group == "target" else ""
+        return (
+            f"{group}={option}: there is no such {group}{nearest(option, known)} "
+            f"(conf/{group} has {', '.join(known)}){hint}"
+        )
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
+        known = [str(key) for key in cause.parent_node if key != "hydra"]
+        return (
+            f"{cause.full_key}: there is no such key{nearest(cause.key, known)} "
+            f"(there {'are' if len(known) > 1 else 'is'} {', '.join(known)})"
+        )
+    return " ".join(str(error).split())
