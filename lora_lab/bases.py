@@ -105,6 +105,15 @@ def obtain(
         return Base(load(content), rows)
 
 
+def wait(cfg: Config) -> Base:
+    """The base that `cfg` asks for, once another process has it."""
+    if not isinstance(cfg.base, TrainedBase):
+        return Base(load_file(cfg.base.path), [])
+    while not path(cfg).with_suffix(".json").exists() or not (base := _kept(path(cfg))):
+        time.sleep(0.2)
+    return base
+
+
 def decomposed(W: Tensor, directory: Path) -> SVD:
     """The SVD of a base's weight as a matrix, computed once and kept by the weight's content."""
     content = W.detach().cpu().contiguous()

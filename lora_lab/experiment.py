@@ -1,5 +1,6 @@
 """One run from start to end: base, adapter, training, spectra, merge check, files."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lora_lab import adapters, analysis, bases, report
 from lora_lab.adapters import AdapterError
@@ -18,29 +20,42 @@ from lora_lab.config import Lora, TrainedBase
 from lora_lab.data import Data
 from lora_lab.modules import BaseModule, LoRAModule
 from lora_lab.plan import Plan
-from lora_lab.runs import Run, record
+from lora_lab.runs import Run, rank, record
+from lora_lab.seeding import generator
 from lora_lab.tracking import Tracking
-from lora_lab.updates import Updates
+from lora_lab.updates import Updates, whole
+
+ALONE: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+"""The Trainer of what one process does: a base, and whatever comes after the last step."""
 
 
 def run(plan: Plan, console: Console) -> Run:
-    """Runs what was planned and returns its finished directory. The run fails by raising."""
+    """Runs what was planned and returns its finished directory. The run fails by raising.
+
+    Of a run's several processes the first does all but training alone, and has its files.
+    """
     cfg = plan.cfg
     about = {"cell": cfg.cell(), "seed": cfg.seed}
     recorded = record(plan.path, cfg.plain(), overwrite=cfg.overwrite, **about)
-    with recorded as run, Tracking(cfg, run, plan.path) as tracking:
+    with (
+        nullcontext(Run(plan.path)) if rank() else recorded as run,
+        Tracking(cfg, run, plan.path) as tracking,
+    ):
         base = _base(plan, tracking, console)
         data = plan.data("adapt")
         model = plan.model()
         model.load_state_dict(base.state)
         # From here on dropout is the only thing that draws from the global stream.
-        pl.seed_everything(cfg.seed, verbose=False)
+        own = generator(cfg.seed, "dropout", rank()).initial_seed() if rank() else cfg.seed
+        pl.seed_everything(own % 2**32, verbose=False)
         _adapt(plan, model, data, run, tracking, console)
     return run
 
 
 def _base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
     cfg = plan.cfg
+    if rank():
+        return bases.wait(cfg)
 
     def train() -> tuple[nn.Module, list[dict[str, Any]]]:
         assert isinstance(cfg.base, TrainedBase)
@@ -49,7 +64,8 @@ def _base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
         outputs = data.sizes["out_features"]
         module = BaseModule(model, data.task, outputs, cfg.base.optimizer, prefix="base/")
         first = len(tracking.rows)
-        trainer = plan.trainer(tracking, [ProgressBar("base", console)], max_epochs=cfg.base.epochs)
+        bar = ProgressBar("base", console)
+        trainer = plan.trainer(tracking, [bar], max_epochs=cfg.base.epochs, **ALONE)
         _fit(trainer, module, data)
         return model, tracking.rows[first:]
 
@@ -80,8 +96,7 @@ def _adapt(
     else:
         module = BaseModule(model, data.task, outputs, cfg.optimizer)
     # In the dtypes it is trained in, which need not be the file's.
-    quiet = plan.trainer(None, [])
-    quiet.precision_plugin.convert_module(module)
+    plan.trainer(None, [], **ALONE).precision_plugin.convert_module(module)
     base = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
     updates = Updates(model, base, plan.sites)
     spectral = SpectraCallback(updates, cfg.spectra, tracking)
@@ -97,14 +112,36 @@ def _adapt(
         tracking.log({"parameters/trainable": 0, "parameters/base": whole}, 0)
         return
     _fit(trainer, module, data)
-    _keep(trainer, module, data, base, run, tracking)
+    module.end = module.now()
+    alone = ALONE
+    if isinstance(model, FSDPModule):
+        spectral.updates = updates = Updates(_gather(plan, module), base, plan.sites)
+        alone = {**ALONE, "accelerator": "cpu"}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if rank():
+        return
+    quiet = plan.trainer(None, [], **alone)
+    _keep(plan.trainer(tracking, [], **alone), module, data, base, run, tracking)
     arrays = spectral.arrays()
     analysis.write(run.path, arrays, None)  # whatever comes of the rest
     module.prefix = ""
     loss = partial(val_loss, quiet, module, data)
     said = analysis.analyze(updates, loss, cfg.spectra, cfg.bases_dir, console)
     analysis.write(run.path, {**arrays, **said.arrays}, said.advice)
-    tracking.log_findings(said.metrics, said.arrays, trainer.global_step)
+    tracking.log_findings(said.metrics, said.arrays, int(module.end["step"]))
+
+
+def _gather(plan: Plan, module: BaseModule) -> nn.Module:
+    """The model whose weights are spread over the processes, whole and in CPU memory again."""
+    state = {key: whole(value).cpu() for key, value in module.model.state_dict().items()}
+    model = plan.model()
+    if isinstance(plan.cfg.adapter, Lora):
+        plan.attach(model)
+    module.model = model
+    plan.trainer(None, [], **ALONE).precision_plugin.convert_module(module)
+    model.load_state_dict(state)
+    return model
 
 
 def _keep(
@@ -134,7 +171,7 @@ def _keep(
         state = {key: value.clone() for key, value in model.state_dict().items()}
         save_file(state, run.path / "model" / "model.safetensors")
         tracking.artifact(run.path / "model", "model")
-    tracking.log(costs, trainer.global_step)
+    tracking.log(costs, int(module.now()["step"]))
 
 
 def _log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -73,6 +75,8 @@ class BaseModule(pl.LightningModule):
         super().__init__()
         self.model, self.task, self.optimizer, self.prefix = model, TASKS[task], optimizer, prefix
         self.metrics = nn.ModuleDict({n: make(outputs) for n, make in self.task.metrics.items()})
+        self.end: dict[str, float] | None = None
+        """The date of the last step, once it is taken."""
         self.train_loss: float | None = None
         """The last training loss that was looked at."""
         self._losses: list[Tensor] = []
@@ -84,6 +88,19 @@ class BaseModule(pl.LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def configure_model(self) -> None:
+        """With trainer=fsdp, leaves each process its share of every weight."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        if isinstance(self.model, FSDPModule):  # Lightning asks at every pass
+            return
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for module in list(self.model.modules()):
+            for block in module if isinstance(module, nn.ModuleList) else ():
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output."""
@@ -100,7 +117,7 @@ class BaseModule(pl.LightningModule):
 
     def now(self) -> dict[str, float]:
         """The date of a row: steps and whole epochs taken. Lightning's own count is one behind."""
-        return {"step": float(self.global_step), "epoch": float(self.epochs_done)}
+        return self.end or {"step": float(self.global_step), "epoch": float(self.epochs_done)}
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's list of losses."""
@@ -116,7 +133,8 @@ class BaseModule(pl.LightningModule):
         return loss
 
     def _read_losses(self) -> Tensor:
-        losses = torch.stack(self._losses).cpu()
+        # Of all processes, so that each sees what one sees.
+        losses = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="mean").cpu()
         if not (finite := losses.isfinite()).all():
             step, steps = int(finite.int().argmin()), self.trainer.num_training_batches
             raise DivergedError(
@@ -138,13 +156,17 @@ class BaseModule(pl.LightningModule):
         x, y = batch
         output = self.model(x)
         loss = self.task.loss(output, y)
+        if not len(x):  # fewer rows than processes
+            return
         if not loss.isfinite():
             raise DivergedError(
                 f"{self.prefix}val/loss is {loss.item()} after epoch {self.epochs_done}, "
                 f"step {self.global_step} of the run"
                 + ("" if self.global_step else ": the base or the data holds it, no step was taken")
             )
-        self.log(f"{self.prefix}val/loss", loss, batch_size=len(x), sync_dist=True)
+        # A float: the mean of the processes' row counts is not to be rounded down.
+        rows: Any = float(len(x))
+        self.log(f"{self.prefix}val/loss", loss, batch_size=rows, sync_dist=True)
         for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)
             metric.update(output, y)

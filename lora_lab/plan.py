@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -20,7 +21,7 @@ from lora_lab.data import Data, Phase
 from lora_lab.tracking import Tracking
 
 OURS = ("logger", "callbacks", "enable_progress_bar", "enable_model_summary")
-OURS += ("enable_checkpointing", "num_sanity_val_steps")
+OURS += ("enable_checkpointing", "num_sanity_val_steps", "use_distributed_sampler")
 """Arguments of Lightning's Trainer that a run sets itself."""
 
 
@@ -30,6 +31,8 @@ class Plan:
 
     cfg: Config
     sites: list[Site]
+    processes: int = 1
+    """How many train it, each on a device of its own."""
 
     @property
     def path(self) -> Path:
@@ -57,14 +60,18 @@ class Plan:
         self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
     ) -> pl.Trainer:
         """Lightning's Trainer as configured, with this run's loggers, or none."""
+        arguments = {**self.cfg.trainer.model_dump(), **change}
+        if arguments.get("strategy") == "fsdp":
+            arguments["strategy"] = ModelParallelStrategy(self.processes, 1)
         return pl.Trainer(
-            **{**self.cfg.trainer.model_dump(), **change},
+            **arguments,
             logger=tracking.loggers if tracking else False,
             callbacks=callbacks,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
             num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # a data module shares out its rows itself
         )
 
 
@@ -81,7 +88,12 @@ def plan(cfg: Config) -> Plan:
     sizes = _sizes(cfg, data)
     bind("model", cfg.model, list(sizes))
     _check_optimizer("optimizer", cfg.optimizer)
-    _check_trainer(cfg)
+    processes = _check_trainer(cfg)
+    if processes > 1 and (data.batch_size or 0) % processes:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes "
+            "that share every batch (trainer.devices)"
+        )
     with torch.device("meta"):
         model = _call("model", cfg, **sizes)
     sites = []
@@ -105,7 +117,7 @@ def plan(cfg: Config) -> Plan:
     else:
         found = _check_checkpoint(cfg.base, model)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": found})})
-    return Plan(cfg, sites)
+    return Plan(cfg, sites, processes)
 
 
 def _targets(cfg: Config) -> dict[str, Target]:
@@ -145,7 +157,8 @@ def _check_optimizer(key: str, optimizer: Optimizer) -> None:
         raise ConfigError(f"{key}: {error}") from None
 
 
-def _check_trainer(cfg: Config) -> None:
+def _check_trainer(cfg: Config) -> int:
+    """The number of processes that the Trainer wants."""
     arguments = cfg.trainer.model_dump()
     if ours := [name for name in arguments if name in OURS]:
         raise ConfigError(f"trainer.{ours[0]}: a run sets this itself")
@@ -159,12 +172,19 @@ def _check_trainer(cfg: Config) -> None:
             f"{there} CUDA GPUs; trainer=cpu or trainer=auto runs without one"
         )
     fits("trainer", pl.Trainer, arguments)
+    if arguments.get("strategy") == "fsdp":
+        if isinstance(cfg.adapter, Lora) and cfg.adapter.dora:
+            raise ConfigError("adapter.dora=true: not with trainer=fsdp")
+        if cfg.spectra.first_step:
+            raise ConfigError("spectra.first_step=true: not with trainer=fsdp")
+        if cfg.trainer.model_dump()["precision"] == "64-true":
+            raise ConfigError("trainer.precision=64-true: not with trainer=fsdp")
+        arguments["strategy"] = "ddp"  # as many processes
     try:
         trainer = pl.Trainer(**arguments, logger=False, enable_checkpointing=False)
     except (TypeError, ValueError, RuntimeError) as error:  # Lightning's own are RuntimeErrors
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
-    if trainer.world_size > 1:
-        raise ConfigError(f"trainer.devices={devices}: a run takes one device, so far")
+    return trainer.world_size
 
 
 def _check_checkpoint(base: CheckpointBase, model: nn.Module) -> str:

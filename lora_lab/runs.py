@@ -31,6 +31,11 @@ class RunFinishedError(RuntimeError):
     """The run has been finished, by this process or another, and is not to be repeated."""
 
 
+def rank() -> int:
+    """Which of a run's processes this is, on several devices: the first has its files."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's directory, as it is on disk now."""

@@ -19,7 +19,7 @@ from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
 from lora_lab.config import Config
-from lora_lab.runs import Run
+from lora_lab.runs import Run, rank
 from lora_lab.spectra import Spectrum
 
 log = logging.getLogger(__name__)
@@ -76,10 +76,12 @@ class Tracking:
 
     def __init__(self, cfg: Config, run: Run, directory: Path):
         self.run = run
-        self.jsonl = JsonlLogger(directory / "metrics.jsonl")
+        # Of a run's several processes the first alone logs.
+        first = rank() == 0
+        self.jsonl = JsonlLogger(directory / "metrics.jsonl" if first else Path(os.devnull))
         self.loggers: list[Logger] = [self.jsonl]
         self.beside = 0  # rows that only W&B has
-        self.wandb = None if cfg.tracking.mode == "off" else _start(cfg, directory)
+        self.wandb = _start(cfg, directory) if first and cfg.tracking.mode != "off" else None
         if self.wandb is not None:
             self.loggers.append(WandbLogger(experiment=self.wandb))
             run.update(wandb=os.path.relpath(self.wandb.settings.sync_dir, run.path))

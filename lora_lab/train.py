@@ -63,7 +63,7 @@ def _run(content: DictConfig, single: bool) -> None:
     gc.disable()
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from lora_lab import bases, experiment, plan, report
+    from lora_lab import bases, experiment, plan, processes, report
     from lora_lab.runs import Run, RunBusyError, RunFinishedError
 
     gc.enable()
@@ -79,9 +79,14 @@ def _run(content: DictConfig, single: bool) -> None:
         }
         published = cfg.published.model_copy(update=rows)
         planned = replace(planned, cfg=planned.cfg.model_copy(update={"published": published}))
+    if processes.inside():
+        return processes.take_part(planned, console)
     run = Run(planned.path)
     try:
-        experiment.run(planned, console)
+        if planned.processes > 1:
+            processes.launch(planned, HydraConfig.get().overrides.task)
+        else:
+            experiment.run(planned, console)
         report.write(run, cfg.figures)
     except RunFinishedError:
         again = "overwrite=true repeats it"
@@ -164,6 +169,8 @@ def quiet() -> None:
     # The data sets are in memory: worker processes would only copy them.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*on epoch level in distributed setting.*")  # equal on all
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     # Lightning 2.6 on torch 2.13.
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
 

@@ -5,10 +5,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_lab import adapters, spectra
 from lora_lab.adapters import Adapter, Site, adapter_for
 from lora_lab.spectra import SVD, Spectrum
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over processes, on each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Updates:
@@ -29,16 +35,17 @@ class Updates:
         if adapter := self.adapters.get(site):
             layer = self.model.get_submodule(where.layer)
             return adapter.matrix(adapter.delta(adapter.weight_of(layer))).detach()
-        weight = self.model.get_parameter(where.key).detach()
+        weight = whole(self.model.get_parameter(where.key).detach())
         change = weight.double() - self.base[where.key].to(weight.device)
         return self.part(site, change.to(torch.promote_types(weight.dtype, torch.float32)))
 
     def spectrum(self) -> dict[str, Spectrum]:
         """The singular values at every site: from the factors, where ΔW is their product."""
         products = {
-            site: (*adapter.factors(), adapter.scale)
+            site: (whole(A), whole(B), adapter.scale)
             for site, adapter in self.adapters.items()
             if self.is_product(site)
+            for A, B in [adapter.factors()]
         }
         found = spectra.from_sites(products)
         return {

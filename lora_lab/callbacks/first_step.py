@@ -47,6 +47,7 @@ class FirstStep(pl.Callback):
             found = torch.autograd.grad(loss, asked, allow_unused=True, materialize_grads=True)
         for weight in weights.values():
             weight.requires_grad_(False)
+        found = tuple(trainer.strategy.reduce(gradient, reduce_op="mean") for gradient in found)
         dense, low = found[: len(weights)], found[len(weights) :]
         self.dense = {s: self.updates.part(s, G) for s, G in zip(sites, dense, strict=True)}
         self.ratio = _norm(low) / _norm(tuple(self.dense.values()))

@@ -72,17 +72,25 @@ class Data(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         """Batches in the order that (seed, phase, epoch) gives."""
         assert self.train is not None
+        place = _, count = self._place()
+        if (rows := self.batch_size or len(self.train)) % count:
+            raise ValueError(f"{rows} rows a batch cannot be shared evenly by {count} processes")
         if self.batch_size is None:
-            return _loader(self.train, [slice(None)] * self.steps)
+            return _loader(self.train, [_share(slice(0, rows), *place)] * self.steps)
         key = (self.seed, self.phase, "order")
-        rows = Batches(len(self.train), self.batch_size, self.rows_differ_in, key)
-        return _loader(self.train, rows)
+        return _loader(self.train, Batches(len(self.train), rows, self.rows_differ_in, key, *place))
 
     def val_dataloader(self) -> DataLoader:
         """The validation set from first to last."""
         assert self.val is not None
-        slices = [slice(i, i + self.eval_rows) for i in range(0, len(self.val), self.eval_rows)]
-        return _loader(self.val, slices)
+        rows = len(self.val)
+        slices = [slice(i, min(i + self.eval_rows, rows)) for i in range(0, rows, self.eval_rows)]
+        return _loader(self.val, [_share(batch, *self._place()) for batch in slices])
+
+    def _place(self) -> tuple[int, int]:
+        """Which process this is of how many that share every batch."""
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
 
 class Planted(Data):
@@ -183,13 +191,30 @@ def _loader(dataset: TensorDataset, rows: object) -> DataLoader:
     return DataLoader(dataset, batch_size=None, sampler=rows, generator=torch.Generator())  # pyright: ignore
 
 
+def _share(batch: slice, rank: int, count: int) -> slice:
+    """The consecutive rows of a batch that are for process `rank` of `count`."""
+    rows = batch.stop - batch.start
+    start, stop = rows * rank // count, rows * (rank + 1) // count
+    return slice(batch.start + start, batch.start + stop)
+
+
 class Batches(Sampler[Tensor]):
-    """Row indices of each whole batch of an epoch: ⌊rows / batch_size⌋ batches."""
+    """Row indices of each whole batch of an epoch: ⌊rows / batch_size⌋ batches.
+
+    Of every batch process `rank` of `count` has its share.
+    """
 
     def __init__(
-        self, rows: int, batch_size: int, differ_in: Literal["batch", "epoch"], key: tuple
+        self,
+        rows: int,
+        batch_size: int,
+        differ_in: Literal["batch", "epoch"],
+        key: tuple,
+        rank: int = 0,
+        count: int = 1,
     ):
         self.rows, self.batch_size, self.differ_in, self.key = rows, batch_size, differ_in, key
+        self.share = _share(slice(0, batch_size), rank, count)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -202,9 +227,8 @@ class Batches(Sampler[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         draws = generator(*self.key, self.epoch)
         if self.differ_in == "epoch":
-            yield from torch.randperm(self.rows, generator=draws).split(self.batch_size)[
-                : len(self)
-            ]
+            batches = torch.randperm(self.rows, generator=draws).split(self.batch_size)
+            yield from (batch[self.share] for batch in batches[: len(self)])
         else:
             for _ in range(len(self)):
-                yield torch.randperm(self.rows, generator=draws)[: self.batch_size]
+                yield torch.randperm(self.rows, generator=draws)[self.share]

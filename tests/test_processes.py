@@ -1,0 +1,168 @@
+"""Runs of several processes, on gloo: equal to one process's, and none hangs when one dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from lora_lab.data import Batches
+from lora_lab.runs import Run, find_runs
+from tests.conftest import SMALL, Lab, only_run
+
+TWO = ("trainer.devices=2", "trainer.accelerator=cpu")
+
+CASES = {
+    "shift": ("shift", "adapter.r=2"),
+    "validation sets of odd sizes": ("shift", "data.samples=257"),
+    "accuracy": ("digits", "adapter.r=2"),
+    "every kind": ("digits_targets", "target=all", "adapter.r=2"),
+    "full fine-tuning": ("digits", "adapter=full"),
+    "all rows at every step": ("planted_conv", "adapter.r=2"),
+    "a transformer": ("bytes_lm", "adapter.r=2", "data.batch_size=16", "target=all"),
+    "clipped and scheduled": (
+        *("digits", "trainer.gradient_clip_val=0.1", "optimizer.schedule=cosine"),
+        "optimizer.warmup=0.2",
+    ),
+}
+
+
+def run(experiment: str, *overrides: str, root: str) -> Run:
+    """A run in a process of its own, in a folder of its own beside the others."""
+    quick = ("tracking=off", "figures=false", f"runs_dir={root}")
+    command = [sys.executable, "-m", "lora_lab.train", f"experiment={experiment}", *quick]
+    done = subprocess.run(
+        [*command, *SMALL[experiment], *overrides], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return only_run(root)
+
+
+def same(one: Run, two: Run, rtol: float = 1e-5) -> None:
+    """Every row, spectrum and tensor of two runs, to rounding."""
+    for a, b in zip(one.rows(), two.rows(), strict=True):
+        assert a.keys() == b.keys()
+        # A figure that rounding alone decides: the directions of what is 0.
+        for key in a.keys() - {k for k in a if "intruders" in k or "amplification" in k}:
+            assert b[key] == pytest.approx(a[key], rel=rtol, abs=1e-6), key
+    with np.load(one.path / "spectra.npz") as a, np.load(two.path / "spectra.npz") as b:
+        assert a.files == b.files
+        for key in a.files:
+            if key.endswith(("singular_values", "delta", "truncation/loss")):
+                np.testing.assert_allclose(a[key], b[key], rtol=10 * rtol, atol=1e-5 * a[key].max())
+    for file in (*one.path.glob("adapter/*.safetensors"), *one.path.glob("model/*")):
+        a, b = load_file(file), load_file(two.path / file.relative_to(one.path))
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=10 * rtol, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_as_one(case: str, trainer: str):
+    two = run(*CASES[case], f"trainer={trainer}", *TWO, root="two")
+    same(run(*CASES[case], root="one"), two)
+
+
+def test_the_first_process_alone_writes(lab: Lab):
+    assert lab("shift", "trainer=ddp", *TWO, tracking="offline") == 0
+    two = only_run()
+    assert two.finished
+    assert len(list(Path("runs/shift/wandb").glob("offline-run-*"))) == 1
+    assert "wandb_rows_lost" not in two.status
+    assert lab("shift", "runs_dir=one") == 0
+    one = only_run("one")
+    assert one.path.name == two.path.name  # devices are no part of what a run is
+    same(one, two)
+    assert lab("shift", "trainer=ddp", *TWO) == 0  # finished before, and found
+
+
+def start(*overrides: str) -> subprocess.Popen[str]:
+    """Endless training of two processes, in a process group of its own."""
+    command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
+    command += ["figures=false", "trainer=ddp", *TWO, "trainer.check_val_every_n_epoch=5"]
+    return subprocess.Popen(
+        [*command, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ranks() -> dict[str, int]:
+    """The processes of this test's run: rank → process, told by the environment of each."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            said = dict(
+                pair.split("=", 1)
+                for pair in (directory / "environ").read_text().split("\0")
+                if "=" in pair
+            )
+            here = (directory / "cwd").resolve() == Path.cwd()
+        except OSError:  # gone, or not ours
+            continue
+        if here and "TORCHELASTIC_RUN_ID" in said:
+            found[said["RANK"]] = int(directory.name)
+    return found
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def in_training() -> bool:
+    return any(run.curve("val/loss").get(5) for run in find_runs(Path("runs")))
+
+
+def test_a_process_that_dies_fails_the_run_and_the_multirun_goes_on():
+    process = start("-m", "trainer.max_epochs=1000000,2")
+    until(in_training)
+    (first,) = find_runs(Path("runs"))
+    os.kill(ranks()["1"], signal.SIGKILL)
+    until(lambda: first.status["state"] == "failed")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert first.status["error"] == "process 1 of 2 ended by SIGKILL"
+    assert "process 1 of 2 ended by SIGKILL" in out
+    states = {r.config["trainer"]["max_epochs"]: r.status["state"] for r in find_runs(Path("runs"))}
+    assert states == {1000000: "failed", 2: "finished"}
+
+
+def test_ctrl_c_ends_every_process():
+    process = start("trainer.max_epochs=1000000")
+    until(in_training)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert only_run().status["state"] == "interrupted"
+    assert not ranks()
+
+
+def test_what_cannot_be_shared_is_said(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    for overrides, says in (
+        (("data.batch_size=33",), "data.batch_size=33: must be a multiple of the 2 processes"),
+        (("trainer=fsdp", "adapter=dora"), "adapter.dora=true: not with trainer=fsdp"),
+    ):
+        assert lab("shift", "trainer=ddp", *overrides, *TWO) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+    assert not find_runs(Path("runs"))
+
+
+def test_each_process_has_its_share_of_every_batch():
+    whole, *parts = (
+        [list(b) for b in Batches(10, 4, "epoch", (0,), rank, count)]
+        for rank, count in ((0, 1), (0, 2), (1, 2))
+    )
+    assert whole == [a + b for a, b in zip(*parts, strict=True)]
