@@ -112,7 +112,7 @@ def _adapt(
         tracking.log({"parameters/trainable": 0, "parameters/base": whole}, 0)
         return
     _fit(trainer, module, data)
-    module.end = module.now()
+    module.end = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
     alone = ALONE
     if isinstance(model, FSDPModule):
         spectral.updates = updates = Updates(_gather(plan, module), base, plan.sites)

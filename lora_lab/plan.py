@@ -172,6 +172,12 @@ def _check_trainer(cfg: Config) -> int:
             f"{there} CUDA GPUs; trainer=cpu or trainer=auto runs without one"
         )
     fits("trainer", pl.Trainer, arguments)
+    nodes = arguments.get("num_nodes", 1)
+    if nodes != 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ConfigError(
+            f"trainer.num_nodes={nodes}: is started on every node, by `torchrun --nnodes={nodes} "
+            f"--nproc-per-node={devices} … -m lora_lab.train …`"
+        )
     if arguments.get("strategy") == "fsdp":
         if isinstance(cfg.adapter, Lora) and cfg.adapter.dora:
             raise ConfigError("adapter.dora=true: not with trainer=fsdp")

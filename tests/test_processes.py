@@ -154,6 +154,7 @@ def test_what_cannot_be_shared_is_said(lab: Lab, capsys: pytest.CaptureFixture[s
     for overrides, says in (
         (("data.batch_size=33",), "data.batch_size=33: must be a multiple of the 2 processes"),
         (("trainer=fsdp", "adapter=dora"), "adapter.dora=true: not with trainer=fsdp"),
+        (("+trainer.num_nodes=2",), "`torchrun --nnodes=2 --nproc-per-node=2"),
     ):
         assert lab("shift", "trainer=ddp", *overrides, *TWO) == 2
         assert says in " ".join(capsys.readouterr().err.split())
