@@ -92,7 +92,7 @@ def plan(cfg: Config) -> Plan:
     if processes > 1 and (data.batch_size or 0) % processes:
         raise ConfigError(
             f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes "
-            "that share every batch (trainer.devices)"
+            f"that share every batch (trainer.devices={cfg.trainer.devices})"
         )
     with torch.device("meta"):
         model = _call("model", cfg, **sizes)
