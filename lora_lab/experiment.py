@@ -26,7 +26,8 @@ from lora_lab.updates import Updates
 def run(plan: Plan, console: Console) -> Run:
     """Runs what was planned and returns its finished directory. The run fails by raising."""
     cfg = plan.cfg
-    about = {"cell": cfg.cell(), "seed": cfg.seed}
+    # Sums in another order are other bits.
+    about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
     recorded = record(plan.path, cfg.plain(), overwrite=cfg.overwrite, **about)
     with recorded as run, Tracking(cfg, run, plan.path) as tracking:
         base = _base(plan, tracking, console)

@@ -234,7 +234,8 @@ def _numbers(run: Run) -> dict[str, np.ndarray]:
 
 def _environment(run: Run) -> dict[str, Any]:
     path = run.path / "env.json"
-    return _flat(json.loads(path.read_text())) if path.exists() else {}
+    found = _flat(json.loads(path.read_text())) if path.exists() else {}
+    return found | {key: run.status.get(key, "–") for key in ("host", "threads")}
 
 
 def _settings(run: Run) -> dict[str, Any]:

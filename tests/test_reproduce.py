@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -166,6 +167,8 @@ def test_differences_of_environment_and_settings_are_shown(
     env["cpus"] = 1000
     del env["processor"]
     (run.path / "env.json").write_text(json.dumps(env))
+    assert run.status["threads"] == torch.get_num_threads()
+    run.update(threads=1000)
     config = run.config
     for key in ("sweep", "figures"):
         del config[key]
@@ -178,6 +181,7 @@ def test_differences_of_environment_and_settings_are_shown(
     assert ["spectra.first_step", "–", "False"] in told
     assert ["sweep.fail_fast", "–", "False"] in told
     assert any(line[:2] == ["cpus", "1000"] for line in told)
+    assert ["threads", "1000", str(torch.get_num_threads())] in told
     assert any(line[:2] == ["processor", "–"] for line in told)
     assert "environment and settings: the same" not in said
 
