@@ -24,6 +24,8 @@ examples:
   lora-lab analyze RUN RUN                    how the directions of their ΔW compare
   lora-lab export RUN DIR                     its adapter, as PEFT loads it
   lora-lab export RUN DIR --format merged     its model, ΔW in the weights
+  lora-lab reproduce RUN                      the run again, every number beside the stored one
+  lora-lab dashboard PROJECT                  a workspace and a report of its runs in W&B
   lora-lab ls                                 every run: status, cell, seed, loss, time
 """
 
@@ -111,6 +113,39 @@ def main() -> None:
     analyze.add_argument(
         "--to", type=Path, default=Path("analysis"), help="where a comparison is written (analysis)"
     )
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="run a finished run again and compare",
+        description="Runs a finished run again from its stored config, in a new directory, and "
+        "prints the stored numbers beside the new, with what differs of the environment. The same "
+        "environment gives the same bits; another machine, version or number of threads does not, "
+        "and needs a --tolerance, as 1e-5. "
+        "Exits with 0: within the tolerance, 1: beyond it or failed, 2: no run to be reproduced.",
+    )
+    reproduce.add_argument("run", type=Path, help="a run directory, or the start of its hash")
+    reproduce.add_argument(
+        "--to",
+        type=Path,
+        default=Path("reproduced"),
+        help="where its directory is made (reproduced)",
+    )
+    reproduce.add_argument(
+        "--tolerance", type=_tolerance, default=0.0, help="of each stored value, as 1e-6 (0)"
+    )
+    reproduce.add_argument(
+        "--fresh", action="store_true", help="train the base again too, in the new directory"
+    )
+    dashboard = commands.add_parser(
+        "dashboard",
+        help="make a W&B workspace and report for a rank ablation",
+        description="Makes a saved workspace view and a report in a W&B project that has runs: "
+        "losses by cell with seeds averaged, against r and parameters, the truncation of ΔW, its "
+        "effective ranks and singular values, which settings matter. Each call makes new ones. "
+        "Without a login it prints what it would make, and exits with 0 as --dry-run does.",
+    )
+    dashboard.add_argument("project", help="a project of W&B, as in tracking.project")
+    dashboard.add_argument("--entity", help="whose it is (the login's default)")
+    dashboard.add_argument("--dry-run", action="store_true", help="print what would be made")
     ls = commands.add_parser("ls", help="list runs")
     ls.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="where (runs)")
     # The rest of a train command is Hydra's to read.
@@ -126,6 +161,10 @@ def main() -> None:
             _analyze(arguments.runs, asked, arguments.to)
         elif arguments.command == "export":
             _export(arguments.run, arguments.format, arguments.directory)
+        elif arguments.command == "reproduce":
+            _reproduce(arguments.run, arguments.to, arguments.tolerance, arguments.fresh)
+        elif arguments.command == "dashboard":
+            _dashboard(arguments.project, arguments.entity, arguments.dry_run)
         else:
             _ls(arguments.root)
     except (OSError, ValueError, BadZipFile) as error:
@@ -188,6 +227,54 @@ def _export(path: Path, format: str, directory: Path) -> None:
     quiet()
 
     print(export(run, format, directory))
+
+
+def _tolerance(text: str) -> float:
+    if not 0 <= (tolerance := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and finite")
+    return tolerance
+
+
+def _reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
+    from lora_lab.runs import named_run
+
+    run = named_run(path)
+    from lora_lab import reproduce, train
+
+    train.quiet()
+    try:
+        same = reproduce.show(reproduce.again(run, to, _console(), fresh), tolerance, _console())
+    except train.RunFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        same = False
+    sys.exit(0 if same else 1)
+
+
+def _dashboard(project: str, entity: str | None, dry_run: bool) -> None:
+    if "/" in project:
+        owner, _, name = project.partition("/")
+        raise ValueError(
+            f"{project} is no project's name: {name} --entity {owner} says whose it is"
+        )
+    from lora_lab import dashboard
+
+    if not dry_run and dashboard.logged_in():
+        try:
+            print("\n".join(dashboard.save(project, entity)))
+        except dashboard.DashboardError as error:
+            print(f"failed: {error}", file=sys.stderr)
+            sys.exit(1)
+        return
+    from rich import box
+    from rich.table import Table
+
+    head, *rows = dashboard.described()
+    table = Table(*head, box=box.SIMPLE, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+    why = "as --dry-run asks" if dry_run else "there is no login: `wandb login` makes one"
+    print(f"nothing was made, {why}")
 
 
 def _console() -> "Console":

@@ -35,7 +35,8 @@ def run(plan: Plan, console: Console) -> Run:
     Of a run's several processes the first does all but training alone, and has its files.
     """
     cfg = plan.cfg
-    about = {"cell": cfg.cell(), "seed": cfg.seed}
+    # Sums in another order are other bits.
+    about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
     recorded = record(plan.path, cfg.plain(), overwrite=cfg.overwrite, **about)
     with (
         nullcontext(Run(plan.path)) if rank() else recorded as run,

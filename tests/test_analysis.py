@@ -253,6 +253,18 @@ def test_several_sites_are_measured_as_one_too(lab: Lab):
     assert run.last("spectra_of/depth/0/frobenius") is None
 
 
+def test_one_site_is_all_sites(lab: Lab):
+    assert lab("shift", "adapter.r=2") == 0
+    run = only_run()
+    measures = {k.rpartition("/")[2] for row in run.rows() for k in row if k.startswith("spectra_")}
+    assert measures >= {"effective_rank", "sigma_1", "frobenius"}
+    for measure in measures:
+        of_all = run.curve(f"spectra_of/all/{measure}")
+        assert of_all == run.curve(f"spectra/linear/{measure}")
+        assert list(of_all) == [0, 2, 4]
+    assert run.last("spectra_of/kind/linear/frobenius") is None
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_analyze_finds_what_the_run_found(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str

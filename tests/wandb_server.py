@@ -44,6 +44,7 @@ class WandbServer(ThreadingHTTPServer):
 
     `runs` (by id) and `sweeps` (YAML text, by id) fill as clients talk. An agent gets the points
     of `agent_runs`, each {parameter: value}, one after another, and is then told to exit.
+    `views` are the workspaces (type project-view) and reports (runs) that were saved.
     A request that could not be answered fails the `with` block: the client may only log it.
     """
 
@@ -54,6 +55,7 @@ class WandbServer(ThreadingHTTPServer):
         self.runs: dict[str, ServedRun] = {}
         self.sweeps: dict[str, str] = {}
         self.agent_runs: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
         self._artifacts: list[dict[str, Any]] = []  # an artifact's id is its index
         self._uploads: list[tuple[dict[str, bytes], str]] = []  # upload i sets files[name]
         self._points = itertools.count()  # numbers the agents' runs
@@ -151,11 +153,32 @@ class WandbServer(ThreadingHTTPServer):
                 return {"project": {"sweep": {"config": config, "runs": {"edges": []}}}}
             case "CreateAgent":
                 return {"createAgent": {"agent": {"id": sent["sweep"]}}}
+            case "ProjectInternalId":
+                there = (sent["entityName"], sent["projectName"]) in self._projects()
+                return {"project": {"internalId": "project"} if there else None}
+            case "GetProjects":
+                every = sorted(
+                    name for entity, name in self._projects() if entity == sent["entity"]
+                )
+                about = {"createdAt": "", "isBenchmark": False, "user": None}
+                about |= {"entityName": sent["entity"]}
+                edges = [{"node": about | {"id": name, "name": name}} for name in every]
+                pages = {"endCursor": None, "hasNextPage": False}
+                return {"models": {"edges": edges, "pageInfo": pages}}
+            case "upsertView" | "UpsertView2":
+                self.views.append(sent)
+                view = {key: sent[key] for key in ("name", "displayName", "description", "spec")}
+                project = {"name": sent["projectName"], "entityName": sent["entityName"]}
+                view |= {"id": f"view{len(self.views)}", "project": project}
+                return {"upsertView": {"view": view, "inserted": True}}
             case "Heartbeat":
                 running = json.loads(sent["runState"])  # a command to exit would kill it
                 commands = [] if running else [self._next_command(sent["id"])]
                 return {"agentHeartbeat": {"commands": json.dumps(commands)}}
         return {}
+
+    def _projects(self) -> set[tuple[str, str]]:
+        return {(run.entity, run.project) for run in self.runs.values()}
 
     def _upload(self, files: dict[str, bytes], name: str) -> dict[str, Any]:
         self._uploads.append((files, name))

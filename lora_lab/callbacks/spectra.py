@@ -20,8 +20,8 @@ CORNER = 64
 class SpectraCallback(pl.Callback):
     """Measures every site's ΔW before training, every so many epochs or steps, and at the end.
 
-    Scalars and histograms are logged as they come, by site and, of several sites, by kind, by depth
-    and of all; `arrays` gives what spectra.npz holds.
+    Scalars and histograms are logged as they come, by site, of all and, of several sites, by kind
+    and by depth; `arrays` gives what spectra.npz holds.
     """
 
     def __init__(self, updates: Updates, schedule: Spectra, tracking: Tracking):
@@ -99,12 +99,13 @@ class SpectraCallback(pl.Callback):
 
 
 def groups(spectra: Mapping[str, Spectrum], sites: Mapping[str, Site]) -> dict[str, Spectrum]:
-    """The spectra of several sites' ΔW as one: of all, by kind and by depth; {} of a single site.
+    """The spectra of several sites' ΔW as one: of all, by kind and by depth; of one site `all`.
 
-    Depth is the first number in a site's name, as 3 in `layers.3.attn.q`.
+    Runs of one site and of many are thus charted by one name. Depth is the first number in a
+    site's name, as 3 in `layers.3.attn.q`.
     """
-    if len(spectra) < 2:
-        return {}
+    if len(spectra) == 1:
+        return {"all": together(spectra.values())}
     members: dict[str, list[Spectrum]] = {}
     for name, spectrum in spectra.items():
         depth = re.search(r"(?<![^.])\d+(?![^.])", name)

@@ -1,0 +1,193 @@
+"""The dashboard as W&B gets it: every panel, of keys that runs really log."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lora_lab import dashboard
+from lora_lab.runs import Run
+from tests.conftest import Lab, command, only_run
+from tests.test_tracking import environment
+from tests.wandb_server import ServedRun, WandbServer
+
+PANELS = {
+    "Run History Line Plot": 5,
+    "Scatter Plot": 3,
+    "Bar Chart": 1,
+    "Vega2": 1,
+    "Parallel Coordinates Plot": 1,
+    "Parameter Importance": 1,
+    "Run Comparer": 1,
+}
+
+
+def nodes(spec: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object in it."""
+    if isinstance(spec, dict):
+        yield spec
+    for child in (
+        spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ()
+    ):
+        yield from nodes(child)
+
+
+def strings(spec: Any) -> Iterator[str]:
+    if isinstance(spec, str):
+        yield spec
+    for node in nodes(spec):
+        for key, value in node.items():
+            yield key
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, str):
+                    yield one
+
+
+def panels(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [node for node in nodes(spec) if "viewType" in node]
+
+
+def of_config(served: ServedRun, path: str) -> Any:
+    """W&B's config wraps every top-level key: `adapter.value.r` is adapter.r."""
+    first, value, *rest = path.split(".")
+    assert value == "value", path
+    found = served.config[first]
+    for key in rest:
+        found = found[key]
+    return found
+
+
+def check_keys(spec: dict[str, Any], run: Run, served: ServedRun) -> None:
+    """Whatever a view names of a run is there: in metrics.jsonl, and in W&B."""
+    logged = {key for row in run.rows() for key in row}
+    history = {key for row in served.history for key in row}
+    keys = {n for panel in panels(spec) for n in panel["config"].get("metrics", [])}
+    keys |= {s.partition(":")[2] for s in strings(spec) if s.startswith("summary:")}
+    keys |= {
+        panel["config"]["targetKey"] for panel in panels(spec) if "targetKey" in panel["config"]
+    }
+    keys |= {panel["config"]["xAxis"] for panel in panels(spec) if "Line Plot" in panel["viewType"]}
+    assert keys >= {"val/loss", "train/loss", "epoch", "parameters/trainable"}
+    for key in keys:
+        assert key in logged, key
+        assert key in history, key
+        assert key in served.summary, key
+    settings = {s.partition(":")[2] for s in strings(spec) if s.startswith("config:")}
+    grouped = {panel["config"].get("groupBy") for panel in panels(spec)} - {None, "group"}
+    assert settings | grouped >= {"adapter.value.r", "adapter.value.alpha", "optimizer.value.lr"}
+    for path in settings | grouped:
+        assert isinstance(of_config(served, path), int | float), path
+    regexes = [p["config"]["metricRegex"] for p in panels(spec) if "metricRegex" in p["config"]]
+    assert len(regexes) == 2
+    for regex in regexes:
+        found = [key for key in logged if re.search(regex, key)]
+        assert {key.split("/")[1] for key in found} == set(
+            json.loads((run.path / "adapter" / "adapter.json").read_text())["sites"]
+        )
+
+
+@pytest.mark.parametrize("experiment", ["shift", "digits"])  # one site, and several
+def test_what_arrives_has_every_panel_of_keys_that_runs_log(
+    lab: Lab,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    experiment: str,
+):
+    with WandbServer() as server:
+        environment(monkeypatch, server)
+        assert lab(experiment, "adapter.r=2", tracking="online") == 0
+        (served,) = server.runs.values()
+        capsys.readouterr()
+        assert command(monkeypatch, "dashboard", "lora_lab") == 0
+    printed = capsys.readouterr().out.split()
+    report, view = server.views
+    assert [report["type"], view["type"]] == ["runs", "project-view"]
+    assert len(printed) == 2
+    assert all(url.startswith(f"{server.url}/tester/lora_lab") for url in printed)
+    for saved in (report, view):
+        assert (saved["entityName"], saved["projectName"]) == ("tester", "lora_lab")
+        spec = json.loads(saved["spec"])
+        kinds = [panel["viewType"] for panel in panels(spec)]
+        assert {kind: kinds.count(kind) for kind in kinds} == PANELS
+        check_keys(spec, only_run(), served)
+        for runset in (n for n in nodes(spec) if "grouping" in n):
+            assert runset["grouping"] == [{"section": "run", "name": "group"}]
+            assert runset["sort"]["keys"][0]["key"] == {"section": "summary", "name": "val/loss"}
+    assert served.group == only_run().status["cell"]
+    named = [
+        section["name"]
+        for section in json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
+    ]
+    assert named == ["Loss", "Rank", "ΔW", "Settings"]
+    lines = [p["config"] for p in panels(json.loads(view["spec"])) if "Line Plot" in p["viewType"]]
+    assert all((p["groupAgg"], p["groupArea"]) == ("mean", "stddev") for p in lines)
+
+
+def test_the_truncation_chart_is_the_runs_own(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    """As W&B's client asks of the server for the chart that each run logs."""
+    charts: dict[str, Any] = {}
+    with WandbServer() as server:
+        environment(monkeypatch, server)
+        whole = server._upsert_run
+
+        def kept(**sent: Any) -> dict[str, Any]:
+            about = json.loads(sent["config"] or "{}").get("_wandb", {}).get("value", {})
+            charts.update(about.get("visualize", {}))
+            return whole(**sent)
+
+        monkeypatch.setattr(server, "_upsert_run", kept)
+        assert lab("shift", tracking="online") == 0
+        (served,) = server.runs.values()
+    own = charts["truncation/chart"]["panel_config"]
+    (ours,) = [
+        p["config"] for p in panels(dashboard.workspace("p", "e")._spec) if p["viewType"] == "Vega2"
+    ]
+    for key in ("panelDefId", "fieldSettings", "stringSettings", "transform"):
+        assert ours[key] == own[key]
+
+    def fields(config: dict[str, Any]) -> dict[str, Any]:
+        (query,) = config["userQuery"]["queryFields"]
+        return {field["name"]: field.get("args") for field in query["fields"]}
+
+    assert {k: v or None for k, v in fields(ours).items()} == fields(own)
+    assert "truncation/chart_table" in served.summary
+
+
+def test_without_a_login_it_says_what_it_would_make(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    dashboard.wandb.teardown()
+    assert command(monkeypatch, "dashboard", "lora_lab") == 0
+    said = capsys.readouterr().out
+    assert "`wandb login`" in said
+    assert len(dashboard.described()) == 2 + sum(PANELS.values())
+    for _, panel, shows in dashboard.described()[1:-1]:
+        assert f" {panel} " in said
+        assert shows in said
+    assert "spectra_of/all/effective_rank against adapter.r" in said
+
+
+def test_a_dry_run_asks_no_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with WandbServer() as server:
+        environment(monkeypatch, server)
+        assert command(monkeypatch, "dashboard", "lora_lab", "--dry-run") == 0
+    assert not server.views
+    assert "nothing was made, as --dry-run asks" in capsys.readouterr().out
+
+
+def test_what_cannot_be_made(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert command(monkeypatch, "dashboard", "team/lora_lab") == 2
+    assert "lora_lab --entity team" in capsys.readouterr().err
+    with WandbServer() as server:
+        environment(monkeypatch, server)
+        assert command(monkeypatch, "dashboard", "nothing", "--entity", "tester") == 2
+    assert "tester/nothing' not found" in capsys.readouterr().err
+    assert not server.views
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    dashboard.wandb.teardown()
+    assert command(monkeypatch, "dashboard", "lora_lab") == 1
+    assert "W&B cannot be used" in capsys.readouterr().err

@@ -1,0 +1,251 @@
+"""A run again: bit for bit where nothing changed, and told where something did."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from lora_lab.runs import Run, find_runs
+from tests.conftest import Lab, command, only_run
+
+
+def reproduce(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str]:
+    """The exit code of `lora-lab reproduce ARGUMENTS`, and all that it said."""
+    capsys.readouterr()
+    code = command(monkeypatch, "reproduce", *map(str, arguments))
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def content(run: Run) -> dict[str, bytes]:
+    return {
+        path.relative_to(run.path).as_posix(): path.read_bytes()
+        for path in run.path.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("experiment", ["shift", "digits"])
+@pytest.mark.parametrize("adapter", ["lora", "full", "none"])
+def test_the_same_bits(
+    lab: Lab,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    experiment: str,
+    adapter: str,
+):
+    assert lab(experiment, f"adapter={adapter}") == 0
+    run = only_run()
+    before = content(run)
+    code, said = reproduce(monkeypatch, capsys, run.path)
+    assert code == 0, said
+    assert "environment and settings: the same" in said
+    assert "not equal bit for bit" not in said
+    assert content(run) == before
+    assert only_run() == run  # what `lora-lab ls` lists is as before
+    new = only_run("reproduced")
+    assert new.path == Path("reproduced", *run.path.parts[1:])
+    assert (new.path / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
+    weights = [name for name in before if name.endswith(".safetensors")]
+    assert len(weights) == (adapter != "none")
+    for name in weights:
+        assert content(new)[name] == before[name]
+        assert f"metrics.jsonl, {name}" in said
+    for key in ("val/loss", "base/val/loss", "parameters/base"):
+        assert any(line.split()[:1] == [key] for line in said.splitlines()), key
+    assert (new.path / "reproduction.md").read_text().count("| val/loss |") == 1
+
+
+def test_the_base_is_found_or_trained_again(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lab("shift")
+    run = only_run()
+    (file,) = Path("bases").glob("*.safetensors")
+    was = json.loads((run.path / "adapter" / "adapter.json").read_text())["base"][:10]
+    code, said = reproduce(monkeypatch, capsys, run.path)
+    assert code == 0
+    assert f"base: found, not trained again ({file})" in said
+    assert f"stored {was}, new {was}" in said
+    written = file.stat().st_mtime_ns
+    code, said = reproduce(monkeypatch, capsys, run.path, "--fresh")  # over the one before
+    assert code == 0
+    again = only_run("reproduced").path / "bases" / file.name
+    assert f"base: trained again ({again})" in said
+    assert again.read_bytes() == file.read_bytes()
+    assert file.stat().st_mtime_ns == written
+
+
+def test_what_differs_is_named(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Each file of numbers is changed by hand; a tolerance takes in what is smaller."""
+    lab("digits")
+    run = only_run()
+    path = run.path / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    loss = run.last("val/loss")
+    assert loss is not None
+    for row in rows:
+        row |= {"val/loss": loss * 1.001} if row.get("val/loss") == loss else {}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, said = reproduce(monkeypatch, capsys, run.path)
+    assert code == 1
+    marked = [line.split() for line in said.splitlines() if line.rstrip().endswith("≠")]
+    (name, stored, new, absolute, relative, _) = marked[0]
+    assert len(marked) == 1
+    assert name == "val/loss"
+    assert float(stored) == pytest.approx(loss * 1.001, rel=1e-8)
+    assert float(new) == pytest.approx(loss, rel=1e-8)
+    assert float(absolute) == pytest.approx(0.001 * loss, rel=5e-3)
+    assert float(relative) == pytest.approx(0.001 / 1.001, rel=5e-3)
+    assert "NOT REPRODUCED: 1 of" in said
+    assert "most val/loss" in said
+    assert "not equal bit for bit: metrics.jsonl" in said
+    assert reproduce(monkeypatch, capsys, run.path, "--tolerance", "0.002")[0] == 0
+    assert reproduce(monkeypatch, capsys, run.path, "--tolerance", "0.0005")[0] == 1
+
+    with np.load(run.path / "spectra.npz") as kept:
+        arrays = dict(kept)
+    arrays["head/singular_values"][-1, 0] *= 1.1
+    np.savez(run.path / "spectra.npz", **arrays)
+    file = run.path / "adapter" / "adapter.safetensors"
+    factors = load_file(file)
+    factors["head.B"] *= 1.2
+    save_file(factors, file)
+    code, said = reproduce(monkeypatch, capsys, run.path, "--tolerance", "0.01")
+    assert code == 1
+    marked = [line.split("  ")[0].strip() for line in said.splitlines() if "≠" in line]
+    assert marked == ["head: singular values", "adapter: head.B"]
+    assert "not equal bit for bit: metrics.jsonl, adapter/adapter.safetensors" in said
+
+
+def test_a_metric_that_is_gone_is_a_difference_and_a_new_one_is_not(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lab("shift")
+    run = only_run()
+    path = run.path / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole.replace('"merged/val/loss"', '"merged/val/before"'))
+    code, said = reproduce(monkeypatch, capsys, run.path)
+    assert code == 1
+    assert "NOT REPRODUCED: 1 of" in said
+    assert "most merged/val/before" in said
+    lines = [line for line in whole.splitlines(keepends=True) if "merged/val/loss" not in line]
+    path.write_text("".join(lines))
+    assert reproduce(monkeypatch, capsys, run.path)[0] == 0
+
+
+def test_rows_that_analyze_added_are_no_difference(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lab("shift")
+    run = only_run()
+    assert command(monkeypatch, "analyze", str(run.path)) == 0
+    code, said = reproduce(monkeypatch, capsys, run.path)
+    assert code == 0
+    assert "bit for bit equal: metrics.jsonl, adapter" in said
+
+
+def test_differences_of_environment_and_settings_are_shown(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A run of an older version: other packages, and settings that were not there yet."""
+    lab("shift")
+    run = only_run()
+    env = json.loads((run.path / "env.json").read_text())
+    now = env["packages"]["torch"]
+    env["packages"]["torch"] = "1.0.0"
+    env["cpus"] = 1000
+    del env["processor"]
+    (run.path / "env.json").write_text(json.dumps(env))
+    assert run.status["threads"] == torch.get_num_threads()
+    run.update(threads=1000)
+    config = run.config
+    for key in ("sweep", "figures"):
+        del config[key]
+    del config["spectra"]["first_step"]
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    code, said = reproduce(monkeypatch, capsys, run.path)
+    assert code == 0, said
+    told = [line.split() for line in said.splitlines()]
+    assert ["packages.torch", "1.0.0", now] in told
+    assert ["spectra.first_step", "–", "False"] in told
+    assert ["sweep.fail_fast", "–", "False"] in told
+    assert any(line[:2] == ["cpus", "1000"] for line in told)
+    assert ["threads", "1000", str(torch.get_num_threads())] in told
+    assert any(line[:2] == ["processor", "–"] for line in told)
+    assert "environment and settings: the same" not in said
+
+
+def test_what_cannot_be_reproduced(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lab("shift")
+    run = only_run()
+
+    def refused(*arguments: object) -> str:
+        code, said = reproduce(monkeypatch, capsys, run.path, *arguments)
+        assert code == 2
+        assert "Traceback" not in said
+        return said
+
+    before = content(run)
+    assert "the run itself is there" in refused("--to", "runs")
+    assert "the run itself is there" in refused("--to", run.path)
+    assert "argument --tolerance" in refused("--tolerance", "-1")
+    shutil.copytree("runs", "others")
+    assert "is a run of its own" in refused("--to", "others")
+    config = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(config + "rank: 3\n")
+    assert "rank=3: there is no such key" in refused()
+    (run.path / "config.yaml").write_text("a: [")
+    assert "config.yaml cannot be read" in refused()
+    (run.path / "config.yaml").write_text(config)
+    assert content(run) == before
+    run.update(state="failed")
+    assert "is failed: only a finished run can be reproduced" in refused()
+    assert not Path("reproduced").exists()
+
+
+def test_a_checkpoint_that_changed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lab("shift")
+    (trained,) = Path("bases").glob("*.safetensors")
+    shutil.copy(trained, "base.safetensors")
+    assert lab("shift", "base=checkpoint", "base.path=base.safetensors", "runs_dir=kept") == 0
+    run = only_run("kept")
+    code, said = reproduce(monkeypatch, capsys, run.path)
+    assert code == 0, said
+    assert "base: loaded from base.safetensors" in said
+    weights = load_file("base.safetensors")
+    save_file({key: 2 * value for key, value in weights.items()}, "base.safetensors")
+    code, said = reproduce(monkeypatch, capsys, run.path)
+    assert code == 2
+    assert "base.safetensors is not the file that" in said
+
+
+def test_a_run_again_that_fails(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Its stored learning rate is made one that diverges, and it can be tried again."""
+    lab("shift", "optimizer=sgd")
+    run = only_run()
+    config = (run.path / "config.yaml").read_text()
+    wild = yaml.safe_load(config)
+    wild["optimizer"]["lr"] = 1e30
+    (run.path / "config.yaml").write_text(yaml.safe_dump(wild))
+    for _ in range(2):
+        code, said = reproduce(monkeypatch, capsys, run.path)
+        assert code == 1
+        assert "failed: DivergedError" in said
+    assert [run.status["state"] for run in find_runs(Path("reproduced"))] == ["failed"]
