@@ -21,6 +21,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where there is one: ten times as fast."""
 PLANNED = "planned.json"
 """The file beside an experiment's runs with those that multiruns were to run: name → overrides."""
 
@@ -42,7 +44,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved config it was started with."""
-        return yaml.safe_load((self.path / "config.yaml").read_text())
+        return yaml.load((self.path / "config.yaml").read_text(), LOADER)
 
     @property
     def status(self) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def metric(results: Sequence[Result], name: str) -> Figure | None:
             label = f"cut from r = {top}" if len(series) == 1 else "cut from the largest r"
             line = axes.plot(list(shown), list(shown.values()), "--", color=color, linewidth=1)
             kinds[label] = line[0]
+            every += shown.values()
         if theory := sorted({(r.rank, h.theory) for r in own for h in r.held if h.metric == name}):
             (kinds["theory"],) = axes.plot(*zip(*theory, strict=True), "k+", markersize=9)
         ticks |= {*trained, *shown}
@@ -72,7 +73,7 @@ def metric(results: Sequence[Result], name: str) -> Figure | None:
 
 
 def _legends(figure: Figure, axes: Axes, names: Sequence[str], kinds: dict[str, Line2D]) -> None:
-    """Colours say the series, beside the plot; line styles what is drawn, where there is room."""
+    """Colours say the series, beside the plot; line styles what is drawn, below it."""
     if len(names) > 1:
         for kind, line in kinds.items():
             if kind.startswith(("trained", "cut")):
@@ -87,7 +88,10 @@ def _legends(figure: Figure, axes: Axes, names: Sequence[str], kinds: dict[str, 
         figure.legend(marks, labels, loc="outside right upper", fontsize=7, ncols=columns)
         figure.set_figwidth(figure.get_figwidth() + columns * (0.6 + 0.06 * max(map(len, labels))))
     dot = Line2D([], [], color="dimgray", marker="o", linestyle="", alpha=0.6, markersize=4)
-    axes.legend([dot, *kinds.values()], ["a run", *kinds], fontsize=8)
+    labels = ["a run", *kinds]
+    figure.legend(
+        [dot, *kinds.values()], labels, loc="outside lower center", fontsize=8, ncols=len(labels)
+    )
 
 
 def words_of(name: str) -> str:
@@ -173,10 +177,12 @@ def measures(results: Sequence[Result]) -> Figure | None:
             points = [(r, value) for r, values in by_r.items() for value in values]
             panel.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
             panel.plot(list(by_r), [mean(values) for values in by_r.values()], color=color)
-        panel.set(xlabel="r", ylabel=f"{measure.replace('_', ' ')} of ΔW", yscale="log")
+        panel.set(xlabel="r", ylabel=f"{measure.replace('_', ' ')} of ΔW")
         rank_axis(panel, set(ticks))
-        low, high = panel.get_ylim()
-        log_scale(panel, low, high)
+        top = max(value for by_r in lines.values() for own in by_r.values() for value in own)
+        panel.set_ylim(0.95, max(2, 1.15 * top))
+        if top > 10:
+            log_scale(panel, 1, top)
         panel.grid(alpha=0.3)
         drawn = list(lines)
     marks = [Line2D([], [], color="gray", linestyle=":", linewidth=1)]
@@ -222,7 +228,9 @@ def spectra(results: Sequence[Result]) -> Figure | None:
             # What rounding leaves of a zero has no place on a log axis.
             values = np.where(values > 1e-7 * peak, values, np.nan)
             panel.plot(np.arange(1, len(values) + 1), values, ".-", color=colors[r], linewidth=1)
-        panel.set(title=short(site), xlabel="i", ylabel=r"$\sigma_i$ of ΔW", yscale="log")
+        shown_values = [v for values in by_r.values() for v in values if v > 1e-7 * peak]
+        panel.set(title=short(site), xlabel="i", ylabel=r"$\sigma_i$ of ΔW")
+        log_scale(panel, min(shown_values), peak)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3, which="both")
     marks = [Line2D([], [], color=color, marker=".") for color in colors.values()]

@@ -1,9 +1,9 @@
 """The best cells and the best run of a folder, by one metric."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_lab.config import nearest
 from lora_lab.report import cells as of
 from lora_lab.report.cells import Cell, Result
 from lora_lab.report.tables import Rows, number
@@ -42,10 +42,12 @@ def best(runs: Sequence[Run], metric: str, goal: str | None = None) -> list[Best
     results = [result for run in runs if (result := of.read(run)).done]
     known = dict.fromkeys(key for result in results for key in result.finals)
     if metric not in known:
+        close = difflib.get_close_matches(metric, known, n=1)
+        nearest = f"; nearest: {close[0]}" if close else ""
         among = ", ".join(list(known)[:6]) or "none is finished"
         raise ValueError(
             f"--metric {metric}: none of {len(results)} finished runs has it"
-            f"{nearest(metric, known)} (they have {among}{', …' if len(known) > 6 else ''})"
+            f"{nearest} (they have {among}{', …' if len(known) > 6 else ''})"
         )
     if (goal := goal or of.goal(metric)) is None:
         raise ValueError(f"--goal must be said for {metric}: {' or '.join(GOALS)}")

@@ -64,23 +64,23 @@ def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str
     return list(made)
 
 
-def log_scale(axes: Axes, low: float, high: float) -> None:
+def log_scale(axes: Axes, low: float, high: float, which: str = "y") -> None:
     """A log scale of values from `low` to `high`; with plain numbers where they are few decades."""
-    axes.set_yscale("log")
-    axis = axes.yaxis
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
     decades = np.log10(high / low)
     subs = (1, 2, 5) if decades > 0.7 else range(1, 10)
     if decades < 3:
         axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG and PDF, with all that belongs to it."""
-    figure.savefig(path.with_suffix(".png"), bbox_inches="tight")
+    """Writes a figure, whose layout has room for all that belongs to it, as PNG and PDF."""
+    figure.savefig(path.with_suffix(".png"))
     figure.set_layout_engine("none")  # it stays as laid out, and is not laid out again
-    figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight")
+    figure.savefig(path.with_suffix(".pdf"))
 
 
 def _loss(run: Run) -> Figure:

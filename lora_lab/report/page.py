@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 STATES = ("finished", "running", "failed", "interrupted", "damaged", "missing", "NO")
 LISTED = 12
 """Values of a swept key that are listed, at most."""
+NUMBER = re.compile(r"([-+]?(nan|inf|[\d.,]+(e[-+]?\d+)?)%?( (±|of) \S+)?|–)?")
 WIDE = 1400
 """A picture wider than this, in pixels, has the page's whole width."""
 
@@ -37,7 +39,7 @@ class Table:
     rows: Sequence[Sequence[Any]]
     note: str = ""
 
-    @property
+    @cached_property
     def kinds(self) -> list[str]:
         """Each column's class: num, long or none."""
         return [self._kind(column) for column in zip(*self.rows[1:], strict=True)]
@@ -47,7 +49,7 @@ class Table:
         texts = [bare(c["text"] if isinstance(c, dict) else c) for c in column]
         if max(map(len, texts)) > 70:
             return "long"
-        return "num" if all(re.match(r"[-+−]?[\d.]|–$|nan|$", text) for text in texts) else ""
+        return "num" if all(NUMBER.fullmatch(text) for text in texts) else ""
 
 
 def of_sweep(sweep: "Sweep") -> Path:

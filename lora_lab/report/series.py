@@ -6,7 +6,7 @@ from statistics import mean
 
 import numpy as np
 
-from lora_lab.report.cells import Result, said
+from lora_lab.report.cells import Cell, Result, swept, words
 
 FREE = ("adapter.r", "data.seed", "base.seed")
 """What runs of one series may differ in, besides their seed."""
@@ -19,20 +19,17 @@ def series_of(results: Sequence[Result]) -> dict[str, list[Result]]:
         if result.rank is not None:
             told = {k: v for k, v in result.flat.items() if _tells(k)}
             members.setdefault(json.dumps(told, sort_keys=True), []).append(result)
-    told = {key: json.loads(key) for key in members}
-    keys = dict.fromkeys(key for one in told.values() for key in one)
-    differ = [k for k in keys if len({json.dumps(one.get(k)) for one in told.values()}) > 1]
-    names = (
-        ", ".join(f"{k.split('.')[-1]}={said(one.get(k))}" for k in differ) for one in told.values()
-    )
+    cells = [Cell(key, own) for key, own in members.items()]
+    keys = {key: name for key, name in swept(cells).items() if _tells(key)}
     series: dict[str, list[Result]] = {}
-    for name, own in zip(names, members.values(), strict=True):
-        series.setdefault(name if name not in series else f"{name} ({len(series)})", []).extend(own)
+    for cell in cells:
+        name = words(cell, keys) if keys else ""
+        series[name if name not in series else f"{name} ({len(series)})"] = cell.results
     return series
 
 
 def _tells(key: str) -> bool:
-    return key not in FREE and not key.startswith("spectra.")
+    return key not in FREE and key != "cell" and not key.startswith("spectra.")
 
 
 def short(label: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lora_lab.report.against import words_of
 from lora_lab.report.cells import Cell, goal, order, said, setting, swept, words
@@ -38,6 +39,8 @@ def parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
     cost = "parameters/trainable"
     cells = [cell for cell in cells if metric in cell.metrics and cost in cell.metrics]
     cells = [cell for cell in cells if np.isfinite(cell.metrics[metric].mean)]
+    frozen = [c.metrics[metric].mean for c in cells if not c.metrics[cost].mean]
+    cells = [cell for cell in cells if cell.metrics[cost].mean]
     points = [(cell.metrics[cost].mean, cell.metrics[metric].mean) for cell in cells]
     direction = goal(metric)
     if len({c for c, _ in points}) < 2 or direction is None:
@@ -61,28 +64,27 @@ def parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
     for n, i in enumerate(at[:NAMED], start=1):
         offset = (4, -11) if direction == "minimize" else (4, 6)
         axes.annotate(str(n), points[i], offset, textcoords="offset points", fontsize=8, zorder=4)
-        legend.append(f"{n}  {words(cells[i], keys)}")
-    axes.set_xscale("symlog", linthresh=max(1, min((c for c, _ in points if c), default=1)))
+        legend.append(words(cells[i], keys))
+    log_scale(axes, points[at[0]][0], max(c for c, _ in points), "x")
+    if frozen:
+        axes.axhline(frozen[0], color="gray", linewidth=1.1, linestyle=":", label="frozen base")
     axes.set(
         xlabel="trained parameters",
         ylabel=words_of(metric),
         title=cells[0].results[0].experiment,
     )
-    values = [value for _, value in points]
-    lowest = min(v - e for (_, v), e in zip(points, errors, strict=True))
+    values = [*frozen, *(value for _, value in points)]
+    lowest = min(*frozen, *(v - e for (_, v), e in zip(points, errors, strict=True)), max(values))
     if metric.endswith("loss") and min(values) > 1e-6 * max(values) and lowest > 0:
         log_scale(axes, lowest, max(values))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.text(
-        1.02,
-        1.0,
-        "\n".join(legend),
-        fontsize=7,
-        va="top",
-        linespacing=1.5,
-        transform=axes.transAxes,
-    )
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
+    marks = [
+        Line2D([], [], color="black", linestyle="", marker=f"${n}$")
+        for n in range(1, 1 + len(legend))
+    ]
+    figure.legend(marks, legend, loc="outside right upper", fontsize=7, frameon=False)
+    figure.set_figwidth(figure.get_figwidth() + 0.3 + 0.06 * max(map(len, legend)))
     return figure
 
 
@@ -127,7 +129,9 @@ def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -
         colors, norm = _scale(grid[np.isfinite(grid)].tolist(), metric)
         panel.set_facecolor("whitesmoke")
         image = panel.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
-        panel.set_xticks(range(len(across)), across, rotation=45 if len(across) > 8 else 0)
+        panel.set_xticks(
+            range(len(across)), across, rotation=45 if max(map(len, across)) > 7 else 0
+        )
         panel.set_yticks(range(len(down)), down)
         panel.set(xlabel=names[0], ylabel=names[1], title=f"{words_of(metric)}, mean")
         if len(across) <= NAMED and len(down) <= NAMED:
