@@ -150,7 +150,8 @@ def _differ(wanted: dict[str, Any], start: dict[str, Any], prefix: str = "") -> 
             if isinstance(value, dict) and isinstance(start.get(key), dict):
                 found += _differ(value, start[key], f"{name}.")
             elif key not in start or value != start[key]:
-                found.append(f"{'' if key in start else '++'}{name}={_grammar(value)}")
+                known = key in start and not name.startswith("target.")
+                found.append(f"{'' if known else '++'}{name}={_grammar(value)}")
     free = prefix in ("adapter.", "base.")  # check() takes away what another method has
     return found + [f"~{prefix}{key}" for key in start if key not in wanted and not free]
 
@@ -158,7 +159,7 @@ def _differ(wanted: dict[str, Any], start: dict[str, Any], prefix: str = "") -> 
 def _grammar(value: Any) -> str:
     """A value in Hydra's grammar."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{_grammar(k)}:{_grammar(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{_grammar(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_grammar, value))}]"
     if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][\w.-]*", value):
