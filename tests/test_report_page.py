@@ -45,7 +45,8 @@ MEASURE = """
   document.querySelector("th button").click(); document.querySelector("th button").click();
   const first = [...document.querySelector("tbody").rows].map(row => row.cells[0].innerText);
   const asked = performance.getEntriesByType("resource").map(one => one.name);
-  const said = {asked, width, wide, over, images, first, page: document.documentElement.scrollWidth};
+  const page = document.documentElement.scrollWidth;
+  const said = {asked, width, wide, over, images, first, page};
   parent.postMessage(JSON.stringify(said), "*");
 })</script>
 """
