@@ -12,6 +12,10 @@ from lora_lab.options import options
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_lab.runs import Run
+
+STATES = ("finished", "running", "failed", "interrupted", "damaged")
+
 EPILOG = """\
 examples:
   lora-lab train                              the `shift` experiment, to its table and figures
@@ -19,7 +23,10 @@ examples:
   lora-lab train -m adapter.r=1,2,4 seed=0,1  six runs, one after another
   lora-lab train --help                       everything that can be set
   lora-lab report RUN                         a run's table and figures again
-  lora-lab report runs/shift                  all its runs: by cell, against r, against theory
+  lora-lab report runs/shift                  all its runs: tables, figures and a page, even while
+                                              they go on
+  lora-lab best runs/digits --metric val/accuracy    its best cells, and the command that repeats
+  lora-lab diff RUN RUN                       what differs of their configs and results
   lora-lab analyze RUN                        its ΔW again: truncation, advice, against the base
   lora-lab analyze RUN RUN                    how the directions of their ΔW compare
   lora-lab export RUN DIR                     its adapter, as PEFT loads it
@@ -27,6 +34,7 @@ examples:
   lora-lab reproduce RUN                      the run again, every number beside the stored one
   lora-lab dashboard PROJECT                  a workspace and a report of its runs in W&B
   lora-lab ls                                 every run: status, cell, seed, loss, time
+  lora-lab ls --state failed                  those that failed
 """
 
 TRAIN = """\
@@ -93,7 +101,13 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=f"lora_lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="run one experiment, or with -m several", add_help=False)
-    report = commands.add_parser("report", help="write a run's table and figures, or many runs'")
+    report = commands.add_parser(
+        "report",
+        help="write a run's tables, figures and page, or many runs'",
+        description="Of a run: its tables and figures again. Of a folder: every metric as mean ± "
+        "standard deviation by cell, the best marked, figures, and what is not finished; as "
+        "Markdown, CSV, LaTeX, PNG, PDF and one page, report/index.html. Runs may go on meanwhile.",
+    )
     report.add_argument(
         "run", type=Path, help="a run directory, the start of its hash, or a folder"
     )
@@ -148,6 +162,20 @@ def main() -> None:
     dashboard.add_argument("--dry-run", action="store_true", help="print what would be made")
     ls = commands.add_parser("ls", help="list runs")
     ls.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="where (runs)")
+    ls.add_argument("--state", choices=STATES, help="those alone that are so")
+    ls.add_argument("--sort", choices=("name", "loss", "time", "started"), default="name")
+    best = commands.add_parser(
+        "best",
+        help="the best cells and the best run of a folder",
+        description="The best cells of each experiment, mean ± standard deviation over their "
+        "seeds, and the best run with the command that repeats it.",
+    )
+    best.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="where (runs)")
+    best.add_argument("--metric", default="val/loss", help="its last value (val/loss)")
+    best.add_argument("--goal", choices=("minimize", "maximize"), help="as the metric's name says")
+    best.add_argument("--shown", type=int, default=10, help="cells that are shown (10)")
+    diff = commands.add_parser("diff", help="what differs between two runs")
+    diff.add_argument("runs", type=Path, nargs=2, help="run directories, or starts of hashes")
     # The rest of a train command is Hydra's to read.
     if sys.argv[1:2] == ["train"]:
         return _train(sys.argv[2:])
@@ -165,8 +193,12 @@ def main() -> None:
             _reproduce(arguments.run, arguments.to, arguments.tolerance, arguments.fresh)
         elif arguments.command == "dashboard":
             _dashboard(arguments.project, arguments.entity, arguments.dry_run)
+        elif arguments.command == "best":
+            _best(arguments.root, arguments.metric, arguments.goal, arguments.shown)
+        elif arguments.command == "diff":
+            _diff(*arguments.runs)
         else:
-            _ls(arguments.root)
+            _ls(arguments.root, arguments.state, arguments.sort)
     except (OSError, ValueError, BadZipFile) as error:
         parser.exit(2, f"lora-lab {arguments.command}: {error}\n")
 
@@ -186,7 +218,7 @@ def _report(path: Path) -> None:
     from lora_lab.runs import find_runs, named_run
 
     if path.is_dir() and not (path / "status.json").exists() and (runs := find_runs(path)):
-        report.show_sweep(report.write_sweep(runs, path), path, _console())
+        report.show_sweep(report.write_sweep(runs, path), _console())
         return
     run = named_run(path)
     report.write(run)
@@ -283,13 +315,46 @@ def _console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
-def _ls(root: Path) -> None:
-    from lora_lab import report
+def _runs(root: Path) -> "list[Run]":
     from lora_lab.runs import find_runs
 
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {root}")
-    _console().print(report.listing(find_runs(root)))
+    return find_runs(root)
+
+
+def _ls(root: Path, state: str | None, sort: str) -> None:
+    runs = _runs(root)
+    from lora_lab import report
+
+    _console().print(report.listing(runs, state, sort))
+
+
+def _best(root: Path, metric: str, goal: str | None, shown: int) -> None:
+    runs = _runs(root)
+    from lora_lab import compose, report
+
+    for one in report.best(runs, metric, goal):
+        _console().print(report.table(f"{one.experiment}: {one.goal} {metric}", one.rows(shown)))
+        value = one.run.finals[metric]
+        print(f"best run  {one.run.run.path} ({metric} {value:.5g})")
+        again = compose.command(one.run.config) or f"lora-lab reproduce {one.run.run.path}"
+        print(f"command   {again}\n")
+
+
+def _diff(one: Path, other: Path) -> None:
+    from lora_lab.runs import named_run
+
+    runs = [named_run(path) for path in (one, other)]
+    from lora_lab import report
+
+    for i, run in enumerate(runs, start=1):
+        print(f"{i}: {run.path} ({run.status['state']})")
+    for title, rows in report.difference(*runs).items():
+        if len(rows) > 1:
+            _console().print(report.table(title, rows))
+        else:
+            print(f"\n{title}: the same")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Hydra's grammar and composition: what is said on the command line → typed configs."""
 
+import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -118,3 +121,48 @@ def explain(error: Exception) -> str:
             f"(there {'are' if len(known) > 1 else 'is'} {', '.join(known)})"
         )
     return " ".join(str(error).split())
+
+
+def command(config: dict[str, Any]) -> str | None:
+    """The `lora-lab train` command that makes a run's config again, as short as it can be.
+
+    None where conf/ has changed so that none does.
+    """
+    experiment = config["name"] in options().get("experiment", {})
+    said = [f"experiment={config['name']}"] if experiment else [f"name={config['name']}"]
+    with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
+        try:
+            wanted, start = check(dict(config)), composed(said).plain()
+            differ = _differ(wanted.plain(), start)
+            if composed([*said, *differ]).identity() != wanted.identity():
+                return None
+        except (ConfigError, HydraException, OmegaConfBaseException):
+            return None
+    return shlex.join(["lora-lab", "train", *said, *differ])
+
+
+def _differ(wanted: dict[str, Any], start: dict[str, Any], prefix: str = "") -> list[str]:
+    """The overrides that make one config of another."""
+    found = []
+    for key, value in wanted.items():
+        if prefix or key not in ("published", "overwrite", "figures", "tracking", "sweep"):
+            name = f"{prefix}{key}"
+            if isinstance(value, dict) and isinstance(start.get(key), dict):
+                found += _differ(value, start[key], f"{name}.")
+            elif key not in start or value != start[key]:
+                known = key in start and not name.startswith("target.")
+                found.append(f"{'' if known else '++'}{name}={_grammar(value)}")
+    free = prefix in ("adapter.", "base.")  # check() takes away what another method has
+    return found + [f"~{prefix}{key}" for key in start if key not in wanted and not free]
+
+
+def _grammar(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_grammar(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_grammar, value))}]"
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][\w.-]*", value):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return value if isinstance(value, str) else json.dumps(value)

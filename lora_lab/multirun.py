@@ -6,10 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from lora_lab import compose
 from lora_lab.config import Config, ConfigError
 from lora_lab.plan import plan
-from lora_lab.runs import Run
+from lora_lab.runs import PLANNED, Run, planned, write_atomic
 
 JOBS = "LORA_LAB_JOBS"
 """The environment variable that tells every process of a multirun its runs, and when it began."""
@@ -51,9 +53,22 @@ def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
 
 
 def begin(every: list[Job]) -> None:
-    """Tells this process and its children what the multirun is made of."""
+    """Tells this process, its children and later reports what the multirun is made of."""
+    _keep(every)
     paths = [str(job.path.absolute()) for job in every if job.path]
     os.environ[JOBS] = json.dumps({"paths": list(dict.fromkeys(paths)), "began": time.time()})
+
+
+def _keep(every: list[Job]) -> None:
+    """Adds the runs to the planned.json of their folder, so that a report misses none."""
+    folders: dict[Path, dict[str, list[str]]] = {}
+    for job in every:
+        if job.path:
+            folders.setdefault(job.path.parent, {})[job.path.name] = job.overrides
+    for folder, own in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{PLANNED}.lock"):
+            write_atomic(folder / PLANNED, json.dumps({**planned(folder), **own}, indent=1) + "\n")
 
 
 def end() -> None:

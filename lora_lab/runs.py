@@ -21,6 +21,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where there is one: ten times as fast."""
+PLANNED = "planned.json"
+"""The file beside an experiment's runs with those that multiruns were to run: name → overrides."""
 
 
 class RunBusyError(RuntimeError):
@@ -45,7 +49,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved config it was started with."""
-        return yaml.safe_load((self.path / "config.yaml").read_text())
+        return yaml.load((self.path / "config.yaml").read_text(), LOADER)
 
     @property
     def status(self) -> dict[str, Any]:
@@ -110,6 +114,14 @@ def _rows(path: Path, date: int, size: int) -> list[dict[str, Any]]:
 def find_runs(root: Path) -> list[Run]:
     """Every run below `root`, `root` itself included, by name."""
     return [Run(status.parent) for status in sorted(root.rglob("status.json"))]
+
+
+def planned(folder: Path) -> dict[str, list[str]]:
+    """The runs that multiruns were to run in a folder, each with its overrides."""
+    try:
+        return json.loads((folder / PLANNED).read_text())
+    except FileNotFoundError:
+        return {}
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

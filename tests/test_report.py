@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from lora_lab.runs import find_runs
+from lora_lab.report.cells import read
+from lora_lab.report.summary import not_finished
+from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
+from tests.copies import copies
 
 
 def kept(run: Path) -> dict[str, bytes]:
@@ -64,6 +68,19 @@ def test_every_method_has_a_report(lab: Lab, adapter: str):
     assert (only_run().path / "report" / "loss.png").stat().st_size > 5000
 
 
+def finals(run: Run) -> dict[str, float]:
+    """The last value of each metric, read from metrics.jsonl alone."""
+    found = {}
+    for line in (run.path / "metrics.jsonl").read_text().splitlines():
+        found |= json.loads(line)
+    return {k: v for k, v in found.items() if k not in ("step", "epoch")}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -75,68 +92,132 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     assert command(monkeypatch, "report", "runs/shift") == 0
     shown = capsys.readouterr().out
     made = Path("runs/shift/report")
-    losses: dict[str, list[float]] = {}
+    measured: dict[tuple[str, str], list[float]] = {}
+    cell_of: dict[tuple[str, str], str] = {}  # (r, lr) as the main table has them
     for run in find_runs(Path("runs")):
-        rows = [json.loads(line) for line in (run.path / "metrics.jsonl").open()]
-        if run.finished:
-            last = next(row["val/loss"] for row in reversed(rows) if "val/loss" in row)
-            losses.setdefault(run.status["cell"], []).append(last)
-    with (made / "cells.csv").open() as file:
-        table = {row["cell"]: row for row in csv.DictReader(file)}
-    assert set(table) == set(losses)
-    for cell, own in losses.items():
-        center, *spread = table[cell]["val/loss"].split(" ± ")
-        assert int(table[cell]["runs"]) == len(own)
-        assert float(center) == pytest.approx(statistics.mean(own), rel=1e-4)
-        if len(own) > 1:
-            assert float(spread[0]) == pytest.approx(statistics.stdev(own), rel=1e-4)
+        for metric, value in finals(run).items() if run.finished else ():
+            measured.setdefault((run.status["cell"], metric), []).append(value)
+        point = (str(run.config["adapter"].get("r", "–")), f"{run.config['optimizer']['lr']:g}")
+        cell_of[point] = run.status["cell"]
+    everything = {(row["cell"], row["metric"]): row for row in rows_of(made / "metrics.csv")}
+    assert set(everything) == set(measured)
+    for key, values in measured.items():
+        row = everything[key]
+        assert int(row["n"]) == len(values) == (1 if key[0].startswith("full") else 3)
+        assert float(row["mean"]) == pytest.approx(statistics.mean(values), rel=1e-14)
+        if len(values) > 1:
+            assert float(row["std"]) == pytest.approx(statistics.stdev(values), rel=1e-9)
+        assert (float(row["min"]), float(row["max"])) == (min(values), max(values))
+    losses = {cell: own for (cell, metric), own in measured.items() if metric == "val/loss"}
+    table = rows_of(made / "cells.csv")
+    assert len(table) == 5, "the cell whose only run failed is there too"
+    for row in table:
+        cell = cell_of[row["r"], row["lr"]]
+        if row["lr"] == "1e+30":
+            assert (row["n"], row["val/loss"]) == ("0 of 1", "–")
+            continue
+        center, *spread = row["val/loss"].split(" ± ")
+        assert int(row["n"]) == len(losses[cell])
+        assert float(center) == pytest.approx(statistics.mean(losses[cell]), rel=1e-4)
+        if spread:
+            assert float(spread[0]) == pytest.approx(statistics.stdev(losses[cell]), rel=0.05)
     best = min(losses, key=lambda cell: statistics.mean(losses[cell]))
     (bold,) = [line for line in (made / "report.md").read_text().splitlines() if "**" in line]
-    assert bold.startswith(f"| shift | {best} |")
+    assert f"**{statistics.mean(losses[best]):.5g}" in bold
     tex = (made / "cells.tex").read_text()
     assert r"\toprule" in tex
     assert tex.count(r"\textbf{") == 1
-    assert tex.count(r"$\pm$") == 3
-    with (made / "not_finished.csv").open() as file:
-        (failed,) = csv.DictReader(file)
-    assert failed["status"] == "failed"
+    for row in table:
+        for value in row.values():
+            said = value.replace("±", r"$\pm$").replace("–", "--")
+            assert said in tex, "LaTeX holds what CSV holds"
+    (failed,) = (r for r in rows_of(made / "not_finished.csv") if r["status"] == "failed")
     assert "DivergedError" in failed["cause"]
     assert failed["run"] in shown
-    assert (made / "rank.png").stat().st_size > 5000
-    with (made / "truncation.csv").open() as file:
-        cut = {int(row["k"]): row for row in csv.DictReader(file)}
+    for name in ("rank", "tradeoff", "measures", "spectra"):
+        assert (made / f"{name}.png").stat().st_size > 5000
+        assert (made / f"{name}.pdf").exists()
+    cut = {int(row["k"]): row for row in rows_of(made / "truncation.csv")}
     assert sorted(cut) == [0, 1, 2, 3]
     assert float(cut[3]["cut from the largest r"].split()[0]) == pytest.approx(
         float(cut[3]["trained at r = k"].split()[0]), rel=1e-4
     )
 
 
+def test_every_run_that_is_not_finished_is_told(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert lab("shift", "adapter.r=1,2", "seed=0,1,2", "-m") == 0
+    runs = {(r.config["adapter"]["r"], r.config["seed"]): r for r in find_runs(Path("runs"))}
+    killed, torn, gone = runs[1, 1], runs[1, 2], runs[2, 1]
+    status = json.loads((killed.path / "status.json").read_text())
+    (killed.path / "status.json").write_text(json.dumps({**status, "state": "running"}))
+    (torn.path / "metrics.jsonl").write_text('{"a"\n{"epoch": 1}\n')
+    shutil.rmtree(gone.path)
+    held = FileLock(runs[2, 2].path / "lock").acquire()
+    status = json.loads((runs[2, 2].path / "status.json").read_text())
+    (runs[2, 2].path / "status.json").write_text(json.dumps({**status, "state": "running"}))
+    capsys.readouterr()
+    assert command(monkeypatch, "report", "runs/shift") == 0
+    held.lock.release()
+    told = {r["run"]: r for r in rows_of(Path("runs/shift/report/not_finished.csv"))}
+    states = {name: row["status"] for name, row in told.items()}
+    assert states == {
+        killed.path.name: "interrupted",
+        torn.path.name: "damaged",
+        gone.path.name: "missing",
+        runs[2, 2].path.name: "running",
+    }
+    assert "adapter.r=2 seed=1" in told[gone.path.name]["cause"]
+    assert "2 finished, 1 interrupted, 1 damaged, 1 running, 1 missing" in capsys.readouterr().out
+    first, second = rows_of(Path("runs/shift/report/cells.csv"))
+    assert (first["r"], first["n"]) == ("1", "1 of 3")
+    assert (second["r"], second["n"]) == ("2", "1 of 2")
+
+
+def test_without_a_list_of_what_was_planned_a_cell_that_lacks_a_seed_is_told(lab: Lab):
+    assert lab("shift") == 0
+    first = only_run()
+    points = [{"adapter.r": r, "seed": s} for r in (1, 2, 4) for s in (1, 2) if (r, s) != (4, 2)]
+    copies(first, points, Path("sweep"))
+    rows = not_finished([read(run) for run in find_runs(Path("sweep"))], Path("sweep"))
+    ((_, cell, state, cause),) = rows[1:]
+    assert cell.startswith("r4-")
+    assert state == "missing"
+    assert "seed 2 " in cause
+
+
+def test_nothing_finished_yet_is_a_report_too(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30") == 1
+    assert command(monkeypatch, "report", "runs/shift") == 0
+    assert "DivergedError" in Path("runs/shift/report/index.html").read_text()
+
+
 def test_runs_that_differ_in_more_than_r_are_not_averaged(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ):
-    """And one whose files are damaged leaves the others theirs."""
+    """And one whose files are damaged leaves the others theirs; each experiment has a folder."""
     assert lab("planted_linear", "adapter=lora,lora_fa", "adapter.r=1,2", "-m") == 0
     assert lab("shift") == 0
     assert lab("shift", "seed=1") == 0
     damaged = next(r for r in find_runs(Path("runs/shift")) if r.status["seed"] == 1)
     (damaged.path / "spectra.npz").write_bytes(b"PK\x03\x04 cut")
     assert command(monkeypatch, "report", "runs") == 0
-    with Path("runs/report/truncation.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    names = {f"planted_linear, trains={trains}" for trains in ("both", "zero")}
-    assert {row["series"] for row in rows} == names
+    rows = rows_of(Path("runs/report/planted_linear/truncation.csv"))
+    assert {row["series"] for row in rows} == {"trains=both", "trains=zero"}
     for run in find_runs(Path("runs/planted_linear")):
-        series = f"planted_linear, trains={run.config['adapter']['trains']}"
+        series = f"trains={run.config['adapter']['trains']}"
         (row,) = [
             row
             for row in rows
             if (row["series"], row["k"]) == (series, str(run.config["adapter"]["r"]))
         ]
         assert float(row["trained at r = k"]) == pytest.approx(run.last("val/loss"), rel=1e-4)
-    with Path("runs/report/not_finished.csv").open() as file:
-        (row,) = csv.DictReader(file)
+    (row,) = rows_of(Path("runs/report/not_finished.csv"))
     assert (row["run"], row["status"]) == (damaged.path.name, "damaged")
     assert not Path("runs/report/rank.png").exists(), "two experiments have no common axis"
+    assert Path("runs/report/planted_linear/rank.png").exists()
+    assert Path("runs/report/shift/cells.csv").exists()
     assert command(monkeypatch, "report", "runs/planted_linear") == 0
     assert Path("runs/planted_linear/report/rank.png").exists()
     assert command(monkeypatch, "report", str(damaged.path)) == 2
@@ -181,7 +262,31 @@ def test_ls_lists_every_state(
     assert f"{done.last('val/loss'):.5g}" in shown
 
 
-@pytest.mark.parametrize("arguments", [("ls", "nowhere"), ("report", "nowhere")])
+def test_ls_filters_and_sorts(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lab("shift", "seed=0,1,2", "-m")
+    lab("shift", "seed=7", "optimizer=sgd", "optimizer.lr=1e30")
+    monkeypatch.setenv("COLUMNS", "200")
+    hashes = {r.path.name.rpartition("-")[2]: r for r in find_runs(Path("runs"))}
+
+    def listed(*arguments: str) -> list[str]:
+        capsys.readouterr()
+        assert command(monkeypatch, "ls", *arguments) == 0
+        return [line.split()[-1] for line in capsys.readouterr().out.splitlines()[3:-1]]
+
+    done = [name for name, run in hashes.items() if run.finished]
+    assert sorted(listed()) == sorted(hashes)
+    assert listed("--state", "failed") == [name for name in hashes if name not in done]
+    by_loss = sorted(done, key=lambda name: finals(hashes[name])["val/loss"])
+    assert listed("--state", "finished", "--sort", "loss") == by_loss
+    by_start = sorted(hashes, key=lambda name: hashes[name].status["started"])
+    assert listed("--sort", "started") == by_start
+
+
+@pytest.mark.parametrize(
+    "arguments", [("ls", "nowhere"), ("report", "nowhere"), ("best", "nowhere")]
+)
 def test_what_is_not_there_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ):

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lora_lab.runs import Run
 
@@ -17,6 +18,15 @@ SHOWN = 16
 
 PANELS = 12
 """Sites drawn, at most: those whose ΔW is largest."""
+
+# Okabe and Ito's colours, which the colour-blind tell apart, without yellow, which paper swallows.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def style(i: int) -> tuple[str, str]:
+    """The colour and marker of the i-th series: 49 that differ."""
+    return COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
 
 
 def largest(spectrum: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -54,11 +64,23 @@ def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str
     return list(made)
 
 
+def log_scale(axes: Axes, low: float, high: float, which: str = "y") -> None:
+    """A log scale of values from `low` to `high`; with plain numbers where they are few decades."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    decades = np.log10(high / low)
+    subs = (1, 2, 5) if decades > 0.7 else range(1, 10)
+    if decades < 3:
+        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG and PDF, with all that belongs to it."""
-    figure.savefig(path.with_suffix(".png"), bbox_inches="tight")
+    """Writes a figure, whose layout has room for all that belongs to it, as PNG and PDF."""
+    figure.savefig(path.with_suffix(".png"))
     figure.set_layout_engine("none")  # it stays as laid out, and is not laid out again
-    figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight")
+    figure.savefig(path.with_suffix(".pdf"))
 
 
 def _loss(run: Run) -> Figure:

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab.report import figures
+from lora_lab.report import figures, page
 from lora_lab.report.tables import Rows, csv_of, markdown, number
 from lora_lab.report.theory import GAP, HEAD, held, line
 from lora_lab.runs import Run, write_atomic
@@ -156,7 +156,7 @@ def spectrum(run: Run) -> dict[str, np.ndarray]:
 
 
 def write(run: Run, draw: bool = True) -> Path:
-    """Writes report/: table.md, curves.csv, facts.csv, and every figure as PNG and PDF."""
+    """Writes report/: table.md, curves.csv, facts.csv, index.html, every figure as PNG and PDF."""
     directory = run.path / "report"
     directory.mkdir(exist_ok=True)
     made = tables(run)
@@ -172,7 +172,9 @@ def write(run: Run, draw: bool = True) -> Path:
     write_atomic(directory / "curves.csv", csv_of(made.curves))
     if made.theory:
         write_atomic(directory / "theory.csv", csv_of(made.theory))
-    write_atomic(directory / "facts.csv", csv_of([["fact", "value"], *made.facts]))
+    facts = [["fact", "value"], *made.facts]
+    write_atomic(directory / "facts.csv", csv_of(facts))
+    page.of_run(run, [("facts", facts), ("curves", made.curves), ("theory", made.theory)], drawn)
     return directory
 
 
@@ -204,23 +206,31 @@ def drawn(directory: Path) -> str:
     return f"figures  {directory} ({names or 'none drawn: lora-lab report draws them'})"
 
 
-def listing(runs: list[Run]) -> Table:
-    """The table of `lora-lab ls`."""
+def listing(runs: Iterable[Run], state: str | None = None, sort: str = "name") -> Table:
+    """The table of `lora-lab ls`: the runs in one state, or all, by name, loss, time or start."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("status", "experiment", "cell"):
         table.add_column(name, overflow="fold")
     for name in ("seed", "final loss", "time", "hash"):
         table.add_column(name, justify="right", no_wrap=True)
+    found = []
     for run in runs:
         status = run.status
-        seconds = status.get("seconds")
         try:
             loss = run.last("val/loss")
         except ValueError:
             status["state"], loss = "damaged", None
+        if state in (None, status["state"]):
+            by = {"name": 0, "loss": loss, "time": status.get("seconds")}
+            by["started"] = status.get("started")
+            found.append((by[sort], run, status, loss))
+    # What has no loss or time, or none that is a number, comes last.
+    found.sort(key=lambda one: (one[0] is None or one[0] != one[0], one[0] or 0))
+    for _, run, status, loss in found:
+        seconds = status.get("seconds")
         table.add_row(
             status["state"],
-            run.path.parent.name,
+            run.path.absolute().parent.name,
             status.get("cell", "–"),
             str(status.get("seed", "–")),
             number(loss),

@@ -1,75 +1,185 @@
-"""Many runs at once: by cell, beside theory, against r; and how the jobs of a multirun ended."""
+"""Many runs at once: their cells, theory, figures, and what is not finished, by experiment."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
-from zipfile import BadZipFile
 
-import numpy as np
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from lora_lab.report import against, page, summary, tradeoffs
+from lora_lab.report.cells import Cell, Result, cells_of, goal, read, validation
 from lora_lab.report.figures import save
 from lora_lab.report.run import drawn
-from lora_lab.report.series import (
-    against_rank,
-    against_theory,
-    losses_by_rank,
-    losses_cut,
-    rank,
-    series_of,
-)
-from lora_lab.report.tables import Rows, csv_of, latex, markdown, number, spread
-from lora_lab.report.theory import GAP, HEAD, held, line
+from lora_lab.report.tables import Rows, bare, csv_of, latex, markdown, marked, number
+from lora_lab.report.theory import GAP
 from lora_lab.runs import Run, write_atomic
 
 
-def write(runs: Sequence[Run], directory: Path) -> dict[str, Rows]:
-    """Writes report/ in `directory`: report.md, each table as CSV and LaTeX, and the figures.
+@dataclass(frozen=True)
+class Section:
+    """One experiment of a sweep: its tables, by name, and its figures' captions, by file."""
 
-    Returns the tables; `**` stands around the best mean of a metric. Raises ValueError where none
-    of the runs is finished.
+    name: str
+    directory: Path
+    cells: list[Cell]
+    tables: dict[str, Rows]
+    figures: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a report says of a folder of runs."""
+
+    directory: Path
+    results: list[Result]
+    sections: list[Section]
+    not_finished: Rows
+    """Under the head experiment, run, status, cause; with the missing ones, which have no run."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Runs by state, finished first."""
+        states = Counter(r.state for r in self.results if r.done)
+        states.update(row[2] for row in self.not_finished[1:])
+        return dict(states)
+
+    @property
+    def told(self) -> str:
+        """The counts in a line."""
+        return ", ".join(f"{n} {state}" for state, n in self.counts.items())
+
+
+def write(runs: Sequence[Run], directory: Path) -> Sweep:
+    """Writes report/ in `directory`: report.md, index.html, every table as CSV and LaTeX, figures.
+
+    Of several experiments each has a folder of its own in there. Runs may go on meanwhile.
     """
-    state = {run.path: _state(run) for run in runs}
-    done = [run for run in runs if state[run.path] == "finished"]
-    if not done:
-        raise ValueError(f"none of the {len(runs)} runs below {directory} is finished")
-    made = {"cells": _cells(done), "theory": _theory(done), "truncation": _truncation(done)}
-    made["not finished"] = [["run", "status", "cause"]]
-    for run in runs:
-        if run not in done:
-            cause = str(run.status.get("error", "")).partition("\n")[0]
-            made["not finished"].append([run.path.name, state[run.path], cause])
-    made = {name: rows for name, rows in made.items() if len(rows) > 1}
+    results = [read(run) for run in runs]
     to = directory / "report"
+    names = list(dict.fromkeys(r.experiment for r in results if r.config))
+    sections = []
+    for name in names:
+        own = [result for result in results if result.experiment == name]
+        sections.append(_section(name, own, to / name if len(names) > 1 else to))
+    sweep = Sweep(directory, results, sections, summary.not_finished(results, directory))
     to.mkdir(exist_ok=True)
-    parts = [f"# {directory.name}: {len(done)} runs"]
-    for name, rows in made.items():
-        file = name.replace(" ", "_")
-        write_atomic(to / f"{file}.csv", csv_of([[c.strip("*") for c in row] for row in rows]))
-        write_atomic(to / f"{file}.tex", latex(rows))
-        parts += [f"## {name}", markdown(rows, "l")]
-    for name, figure in {"rank": against_rank(done), "theory": against_theory(done)}.items():
-        if figure is not None:
-            save(figure, to / name)
-            parts.append(f"![{name}]({name}.png)")
+    parts = [f"# {directory.resolve().name}: {len(results)} runs", sweep.told]
+    for section in sections:
+        parts += [f"# {section.name}"] if len(sections) > 1 else []
+        for title, rows in section.tables.items():
+            parts += [f"## {title}", markdown(rows, "l")]
+        where = section.directory.relative_to(to)
+        parts += [f"![{name}]({(where / name).as_posix()}.png)" for name in section.figures]
+    _keep(sweep.not_finished, to, "not_finished")
+    if len(sweep.not_finished) > 1:
+        parts += ["## not finished", markdown(sweep.not_finished, "l")]
     write_atomic(to / "report.md", "\n\n".join(parts) + "\n")
+    page.of_sweep(sweep)
+    return sweep
+
+
+def _section(name: str, results: Sequence[Result], to: Path) -> Section:
+    to.mkdir(parents=True, exist_ok=True)
+    cells = cells_of(results)
+    done = [result for cell in cells for result in cell.done]
+    made = {"cells": summary.main(cells), "theory": summary.theory(cells)}
+    made["truncation"] = summary.truncation(done)
+    for title, rows in made.items():
+        _keep(rows, to, title)
+    write_atomic(to / "metrics.csv", csv_of(summary.everything(cells)))
+    captions: dict[str, str] = {}
+    for file, (caption, figure) in _figures(cells, done).items():
+        if figure is not None:
+            save(figure, to / file)
+            captions[file] = caption
+    for old in to.glob("*.png"):
+        if old.stem not in captions:  # of an earlier report, of other runs
+            old.unlink()
+            old.with_suffix(".pdf").unlink(missing_ok=True)
+    shown = {title: rows for title, rows in made.items() if len(rows) > 1}
+    return Section(name, to, cells, shown, captions)
+
+
+def _keep(rows: Rows, to: Path, file: str) -> None:
+    """A table as CSV and LaTeX; none where it has no rows."""
+    for suffix, write in ((".csv", csv_of), (".tex", latex)):
+        if len(rows) > 1:
+            write_atomic(to / f"{file}{suffix}", write(rows))
+        else:
+            (to / f"{file}{suffix}").unlink(missing_ok=True)
+
+
+def _figures(cells: Sequence[Cell], done: Sequence[Result]) -> dict[str, tuple[str, Figure | None]]:
+    """Every figure by its file's name, with its caption; None where it has nothing to show."""
+    cells = [cell for cell in cells if cell.done]
+    metrics = [m for m in validation(cells) if goal(m)]
+    made: dict[str, tuple[str, Figure | None]] = {}
+    for metric in metrics:
+        words = against.words_of(metric)
+        made[f"rank{_suffix(metric)}"] = (
+            f"{words.capitalize()} against r: each run, and the mean of each r.",
+            against.metric(done, metric),
+        )
+    for metric in metrics:
+        made[f"tradeoff{_suffix(metric)}"] = (
+            f"Trained parameters against {against.words_of(metric)}: mean ± standard deviation of "
+            "each cell, and the front.",
+            tradeoffs.parameters(cells, metric),
+        )
+    made |= {
+        "theory": ("What theory says, and what was measured.", against.theory(done)),
+        "measures": (
+            "Effective and stable rank of ΔW against r: each run, and the mean of each r.",
+            against.measures(done),
+        ),
+        "spectra": (
+            "Singular values of ΔW by r: the mean of the runs of each r.",
+            against.spectra(done),
+        ),
+        "swept": (
+            "What was swept, and what came of it: the mean of each cell.",
+            tradeoffs.over_keys(cells, metrics),
+        ),
+    }
     return made
 
 
-def show(made: dict[str, Rows], directory: Path, console: Console) -> None:
+def _suffix(metric: str) -> str:
+    return "" if metric == "val/loss" else f"_{metric.removeprefix('val/').replace('/', '_')}"
+
+
+def show(sweep: Sweep, console: Console) -> None:
     """Prints the tables, and where they and the figures are."""
-    for name, rows in made.items():
-        table = Table(title=name, box=box.SIMPLE, pad_edge=False, title_justify="left")
-        for i, heading in enumerate(rows[0]):
-            table.add_column(heading, justify="left" if i == 0 else "right")
-        for row in rows[1:]:
-            table.add_row(*(f"[bold]{c.strip('*')}[/]" if c.startswith("**") else c for c in row))
-        console.print(table)
-    if "theory" in made:
+    theory = False
+    for section in sweep.sections:
+        for title, rows in section.tables.items():
+            theory = theory or title == "theory"
+            words = title if len(sweep.sections) == 1 else f"{section.name}: {title}"
+            console.print(table(words, rows))
+    if len(sweep.not_finished) > 1:
+        console.print(table("not finished", sweep.not_finished))
+    if theory:
         console.print(f"{GAP}\n", highlight=False)
-    console.print(drawn(directory / "report"), soft_wrap=True, highlight=False)
+    console.print(f"runs     {sweep.told}", highlight=False)
+    for section in sweep.sections:
+        console.print(drawn(section.directory), soft_wrap=True, highlight=False)
+    page = sweep.directory / "report" / "index.html"
+    console.print(f"page     {page}", soft_wrap=True, highlight=False)
+
+
+def table(title: str, rows: Rows) -> Table:
+    """Rows for the terminal, what is marked in bold."""
+    shown = Table(title=title, box=box.SIMPLE, pad_edge=False, title_justify="left")
+    for i, heading in enumerate(rows[0]):
+        shown.add_column(escape(heading), justify="left" if i == 0 else "right")
+    for row in rows[1:]:
+        shown.add_row(*(f"[bold]{escape(bare(c))}[/]" if marked(c) else escape(c) for c in row))
+    return shown
 
 
 def jobs(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
@@ -95,76 +205,3 @@ def jobs(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
             cause if state in ("failed", "interrupted", "config error") else "",
         )
     return table
-
-
-def _state(run: Run) -> str:
-    """The run's state, `damaged` where its files cannot be read."""
-    try:
-        readable = run.rows() and run.config["adapter"]["method"]
-        if (run.path / "spectra.npz").exists():
-            np.load(run.path / "spectra.npz").close()
-        return run.status["state"] if readable or not run.finished else "damaged"
-    except FileNotFoundError:
-        return run.status["state"]
-    except (ValueError, KeyError, TypeError, BadZipFile):
-        return "damaged"
-
-
-def _by_cell(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    cells: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (rank(run) or 0, run.path.name)):
-        cells.setdefault(run.status["cell"], []).append(run)
-    return cells
-
-
-def _cells(runs: Sequence[Run]) -> Rows:
-    """The validation metrics at the end, mean ± standard deviation over the runs of a cell."""
-    keys = dict.fromkeys(k for run in runs for row in run.rows() for k in row)
-    metrics = [k for k in keys if k.startswith("val/")]
-    rows = [["experiment", "cell", "runs", "trainable", *metrics]]
-    cells = _by_cell(runs)
-    for cell, own in cells.items():
-        rows.append(
-            [
-                own[0].config["name"],
-                cell,
-                str(len(own)),
-                number(own[0].last("parameters/trainable")),
-            ]
-        )
-    for column, metric in enumerate(metrics, start=4):
-        means: dict[int, float] = {}
-        for i, own in enumerate(cells.values(), start=1):
-            values = [value for run in own if (value := run.last(metric)) is not None]
-            rows[i].append(spread(values) if values else "–")
-            if values:
-                means[i] = mean(values)
-        best = (min if metric.endswith("loss") else max)(means, key=means.__getitem__)
-        if len(means) > 1:
-            rows[best][column] = f"**{rows[best][column]}**"
-    return rows
-
-
-def _theory(runs: Sequence[Run]) -> Rows:
-    """Every metric that theory speaks of, run by run."""
-    return [
-        ["cell", "seed", *HEAD],
-        *(
-            [cell, str(run.config["seed"]), *line(one)]
-            for cell, own in _by_cell(runs).items()
-            for run in own
-            for one in held(run)
-        ),
-    ]
-
-
-def _truncation(runs: Sequence[Run]) -> Rows:
-    """The loss at rank k: of runs trained there, and of the largest r's ΔW cut to it."""
-    rows = [["series", "k", "trained at r = k", "cut from the largest r"]]
-    for name, own in series_of(runs).items():
-        trained, (cut, _) = losses_by_rank(own), losses_cut(own)
-        if len(trained) > 1 and cut:
-            for k in sorted({*trained, *cut}):
-                both = [spread(found[k]) if k in found else "–" for found in (trained, cut)]
-                rows.append([name or "all", str(k), *both])
-    return rows

@@ -1,11 +1,25 @@
-"""How numbers and tables are written: Markdown, CSV, LaTeX. A table's first row is its head."""
+"""How numbers and tables are written: Markdown, CSV, LaTeX. A table's first row is its head.
+
+`**` around a cell marks the best of its column.
+"""
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from statistics import mean, stdev
+import re
+from collections.abc import Iterable
 
 Rows = list[list[str]]
+
+SIGNS = {
+    **{sign: f"\\{sign}" for sign in "&%_#${}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
+    **{"±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$", "√": r"$\surd$"},
+    **{"≤": r"$\le$", "≥": r"$\ge$", "→": r"$\to$", "‖": r"$\|$", "Σ": r"$\Sigma$"},
+    **{"Δ": r"$\Delta$", "σ": r"$\sigma$", "φ": r"$\varphi$", "θ": r"$\theta$", "α": r"$\alpha$"},
+    **{"–": "--", "…": r"\dots{}", "₀": "$_0$", "²": "$^2$"},
+}
+"""What LaTeX reads as its own, or its fonts may not have, and how that is said."""
 
 
 def number(value: float | None) -> str:
@@ -15,35 +29,44 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
 
 
+def bare(text: str) -> str:
+    """A cell without its mark."""
+    return text[2:-2] if marked(text) else text
+
+
+def marked(text: str) -> bool:
+    """Whether a cell is marked as the best."""
+    return len(text) > 4 and text.startswith("**") and text.endswith("**")
+
+
 def markdown(rows: Rows, align: str) -> str:
     """Rows as a Markdown table, the first its head."""
     rule = ["---:" if align == "r" else "---"] * len(rows[0])
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+    escaped = [[re.sub(r"[|\\]", r"\\\g<0>", text) for text in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (escaped[0], rule, *escaped[1:]))
 
 
 def csv_of(rows: Iterable[list[str]]) -> str:
-    """Rows as CSV."""
+    """Rows as CSV, without marks."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([bare(c) for c in row] for row in rows)
     return text.getvalue()
 
 
 def latex(rows: Rows) -> str:
-    """Rows as a tabular of booktabs, the first its head; `**` becomes bold."""
+    """Rows as a tabular of booktabs, the first its head; what is marked is bold."""
 
     def cell(text: str) -> str:
-        for sign in "&%_#":
-            text = text.replace(sign, f"\\{sign}")
-        text = text.replace("±", r"$\pm$").replace("–", "--").replace("σ", r"$\sigma$")
-        text = text.replace("φ", r"$\varphi$").replace("Δ", r"$\Delta$")
-        return rf"\textbf{{{text.strip('*')}}}" if text.startswith("**") else text
+        # Letters of the Latin alphabets are in LaTeX's fonts; of all else it may know nothing.
+        escaped = "".join(
+            SIGNS.get(sign, sign if sign < "\u0180" and sign.isprintable() else "?")
+            for sign in bare(text)
+        )
+        # A bracket that begins a row would be read as an argument of the \\ before it.
+        escaped = f"{{{escaped}}}" if escaped.startswith(("[", "*")) else escaped
+        return rf"\textbf{{{escaped}}}" if marked(text) else escaped
 
     head, *body = [" & ".join(map(cell, row)) + r" \\" for row in rows]
     columns = "l" + "r" * (len(rows[0]) - 1)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; the value alone of one."""
-    return number(mean(values)) + (f" ± {number(stdev(values))}" if len(values) > 1 else "")

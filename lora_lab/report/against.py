@@ -1,0 +1,246 @@
+"""A sweep's figures against r: metrics, theory, ranks of ΔW, and spectra by r."""
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from lora_lab.report.cells import Result
+from lora_lab.report.figures import PANELS, log_scale, panels, style
+from lora_lab.report.series import (
+    by_rank,
+    leading,
+    losses_cut,
+    series_of,
+    short,
+    spectra_by_rank,
+)
+from lora_lab.report.theory import Held
+
+
+def metric(results: Sequence[Result], name: str) -> Figure | None:
+    """A metric against r: runs as points, their mean as a line, ΔW cut, full fine-tuning, the base.
+
+    A colour for each series; None where no series has two ranks.
+    """
+    series = {k: own for k, own in series_of(results).items() if len(by_rank(own, name)) > 1}
+    if not series:
+        return None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    every: list[float] = []
+    ticks: set[int] = set()
+    kinds: dict[str, Line2D] = {}
+    for i, own in enumerate(series.values()):
+        color, marker = style(i)
+        trained = by_rank(own, name)
+        cut, top = losses_cut(own) if name == "val/loss" else ({}, 0)
+        points = [(r, value) for r, values in trained.items() for value in values]
+        every += [value for _, value in points]
+        axes.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
+        means = [mean(values) for values in trained.values()]
+        (kinds["trained at r, mean"],) = axes.plot(list(trained), means, color=color)
+        if shown := {k: mean(losses) for k, losses in sorted(cut.items()) if k}:
+            label = f"cut from r = {top}" if len(series) == 1 else "cut from the largest r"
+            line = axes.plot(list(shown), list(shown.values()), "--", color=color, linewidth=1)
+            kinds[label] = line[0]
+            every += shown.values()
+        if theory := sorted({(r.rank, h.theory) for r in own for h in r.held if h.metric == name}):
+            (kinds["theory"],) = axes.plot(*zip(*theory, strict=True), "k+", markersize=9)
+        ticks |= {*trained, *shown}
+    for method, words, color in (
+        ("full", "full fine-tuning", "black"),
+        ("none", "frozen base", "gray"),
+    ):
+        values = [r.finals.get(name) for r in results if r.config["adapter"]["method"] == method]
+        if values := [value for value in values if value is not None]:
+            kinds[words] = axes.axhline(mean(values), color=color, linewidth=1.1, linestyle=":")
+            every += values
+    axes.set(xlabel="r", ylabel=words_of(name), title=results[0].experiment)
+    rank_axis(axes, ticks)
+    # What rounding leaves of a zero would fill a log axis.
+    if name.endswith("loss") and min(every) > 1e-6 * max(every):
+        log_scale(axes, min(every), max(every))
+    axes.grid(alpha=0.3)
+    _legends(figure, axes, list(series), kinds)
+    return figure
+
+
+def _legends(figure: Figure, axes: Axes, names: Sequence[str], kinds: dict[str, Line2D]) -> None:
+    """Colours say the series, beside the plot; line styles what is drawn, below it."""
+    if len(names) > 1:
+        for kind, line in kinds.items():
+            if kind.startswith(("trained", "cut")):
+                style_of = {"linestyle": line.get_linestyle(), "linewidth": line.get_linewidth()}
+                kinds[kind] = Line2D([], [], color="dimgray", **style_of)
+        marks = []
+        for i in range(len(names)):
+            color, marker = style(i)
+            marks.append(Line2D([], [], color=color, marker=marker, markersize=4))
+        columns = 1 + (len(names) - 1) // 18
+        labels = [short(name) for name in names]
+        figure.legend(marks, labels, loc="outside right upper", fontsize=7, ncols=columns)
+        figure.set_figwidth(figure.get_figwidth() + columns * (0.6 + 0.06 * max(map(len, labels))))
+    dot = Line2D([], [], color="dimgray", marker="o", linestyle="", alpha=0.6, markersize=4)
+    labels = ["a run", *kinds]
+    figure.legend(
+        [dot, *kinds.values()], labels, loc="outside lower center", fontsize=8, ncols=len(labels)
+    )
+
+
+def words_of(name: str) -> str:
+    """A metric as an axis has it."""
+    return name.replace("val/", "validation ").replace("/", " ").replace("_", " ")
+
+
+def rank_axis(axes: Axes, ranks: set[int]) -> None:
+    """A log axis with a tick at every r, labelled where there is room."""
+    axes.set_xscale("log")
+    shown, last = [], 0.0
+    span = max(ranks) / min(ranks)
+    for r in sorted(ranks):
+        if not last or np.log(r / last) > 0.045 * np.log(span):
+            shown.append(r)
+            last = r
+    axes.set_xticks(shown, [str(r) for r in shown], minor=False)
+    axes.minorticks_off()
+
+
+def theory(results: Sequence[Result]) -> Figure | None:
+    """Every metric that theory speaks of against r: measured as points, theory as a line."""
+    found: dict[str, dict[str, dict[int, list[Held]]]] = {}
+    for name, own in series_of(results).items():
+        for result in own:
+            for one in result.held:
+                by_r = found.setdefault(one.metric, {}).setdefault(name, {})
+                by_r.setdefault(result.rank or 0, []).append(one)
+    if not any(len(by_r) > 1 for series in found.values() for by_r in series.values()):
+        return None
+    figure, axes = panels(len(found), width=4.5)
+    for panel, (name, series) in zip(axes, found.items(), strict=True):
+        ticks: set[int] = set()
+        for i, (label, by_r) in enumerate(series.items()):
+            color, marker = style(i)
+            ranks = sorted(by_r)
+            values = np.array([mean(o.theory for o in by_r[r]) for r in ranks])
+            errors = np.array([mean(o.error for o in by_r[r]) for r in ranks])
+            panel.plot(ranks, values, color=color, label=f"theory {short(label)}".strip())
+            if errors.any():
+                band = (values - 3 * errors, values + 3 * errors)
+                panel.fill_between(ranks, *band, color=color, alpha=0.15, label="± 3 s.e.")
+            points = [(r, o.measured) for r in ranks for o in by_r[r]]
+            marks: dict[str, Any] = {"fillstyle": "none", "color": color, "label": "measured"}
+            panel.plot(*zip(*points, strict=True), marker, **marks)
+            ticks |= set(ranks)
+        panel.set(title=name, xlabel="r")
+        rank_axis(panel, ticks)
+        low, high = panel.get_ylim()
+        if (middle := abs(low + high) / 2) and high - low < 0.02 * middle:
+            panel.set_ylim(low - 0.02 * middle, high + 0.02 * middle)  # rounding is no shape
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    return figure
+
+
+def measures(results: Sequence[Result]) -> Figure | None:
+    """Effective and stable rank of ΔW against r, and the bound r itself.
+
+    Of one series a line for each site, of several the mean over a run's sites.
+    """
+    series = {k: own for k, own in series_of(results).items() if len({r.rank for r in own}) > 1}
+    if not series:
+        return None
+    figure, axes = panels(2, width=4.5)
+    drawn: list[str] = []
+    for panel, measure in zip(axes, ("effective_rank", "stable_rank"), strict=True):
+        lines: dict[str, dict[int, list[float]]] = {}
+        for name, own in series.items():
+            for result in own:
+                for key, value in _sites(result, measure, mean_only=len(series) > 1).items():
+                    lines.setdefault(key or name, {}).setdefault(result.rank or 0, []).append(value)
+        if not lines:
+            return None
+        if len(series) == 1:
+            top = sorted(lines, key=lambda site: -max(map(mean, lines[site].values())))[:PANELS]
+            lines = {site: lines[site] for site in lines if site in top}
+        ticks = sorted({r for by_r in lines.values() for r in by_r})
+        panel.plot(ticks, ticks, ":", color="gray", linewidth=1)
+        for i, by_r in enumerate(lines.values()):
+            color, marker = style(i)
+            by_r = dict(sorted(by_r.items()))
+            points = [(r, value) for r, values in by_r.items() for value in values]
+            panel.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
+            panel.plot(list(by_r), [mean(values) for values in by_r.values()], color=color)
+        panel.set(xlabel="r", ylabel=f"{measure.replace('_', ' ')} of ΔW")
+        rank_axis(panel, set(ticks))
+        top = max(value for by_r in lines.values() for own in by_r.values() for value in own)
+        panel.set_ylim(0.95, max(2, 1.15 * top))
+        if top > 10:
+            log_scale(panel, 1, top)
+        panel.grid(alpha=0.3)
+        drawn = list(lines)
+    marks = [Line2D([], [], color="gray", linestyle=":", linewidth=1)]
+    for i in range(len(drawn)):
+        color, marker = style(i)
+        marks.append(Line2D([], [], color=color, marker=marker, markersize=4))
+    labels = ["r, the most it can be", *(short(name) for name in drawn)]
+    figure.legend(marks, labels, loc="outside right upper", fontsize=8)
+    figure.set_figwidth(figure.get_figwidth() + 0.6 + 0.07 * max(map(len, labels)))
+    return figure
+
+
+def _sites(result: Result, measure: str, mean_only: bool) -> dict[str, float]:
+    """A measure of ΔW by site; by "" its mean."""
+    found = {
+        key.removeprefix("spectra/").removesuffix(f"/{measure}"): value
+        for key, value in result.finals.items()
+        if key.startswith("spectra/") and key.endswith(f"/{measure}")
+    }
+    return {"": mean(found.values())} if mean_only and found else found
+
+
+def spectra(results: Sequence[Result]) -> Figure | None:
+    """σ_i against i for each r, the mean over its runs; a panel for each of the largest sites.
+
+    Of several series the one that reaches the lowest loss.
+    """
+    name, own = leading(results)
+    every = spectra_by_rank(own)
+    if not every:
+        return None
+    by_norm = sorted(every, key=lambda s: -max(np.linalg.norm(v) for v in every[s].values()))
+    shown = {site: every[site] for site in every if site in by_norm[:PANELS]}
+    ranks = sorted({r for by_r in shown.values() for r in by_r})
+    colors = {
+        r: matplotlib.colormaps["viridis"](0.92 * i / max(1, len(ranks) - 1))
+        for i, r in enumerate(ranks)
+    }
+    figure, axes = panels(len(shown), width=4)
+    for panel, (site, by_r) in zip(axes, shown.items(), strict=True):
+        peak = max(values.max() for values in by_r.values())
+        for r, values in by_r.items():
+            # What rounding leaves of a zero has no place on a log axis.
+            values = np.where(values > 1e-7 * peak, values, np.nan)
+            panel.plot(np.arange(1, len(values) + 1), values, ".-", color=colors[r], linewidth=1)
+        shown_values = [v for values in by_r.values() for v in values if v > 1e-7 * peak]
+        panel.set(title=short(site), xlabel="i", ylabel=r"$\sigma_i$ of ΔW")
+        log_scale(panel, min(shown_values), peak)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.grid(alpha=0.3, which="both")
+    marks = [Line2D([], [], color=color, marker=".") for color in colors.values()]
+    columns = 1 + (len(ranks) - 1) // 20
+    figure.legend(
+        marks, [f"r = {r}" for r in ranks], loc="outside right upper", fontsize=8, ncols=columns
+    )
+    figure.set_figwidth(figure.get_figwidth() + 0.9 * columns)
+    parts = [name] if name else []
+    parts += [f"{len(shown)} of {len(every)} sites"] if len(shown) < len(every) else []
+    if parts:
+        figure.suptitle("; ".join(parts), fontsize=9)
+    return figure

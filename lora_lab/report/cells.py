@@ -1,0 +1,273 @@
+"""Runs read once, their cells, what was swept, and every metric as mean ± deviation by cell."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean, stdev
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from lora_lab.report.tables import number
+from lora_lab.report.theory import Held, held
+from lora_lab.runs import Run
+
+NO_MATTER = ("published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep", "tracking")
+DEVICES = ("accelerator", "devices", "num_nodes", "strategy")
+"""What of a config, and of its trainer, does not tell one cell of runs from another."""
+LOWER, HIGHER = ("loss", "perplexity", "error"), ("accuracy", "f1", "auroc", "r2")
+"""What a metric's name ends in, where the least or the most of it is best."""
+MOST = 40
+"""Characters of a value in a table."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run as it was on disk when it was read."""
+
+    run: Run
+    status: dict[str, Any]
+    config: dict[str, Any]
+    """{} where it cannot be read."""
+    finals: dict[str, float]
+    """The last value of each metric."""
+
+    @property
+    def state(self) -> str:
+        """finished, running, failed, interrupted, none or damaged."""
+        return self.status["state"]
+
+    @property
+    def done(self) -> bool:
+        """Whether it is finished, and its files can be read."""
+        return self.state == "finished"
+
+    @property
+    def cause(self) -> str:
+        """The first line of why it is not finished; "" where that is not known."""
+        return str(self.status.get("error", "")).partition("\n")[0]
+
+    @property
+    def experiment(self) -> str:
+        """The name in its config; its folder's where it has none."""
+        return self.config.get("name") or self.run.path.absolute().parent.name
+
+    @property
+    def cell(self) -> str:
+        """The run without its seed, in words and by a hash."""
+        return self.status.get("cell", self.run.path.name)
+
+    @property
+    def rank(self) -> int | None:
+        """Its r; None without LoRA."""
+        return self.config["adapter"].get("r")
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """What matters of its config by dotted keys, seeds of the run left out."""
+        plain = {k: v for k, v in self.config.items() if k not in (*NO_MATTER, "seed")}
+        devices = {f"trainer.{key}" for key in DEVICES}
+        return {k: v for k, v in flat(plain).items() if k not in devices}
+
+    @cached_property
+    def held(self) -> list[Held]:
+        """Its metrics beside theory's."""
+        return held(self.run)
+
+
+def read(run: Run) -> Result:
+    """The run as it is now; `damaged` where it says finished and its files cannot be read."""
+    status, config, finals = run.status, {}, {}
+    try:
+        config = run.config
+        _ = config["adapter"]["method"], config["name"]
+        for row in run.rows():
+            finals |= row
+        if (run.path / "spectra.npz").exists():
+            np.load(run.path / "spectra.npz").close()
+        sound = bool(finals)
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+        sound = False
+        config = config if isinstance(config, dict) and "adapter" in config else {}
+    if status["state"] == "finished" and not sound:
+        status["state"] = "damaged"
+    return Result(run, status, config, {k: finals[k] for k in finals if k not in ("step", "epoch")})
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config by dotted keys; the patterns by site stay whole, their keys are globs."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = isinstance(value, dict) and not key.endswith("_pattern")
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A metric over the runs of a cell; the deviation is with n − 1, None of one run."""
+
+    n: int
+    mean: float
+    std: float | None
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """The deviation to two digits: it is not known better."""
+        return number(self.mean) + ("" if self.std is None else f" ± {self.std:.2g}")
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None of nothing."""
+    if not values:
+        return None
+    if not all(map(math.isfinite, values)):
+        return Spread(len(values), math.nan, None, min(values), max(values))
+    std = stdev(values) if len(values) > 1 else None
+    return Spread(len(values), mean(values), std, min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs that differ in their seed alone."""
+
+    name: str
+    results: list[Result]
+
+    @cached_property
+    def done(self) -> list[Result]:
+        """Its finished runs."""
+        return [result for result in self.results if result.done]
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """What matters of its config, by dotted keys."""
+        return self.results[0].flat
+
+    @cached_property
+    def metrics(self) -> dict[str, Spread]:
+        """Every metric that its finished runs logged, at the end."""
+        keys = dict.fromkeys(key for result in self.done for key in result.finals)
+        return {key: s for key in keys if (s := spread(self.values(key)))}
+
+    def values(self, metric: str) -> list[float]:
+        """The metric's last value in each finished run that has it."""
+        return [result.finals[metric] for result in self.done if metric in result.finals]
+
+    @cached_property
+    def rank_measures(self) -> dict[str, Spread]:
+        """Effective and stable rank of ΔW, over the mean of each run's sites."""
+        found = {}
+        for measure in ("effective_rank", "stable_rank"):
+            ends = [
+                [v for k, v in r.finals.items() if k.startswith("spectra/") and k.endswith(measure)]
+                for r in self.done
+            ]
+            if s := spread([mean(end) for end in ends if end]):
+                found[measure.replace("_", " ")] = s
+        return found
+
+
+def cells_of(results: Sequence[Result]) -> list[Cell]:
+    """The cells of results whose config can be read, by what was swept: r first, then the rest."""
+    by_name: dict[str, list[Result]] = {}
+    for result in results:
+        if result.config:
+            by_name.setdefault(result.cell, []).append(result)
+    cells = [Cell(name, own) for name, own in by_name.items()]
+    keys = swept(cells)
+    return sorted(cells, key=lambda c: ([order(setting(c, key)) for key in keys], c.name))
+
+
+def order(value: Any) -> tuple[Any, ...]:
+    """Sorts numbers by size, words by letters, what is not there last."""
+    if value is None:
+        return (2,)
+    return (0, value) if isinstance(value, int | float) else (1, str(value))
+
+
+def setting(cell: Cell, key: str) -> Any:
+    """A cell's value of a swept key: the `target` in one word, the hash where it is asked for."""
+    if key == "target":
+        return "+".join(cell.results[0].config["target"])
+    if key == "cell":
+        return cell.name.rpartition("-")[2]
+    return cell.flat.get(key)
+
+
+def swept(cells: Sequence[Cell]) -> dict[str, str]:
+    """The keys that tell these cells from each other, r first, each with its short name.
+
+    A key that only some cells have, as what LoRA has and full fine-tuning has not, is one only
+    where it differs between those that have it. Cells that still look alike are told by their hash.
+    """
+    keys = dict.fromkeys(key for cell in cells for key in cell.flat)
+    kinds = {"+".join(cell.results[0].config["target"]) for cell in cells}
+    found = ["target"] if len(kinds) > 1 else []
+    for key in keys:
+        has = [cell.flat[key] for cell in cells if key in cell.flat]
+        many = len({json.dumps(value, sort_keys=True) for value in has}) > 1
+        if many:
+            found.append(key)
+    found.sort(key=lambda key: (key != "adapter.r", not key.startswith("adapter.")))
+    points = {json.dumps([setting(cell, key) for key in found], default=str) for cell in cells}
+    if len(points) < len(cells):
+        found.append("cell")
+    short = {key: key.removesuffix("._target_").split(".")[-1] for key in found}
+    names = list(short.values())
+    return {
+        key: name if names.count(name) == 1 else key.removesuffix("._target_")
+        for key, name in short.items()
+    }
+
+
+def said(value: Any) -> str:
+    """A setting's value as a table has it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = text.rpartition(".")[2] if text.startswith(("lora_lab.", "torch.")) else text
+    return text if len(text) <= MOST else f"{text[: MOST - 1]}…"
+
+
+def plain(value: Any) -> str:
+    """A setting's value whole, as JSON but for words."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def words(cell: Cell, keys: dict[str, str]) -> str:
+    """A cell by what was swept: `r=4, lr=0.01`."""
+    shown = [
+        f"{name}={said(value)}"
+        for key, name in keys.items()
+        if (value := setting(cell, key)) is not None
+    ]
+    return ", ".join(shown) or cell.name
+
+
+def goal(metric: str) -> str | None:
+    """minimize or maximize, by the metric's name; None where it does not say."""
+    last = metric.lower().rpartition("/")[2]
+    if last.endswith(LOWER):
+        return "minimize"
+    return "maximize" if last.endswith(HIGHER) else None
+
+
+def best(cells: Sequence[Cell], metric: str, goal: str) -> list[Cell]:
+    """The cells that have a finite mean of the metric, the best first."""
+    has = [c for c in cells if metric in c.metrics and math.isfinite(c.metrics[metric].mean)]
+    sign = 1 if goal == "minimize" else -1
+    return sorted(has, key=lambda cell: sign * cell.metrics[metric].mean)
+
+
+def validation(cells: Sequence[Cell]) -> list[str]:
+    """The validation metrics that any of the cells has."""
+    return list(dict.fromkeys(k for cell in cells for k in cell.metrics if k.startswith("val/")))

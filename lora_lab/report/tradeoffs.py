@@ -1,0 +1,213 @@
+"""A sweep's figures over its cells: parameters against metric, and metrics over the swept keys."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lora_lab.report.against import words_of
+from lora_lab.report.cells import Cell, goal, order, said, setting, swept, words
+from lora_lab.report.figures import COLORS, log_scale, panels
+
+NAMED = 16
+"""Cells on the front that are named, at most; values of a key that its axis names."""
+
+
+def front(points: Sequence[tuple[float, float]], goal: str) -> list[int]:
+    """The points (cost, metric) that no other beats in one and equals in the other, by cost."""
+    sign = 1 if goal == "minimize" else -1
+    best, found = np.inf, []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
+        cost, value = points[i][0], sign * points[i][1]
+        same = bool(found) and (cost, value) == (points[found[-1]][0], best)
+        if value < best or same:
+            found.append(i)
+            best = value
+    return found
+
+
+def parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
+    """Trained parameters against a metric, mean ± deviation of each cell, with the front marked.
+
+    None of fewer than two costs.
+    """
+    cost = "parameters/trainable"
+    cells = [cell for cell in cells if metric in cell.metrics and cost in cell.metrics]
+    cells = [cell for cell in cells if np.isfinite(cell.metrics[metric].mean)]
+    frozen = [c.metrics[metric].mean for c in cells if not c.metrics[cost].mean]
+    cells = [cell for cell in cells if cell.metrics[cost].mean]
+    points = [(cell.metrics[cost].mean, cell.metrics[metric].mean) for cell in cells]
+    direction = goal(metric)
+    if len({c for c, _ in points}) < 2 or direction is None:
+        return None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    errors = [cell.metrics[metric].std or 0.0 for cell in cells]
+    at = front(points, direction)
+    bars: dict[str, Any] = {"elinewidth": 0.8, "capsize": 2, "linestyle": "", "zorder": 3}
+    for which, color, label in (
+        ([i for i in range(len(points)) if i not in at], "darkgray", "a cell, ± one deviation"),
+        (at, COLORS[0], "on the front: none is cheaper and better"),
+    ):
+        if which:
+            x, y = zip(*(points[i] for i in which), strict=True)
+            spread = [errors[i] for i in which]
+            axes.errorbar(x, y, spread, fmt="o", color=color, markersize=5, label=label, **bars)
+    axes.step(*zip(*(points[i] for i in at), strict=True), where="post", color=COLORS[0], lw=0.9)
+    keys = swept(cells)
+    legend = []
+    for n, i in enumerate(at[:NAMED], start=1):
+        offset = (4, -11) if direction == "minimize" else (4, 6)
+        axes.annotate(str(n), points[i], offset, textcoords="offset points", fontsize=8, zorder=4)
+        legend.append(words(cells[i], keys))
+    log_scale(axes, points[at[0]][0], max(c for c, _ in points), "x")
+    if frozen:
+        axes.axhline(frozen[0], color="gray", linewidth=1.1, linestyle=":", label="frozen base")
+    axes.set(
+        xlabel="trained parameters",
+        ylabel=words_of(metric),
+        title=cells[0].results[0].experiment,
+    )
+    values = [*frozen, *(value for _, value in points)]
+    lowest = min(*frozen, *(v - e for (_, v), e in zip(points, errors, strict=True)), max(values))
+    if metric.endswith("loss") and min(values) > 1e-6 * max(values) and lowest > 0:
+        log_scale(axes, lowest, max(values))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
+    marks = [
+        Line2D([], [], color="black", linestyle="", marker=f"${n}$")
+        for n in range(1, 1 + len(legend))
+    ]
+    figure.legend(marks, legend, loc="outside right upper", fontsize=7, frameon=False)
+    figure.set_figwidth(figure.get_figwidth() + 0.3 + 0.06 * max(map(len, legend)))
+    return figure
+
+
+def over_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figure | None:
+    """Two swept keys: a heat map of each metric's mean; more: parallel coordinates of the first.
+
+    Of the LoRA cells, where there are any: the others have none of the keys.
+    """
+    lora = [cell for cell in cells if cell.results[0].rank is not None]
+    cells = lora or list(cells)
+    keys = {key: name for key, name in swept(cells).items() if key != "cell"}
+    metrics = [m for m in metrics if any(m in cell.metrics for cell in cells)]
+    if len(keys) < 2 or not metrics:
+        return None
+    points = [tuple(said(setting(cell, key)) for key in keys) for cell in cells]
+    if len(keys) == 2 and len(set(points)) == len(points):
+        return _heat(cells, keys, metrics)
+    return _parallel(cells, keys, metrics[0])
+
+
+def _levels(cells: Sequence[Cell], key: str) -> list[Any]:
+    """A key's values, in order."""
+    found = {said(setting(cell, key)): setting(cell, key) for cell in cells}
+    return sorted(found.values(), key=order)
+
+
+def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -> Figure:
+    (first, second), names = keys, list(keys.values())
+    across, down = ([said(v) for v in _levels(cells, key)] for key in (first, second))
+    width = min(14.0, max(4.5, 1.5 + 0.75 * len(across)))
+    figure, axes = panels(len(metrics), width=width)
+    figure.set_figheight(max(3.0, 1.6 + 0.4 * len(down)) * (figure.get_figheight() / 4))
+    for panel, metric in zip(axes, metrics, strict=True):
+        grid = np.full((len(down), len(across)), np.nan)
+        for cell in cells:
+            if metric in cell.metrics:
+                i, j = (
+                    down.index(said(setting(cell, second))),
+                    across.index(said(setting(cell, first))),
+                )
+                grid[i, j] = cell.metrics[metric].mean
+        colors, norm = _scale(grid[np.isfinite(grid)].tolist(), metric)
+        panel.set_facecolor("whitesmoke")
+        image = panel.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+        panel.set_xticks(
+            range(len(across)), across, rotation=45 if max(map(len, across)) > 7 else 0
+        )
+        panel.set_yticks(range(len(down)), down)
+        panel.set(xlabel=names[0], ylabel=names[1], title=f"{words_of(metric)}, mean")
+        if len(across) <= NAMED and len(down) <= NAMED:
+            for (i, j), value in np.ndenumerate(grid):
+                shade = colors(norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
+                ink = "white" if np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
+                text = f"{value:.3g}" if np.isfinite(value) else "–"
+                panel.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
+        figure.colorbar(image, ax=panel)
+    return figure
+
+
+def _scale(values: Sequence[float], metric: str) -> tuple[Colormap, Normalize]:
+    """Bright is good. A loss over more than a decade is on a log scale."""
+    colors = matplotlib.colormaps["viridis_r" if goal(metric) == "minimize" else "viridis"]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    return colors, (LogNorm if low > 0 and high > 10 * low else Normalize)(low, high)
+
+
+def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figure | None:
+    cells = [cell for cell in cells if metric in cell.metrics]
+    cells = [cell for cell in cells if np.isfinite(cell.metrics[metric].mean)]
+    if len(cells) < 2:
+        return None
+    means = [cell.metrics[metric].mean for cell in cells]
+    colors, norm = _scale(means, metric)
+    low, high = norm(min(means)), norm(max(means))
+    heights: list[list[float]] = []
+    figure = Figure(figsize=(max(7.0, 1.6 * (len(keys) + 1)), 4.5), layout="constrained")
+    axes = figure.subplots()
+    for x, key in enumerate(keys):
+        levels = _levels(cells, key)
+        place = _places(levels)
+        heights.append([place[said(setting(cell, key))] for cell in cells])
+        named = (
+            levels if len(levels) <= NAMED else [levels[0], levels[len(levels) // 2], levels[-1]]
+        )
+        for level in named:
+            text = said(level)
+            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
+            axes.annotate(
+                text,
+                (x, place[text]),
+                (4, 0),
+                textcoords="offset points",
+                fontsize=8,
+                va="center",
+                zorder=5,
+                bbox=box,
+            )
+    heights.append([float(norm(m) - low) / float(high - low or 1) for m in means])
+    # The worst first, so that the best lie on top; the lines of one value fan out a little.
+    sign = 1 if goal(metric) != "maximize" else -1
+    for n in sorted(range(len(cells)), key=lambda n: -sign * means[n]):
+        fan = 0.012 * (2 * n / max(1, len(cells) - 1) - 1)
+        y = [height[n] + fan for height in heights[:-1]] + [heights[-1][n]]
+        axes.plot(range(len(heights)), y, color=colors(norm(means[n])), alpha=0.75, linewidth=1.1)
+    for x in range(len(heights)):
+        axes.axvline(x, color="dimgray", linewidth=0.8)
+    axes.set_xticks(range(len(heights)), [*keys.values(), words_of(metric)])
+    axes.set_yticks([])
+    axes.set(xlim=(-0.15, len(heights) - 1), ylim=(-0.06, 1.06))
+    axes.set_title(f"{cells[0].results[0].experiment}: {len(cells)} cells")
+    for side in ("left", "right", "top", "bottom"):
+        axes.spines[side].set_visible(False)
+    figure.colorbar(ScalarMappable(norm, colors), ax=axes, label=f"{words_of(metric)}, mean")
+    return figure
+
+
+def _places(levels: Sequence[Any]) -> dict[str, float]:
+    """Where each level is on its axis, 0 to 1: evenly if few or words, else as its number says."""
+    numbers = all(isinstance(level, int | float) for level in levels)
+    if len(levels) > NAMED and numbers:
+        at = np.array(levels, float)
+        at = np.log(at) if at.min() > 0 and at.max() > 30 * at.min() else at
+        spread = (at - at.min()) / (at.max() - at.min())
+    else:
+        spread = np.linspace(0, 1, len(levels)) if len(levels) > 1 else np.array([0.5])
+    return {said(level): float(place) for level, place in zip(levels, spread, strict=True)}

@@ -1,0 +1,186 @@
+"""A sweep's figures hold the right data: what matplotlib was told, against the runs' files."""
+
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+
+from lora_lab.report import against, tradeoffs
+from lora_lab.report.cells import Result, cells_of, read
+from lora_lab.report.figures import style
+from lora_lab.runs import Run
+from tests.conftest import Lab, only_run
+from tests.copies import copies
+
+RANKS, ALPHAS, SEEDS = (1, 2, 3), (4.0, 8.0), (0, 1)
+
+
+@pytest.fixture
+def first(lab: Lab) -> Run:
+    """A real run, of which sweeps are copies."""
+    assert lab("digits", "adapter.r=3") == 0
+    return only_run()
+
+
+def sweep(first: Run, **values: Any) -> list[Result]:
+    keys = [key.replace("__", ".") for key in values]
+    points = (dict(zip(keys, point, strict=True)) for point in product(*values.values()))
+    return [read(run) for run in copies(first, points, Path("sweep"))]
+
+
+def by(results: list[Result], key: str, metric: str) -> dict[Any, list[float]]:
+    found: dict[Any, list[float]] = {}
+    for result in results:
+        found.setdefault(result.flat[key], []).append(result.finals[metric])
+    return found
+
+
+def lines(axes: Axes) -> list[list[tuple[float, float]]]:
+    return [[(float(x), float(y)) for x, y in line.get_xydata()] for line in axes.lines]  # pyright: ignore
+
+
+@pytest.mark.parametrize("metric", ["val/loss", "val/accuracy"])
+def test_a_metric_against_r(first: Run, metric: str):
+    results = sweep(first, adapter__r=RANKS, seed=SEEDS)
+    figure = against.metric(results, metric)
+    assert figure is not None
+    (axes,) = figure.axes
+    values = by(results, "adapter.r", metric)
+    drawn = lines(axes)
+    assert sorted(drawn[0]) == sorted((r, v) for r, own in values.items() for v in own)
+    assert drawn[1] == [(r, pytest.approx(mean(own))) for r, own in values.items()]
+    if metric == "val/loss":
+        with np.load(first.path / "spectra.npz") as arrays:
+            cut = dict(zip(arrays["truncation/ranks"], arrays["truncation/loss"], strict=True))
+        assert drawn[2] == [(k, pytest.approx(cut[k])) for k in (1, 2, 3)]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "3"]
+
+
+def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
+    for adapter in ("full", "none", "lora"):
+        assert lab("digits", f"adapter={adapter}", f"runs_dir={adapter}") == 0
+    results = [read(only_run(adapter)) for adapter in ("full", "none")]
+    results += sweep(only_run("lora"), adapter__r=(1, 2))
+    figure = against.metric(results, "val/loss")
+    assert figure is not None
+    labels = [text.get_text() for text in figure.legends[0].texts]
+    for label, result in zip(("full fine-tuning", "frozen base"), results, strict=False):
+        level = result.finals["val/loss"]
+        assert [(0.0, level), (1.0, level)] in lines(figure.axes[0])
+        assert label in labels
+
+
+def test_ranks_of_the_update_against_r(first: Run):
+    results = sweep(first, adapter__r=RANKS, seed=SEEDS)
+    figure = against.measures(results)
+    assert figure is not None
+    for axes, measure in zip(figure.axes, ("effective_rank", "stable_rank"), strict=True):
+        drawn = lines(axes)
+        assert drawn[0] == [(1, 1), (2, 2), (3, 3)], "the bound"
+        for i, site in enumerate(("body.fc1", "head")):
+            values = by(results, "adapter.r", f"spectra/{site}/{measure}")
+            assert drawn[2 + 2 * i] == [(r, pytest.approx(mean(v))) for r, v in values.items()]
+    several = sweep(first, adapter__r=RANKS, adapter__alpha=(2.0, 16.0))
+    figure = against.measures(several)
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].texts][1:] == ["alpha=2", "alpha=16"]
+
+
+def test_spectra_by_r(first: Run):
+    results = sweep(first, adapter__r=RANKS, seed=SEEDS)
+    figure = against.spectra(results)
+    assert figure is not None
+    for axes in figure.axes:
+        site = axes.get_title()
+        for r, drawn in zip(RANKS, lines(axes), strict=True):
+            ends = []
+            for result in results:
+                if result.rank == r:
+                    with np.load(result.run.path / "spectra.npz") as arrays:
+                        ends.append(arrays[f"{site}/singular_values"][-1])
+            assert [i for i, _ in drawn] == list(range(1, r + 1))
+            assert [s for _, s in drawn] == pytest.approx(np.mean(ends, axis=0).tolist())
+
+
+def test_a_heat_map_of_two_keys_has_the_means_and_leaves_holes(first: Run):
+    results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
+    results = [r for r in results if (r.rank, r.flat["adapter.alpha"]) != (3, 4.0)]
+    figure = tradeoffs.over_keys(cells_of(results), ["val/loss", "val/accuracy"])
+    assert figure is not None
+    panels = [axes for axes in figure.axes if axes.images]
+    for axes, metric in zip(panels, ("val/loss", "val/accuracy"), strict=True):
+        grid = np.ma.filled(axes.images[0].get_array(), np.nan)  # pyright: ignore
+        for (i, alpha), (j, r) in product(enumerate(ALPHAS), enumerate(RANKS)):
+            own = [x for x in results if (x.rank, x.flat["adapter.alpha"]) == (r, alpha)]
+            want = mean(x.finals[metric] for x in own) if own else np.nan
+            assert grid[i, j] == pytest.approx(want, nan_ok=True)
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("r", "alpha")
+
+
+def test_parallel_coordinates_of_three_keys(first: Run):
+    results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, optimizer__lr=(0.1, 0.01))
+    cells = cells_of(results)
+    figure = tradeoffs.over_keys(cells, ["val/loss"])
+    assert figure is not None
+    axes = figure.axes[0]
+    drawn = [line for line in lines(axes) if len(line) == 4]
+    assert len(drawn) == len(cells) == 12
+    losses = sorted((cell.metrics["val/loss"].mean for cell in cells), reverse=True)
+    low, high = min(losses), max(losses)
+    assert [line[-1][1] for line in drawn] == pytest.approx(
+        [(loss - low) / (high - low) for loss in losses]
+    ), "the best is drawn last, on top"
+    names = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert names == ["r", "alpha", "lr", "validation loss"]
+
+
+def test_nothing_to_show_is_no_figure(first: Run):
+    one = [read(first)]
+    assert against.metric(one, "val/loss") is None
+    assert against.measures(one) is None
+    assert against.spectra(one) is None
+    assert against.theory(one) is None
+    assert tradeoffs.parameters(cells_of(one), "val/loss") is None
+    assert tradeoffs.over_keys(cells_of(one), ["val/loss"]) is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12),
+    st.sampled_from(["minimize", "maximize"]),
+)
+def test_the_front_against_brute_force(points: list[tuple[int, int]], goal: str):
+    sign = 1 if goal == "minimize" else -1
+
+    def beats(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        no_worse = a[0] <= b[0] and sign * a[1] <= sign * b[1]
+        return no_worse and a != b
+
+    want = {p for p in points if not any(beats(q, p) for q in points)}
+    found = tradeoffs.front(points, goal)
+    assert {points[i] for i in found} == want
+    assert len(found) == sum(p in want for p in points), "equal points are on it together"
+    assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
+
+
+def test_the_front_is_marked(first: Run):
+    results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
+    cells = cells_of(results)
+    figure = tradeoffs.parameters(cells, "val/loss")
+    assert figure is not None
+    points = [(c.metrics["parameters/trainable"].mean, c.metrics["val/loss"].mean) for c in cells]
+    at = tradeoffs.front(points, "minimize")
+    containers = figure.axes[0].containers
+    marked = [tuple(map(float, p)) for p in containers[-1].lines[0].get_xydata()]  # pyright: ignore
+    assert marked == [pytest.approx(points[i]) for i in at]
+    plain = [tuple(map(float, p)) for p in containers[0].lines[0].get_xydata()]  # pyright: ignore
+    assert len(plain) + len(marked) == len(cells)
+
+
+def test_styles_of_many_series_differ():
+    assert len({style(i) for i in range(49)}) == 49

@@ -1,0 +1,54 @@
+"""Tables as LaTeX, Markdown and CSV, whatever is in them."""
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lora_lab.report.tables import SIGNS, csv_of, latex, markdown
+
+HARD = [
+    ["r", "val/loss", "a_b & c", "50 % # $x$", r"path\to {x}", "~ ^ < > |"],
+    ["1", "**0.5 ± 0.1**", "*.fc1", "[16]", "{'*.fc*': 2}", 'lr="1e-3"'],
+    ["–", "σ_1 φ(1, 1) Δ θ √ ×", "é ü 日本 → ≤", "**", "a\nb", "-1 − 2 …"],
+]
+
+
+def test_latex_says_what_it_reads_as_its_own():
+    body = latex([["".join(SIGNS)], ["\\"], ["x_1^2 {y} ~ 5% & #3 $"]])
+    lines = body.splitlines()[2:-2]
+    assert lines[-1] == (r"x\_1\textasciicircum{}2 \{y\} \textasciitilde{} 5\% \& \#3 \$ \\")
+    assert lines[-2] == r"\textbackslash{} \\"
+    for line in lines:
+        known = re.sub(r"\\[A-Za-z]+(\{\})?|\\[&%_#${}\\|]|\$[^$]*\$", "", line)
+        assert not re.search(r"[\\{}$&#^_%~<>|]", known), line
+        assert known.isascii()
+
+
+def test_a_mark_is_bold_once():
+    assert r"\textbf{0.5 $\pm$ 0.1}" in latex(HARD)
+    assert latex(HARD).count("textbf") == 1
+    assert "{[16]}" in latex([["a"], ["[16]"]]), "a bracket after \\\\ would be its argument"
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_latex_compiles():
+    document = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n"
+    Path("table.tex").write_text(document + latex(HARD) + "\\end{document}\n")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"],
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
+
+
+def test_csv_and_markdown_keep_every_cell():
+    read = list(csv.reader(io.StringIO(csv_of(HARD))))
+    assert read == [[c.strip("*") if c.startswith("**0") else c for c in row] for row in HARD]
+    for line in markdown([["a|b", "\\"], ["1", "2"]], "l").splitlines():
+        assert len(re.findall(r"(?<!\\)\|", line)) == 3
