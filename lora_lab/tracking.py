@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import struct
 import time
 import zlib
@@ -79,8 +80,12 @@ class Tracking:
         self.jsonl = JsonlLogger(directory / "metrics.jsonl")
         self.loggers: list[Logger] = [self.jsonl]
         self.beside = 0  # rows that only W&B has
-        self.wandb = None if cfg.tracking.mode == "off" else _start(cfg, directory)
-        if self.wandb is not None:
+        self.wandb = None
+        if cfg.tracking.mode != "off":
+            # A try that was interrupted: this one has its rows again, and takes its place.
+            if earlier := run.status.get("wandb"):
+                shutil.rmtree(run.path / earlier, ignore_errors=True)
+            self.wandb = _start(cfg, directory, earlier and earlier.rpartition("-")[2])
             self.loggers.append(WandbLogger(experiment=self.wandb))
             run.update(wandb=os.path.relpath(self.wandb.settings.sync_dir, run.path))
 
@@ -203,25 +208,31 @@ class Tracking:
             self.wandb.log_artifact(artifact)
 
 
-def _start(cfg: Config, directory: Path) -> wandb.Run:
-    """The W&B run, on the server if asked for and there, else on this machine."""
+def _start(cfg: Config, directory: Path, name: str | None) -> wandb.Run:
+    """The W&B run, on the server if asked for and there, else on this machine.
+
+    With the id `name` of a run there is, it is written anew from its first row.
+    """
+    if "WANDB_RUN_ID" in os.environ:
+        name = None  # an agent's
     if cfg.tracking.mode == "online" and not Tracking.fell_back:
         try:
             wandb.setup(wandb.Settings(silent=True))
             if not wandb.login(prompt=False, verify=False):
                 raise WandbError("there is no login: `wandb login` makes one")
-            return _init(cfg, directory, "online")
+            return _init(cfg, directory, "online", name)
         except WandbError as error:
             Tracking.fell_back = True
             log.warning("W&B cannot be used online (%s): tracking offline", error)
-    return _init(cfg, directory, "offline")
+    return _init(cfg, directory, "offline", name)
 
 
-def _init(cfg: Config, directory: Path, mode: Any) -> wandb.Run:
+def _init(cfg: Config, directory: Path, mode: Any, name: str | None) -> wandb.Run:
     # Artifacts wait for `wandb sync` in copies, which W&B would keep in the home directory.
     os.environ.setdefault("WANDB_DATA_DIR", str(Path(cfg.runs_dir).absolute() / ".wandb"))
     return wandb.init(
         mode=mode,
+        id=name,
         project=cfg.tracking.project,
         entity=cfg.tracking.entity,
         dir=directory.parent.absolute(),  # one wandb/ an experiment, for `wandb leet`
