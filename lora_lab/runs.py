@@ -110,8 +110,12 @@ def _rows(path: Path, date: int, size: int) -> list[dict[str, Any]]:
 
 def find_runs(root: Path) -> list[Run]:
     """Every run below `root`, `root` itself included, by name."""
-    found = sorted(root.rglob("status.json"))
-    return [Run(status.parent) for status in found if status.parent.name != PREVIOUS]
+    found = []
+    for folder, inner, files in os.walk(root):  # folders may go meanwhile
+        if "status.json" in files:
+            found.append(Run(Path(folder)))
+            inner.clear()
+    return sorted(found, key=lambda run: run.path)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -34,6 +34,9 @@ SETTLE = 10
 SERIES = 16
 """Lines that a line-series chart in W&B shows, at most."""
 
+Histograms = dict[str, tuple[list[int], list[float]]]
+"""Counts and the edges of their bins, by the name in W&B."""
+
 
 class JsonlLogger(Logger):
     """Appends a line a row to metrics.jsonl and flushes it: a crash costs at most that line."""
@@ -80,6 +83,7 @@ class Tracking:
         self.jsonl = JsonlLogger(directory / "metrics.jsonl")
         self.loggers: list[Logger] = [self.jsonl]
         self.beside = 0  # rows that only W&B has
+        self.histograms: dict[int, Histograms] = {}  # by the number of their row
         self.wandb = None
         if cfg.tracking.mode != "off":
             # A try that was interrupted: this one has its rows again, and takes its place.
@@ -116,15 +120,25 @@ class Tracking:
         """The rows logged so far."""
         return self.jsonl.rows
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """One row, to every logger."""
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step)
+    def log(self, metrics: dict[str, Any], step: int, histograms: Histograms | None = None) -> None:
+        """One row, to every logger; in W&B with histograms beside it."""
+        self.jsonl.log_metrics(metrics, step)
+        if self.wandb is None:
+            return
+        row = dict(metrics)
+        if histograms:
+            self.histograms[len(self.rows) - 1] = histograms
+            for key, (counts, edges) in histograms.items():
+                row[key] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+        self.loggers[-1].log_metrics(row, step)
 
-    def replay(self, rows: list[dict[str, Any]]) -> None:
-        """Logs rows that another run logged first."""
+    def replay(
+        self, rows: list[dict[str, Any]], histograms: Mapping[str, Histograms] | None = None
+    ) -> None:
+        """Logs rows that were logged before, by another run or by an earlier try of this one."""
         for row in rows:
-            self.log({key: value for key, value in row.items() if key != "step"}, row["step"])
+            beside = (histograms or {}).get(str(len(self.rows)))
+            self.log({k: v for k, v in row.items() if k != "step"}, row["step"], beside)
 
     def log_spectra(
         self,
@@ -141,12 +155,12 @@ class Tracking:
         for prefix, every in (("spectra/", spectra), ("spectra_of/", wholes)):
             for site, spectrum in every.items():
                 row |= {f"{prefix}{site}/{name}": v for name, v in spectrum.measures().items()}
-        self.jsonl.log_metrics(row, step)
+        histograms = {}
         if self.wandb is not None:
             for site, spectrum in spectra.items():
-                counts = np.histogram(spectrum.singular_values.numpy(), bins=32)
-                row[f"spectra/{site}/singular_values"] = wandb.Histogram(np_histogram=counts)
-            self.loggers[-1].log_metrics(row, step)
+                counts, edges = np.histogram(spectrum.singular_values.numpy(), bins=32)
+                histograms[f"spectra/{site}/singular_values"] = counts.tolist(), edges.tolist()
+        self.log(row, step, histograms)
 
     def log_series(
         self,

@@ -8,9 +8,11 @@ import shutil
 import time
 from collections.abc import Mapping
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import lightning.pytorch as pl
 import numpy as np
@@ -59,8 +61,8 @@ class Checkpoint(pl.Callback):
         return {
             "config": self.identity,
             "base": adapters.weights_hash(dict(self.base)) if self.base else "",
-            "version of torch": torch.__version__,
-            "version of lightning": pl.__version__,
+            "version of torch": version("torch"),
+            "version of lightning": version("lightning"),
         }
 
     def kept(self) -> Path | None:
@@ -68,20 +70,23 @@ class Checkpoint(pl.Callback):
         if not self.path.exists():
             return None
         try:
+            with ZipFile(self.path) as file:  # torch does not look at the checksums it wrote
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} in it is damaged")
             kept = torch.load(self.path, "cpu", weights_only=True)["lora_lab"]
             other = [name for name, value in self.fits.items() if kept["fits"].get(name) != value]
             if other:
                 raise ValueError(f"it is of another {', another '.join(other)}")
-            rows = json.loads(kept["rows"])
+            rows, histograms = json.loads(kept["rows"])
         except (
             *(OSError, EOFError, UnpicklingError, RuntimeError),
-            *(ValueError, TypeError, LookupError, AttributeError),
+            *(ValueError, TypeError, LookupError, AttributeError, BadZipFile),
         ) as error:
             says = str(error).partition("\n")[0]
             log.warning("cannot go on from %s (%s): beginning again", self.path, says)
-            shutil.rmtree(self.path.parent)
+            shutil.rmtree(self.path.parent, ignore_errors=True)
             return None
-        self.tracking.replay(rows[len(self.tracking.rows) :])
+        self.tracking.replay(rows[len(self.tracking.rows) :], histograms)
         return self.path
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -99,10 +104,11 @@ class Checkpoint(pl.Callback):
             checkpoint["state_dict"] = {k: v for k, v in state.items() if is_adapter_key(k)}
         checkpoint["lora_lab"] = {
             "fits": self.fits,
-            "rows": json.dumps(self.tracking.rows),
+            # As text: reading Python's objects back, and nothing but data, is slow.
+            "rows": json.dumps([self.tracking.rows, self.tracking.histograms]),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
-            "streams": _streams(pl_module.device),
+            "streams": _streams(trainer, pl_module.device),
         }
 
     def on_load_checkpoint(
@@ -114,7 +120,9 @@ class Checkpoint(pl.Callback):
         loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_by(
             kept["steps"]
         )
-        self.epochs, self.streams = kept["epochs"], kept["streams"]
+        self.epochs = kept["epochs"]
+        # Another number of processes than before has no streams of its own.
+        self.streams = kept["streams"][trainer.global_rank % len(kept["streams"])]
         what = "base" if self.base is None else "run"
         log.info("%s resumed from epoch %d of %s", what, self.epochs, trainer.max_epochs)
 
@@ -141,22 +149,27 @@ class Checkpoint(pl.Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         trainer.save_checkpoint(part, weights_only=False)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(self.path)
+        if trainer.is_global_zero:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(self.path)
         self.epochs, now = trainer.current_epoch, time.monotonic()
         self.due = now + max(self.every, (now - began) / SHARE) if self.every else now
 
 
-def _streams(device: torch.device) -> dict[str, Any]:
-    """Where the global random streams are."""
+def _streams(trainer: pl.Trainer, device: torch.device) -> list[dict[str, Any]]:
+    """Where the global random streams of every process are."""
     kind, keys, *rest = np.random.get_state()
-    return {
+    own = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": [kind, keys.tolist(), *rest],  # pyright: ignore
         "python": random.getstate(),
     }
+    every = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(every, own)
+    return every
 
 
 def _set_streams(streams: dict[str, Any], device: torch.device) -> None:
