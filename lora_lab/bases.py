@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,15 +59,16 @@ def path(cfg: Config) -> Path:
 
 def obtain(
     cfg: Config,
-    train: Callable[[], tuple[nn.Module, list[Row]]],
+    train: Callable[[Path], tuple[nn.Module, list[Row]]],
     replay: Callable[[list[Row]], None],
 ) -> Base:
     """The base that `cfg` asks for, trained by `train` only where it is not at hand.
 
     `train` gives the trained model and the rows it logged; `replay` is given those rows where the
     base was trained before, so that every run's metrics hold its base's. Runs that need the same
-    base at once wait for the one that trains it. A file that is not what was written is trained
-    again.
+    base at once wait for the one that trains it. Where this one is interrupted, the checkpoints in
+    the folder that `train` is given are the next one's. A file that is not what was written is
+    trained again.
     """
     if not isinstance(cfg.base, TrainedBase):
         return Base(load_file(cfg.base.path), [])
@@ -83,8 +85,12 @@ def obtain(
             log.info("base found, not trained again: %s", file)
             replay(base.rows)
             return base
-        started = time.time()
-        model, rows = train()
+        started, checkpoints = time.time(), file.with_suffix(".checkpoints")
+        try:
+            model, rows = train(checkpoints)
+        except Exception:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            raise
         content = save(
             {
                 k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -101,6 +107,7 @@ def obtain(
         }
         write_atomic(file, content)
         write_atomic(file.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+        shutil.rmtree(checkpoints, ignore_errors=True)
         log.info("base trained in %.1f s and kept: %s", about["seconds"], file)
         return Base(load(content), rows)
 

@@ -225,6 +225,7 @@ class Config(Node):
     bases_dir: str = Field(min_length=1)
     overwrite: bool
     figures: bool = True
+    checkpoint_every: float = Field(default=60, ge=0)
 
     def plain(self) -> dict[str, Any]:
         """The config as plain dicts, lists and numbers: what config.yaml holds."""
@@ -236,6 +237,7 @@ class Config(Node):
 
     def _matters(self) -> dict[str, Any]:
         cannot = {"published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep", "tracking"}
+        cannot.add("checkpoint_every")
         config = self.model_dump(by_alias=True, exclude=cannot)
         for device in ("accelerator", "devices", "num_nodes", "strategy"):
             config["trainer"].pop(device, None)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_lab import adapters, analysis, bases, report
 from lora_lab.adapters import AdapterError
+from lora_lab.callbacks.checkpoint import Checkpoint
 from lora_lab.callbacks.first_step import FirstStep
 from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.callbacks.spectra import SpectraCallback
@@ -20,7 +22,7 @@ from lora_lab.config import Lora, TrainedBase
 from lora_lab.data import Data
 from lora_lab.modules import BaseModule, LoRAModule
 from lora_lab.plan import Plan
-from lora_lab.runs import Run, rank, record
+from lora_lab.runs import CHECKPOINTS, Run, rank, record
 from lora_lab.seeding import generator
 from lora_lab.tracking import Tracking
 from lora_lab.updates import Updates, whole
@@ -58,24 +60,25 @@ def _base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
     if rank():
         return bases.wait(cfg)
 
-    def train() -> tuple[nn.Module, list[dict[str, Any]]]:
+    def train(checkpoints: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
         assert isinstance(cfg.base, TrainedBase)
         pl.seed_everything(cfg.base.seed, verbose=False)
         data, model = plan.data("base"), plan.model()
         outputs = data.sizes["out_features"]
         module = BaseModule(model, data.task, outputs, cfg.base.optimizer, prefix="base/")
         first = len(tracking.rows)
-        bar = ProgressBar("base", console)
-        trainer = plan.trainer(tracking, [bar], max_epochs=cfg.base.epochs, **ALONE)
-        _fit(trainer, module, data)
+        checkpoint = Checkpoint(checkpoints, bases.key(cfg), cfg.checkpoint_every, tracking)
+        callbacks = [ProgressBar("base", console), checkpoint]
+        trainer = plan.trainer(tracking, callbacks, max_epochs=cfg.base.epochs, **ALONE)
+        _fit(trainer, module, data, checkpoint.kept())
         return model, tracking.rows[first:]
 
     return bases.obtain(cfg, train, tracking.replay)
 
 
-def _fit(trainer: pl.Trainer, module: BaseModule, data: Data) -> None:
-    """Trains, with the last epoch validated whatever its number."""
-    trainer.fit(module, data)
+def _fit(trainer: pl.Trainer, module: BaseModule, data: Data, kept: Path | None) -> None:
+    """Trains, from a checkpoint if one is kept; the last epoch is validated whatever its number."""
+    trainer.fit(module, data, ckpt_path=kept, weights_only=True)
     if trainer.current_epoch % (trainer.check_val_every_n_epoch or 1):
         trainer.validate(module, data, verbose=False)
 
@@ -104,15 +107,18 @@ def _adapt(
     callbacks = [ProgressBar(cfg.adapter.method, console), spectral]
     if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
         callbacks.append(FirstStep(updates, tracking))
-    if cfg.adapter.method != "none":
-        _log_theory(data, model, tracking)
-    trainer = plan.trainer(tracking, callbacks)
-    trainer.validate(module, data, verbose=False)
+    folder = run.path / CHECKPOINTS
+    checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
+    trainer = plan.trainer(tracking, [*callbacks, checkpoint])
+    if (kept := checkpoint.kept()) is None:
+        if cfg.adapter.method != "none":
+            _log_theory(data, model, tracking)
+        trainer.validate(module, data, verbose=False)
     if cfg.adapter.method == "none":
         whole = adapters.count(model).frozen
         tracking.log({"parameters/trainable": 0, "parameters/base": whole}, 0)
         return
-    _fit(trainer, module, data)
+    _fit(trainer, module, data, kept)
     module.end = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
     alone = ALONE
     if isinstance(model, FSDPModule):

@@ -62,7 +62,7 @@ class Plan:
         """Lightning's Trainer as configured, with this run's loggers, or none."""
         arguments = {**self.cfg.trainer.model_dump(), **change}
         if arguments.get("strategy") == "fsdp":
-            arguments["strategy"] = ModelParallelStrategy(self.processes, 1)
+            arguments["strategy"] = ModelParallelStrategy(self.processes, 1, False)
         return pl.Trainer(
             **arguments,
             logger=tracking.loggers if tracking else False,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lora_lab import experiment
 from lora_lab.plan import Plan
-from lora_lab.runs import Run, RunBusyError, RunFinishedError, rank
+from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, rank
 
 
 def inside() -> bool:
@@ -36,6 +37,8 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
         raise RunFinishedError(str(run.path))
     if state == "running":
         raise RunBusyError(f"{run.path} is being run by another process")
+    if state != "interrupted" or plan.cfg.overwrite:  # before any of them can look
+        shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # told below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with tempfile.TemporaryDirectory() as logs:

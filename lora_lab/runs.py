@@ -26,6 +26,12 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 PLANNED = "planned.json"
 """The file beside an experiment's runs with those that multiruns were to run: name → overrides."""
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that an interrupted try leaves to the next one."""
+
+PREVIOUS = "previous"
+"""The folder of a run that is being repeated, with its finished self until the new one is."""
+
 
 class RunBusyError(RuntimeError):
     """Another process is running this very run."""
@@ -113,7 +119,12 @@ def _rows(path: Path, date: int, size: int) -> list[dict[str, Any]]:
 
 def find_runs(root: Path) -> list[Run]:
     """Every run below `root`, `root` itself included, by name."""
-    return [Run(status.parent) for status in sorted(root.rglob("status.json"))]
+    found = []
+    for folder, inner, files in os.walk(root):  # folders may go meanwhile
+        if "status.json" in files:
+            found.append(Run(Path(folder)))
+            inner.clear()
+    return sorted(found, key=lambda run: run.path)
 
 
 def planned(folder: Path) -> dict[str, list[str]]:
@@ -141,8 +152,10 @@ def record(
     """Within it the run is `running`; how it is left is how it ended.
 
     Clears what an earlier try left, keeps the log in log.txt, and holds the directory's lock, so
-    that a run which was killed is told from one that goes on. Raises RunBusyError where another
-    process holds it, RunFinishedError where the run is finished and `overwrite` is not set.
+    that a run which was killed is told from one that goes on. A run that was interrupted keeps its
+    checkpoints and its log, and its tries and seconds are counted together. A finished one that is
+    to be repeated is kept in previous/ until it has been. Raises RunBusyError where another
+    process holds the lock, RunFinishedError where the run is finished and `overwrite` is not set.
     """
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
@@ -152,15 +165,29 @@ def record(
         host = run.status.get("host", "an unknown host")
         raise RunBusyError(f"{path} is being run by another process, on {host}") from None
     with lock:
-        if run.finished and not overwrite:
+        before = run.status  # as the lock is ours, a run that says it is running was killed
+        finished = before["state"] == "finished"
+        if finished and not overwrite:
             raise RunFinishedError(str(path))
-        started = time.time()
+        started, spent = time.time(), 0.0
         status = {"state": "running", "started": started, "host": socket.gethostname(), **about}
+        kept = {"lock", "status.json", PREVIOUS}
+        if before["state"] in ("running", "interrupted") and not overwrite:
+            kept |= {CHECKPOINTS, "log.txt"}
+            spent = _spent(path, before)
+            status |= {"tries": before.get("tries", 1) + 1, "spent": spent}
+            status |= {"wandb": before["wandb"]} if "wandb" in before else {}
+        if finished:
+            shutil.rmtree(path / PREVIOUS, ignore_errors=True)
+            (path / PREVIOUS).mkdir()
+            shutil.copy(path / "status.json", path / PREVIOUS)
         write_atomic(path / "status.json", json.dumps(status, indent=2) + "\n")
-        for old in path.iterdir():
-            if old.is_dir():
+        for old in [old for old in path.iterdir() if old.name not in kept]:
+            if finished:
+                old.rename(path / PREVIOUS / old.name)
+            elif old.is_dir():
                 shutil.rmtree(old)
-            elif old.name not in ("lock", "status.json"):
+            else:
                 old.unlink()
         write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_atomic(path / "env.json", json.dumps(environment(), indent=2) + "\n")
@@ -176,16 +203,26 @@ def record(
                 file.write(traceback.format_exc())
             run.update(
                 state="interrupted" if stopped else "failed",
-                seconds=time.time() - started,
+                seconds=spent + time.time() - started,
                 error=f"{type(error).__name__}: {error}",
                 traceback=traceback.format_exc(),
             )
             raise
         else:
-            run.update(state="finished", seconds=time.time() - started)
+            run.update(state="finished", seconds=spent + time.time() - started)
+            for done in (CHECKPOINTS, PREVIOUS):
+                shutil.rmtree(path / done, ignore_errors=True)
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+
+def _spent(path: Path, before: dict[str, Any]) -> float:
+    """Seconds that all tries took; one that was killed took until it last wrote a file."""
+    if "seconds" in before:
+        return before["seconds"]
+    last = max(file.stat().st_mtime for file in path.glob("*.*"))
+    return before.get("spent", 0.0) + max(0.0, last - before.get("started", last))
 
 
 def environment() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import struct
 import time
 import zlib
@@ -32,6 +33,9 @@ SETTLE = 10
 
 SERIES = 16
 """Lines that a line-series chart in W&B shows, at most."""
+
+Histograms = dict[str, tuple[list[int], list[float]]]
+"""Counts and the edges of their bins, by the name in W&B."""
 
 
 class JsonlLogger(Logger):
@@ -81,8 +85,13 @@ class Tracking:
         self.jsonl = JsonlLogger(directory / "metrics.jsonl" if first else Path(os.devnull))
         self.loggers: list[Logger] = [self.jsonl]
         self.beside = 0  # rows that only W&B has
-        self.wandb = _start(cfg, directory) if first and cfg.tracking.mode != "off" else None
-        if self.wandb is not None:
+        self.histograms: dict[int, Histograms] = {}  # by the number of their row
+        self.wandb = None
+        if first and cfg.tracking.mode != "off":
+            # A try that was interrupted: this one has its rows again, and takes its place.
+            if earlier := run.status.get("wandb"):
+                shutil.rmtree(run.path / earlier, ignore_errors=True)
+            self.wandb = _start(cfg, directory, earlier and earlier.rpartition("-")[2])
             self.loggers.append(WandbLogger(experiment=self.wandb))
             run.update(wandb=os.path.relpath(self.wandb.settings.sync_dir, run.path))
 
@@ -113,15 +122,23 @@ class Tracking:
         """The rows logged so far."""
         return self.jsonl.rows
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """One row, to every logger."""
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step)
+    def log(self, metrics: dict[str, Any], step: int, beside: Histograms | None = None) -> None:
+        """One row, to every logger; in W&B with histograms beside it."""
+        self.jsonl.log_metrics(metrics, step)
+        if self.wandb is None:
+            return
+        row = dict(metrics)
+        if beside:
+            self.histograms[len(self.rows) - 1] = beside
+            for key, (counts, edges) in beside.items():
+                row[key] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+        self.loggers[-1].log_metrics(row, step)
 
-    def replay(self, rows: list[dict[str, Any]]) -> None:
-        """Logs rows that another run logged first."""
+    def replay(self, rows: list[dict[str, Any]], beside: Mapping[str, Any] | None = None) -> None:
+        """Logs rows that were logged before, by another run or by an earlier try of this one."""
         for row in rows:
-            self.log({key: value for key, value in row.items() if key != "step"}, row["step"])
+            own = (beside or {}).get(str(len(self.rows)))
+            self.log({k: v for k, v in row.items() if k != "step"}, row["step"], own)
 
     def log_spectra(
         self,
@@ -138,12 +155,12 @@ class Tracking:
         for prefix, every in (("spectra/", spectra), ("spectra_of/", wholes)):
             for site, spectrum in every.items():
                 row |= {f"{prefix}{site}/{name}": v for name, v in spectrum.measures().items()}
-        self.jsonl.log_metrics(row, step)
+        histograms = {}
         if self.wandb is not None:
             for site, spectrum in spectra.items():
-                counts = np.histogram(spectrum.singular_values.numpy(), bins=32)
-                row[f"spectra/{site}/singular_values"] = wandb.Histogram(np_histogram=counts)
-            self.loggers[-1].log_metrics(row, step)
+                counts, edges = np.histogram(spectrum.singular_values.numpy(), bins=32)
+                histograms[f"spectra/{site}/singular_values"] = counts.tolist(), edges.tolist()
+        self.log(row, step, histograms)
 
     def log_series(
         self,
@@ -205,25 +222,31 @@ class Tracking:
             self.wandb.log_artifact(artifact)
 
 
-def _start(cfg: Config, directory: Path) -> wandb.Run:
-    """The W&B run, on the server if asked for and there, else on this machine."""
+def _start(cfg: Config, directory: Path, name: str | None) -> wandb.Run:
+    """The W&B run, on the server if asked for and there, else on this machine.
+
+    With the id `name` of a run there is, it is written anew from its first row.
+    """
+    if "WANDB_RUN_ID" in os.environ:
+        name = None  # an agent's
     if cfg.tracking.mode == "online" and not Tracking.fell_back:
         try:
             wandb.setup(wandb.Settings(silent=True))
             if not wandb.login(prompt=False, verify=False):
                 raise WandbError("there is no login: `wandb login` makes one")
-            return _init(cfg, directory, "online")
+            return _init(cfg, directory, "online", name)
         except WandbError as error:
             Tracking.fell_back = True
             log.warning("W&B cannot be used online (%s): tracking offline", error)
-    return _init(cfg, directory, "offline")
+    return _init(cfg, directory, "offline", name)
 
 
-def _init(cfg: Config, directory: Path, mode: Any) -> wandb.Run:
+def _init(cfg: Config, directory: Path, mode: Any, name: str | None) -> wandb.Run:
     # Artifacts wait for `wandb sync` in copies, which W&B would keep in the home directory.
     os.environ.setdefault("WANDB_DATA_DIR", str(Path(cfg.runs_dir).absolute() / ".wandb"))
     return wandb.init(
         mode=mode,
+        id=name,
         project=cfg.tracking.project,
         entity=cfg.tracking.entity,
         dir=directory.parent.absolute(),  # one wandb/ an experiment, for `wandb leet`

@@ -97,7 +97,7 @@ def _run(content: DictConfig, single: bool) -> None:
         raise RunFailedError(str(error)) from None
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning has turned Ctrl-C into SystemExit(1) by now, and SIGTERM into its own kind.
-        console.print(f"interrupted: the same command runs it again ({run.path})")
+        console.print(f"interrupted: the same command goes on with it ({run.path})")
         sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
     except Exception as error:
         raise RunFailedError(

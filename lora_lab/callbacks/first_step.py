@@ -28,7 +28,7 @@ class FirstStep(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Takes both gradients, without a trace in the model or in dropout's stream."""
-        if self.dense:
+        if self.dense or trainer.global_step:
             return
         assert isinstance(pl_module, BaseModule)
         sites = self.updates.sites

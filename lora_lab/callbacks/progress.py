@@ -41,7 +41,8 @@ class ProgressBar(pl.Callback):
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task(self.label, total=trainer.max_epochs, loss="–")
+        done, total = trainer.current_epoch, trainer.max_epochs
+        self.task = self.progress.add_task(self.label, completed=done, total=total, loss="–")
         self.progress.start()
 
     def on_train_batch_end(

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 
 from lora_lab.adapters import Site
 from lora_lab.config import Spectra
@@ -32,8 +34,9 @@ class SpectraCallback(pl.Callback):
         self.history: dict[str, list[Spectrum]] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures what the adapters start from."""
-        self._measure(trainer, 0)
+        """Measures what the adapters start from, unless the run was resumed."""
+        if not self.epochs:
+            self._measure(trainer, 0)
 
     def on_train_batch_end(
         self,
@@ -61,6 +64,27 @@ class SpectraCallback(pl.Callback):
         """Measures the end, unless it has been."""
         if self.epochs[-1] != trainer.current_epoch:
             self._measure(trainer, trainer.current_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured so far: a checkpoint keeps it."""
+        first = {site: spectra[0] for site, spectra in self.history.items()}
+        return {
+            "epochs": self.epochs,
+            "step": self.step,
+            "shapes": {site: spectrum.shape for site, spectrum in first.items()},
+            "eps": {site: spectrum.eps for site, spectrum in first.items()},
+            "values": {
+                site: torch.stack([spectrum.singular_values for spectrum in spectra])
+                for site, spectra in self.history.items()
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.epochs, self.step = list(state_dict["epochs"]), state_dict["step"]
+        for site, values in state_dict["values"].items():
+            about = state_dict["shapes"][site], state_dict["eps"][site]
+            self.history[site] = [Spectrum(row, *about) for row in values]
 
     def _measure(self, trainer: pl.Trainer, epoch: float) -> None:
         try:
