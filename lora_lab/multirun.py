@@ -1,19 +1,17 @@
 """A multirun as a whole: the runs it is made of, how far they are, and how each ended."""
 
-import json
-import os
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from omegaconf import DictConfig
 
 from lora_lab import compose
 from lora_lab.config import Config, ConfigError
-from lora_lab.plan import plan
+from lora_lab.plan import Plan, plan
 from lora_lab.runs import Run
-
-JOBS = "LORA_LAB_JOBS"
-"""The environment variable that tells every process of a multirun its runs, and when it began."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -36,51 +34,98 @@ class Job:
         return str(Run(self.path).status.get("error", "")).partition("\n")[0]
 
 
-def jobs(arguments: list[str]) -> list[Job]:
+@dataclass
+class Multirun:
+    """The one that this process conducts."""
+
+    runs: list[Run] = field(default_factory=list)
+    total: int = 0
+    began: float = field(default_factory=time.time)
+    lost: set[Path] = field(default_factory=set)
+    """Runs whose process ended without a word."""
+
+
+_now: Multirun | None = None
+
+
+def jobs(points: Iterable[list[str]]) -> list[Job]:
     """Every run of a multirun, each checked as a run of its own."""
-    return [_job(*point) for point in compose.every(arguments)]
+    return [_job(*point) for point in compose.every(points)]
 
 
 def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
     try:
         if isinstance(cfg, ConfigError):
             raise cfg
-        return Job(overrides, plan(cfg).path)
+        return Job(overrides, _plan(cfg).path)
     except ConfigError as error:
         return Job(overrides, None, str(error))
 
 
-def begin(every: list[Job]) -> None:
-    """Tells this process and its children what the multirun is made of."""
-    paths = [str(job.path.absolute()) for job in every if job.path]
-    os.environ[JOBS] = json.dumps({"paths": list(dict.fromkeys(paths)), "began": time.time()})
+def _plan(cfg: Config) -> Plan:
+    """The plan of a job, which checks its devices itself where they are not this machine's.
+
+    Devices do not change a run's directory.
+    """
+    if "hydra/launcher=submitit_slurm" in sys.argv:
+        trainer = cfg.trainer.model_copy(update={"accelerator": "cpu", "devices": 1})
+        cfg = cfg.model_copy(update={"trainer": trainer})
+    return plan(cfg)
+
+
+def path(overrides: Sequence[str], content: DictConfig) -> Path | None:
+    """The directory of a job as Hydra composed it, None where its config cannot be."""
+    try:
+        return _plan(compose.typed(content, overrides)).path
+    except ConfigError:
+        return None
+
+
+def begin(every: list[Job], total: int = 0) -> None:
+    """Tells this process what the multirun is made of, so far.
+
+    `total` is how many runs it will have, where not all of them are known yet.
+    """
+    global _now
+    paths = list(dict.fromkeys(job.path for job in every if job.path))
+    _now = _now or Multirun()
+    _now.runs, _now.total = [Run(path) for path in paths], max(total, len(paths))
 
 
 def end() -> None:
     """Whatever this process runs next is no part of it."""
-    os.environ.pop(JOBS, None)
+    global _now
+    _now = None
+
+
+def lost(path: Path, cause: str) -> None:
+    """Keeps, for a run whose process ended without a word, what became of it."""
+    if _now is not None:
+        _now.lost.add(path)
+    if Run(path).status["state"] in ("none", "interrupted"):
+        path.mkdir(parents=True, exist_ok=True)
+        Run(path).update(state="interrupted", error=cause)
 
 
 def progress() -> str | None:
-    """How far the multirun is that this process is part of: done, running, failed, time left."""
-    if JOBS not in os.environ:
+    """How far the multirun is that this process conducts: done, running, failed, time left."""
+    if _now is None:
         return None
-    told = json.loads(os.environ[JOBS])
-    statuses = [Run(Path(path)).status for path in told["paths"]]
+    statuses = [run.status for run in _now.runs]
     states = [status["state"] for status in statuses]
     done, failed, running = (states.count(s) for s in ("finished", "failed", "running"))
-    left = len(states) - done - failed
+    left = _now.total - done - failed - len(_now.lost)
     took = [
         s["seconds"]
         for s in statuses
-        if s["state"] in ("finished", "failed") and s.get("started", 0) >= told["began"]
+        if s["state"] in ("finished", "failed") and s.get("started", 0) >= _now.began
     ]
-    parts = [f"{done} of {len(states)} done"]
+    parts = [f"{done} of {_now.total} done"]
     parts += [f"{running} running"] if running else []
     parts += [f"{failed} failed"] if failed else []
+    parts += [f"{len(_now.lost)} interrupted"] if _now.lost else []
     if took and left:
-        seconds = sum(took) / len(took) * left / max(1, running)
-        parts.append(f"about {_duration(seconds)} left")
+        parts.append(f"about {_duration(sum(took) / len(took) * left / max(1, running))} left")
     return ", ".join(parts)
 
 

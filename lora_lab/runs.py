@@ -23,6 +23,10 @@ from filelock import FileLock, Timeout
 PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
 
 
+class RunFailedError(RuntimeError):
+    """A run that was started and did not reach its end."""
+
+
 class RunBusyError(RuntimeError):
     """Another process is running this very run."""
 

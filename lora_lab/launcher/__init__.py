@@ -1,0 +1,20 @@
+"""How a multirun's jobs are spread over processes, of this machine or of a cluster."""
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+
+from lora_lab.launcher.processes import ProcessLauncher
+from lora_lab.launcher.submission import LocalLauncher, SlurmLauncher
+
+
+def register() -> None:
+    """Makes the launchers of conf/hydra/launcher known to Hydra.
+
+    Hydra wants a plugin named as one of hydra_plugins, and would merge a YAML with what another
+    plugin stored under its name.
+    """
+    known, stored = Plugins.instance(), ConfigStore.instance().repo["hydra"]["launcher"]
+    for launcher in (ProcessLauncher, LocalLauncher, SlurmLauncher):
+        known.class_name_to_class[f"hydra_plugins.lora_lab.{launcher.__name__}"] = launcher
+    for name in ("joblib", "submitit_local", "submitit_slurm"):
+        stored.pop(f"{name}.yaml", None)
