@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lora_lab import compose
 from lora_lab.config import Config, ConfigError
 from lora_lab.plan import Plan, plan
 from lora_lab.runs import Run
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,6 +43,7 @@ class Multirun:
     runs: list[Run] = field(default_factory=list)
     total: int = 0
     began: float = field(default_factory=time.time)
+    directory: Path | None = None
     lost: set[Path] = field(default_factory=set)
     """Runs whose process ended without a word."""
 
@@ -73,12 +76,9 @@ def _plan(cfg: Config) -> Plan:
     return plan(cfg)
 
 
-def path(overrides: Sequence[str], content: DictConfig) -> Path | None:
-    """The directory of a job as Hydra composed it, None where its config cannot be."""
-    try:
-        return _plan(compose.typed(content, overrides)).path
-    except ConfigError:
-        return None
+def path(overrides: Sequence[str], content: DictConfig) -> Path:
+    """The directory of a job, from what Hydra composed by its overrides. Raises ConfigError."""
+    return _plan(compose.typed(content, overrides)).path
 
 
 def begin(every: list[Job], total: int = 0) -> None:
@@ -92,10 +92,27 @@ def begin(every: list[Job], total: int = 0) -> None:
     _now.runs, _now.total = [Run(path) for path in paths], max(total, len(paths))
 
 
-def end() -> None:
-    """Whatever this process runs next is no part of it."""
+def keeps(directory: Path) -> None:
+    """Names the folder of what the multirun keeps that is no run's."""
+    if _now is not None:
+        _now.directory = directory
+
+
+def end() -> Path | None:
+    """Whatever this process runs next is no part of it. Gives the folder that is left of it.
+
+    What Hydra writes there is in every run's directory, too.
+    """
     global _now
+    directory = _now.directory if _now else None
     _now = None
+    if directory is None:
+        return None
+    (directory / "multirun.yaml").unlink(missing_ok=True)
+    for folder in (*directory.glob("*/"), directory, directory.parent):
+        with suppress(OSError):
+            folder.rmdir()  # where it is empty
+    return directory if directory.exists() else None
 
 
 def lost(path: Path, cause: str) -> None:

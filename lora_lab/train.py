@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -35,7 +36,8 @@ entry = hydra.main(version_base="1.3", config_path="pkg://lora_lab.conf", config
 
 def job(content: DictConfig) -> None:
     """One job: a single run, or one of a multirun, where it raises so that the rest goes on."""
-    single = HydraConfig.get().mode == RunMode.RUN
+    told = HydraConfig.get()
+    single = told.mode == RunMode.RUN
     listen()
     try:
         _run(content, single)
@@ -43,19 +45,17 @@ def job(content: DictConfig) -> None:
         wrong = isinstance(error, ConfigError)
         what = "config error" if wrong else "failed"
         errors.print(f"[red]{what}:[/] {escape(str(error))}", soft_wrap=True)
-        if single or (_conducts() and OmegaConf.select(content, "sweep.fail_fast") is True):
+        fail_fast = OmegaConf.select(content, "sweep.fail_fast") is True
+        if single or (fail_fast and told.launcher._target_.endswith(".BasicLauncher")):
             sys.exit(2 if wrong else 1)
         raise
     finally:
-        if not single and (line := _conducts()):
-            console.print(f"[bold]multirun:[/] {line}", highlight=False)
+        if not single:
+            from lora_lab import multirun
 
-
-def _conducts() -> str | None:
-    """How far the multirun is that is conducted, and run, by this process: the basic launcher's."""
-    from lora_lab import multirun
-
-    return multirun.progress()
+            multirun.keeps(Path(told.sweep.dir))
+            if line := multirun.progress():
+                console.print(f"[bold]multirun:[/] {line}", highlight=False)
 
 
 def _run(content: DictConfig, single: bool) -> None:
@@ -165,8 +165,10 @@ def _ended(every: "list[Job]") -> None:
     """The table of all jobs, and of those that failed the causes."""
     from lora_lab import multirun, report
 
-    multirun.end()
+    left = multirun.end()
     console.print(report.jobs([(job.overrides, job.path, job.state, job.cause) for job in every]))
+    if left:
+        console.print(f"output of jobs that were lost: {left}", soft_wrap=True, highlight=False)
 
 
 def listen() -> None:

@@ -7,15 +7,20 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
 from lora_lab import multirun
+from lora_lab.config import ConfigError
 from lora_lab.runs import Run, RunFailedError
+
+SLOW = 1.0
+"""Seconds between two looks from which on the start of a job is told, too."""
 
 GRACE = 30
 """Seconds that a job which is told to end has, before it is killed."""
@@ -47,50 +52,64 @@ class LostError(RunFailedError):
 
 @dataclass(frozen=True)
 class Point:
-    """A job of a multirun: its overrides, its config, and what starts it at a given place."""
+    """A job of a multirun: what Hydra knows of it, its run, and how it ended without a process."""
 
     overrides: list[str]
     config: DictConfig
-    start: Callable[[int], Worker]
+    run: Run | None
+    error: ConfigError | None
+
+    @property
+    def to_do(self) -> bool:
+        """Whether it needs a process: its config can be, and it is not done already."""
+        if self.run is None:
+            return False
+        done = self.run.finished and (self.run.path / "report" / "table.md").exists()
+        return self.config.overwrite or not done
 
     def returned(self, error: Exception | None) -> JobReturn:
         """What Hydra is told of it; of a job that was lost its run's status is told, too."""
-        if isinstance(error, LostError) and (path := multirun.path(self.overrides, self.config)):
-            multirun.lost(path, str(error))
+        if isinstance(error, LostError) and self.run:
+            multirun.lost(self.run.path, str(error))
         status = JobStatus.COMPLETED if error is None else JobStatus.FAILED
         result = JobReturn(self.overrides, self.config, status=status)
         result.return_value = error
         return result
 
-    def begun(self) -> bool:
-        """Whether its run has a process."""
-        path = multirun.path(self.overrides, self.config)
-        return path is not None and Run(path).status["state"] != "none"
-
 
 def points(
-    context: HydraContext,
-    config: DictConfig,
-    job_overrides: Sequence[Sequence[str]],
-    starts: Sequence[Callable[[int], Worker]],
+    context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]]
 ) -> list[Point]:
-    """The jobs that Hydra's sweeper asks for."""
-    load = context.config_loader.load_sweep_config
-    return [
-        Point(list(overrides), load(config, list(overrides)), start)
-        for overrides, start in zip(job_overrides, starts, strict=True)
-    ]
+    """The jobs that Hydra's sweeper asks for; of two that are one run the first has it."""
+    Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+    multirun.keeps(Path(config.hydra.sweep.dir))
+    found: list[Point] = []
+    for overrides in job_overrides:
+        content = context.config_loader.load_sweep_config(config, list(overrides))
+        with open_dict(content):
+            said = list(content.pop("hydra").overrides.task)
+        try:
+            run, error = Run(multirun.path(said, content)), None
+        except ConfigError as wrong:
+            run, error = None, wrong
+        if run in [point.run for point in found]:
+            run = None
+        found.append(Point(list(overrides), content, run, error))
+    return found
 
 
-def gather(jobs: Sequence[Point], at_once: int, every: float) -> list[JobReturn]:
+def gather(
+    jobs: Sequence[Point], start: Callable[[int, int], Worker], at_once: int, every: float
+) -> list[JobReturn]:
     """Starts the jobs, `at_once` at a time, and waits for all of them; looks every `every` seconds.
 
-    A start is given its place, 0 … at_once − 1, which no other running job has. With
+    `start` is given a job's index and its place, 0 … at_once − 1, which no other job has then. With
     sweep.fail_fast none begins after the first failure. Left by Ctrl-C, SIGTERM or another
     exception, it first ends what runs.
     """
-    waiting, live = deque(range(len(jobs))), dict[int, tuple[int, Worker]]()
-    returns: dict[int, JobReturn] = {}
+    waiting = deque(i for i, job in enumerate(jobs) if job.to_do)
+    returns = {i: job.returned(job.error) for i, job in enumerate(jobs) if not job.to_do}
+    live: dict[int, tuple[int, Worker]] = {}
     told, console = None, Console(width=None if sys.stdout.isatty() else 200)
     try:
         with _terminable():
@@ -99,8 +118,9 @@ def gather(jobs: Sequence[Point], at_once: int, every: float) -> list[JobReturn]
                 for place in range(min(at_once, len(jobs))):
                     if waiting and place not in taken:
                         index = waiting.popleft()
-                        live[index] = place, jobs[index].start(place)
+                        live[index] = place, start(index, place)
                 time.sleep(every)
+                ended = len(returns)
                 for index, (_, worker) in list(live.items()):
                     if worker.ended():
                         del live[index]
@@ -109,13 +129,13 @@ def gather(jobs: Sequence[Point], at_once: int, every: float) -> list[JobReturn]
                         if error and jobs[index].config.sweep.fail_fast:
                             waiting.clear()
                             for other, (_, pending) in live.items():
-                                if not jobs[other].begun():
+                                if (run := jobs[other].run) and run.status["state"] == "none":
                                     pending.stop()
                 if line := multirun.progress():
                     counts, _, _ = line.partition(", about")
-                    if counts != told:
+                    if counts != told and (len(returns) > ended or every >= SLOW):
                         console.print(f"[bold]multirun:[/] {line}", highlight=False)
-                    told = counts
+                        told = counts
     except BaseException:
         _end([worker for _, worker in live.values()])
         raise

@@ -44,7 +44,7 @@ class ProcessLauncher(JoblibLauncher):
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["lora_lab.experiment", __name__])
         logs = Path(config.hydra.sweep.dir).absolute()
-        logs.mkdir(parents=True, exist_ok=True)
+        jobs = points(context, config, job_overrides)
         state = Singleton.get_state()
 
         def start(index: int, place: int) -> Process:
@@ -56,8 +56,7 @@ class ProcessLauncher(JoblibLauncher):
             process.start()
             return Process(process, log)
 
-        starts = [lambda place, i=i: start(i, place) for i in range(len(job_overrides))]
-        return gather(points(context, config, job_overrides, starts), n, every=0.2)
+        return gather(jobs, start, n, every=0.2)
 
 
 def at_once(n_jobs: int | None, gpus: int, devices: object) -> int:
@@ -80,7 +79,7 @@ def visible_gpus() -> list[str]:
 
 
 def share(gpus: list[str], place: int, n: int) -> list[str]:
-    """The GPUs of the job at `place` of `n`: the same number for each, one that is shared at least."""
+    """The GPUs of the job at `place` of `n`: as many for each; one, where there are fewer."""
     each = max(1, len(gpus) // n)
     groups = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)]
     return groups[place % len(groups)] if groups else []
@@ -100,14 +99,10 @@ class Process:
     def error(self) -> Exception | None:
         """How it ended, by its exit code."""
         code = self.process.exitcode or 0
-        if code == 0:
+        if code in (0, 1, 2):  # its run's status says the rest
+            said = self.log.read_text().strip() if self.log.exists() else ""
             self.log.unlink(missing_ok=True)
-            return None
-        said = self.log.read_text().strip() if self.log.exists() else ""
-        if code == 2:
-            return ConfigError(said)
-        if code == 1:
-            return RunFailedError(said)
+            return (None, RunFailedError(said), ConfigError(said))[code]
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return LostError(f"its process ended by {name}{hint}; its output is in {self.log}")

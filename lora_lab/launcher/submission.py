@@ -62,12 +62,12 @@ class LocalLauncher(_Launcher):
         n = self.params.pop("array_parallelism")
         executor = self.executor()
 
-        def start(index: int) -> Submitted:
+        def start(index: int, _: int) -> Submitted:
             given = self.arguments(job_overrides[index], initial_job_idx + index)
             return Submitted(executor.submit(self, *given))
 
-        starts = [lambda _, i=i: start(i) for i in range(len(job_overrides))]
-        return gather(points(self.hydra_context, self.config, job_overrides, starts), n, 0.2)
+        jobs = points(self.hydra_context, self.config, job_overrides)
+        return gather(jobs, start, n, every=0.2)
 
 
 class SlurmLauncher(_Launcher):
@@ -84,14 +84,18 @@ class SlurmLauncher(_Launcher):
         trainer = self.config.trainer
         if self.params["gpus_per_node"] is None and trainer.accelerator in ("gpu", "cuda"):
             self.params["gpus_per_node"] = trainer.devices
-        executor, jobs = self.executor(), []
-        with executor.batch():
-            for index, overrides in enumerate(job_overrides, initial_job_idx):
-                jobs.append(executor.submit(self, *self.arguments(overrides, index)))
+        jobs = points(self.hydra_context, self.config, job_overrides)
+        executor, submitted = self.executor(), {}
+        with executor.batch(allow_implicit_submissions=True):
+            for index in [index for index, job in enumerate(jobs) if job.to_do]:
+                given = self.arguments(job_overrides[index], initial_job_idx + index)
+                submitted[index] = executor.submit(self, *given)
         queue = Queue()
-        starts = [lambda _, job=job: Queued(job, queue) for job in jobs]
-        found = points(self.hydra_context, self.config, job_overrides, starts)
-        return gather(found, len(jobs), every=1.0)
+
+        def start(index: int, _: int) -> Queued:
+            return Queued(submitted[index], queue)
+
+        return gather(jobs, start, len(jobs), every=1.0)
 
 
 class Submitted:
@@ -108,17 +112,17 @@ class Submitted:
         """Why it did not reach its end, from the result that submitit keeps, or its absence."""
         paths = self.job.paths
         if not paths.result_pickle.exists():
-            return LostError(f"{self.what} was killed or cancelled; its output is in {paths.stdout}")
+            return LostError(
+                f"{self.what} was killed or cancelled; its output is in {paths.stdout}"
+            )
         try:
             result = self.job.result()
         except submitit.core.utils.UncompletedJobError as error:
             last = str(error).strip().splitlines()[-1]
-            return LostError(f"{self.what}: {last}; its output is in {paths.stdout}")
-        if result.status != JobStatus.COMPLETED:
-            return result._return_value
-        for file in paths.folder.glob(f"{self.job.job_id}_*"):
+            return LostError(f"{self.what}: {last}: {paths.stdout}")
+        for file in paths.folder.glob(f"{self.job.job_id}_*"):  # its run's status says the rest
             file.unlink()
-        return None
+        return None if result.status == JobStatus.COMPLETED else result._return_value
 
     @property
     def what(self) -> str:
