@@ -108,7 +108,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read{HINT}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.partition("/")
+        group, _, option = error.missing_cfg_file.rpartition("/")
         known = options().get(group, {})
         hint = "; a layer by its name is target=all target.all.match=NAME, a glob has a * or a ?"
         hint = hint if group == "target" else ""

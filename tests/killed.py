@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lora_lab.models.linear import Linear
@@ -17,3 +18,14 @@ class Killed(Linear):
             Path("kill").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
+
+
+class Told(Linear):
+    """Linear; every process that makes one to train it adds a line to the file `told`."""
+
+    def train(self, mode: bool = True) -> "Told":
+        if mode and not hasattr(self, "_told"):
+            self._told = True
+            with Path("told").open("a") as file:
+                file.write(f"{os.environ['CUDA_VISIBLE_DEVICES']}:{torch.get_num_threads()}\n")
+        return super().train(mode)

@@ -165,5 +165,7 @@ def _end(workers: Sequence[Worker]) -> None:
     while time.monotonic() < until and not all(worker.ended() for worker in workers):
         time.sleep(0.1)
     for worker in workers:
-        if not worker.ended():
+        if worker.ended():
+            worker.error()  # its output goes with it, where its run says the rest
+        else:
             worker.kill()

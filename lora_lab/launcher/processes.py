@@ -99,10 +99,10 @@ class Process:
     def error(self) -> Exception | None:
         """How it ended, by its exit code."""
         code = self.process.exitcode or 0
-        if code in (0, 1, 2):  # its run's status says the rest
+        if code in (0, 1, 2, 130, 143):  # its run's status says the rest
             said = self.log.read_text().strip() if self.log.exists() else ""
             self.log.unlink(missing_ok=True)
-            return (None, RunFailedError(said), ConfigError(said))[code]
+            return ConfigError(said) if code == 2 else RunFailedError(said) if code else None
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return LostError(f"its process ended by {name}{hint}; its output is in {self.log}")

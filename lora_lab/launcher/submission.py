@@ -4,9 +4,11 @@ A job that is preempted or out of time is queued again by submitit, or by SLURM 
 does what it did: the same run, which goes on.
 """
 
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import submitit
@@ -47,6 +49,13 @@ class _Launcher(BaseSubmititLauncher):
         """What this launcher is called with in the job."""
         return list(overrides), "hydra.sweep.dir", index, "", Singleton.get_state()
 
+    def gathered(self, returns: list[JobReturn]) -> list[JobReturn]:
+        """The same, once submitit's folder is gone where no job's output is left in it."""
+        folder = Path(self.params["submitit_folder"])
+        if not [*folder.glob("*_log.out")]:
+            shutil.rmtree(folder, ignore_errors=True)
+        return returns
+
 
 class LocalLauncher(_Launcher):
     """Runs `array_parallelism` jobs at once in submitit's processes on this machine."""
@@ -67,7 +76,7 @@ class LocalLauncher(_Launcher):
             return Submitted(executor.submit(self, *given))
 
         jobs = points(self.hydra_context, self.config, job_overrides)
-        return gather(jobs, start, n, every=0.2)
+        return self.gathered(gather(jobs, start, n, every=0.2))
 
 
 class SlurmLauncher(_Launcher):
@@ -95,7 +104,7 @@ class SlurmLauncher(_Launcher):
         def start(index: int, _: int) -> Queued:
             return Queued(submitted[index], queue)
 
-        return gather(jobs, start, len(jobs), every=1.0)
+        return self.gathered(gather(jobs, start, len(jobs), every=1.0))
 
 
 class Submitted:
