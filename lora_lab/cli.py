@@ -62,7 +62,8 @@ settings:
                          sets what the launcher's YAML has. Without one (basic) they run one after
                          another in this process, and end with it if it is killed
   overwrite=false        true repeats a finished run
-  figures=true           false draws none: `lora-lab report RUN` does at any time
+  figures=null           drawn after a single run; true: after each run of -m, which takes seconds;
+                         false: never. `lora-lab report RUN` draws them at any time
   runs_dir=runs          where run directories go; bases_dir=bases: where bases are kept
 
 examples:

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import product
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -76,10 +77,20 @@ def every(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | Con
                 yield overrides, ConfigError(explain(error))
 
 
-def as_published(experiment: str, overrides: Sequence[str]) -> Config:
+def as_published(experiment: str, cfg: Config) -> Config:
     """The experiment as its YAML has it, but for this run's seeds: what the paper's rows are of."""
-    free = ("seed=", "data.seed=", "base.seed=", "spectra.")
-    return composed([f"experiment={experiment}", *(o for o in overrides if o.startswith(free))])
+    paper = _experiment(experiment)
+    changed: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra}
+    for key in ("data", "base"):
+        node, own = getattr(paper, key), getattr(cfg, key)
+        if hasattr(node, "seed") and hasattr(own, "seed"):
+            changed[key] = node.model_copy(update={"seed": own.seed})
+    return paper.model_copy(update=changed)
+
+
+@cache
+def _experiment(name: str) -> Config:
+    return composed([f"experiment={name}"])
 
 
 def prepare(arguments: list[str]) -> list[str]:

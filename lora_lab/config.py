@@ -224,7 +224,7 @@ class Config(Node):
     runs_dir: str = Field(min_length=1)
     bases_dir: str = Field(min_length=1)
     overwrite: bool
-    figures: bool = True
+    figures: bool | None = None
 
     def plain(self) -> dict[str, Any]:
         """The config as plain dicts, lists and numbers: what config.yaml holds."""

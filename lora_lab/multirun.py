@@ -43,6 +43,8 @@ class Multirun:
     runs: list[Run] = field(default_factory=list)
     total: int = 0
     began: float = field(default_factory=time.time)
+    wrong: list[list[str]] = field(default_factory=list)
+    """The overrides of the jobs that cannot be."""
     directory: Path | None = None
     lost: set[Path] = field(default_factory=set)
     """Runs whose process ended without a word."""
@@ -90,6 +92,13 @@ def begin(every: list[Job], total: int = 0) -> None:
     paths = list(dict.fromkeys(job.path for job in every if job.path))
     _now = _now or Multirun()
     _now.runs, _now.total = [Run(path) for path in paths], max(total, len(paths))
+    _now.wrong = [job.overrides for job in every if job.error]
+
+
+def can_be(overrides: Sequence[str]) -> bool:
+    """Whether the job of these overrides, Hydra's own left out, was found possible."""
+    point = [o for o in overrides if not o.startswith(("hydra.", "hydra/"))]
+    return _now is None or point not in _now.wrong
 
 
 def keeps(directory: Path) -> None:

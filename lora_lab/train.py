@@ -74,7 +74,7 @@ def _run(content: DictConfig, single: bool) -> None:
     planned = plan.plan(cfg)
     if cfg.published is not None:
         told = HydraConfig.get()
-        paper = compose.as_published(told.runtime.choices["experiment"], told.overrides.task)
+        paper = compose.as_published(told.runtime.choices["experiment"], cfg)
         rows = {
             "base": cfg.published.base if bases.key(cfg) == bases.key(paper) else {},
             "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
@@ -84,7 +84,7 @@ def _run(content: DictConfig, single: bool) -> None:
     run = Run(planned.path)
     try:
         experiment.run(planned, console)
-        report.write(run, cfg.figures)
+        report.write(run, single if cfg.figures is None else cfg.figures)
     except RunFinishedError:
         again = "overwrite=true repeats it"
         console.print(f"Finished before, not repeated ({again}): {run.path}", soft_wrap=True)
@@ -114,19 +114,25 @@ def main(every: "list[Job] | None" = None) -> None:
     # Hydra then raises what it would otherwise print in its own words.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = compose.prepare(sys.argv[1:])
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
+    listen()
     if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
         from lora_lab import launcher
 
         launcher.register()
-    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
-    listen()
     try:
         every = _multirun(sys.argv[1:]) if every is None else every
         try:
-            entry(job)()
+            if (
+                not (wrong := any(job.error for job in every))
+                or "sweep.fail_fast=true" not in sys.argv
+            ):
+                entry(job)()
         finally:
             if every:
                 _ended(every)
+        if wrong:
+            sys.exit(2)
     except (ConfigError, RunFailedError) as error:  # of a multirun: the first
         failed = isinstance(error, RunFailedError) or any(j.state == "failed" for j in every or [])
         sys.exit(1 if failed else 2)
@@ -141,12 +147,14 @@ def _multirun(arguments: list[str]) -> "list[Job]":
     """The jobs of a multirun, said in one line before the first begins; [] of a single run."""
     if not {"-m", "--multirun"} & set(arguments):
         return []
-    from lora_lab import multirun
+    from lora_lab import launcher, multirun
 
     quiet()
+    launcher.register()
     every = multirun.jobs(compose.points(arguments))
     if every:
         begin(every)
+        sys.argv.append("hydra/sweeper=checked")
     return every
 
 

@@ -21,11 +21,13 @@ class Killed(Linear):
 
 
 class Told(Linear):
-    """Linear; every process that makes one to train it adds a line to the file `told`."""
+    """Linear; a process that trains one adds a line to the file `told`: its GPUs and threads."""
 
-    def train(self, mode: bool = True) -> "Told":
-        if mode and not hasattr(self, "_told"):
-            self._told = True
+    told = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not Told.told:
+            Told.told = True
             with Path("told").open("a") as file:
                 file.write(f"{os.environ['CUDA_VISIBLE_DEVICES']}:{torch.get_num_threads()}\n")
-        return super().train(mode)
+        return super().forward(x)

@@ -1,7 +1,6 @@
 """The same multirun through every launcher; jobs that fail, are killed, and are stopped."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -198,7 +197,10 @@ def here() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, SLOW_TERM, signal.SIGKILL])
 def test_its_end_is_its_jobs_end(signum: signal.Signals):
     process = start(*JOBLIB)
     process.send_signal(signum)
@@ -227,9 +229,7 @@ def test_as_many_jobs_at_once_as_there_are_gpus_or_cores():
         at_once(-2, 0, 1)
 
 
-def test_a_job_has_its_gpu_and_its_threads(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_job_has_its_gpu_and_its_threads(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     target = "model._target_=tests.killed.Told"
@@ -241,26 +241,24 @@ def test_a_job_has_its_gpu_and_its_threads(
 @pytest.mark.usefixtures("cluster")
 def test_a_job_that_slurm_queues_again_goes_on_and_a_cancelled_one_is_told():
     """scontrol requeue is what preemption does; USR2 is what comes before the end of the time."""
-    shutil.rmtree("runs", ignore_errors=True)
     long = ["trainer.max_epochs=3000", "trainer.check_val_every_n_epoch=100"]
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off", *long]
     command += ["figures=false", "seed=0,1,2", "spectra.every_n_epochs=3000", *ON_SLURM]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    jobs: dict[str, str] = {}
 
     def running() -> list[str]:
         asked = ["squeue", "--noheader", "--states=R", "--format=%i"]
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
 
     def rows(seed: int) -> int:
-        found = [r for r in find_runs(Path("runs")) if r.config["seed"] == seed]
+        found = [r for r in find_runs(Path("runs")) if f"-seed{seed}-" in r.path.name]
         return len(found[0].curve("val/loss")) if found else 0
 
     tricks = (["scontrol", "requeue"], ["scancel", "--signal=USR2"], ["scancel"])
     for index, trick in enumerate(tricks):
         wait_for(lambda index=index: rows(index) > 5, process, 300)
-        (jobs[str(index)],) = [job for job in running() if job.endswith(f"_{index}")]
-        subprocess.run([*trick, jobs[str(index)]], check=True)
+        (job,) = [job for job in running() if job.endswith(f"_{index}")]
+        subprocess.run([*trick, job], check=True)
     shown, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     ended = {run.config["seed"]: run.status for run in find_runs(Path("runs"))}

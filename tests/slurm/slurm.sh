@@ -75,6 +75,10 @@ EOF
 
 stop() {
     local dir=$1
+    export SLURM_CONF=$dir/slurm.conf
+    if scancel --user="$(id -un)" 2>/dev/null; then
+        for _ in $(seq 150); do [ -z "$(squeue --noheader 2>/dev/null)" ] && break; sleep 0.2; done
+    fi
     for pid in "$dir/slurmd.pid" "$dir/slurmctld.pid" "$dir/munge/pid"; do
         if [ -s "$pid" ]; then
             local process
