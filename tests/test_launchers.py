@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_a_launcher_that_cannot_be_is_told(lab: Lab, capsys: pytest.CaptureFixtu
     assert not find_runs(Path("runs"))
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str) -> subprocess.Popen[Any]:
     """A multirun whose runs do not end, in a process that hears Ctrl-C, once two are training."""
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
     command += ["figures=false", "adapter.r=1,2,3", "trainer.max_epochs=1000000", *arguments]
@@ -177,7 +178,7 @@ def training() -> list[Run]:
     return [r for r in runs if r.status["state"] == "running" and 2 in r.curve("val/loss")]
 
 
-def wait_for(condition, process: subprocess.Popen[str] | None = None, seconds: float = 180) -> None:
+def wait_for(condition, process: subprocess.Popen[Any] | None = None, seconds: float = 180) -> None:
     end = time.time() + seconds
     while not condition():
         assert process is None or process.poll() is None

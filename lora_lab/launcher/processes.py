@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import cloudpickle
@@ -88,7 +89,7 @@ def share(gpus: list[str], place: int, n: int) -> list[str]:
 class Process:
     """One job's process, and the file that has its output where it does not end well."""
 
-    def __init__(self, process: multiprocessing.process.BaseProcess, log: Path):
+    def __init__(self, process: BaseProcess, log: Path):
         self.process = process
         self.log = log
 

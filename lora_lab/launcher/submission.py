@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
 from omegaconf import OmegaConf
+from submitit.core.utils import UncompletedJobError
 
 from lora_lab.launcher.gather import LostError, gather, points
 
@@ -126,7 +127,7 @@ class Submitted:
             )
         try:
             result = self.job.result()
-        except submitit.core.utils.UncompletedJobError as error:
+        except UncompletedJobError as error:
             last = str(error).strip().splitlines()[-1]
             return LostError(f"{self.what}: {last}: {paths.stdout}")
         for file in paths.folder.glob(f"{self.job.job_id}_*"):  # its run's status says the rest
