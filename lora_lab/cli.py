@@ -68,15 +68,21 @@ settings:
   spectra.keep=0.99      the share of the gain that the advised ranks keep
   trainer.max_epochs=10  and every other argument of Lightning's Trainer (a new one as +trainer.x=…)
   sweep.fail_fast=false  true ends a multirun with its first failure
+  hydra.launcher.n_jobs=4    runs at once, with -m and hydra/launcher=joblib; hydra.launcher.KEY
+                         sets what the launcher's YAML has. Without one (basic) they run one after
+                         another in this process, and end with it if it is killed
   overwrite=false        true repeats a finished run
   checkpoint_every=60    seconds that an interrupted run may have to repeat; 0: less than an epoch
-  figures=true           false draws none: `lora-lab report RUN` does at any time
+  figures=null           drawn after a single run; true: after each run of -m, which takes seconds;
+                         false: never. `lora-lab report RUN` draws them at any time
   runs_dir=runs          where run directories go; bases_dir=bases: where bases are kept
 
 examples:
   lora-lab train adapter.r=4 adapter.alpha=8 optimizer.lr=3e-4
   lora-lab train experiment=digits target='body.*' tracking=online
   lora-lab train -m experiment=digits adapter.r=1,2,4,8 seed=0,1,2
+  lora-lab train -m adapter.r=1,2,4 seed=0,1 hydra/launcher=joblib
+  lora-lab train -m adapter.r=1,2,4 hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
   lora-lab train experiment=digits adapter=full
 """
 
@@ -86,7 +92,7 @@ def train_help() -> str:
     lines, width = [], 1 + max(len(o) for choices in options().values() for o in choices)
     for group, choices in options().items():
         for i, (option, says) in enumerate(choices.items()):
-            lines.append(f"  {group + '=' if i == 0 else '':<12}{option:<{width}}{says}")
+            lines.append(f"  {group + '=' if i == 0 else '':<16}{option:<{width}}{says}")
     return TRAIN.format(groups="\n".join(lines) + "\n")
 
 

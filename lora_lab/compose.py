@@ -3,12 +3,15 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -62,10 +65,12 @@ def points(arguments: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in product(*every)]
 
 
-def every(arguments: Sequence[str]) -> Iterator[tuple[list[str], Config | ConfigError]]:
-    """Each run of a multirun: its overrides, and its config or why it has none."""
-    with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
-        for overrides in points(arguments):
+def every(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | ConfigError]]:
+    """Each point of a multirun: its overrides, and its config or why it has none."""
+    ready = GlobalHydra.instance().is_initialized()  # a sweeper asks from within Hydra
+    start = partial(hydra.initialize_config_module, "lora_lab.conf", version_base="1.3")
+    with nullcontext() if ready else start():
+        for overrides in points:
             try:
                 yield overrides, composed(overrides)
             except ConfigError as error:
@@ -74,10 +79,20 @@ def every(arguments: Sequence[str]) -> Iterator[tuple[list[str], Config | Config
                 yield overrides, ConfigError(explain(error))
 
 
-def as_published(experiment: str, overrides: Sequence[str]) -> Config:
+def as_published(experiment: str, cfg: Config) -> Config:
     """The experiment as its YAML has it, but for this run's seeds: what the paper's rows are of."""
-    free = ("seed=", "data.seed=", "base.seed=", "spectra.")
-    return composed([f"experiment={experiment}", *(o for o in overrides if o.startswith(free))])
+    paper = _experiment(experiment)
+    changed: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra}
+    for key in ("data", "base"):
+        node, own = getattr(paper, key), getattr(cfg, key)
+        if hasattr(node, "seed") and hasattr(own, "seed"):
+            changed[key] = node.model_copy(update={"seed": own.seed})
+    return paper.model_copy(update=changed)
+
+
+@cache
+def _experiment(name: str) -> Config:
+    return composed([f"experiment={name}"])
 
 
 def prepare(arguments: list[str]) -> list[str]:
@@ -106,7 +121,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read{HINT}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.partition("/")
+        group, _, option = error.missing_cfg_file.rpartition("/")
         known = options().get(group, {})
         hint = "; a layer by its name is target=all target.all.match=NAME, a glob has a * or a ?"
         hint = hint if group == "target" else ""

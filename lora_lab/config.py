@@ -224,7 +224,7 @@ class Config(Node):
     runs_dir: str = Field(min_length=1)
     bases_dir: str = Field(min_length=1)
     overwrite: bool
-    figures: bool = True
+    figures: bool | None = None
     checkpoint_every: float = Field(default=60, ge=0)
 
     def plain(self) -> dict[str, Any]:

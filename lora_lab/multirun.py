@@ -1,20 +1,20 @@
 """A multirun as a whole: the runs it is made of, how far they are, and how each ended."""
 
 import json
-import os
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
+from omegaconf import DictConfig
 
 from lora_lab import compose
 from lora_lab.config import Config, ConfigError
-from lora_lab.plan import plan
+from lora_lab.plan import Plan, plan
 from lora_lab.runs import PLANNED, Run, planned, write_atomic
-
-JOBS = "LORA_LAB_JOBS"
-"""The environment variable that tells every process of a multirun its runs, and when it began."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,64 @@ class Job:
         return str(Run(self.path).status.get("error", "")).partition("\n")[0]
 
 
-def jobs(arguments: list[str]) -> list[Job]:
+@dataclass
+class Multirun:
+    """The one that this process conducts."""
+
+    runs: list[Run] = field(default_factory=list)
+    total: int = 0
+    began: float = field(default_factory=time.time)
+    wrong: list[list[str]] = field(default_factory=list)
+    """The overrides of the jobs that cannot be."""
+    directory: Path | None = None
+    lost: set[Path] = field(default_factory=set)
+    """Runs whose process ended without a word."""
+
+
+_now: Multirun | None = None
+
+
+def jobs(points: Iterable[list[str]]) -> list[Job]:
     """Every run of a multirun, each checked as a run of its own."""
-    return [_job(*point) for point in compose.every(arguments)]
+    return [_job(*point) for point in compose.every(points)]
 
 
 def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
     try:
         if isinstance(cfg, ConfigError):
             raise cfg
-        return Job(overrides, plan(cfg).path)
+        return Job(overrides, _plan(cfg).path)
     except ConfigError as error:
         return Job(overrides, None, str(error))
 
 
-def begin(every: list[Job]) -> None:
-    """Tells this process, its children and later reports what the multirun is made of."""
+def _plan(cfg: Config) -> Plan:
+    """The plan of a job, which checks its devices itself where they are not this machine's.
+
+    Devices do not change a run's directory.
+    """
+    if "hydra/launcher=submitit_slurm" in sys.argv:
+        trainer = cfg.trainer.model_copy(update={"accelerator": "cpu", "devices": 1})
+        cfg = cfg.model_copy(update={"trainer": trainer})
+    return plan(cfg)
+
+
+def path(overrides: Sequence[str], content: DictConfig) -> Path:
+    """The directory of a job, from what Hydra composed by its overrides. Raises ConfigError."""
+    return _plan(compose.typed(content, overrides)).path
+
+
+def begin(every: list[Job], total: int = 0) -> None:
+    """Tells this process, and later reports, what the multirun is made of, so far.
+
+    `total` is how many runs it will have, where not all of them are known yet.
+    """
+    global _now
     _keep(every)
-    paths = [str(job.path.absolute()) for job in every if job.path]
-    os.environ[JOBS] = json.dumps({"paths": list(dict.fromkeys(paths)), "began": time.time()})
+    paths = list(dict.fromkeys(job.path for job in every if job.path))
+    _now = _now or Multirun()
+    _now.runs, _now.total = [Run(path) for path in paths], max(total, len(paths))
+    _now.wrong = [job.overrides for job in every if job.error]
 
 
 def _keep(every: list[Job]) -> None:
@@ -71,31 +110,63 @@ def _keep(every: list[Job]) -> None:
             write_atomic(folder / PLANNED, json.dumps({**planned(folder), **own}, indent=1) + "\n")
 
 
-def end() -> None:
-    """Whatever this process runs next is no part of it."""
-    os.environ.pop(JOBS, None)
+def can_be(overrides: Sequence[str]) -> bool:
+    """Whether the job of these overrides, Hydra's own left out, was found possible."""
+    point = [o for o in overrides if not o.startswith(("hydra.", "hydra/"))]
+    return _now is None or point not in _now.wrong
+
+
+def keeps(directory: Path) -> None:
+    """Names the folder of what the multirun keeps that is no run's."""
+    if _now is not None:
+        _now.directory = directory
+
+
+def end() -> Path | None:
+    """Whatever this process runs next is no part of it. Gives the folder that is left of it.
+
+    What Hydra writes there is in every run's directory, too.
+    """
+    global _now
+    directory = _now.directory if _now else None
+    _now = None
+    if directory is None:
+        return None
+    (directory / "multirun.yaml").unlink(missing_ok=True)
+    for folder in (*directory.glob("*/"), directory, directory.parent):
+        with suppress(OSError):
+            folder.rmdir()  # where it is empty
+    return directory if directory.exists() else None
+
+
+def lost(path: Path, cause: str) -> None:
+    """Keeps, for a run whose process ended without a word, what became of it."""
+    if _now is not None:
+        _now.lost.add(path)
+    if Run(path).status["state"] in ("none", "interrupted"):
+        path.mkdir(parents=True, exist_ok=True)
+        Run(path).update(state="interrupted", error=cause)
 
 
 def progress() -> str | None:
-    """How far the multirun is that this process is part of: done, running, failed, time left."""
-    if JOBS not in os.environ:
+    """How far the multirun is that this process conducts: done, running, failed, time left."""
+    if _now is None:
         return None
-    told = json.loads(os.environ[JOBS])
-    statuses = [Run(Path(path)).status for path in told["paths"]]
+    statuses = [run.status for run in _now.runs]
     states = [status["state"] for status in statuses]
     done, failed, running = (states.count(s) for s in ("finished", "failed", "running"))
-    left = len(states) - done - failed
+    left = _now.total - done - failed - len(_now.lost)
     took = [
         s["seconds"]
         for s in statuses
-        if s["state"] in ("finished", "failed") and s.get("started", 0) >= told["began"]
+        if s["state"] in ("finished", "failed") and s.get("started", 0) >= _now.began
     ]
-    parts = [f"{done} of {len(states)} done"]
+    parts = [f"{done} of {_now.total} done"]
     parts += [f"{running} running"] if running else []
     parts += [f"{failed} failed"] if failed else []
+    parts += [f"{len(_now.lost)} interrupted"] if _now.lost else []
     if took and left:
-        seconds = sum(took) / len(took) * left / max(1, running)
-        parts.append(f"about {_duration(seconds)} left")
+        parts.append(f"about {_duration(sum(took) / len(took) * left / max(1, running))} left")
     return ", ".join(parts)
 
 

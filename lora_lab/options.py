@@ -1,19 +1,26 @@
 """What conf/ offers: every group, its options, and the first line each says of itself."""
 
+from collections.abc import Iterator
+from importlib.abc import Traversable
 from importlib.resources import files
 
 
 def options() -> dict[str, dict[str, str]]:
     """Group → option → its YAML's first comment."""
-    return {
-        group.name: {
-            option.name.removesuffix(".yaml"): _first_comment(option.read_text())
-            for option in sorted(group.iterdir(), key=lambda option: option.name)
-            if option.name.endswith(".yaml")
-        }
-        for group in sorted(files("lora_lab.conf").iterdir(), key=lambda group: group.name)
-        if group.is_dir() and not group.name.startswith("_")
-    }
+    return dict(_groups(files("lora_lab.conf"), ""))
+
+
+def _groups(folder: Traversable, within: str) -> Iterator[tuple[str, dict[str, str]]]:
+    for group in sorted(folder.iterdir(), key=lambda group: group.name):
+        if group.is_dir() and not group.name.startswith("_"):
+            found = {
+                option.name.removesuffix(".yaml"): _first_comment(option.read_text())
+                for option in sorted(group.iterdir(), key=lambda option: option.name)
+                if option.name.endswith(".yaml")
+            }
+            if found:
+                yield within + group.name, found
+            yield from _groups(group, f"{within}{group.name}/")
 
 
 def _first_comment(text: str) -> str:

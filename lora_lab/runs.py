@@ -33,6 +33,10 @@ PREVIOUS = "previous"
 """The folder of a run that is being repeated, with its finished self until the new one is."""
 
 
+class RunFailedError(RuntimeError):
+    """A run that was started and did not reach its end."""
+
+
 class RunBusyError(RuntimeError):
     """Another process is running this very run."""
 

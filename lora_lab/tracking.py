@@ -258,6 +258,7 @@ def _init(cfg: Config, directory: Path, mode: Any, name: str | None) -> wandb.Ru
         settings=wandb.Settings(
             silent=True,
             console="off",
+            x_save_requirements=False,  # reads all that is installed, for each run; env.json has it
             init_timeout=INIT_TIMEOUT,
             finish_timeout=120,  # a server that is gone; the rows are on disk for `wandb sync`
             x_transaction_log_flush_interval=2,  # seconds that a kill can cost

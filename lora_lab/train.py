@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -21,6 +22,7 @@ from rich.markup import escape
 
 from lora_lab import compose
 from lora_lab.config import ConfigError
+from lora_lab.runs import RunFailedError
 
 if TYPE_CHECKING:
     from lora_lab.multirun import Job
@@ -29,29 +31,29 @@ log = logging.getLogger(__name__)
 # Piped, a line is a line: paths are not broken to fit 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True)
+entry = hydra.main(version_base="1.3", config_path="pkg://lora_lab.conf", config_name="train")
 
 
-class RunFailedError(RuntimeError):
-    """A run that was started and did not reach its end."""
-
-
-@hydra.main(version_base="1.3", config_path="pkg://lora_lab.conf", config_name="train")
 def job(content: DictConfig) -> None:
     """One job: a single run, or one of a multirun, where it raises so that the rest goes on."""
-    single = HydraConfig.get().mode == RunMode.RUN
+    told = HydraConfig.get()
+    single = told.mode == RunMode.RUN
+    listen()
     try:
         _run(content, single)
     except (ConfigError, RunFailedError) as error:
         wrong = isinstance(error, ConfigError)
         what = "config error" if wrong else "failed"
         errors.print(f"[red]{what}:[/] {escape(str(error))}", soft_wrap=True)
-        if single or OmegaConf.select(content, "sweep.fail_fast") is True:
+        fail_fast = OmegaConf.select(content, "sweep.fail_fast") is True
+        if single or (fail_fast and told.launcher._target_.endswith(".BasicLauncher")):
             sys.exit(2 if wrong else 1)
         raise
     finally:
         if not single:
             from lora_lab import multirun
 
+            multirun.keeps(Path(told.sweep.dir))
             if line := multirun.progress():
                 console.print(f"[bold]multirun:[/] {line}", highlight=False)
 
@@ -72,7 +74,7 @@ def _run(content: DictConfig, single: bool) -> None:
     planned = plan.plan(cfg)
     if cfg.published is not None:
         told = HydraConfig.get()
-        paper = compose.as_published(told.runtime.choices["experiment"], told.overrides.task)
+        paper = compose.as_published(told.runtime.choices["experiment"], cfg)
         rows = {
             "base": cfg.published.base if bases.key(cfg) == bases.key(paper) else {},
             "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
@@ -87,7 +89,7 @@ def _run(content: DictConfig, single: bool) -> None:
             processes.launch(planned, HydraConfig.get().overrides.task)
         else:
             experiment.run(planned, console)
-        report.write(run, cfg.figures)
+        report.write(run, single if cfg.figures is None else cfg.figures)
     except RunFinishedError:
         again = "overwrite=true repeats it"
         console.print(f"Finished before, not repeated ({again}): {run.path}", soft_wrap=True)
@@ -96,6 +98,8 @@ def _run(content: DictConfig, single: bool) -> None:
     except RunBusyError as error:
         raise RunFailedError(str(error)) from None
     except (KeyboardInterrupt, SystemExit) as stop:
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            raise  # its code tells submitit whether the job was queued again
         # Lightning has turned Ctrl-C into SystemExit(1) by now, and SIGTERM into its own kind.
         console.print(f"interrupted: the same command goes on with it ({run.path})")
         sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
@@ -107,28 +111,35 @@ def _run(content: DictConfig, single: bool) -> None:
         report.show(run, console)
 
 
-def main() -> None:
-    """Runs what the command line says.
+def main(every: "list[Job] | None" = None) -> None:
+    """Runs what the command line says. `every` are its jobs, where another sweeper decides on them.
 
     Exits with 0: finished, 1: failed, 2: config error, 130: Ctrl-C, 143: SIGTERM.
     """
     # Hydra then raises what it would otherwise print in its own words.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = compose.prepare(sys.argv[1:])
-    handler = RichHandler(console=console, show_path=False, show_level=False, show_time=False)
-    logging.getLogger("lora_lab").handlers = [handler]
-    logging.getLogger("lora_lab").setLevel(logging.INFO)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
-    every: list[Job] = []
+    listen()
+    if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
+        from lora_lab import launcher
+
+        launcher.register()
     try:
-        every = _multirun(sys.argv[1:])
+        every = _multirun(sys.argv[1:]) if every is None else every
         try:
-            job()
+            if (
+                not (wrong := any(job.error for job in every))
+                or "sweep.fail_fast=true" not in sys.argv
+            ):
+                entry(job)()
         finally:
             if every:
                 _ended(every)
+        if wrong:
+            sys.exit(2)
     except (ConfigError, RunFailedError) as error:  # of a multirun: the first
-        failed = isinstance(error, RunFailedError) or any(j.state == "failed" for j in every)
+        failed = isinstance(error, RunFailedError) or any(j.state == "failed" for j in every or [])
         sys.exit(1 if failed else 2)
     except (HydraException, OmegaConfBaseException) as error:
         errors.print(f"[red]config error:[/] {escape(compose.explain(error))}", soft_wrap=True)
@@ -141,25 +152,43 @@ def _multirun(arguments: list[str]) -> "list[Job]":
     """The jobs of a multirun, said in one line before the first begins; [] of a single run."""
     if not {"-m", "--multirun"} & set(arguments):
         return []
-    from lora_lab import multirun
+    from lora_lab import launcher, multirun
 
     quiet()
-    every = multirun.jobs(arguments)
+    launcher.register()
+    every = multirun.jobs(compose.points(arguments))
     if every:
-        multirun.begin(every)
-        states = Counter(job.state for job in every)
-        told = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
-        rest = f" ({told})" if told else ""
-        console.print(f"[bold]multirun:[/] {len(every)} runs{rest}", highlight=False)
+        begin(every)
+        sys.argv.append("hydra/sweeper=checked")
     return every
+
+
+def begin(every: "list[Job]", total: int = 0) -> None:
+    """Says in one line what the multirun is made of, of `total` runs if not all are known."""
+    from lora_lab import multirun
+
+    multirun.begin(every, total)
+    states = Counter(job.state for job in every)
+    told = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
+    rest = f" ({told})" if told else ""
+    console.print(f"[bold]multirun:[/] {max(total, len(every))} runs{rest}", highlight=False)
 
 
 def _ended(every: "list[Job]") -> None:
     """The table of all jobs, and of those that failed the causes."""
     from lora_lab import multirun, report
 
-    multirun.end()
+    left = multirun.end()
     console.print(report.jobs([(job.overrides, job.path, job.state, job.cause) for job in every]))
+    if left:
+        console.print(f"output of jobs that were lost: {left}", soft_wrap=True, highlight=False)
+
+
+def listen() -> None:
+    """Shows what the package logs; a run's log.txt has it besides."""
+    handler = RichHandler(console=console, show_path=False, show_level=False, show_time=False)
+    logging.getLogger("lora_lab").handlers = [handler]
+    logging.getLogger("lora_lab").setLevel(logging.INFO)
 
 
 def quiet() -> None:
@@ -176,4 +205,7 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By its name, under which a launcher's processes know it.
+    from lora_lab import train
+
+    train.main()

@@ -8,7 +8,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from lora_lab import bases
+from lora_lab import bases, launcher
 from lora_lab.checks import check
 from lora_lab.cli import train_help
 from lora_lab.compose import prepare
@@ -17,6 +17,7 @@ from lora_lab.options import options
 from lora_lab.plan import plan
 from tests.conftest import SMALL, Lab, only_run
 
+launcher.register()
 OPTIONS = [(group, option) for group, choices in options().items() for option in choices]
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 EVERYTHING = "model._target_=tests.everything.Everything"
@@ -75,7 +76,7 @@ def test_no_experiment_sets_what_an_adapter_is():
 
 
 def test_every_group_is_there():
-    groups = "experiment data model base adapter target optimizer trainer tracking"
+    groups = "experiment data model base adapter target optimizer trainer tracking hydra/launcher"
     assert sorted(options()) == sorted(groups.split())
     assert sorted(options()["experiment"]) == sorted(SMALL)
 

@@ -1,0 +1,186 @@
+"""hydra/launcher=submitit_…: every job submitted to SLURM, or to submitit's own processes here.
+
+A job that is preempted or out of time is queued again by submitit, or by SLURM itself, and then
+does what it did: the same run, which goes on.
+"""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
+from omegaconf import OmegaConf
+from submitit.core.utils import UncompletedJobError
+
+from lora_lab.launcher.gather import LostError, gather, points
+
+MISSING = 30
+"""Seconds for which SLURM's queue does not have a job, and no result is there: it was lost."""
+
+
+class _Launcher(BaseSubmititLauncher):
+    """What SLURM's launcher and the local one share."""
+
+    def executor(self) -> submitit.AutoExecutor:
+        """submitit's executor with the launcher's parameters. Raises HydraException."""
+        params = {key: value for key, value in self.params.items() if value is not None}
+        folder, timeouts = params.pop("submitit_folder"), params.pop("max_num_timeout")
+        cluster, plain = self._EXECUTOR, OmegaConf.structured(BaseQueueConf)
+        try:
+            executor = submitit.AutoExecutor(
+                folder, cluster=cluster, **{f"{cluster}_max_num_timeout": timeouts}
+            )
+            executor.update_parameters(
+                **{key if key in plain else f"{cluster}_{key}": v for key, v in params.items()}
+            )
+        except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
+            text = " ".join(str(error).split())
+            raise HydraException(f"hydra/launcher=submitit_{cluster}: {text}") from None
+        return executor
+
+    def arguments(self, overrides: Sequence[str], index: int) -> tuple[Any, ...]:
+        """What this launcher is called with in the job."""
+        return list(overrides), "hydra.sweep.dir", index, "", Singleton.get_state()
+
+    def gathered(self, returns: list[JobReturn]) -> list[JobReturn]:
+        """The same, once submitit's folder is gone where no job's output is left in it."""
+        folder = Path(self.params["submitit_folder"])
+        if not [*folder.glob("*_log.out")]:
+            shutil.rmtree(folder, ignore_errors=True)
+        return returns
+
+
+class LocalLauncher(_Launcher):
+    """Runs `array_parallelism` jobs at once in submitit's processes on this machine."""
+
+    _EXECUTOR = "local"
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
+        """Runs the jobs to their ends, and gives how each ended."""
+        assert self.hydra_context is not None
+        assert self.config is not None
+        n = self.params.pop("array_parallelism")
+        executor = self.executor()
+
+        def start(index: int, _: int) -> Submitted:
+            given = self.arguments(job_overrides[index], initial_job_idx + index)
+            return Submitted(executor.submit(self, *given))
+
+        jobs = points(self.hydra_context, self.config, job_overrides)
+        return self.gathered(gather(jobs, start, n, every=0.2))
+
+
+class SlurmLauncher(_Launcher):
+    """Submits the jobs to SLURM as an array, and waits for them."""
+
+    _EXECUTOR = "slurm"
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
+        """Has SLURM run the jobs to their ends, and gives how each ended."""
+        assert self.hydra_context is not None
+        assert self.config is not None
+        trainer = self.config.trainer
+        if self.params["gpus_per_node"] is None and trainer.accelerator in ("gpu", "cuda"):
+            self.params["gpus_per_node"] = trainer.devices
+        jobs = points(self.hydra_context, self.config, job_overrides)
+        executor, submitted = self.executor(), {}
+        with executor.batch(allow_implicit_submissions=True):
+            for index in [index for index, job in enumerate(jobs) if job.to_do]:
+                given = self.arguments(job_overrides[index], initial_job_idx + index)
+                submitted[index] = executor.submit(self, *given)
+        queue = Queue()
+
+        def start(index: int, _: int) -> Queued:
+            return Queued(submitted[index], queue)
+
+        return self.gathered(gather(jobs, start, len(jobs), every=1.0))
+
+
+class Submitted:
+    """A job in a process of submitit's on this machine."""
+
+    def __init__(self, job: submitit.Job[JobReturn]):
+        self.job = job
+
+    def ended(self) -> bool:
+        """Whether it runs no more, and will not again."""
+        return self.job.done()
+
+    def error(self) -> Exception | None:
+        """Why it did not reach its end, from the result that submitit keeps, or its absence."""
+        paths = self.job.paths
+        if not paths.result_pickle.exists():
+            return LostError(
+                f"{self.what} was killed or cancelled; its output is in {paths.stdout}"
+            )
+        try:
+            result = self.job.result()
+        except UncompletedJobError as error:
+            last = str(error).strip().splitlines()[-1]
+            return LostError(f"{self.what}: {last}: {paths.stdout}")
+        for file in paths.folder.glob(f"{self.job.job_id}_*"):  # its run's status says the rest
+            file.unlink()
+        return None if result.status == JobStatus.COMPLETED else result._return_value
+
+    @property
+    def what(self) -> str:
+        """The job's name for people."""
+        return f"the process {self.job.job_id}"
+
+    def stop(self) -> None:
+        """Tells it to end."""
+        self.job.cancel(check=False)
+
+    def kill(self) -> None:
+        """Nothing more: submitit's controller kills what does not end."""
+
+
+class Queued(Submitted):
+    """A job of SLURM's."""
+
+    def __init__(self, job: submitit.Job[JobReturn], queue: "Queue"):
+        super().__init__(job)
+        self.queue = queue
+
+    def ended(self) -> bool:
+        """Whether there is a result, or SLURM has not known of the job for a while."""
+        return self.job.paths.result_pickle.exists() or self.queue.misses(self.job.job_id)
+
+    @property
+    def what(self) -> str:
+        """The job's name for people."""
+        return f"SLURM's job {self.job.job_id}"
+
+
+class Queue:
+    """SLURM's queue, asked as a whole every few seconds: sacct is not on every cluster."""
+
+    def __init__(self) -> None:
+        self.asked = 0.0
+        self.seen: dict[str, float] = {}
+
+    def misses(self, job: str) -> bool:
+        """Whether the job has not been in the queue for MISSING seconds."""
+        now = time.monotonic()
+        if now - self.asked > 3:
+            command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+            try:
+                there = subprocess.run(command, capture_output=True, text=True, timeout=30)
+                known = there.stdout.split() if there.returncode == 0 else list(self.seen)
+            except subprocess.TimeoutExpired:  # a busy controller: nothing is known
+                known = list(self.seen)
+            self.asked = now
+            self.seen |= dict.fromkeys(known, now)
+        return now - self.seen.setdefault(job, now) > MISSING

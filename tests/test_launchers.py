@@ -1,0 +1,270 @@
+"""The same multirun through every launcher; jobs that fail, are killed, and are stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.errors import HydraException
+
+from lora_lab.launcher.processes import at_once, share
+from lora_lab.runs import Run, find_runs
+from tests.conftest import SMALL, Lab
+
+ROOT = Path(__file__).parents[1]
+SLURM = ROOT / "tests" / "slurm" / "slurm.sh"
+JOBLIB = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+LOCAL = ["-m", "hydra/launcher=submitit_local", "hydra.launcher.array_parallelism=3"]
+ON_SLURM = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1"]
+ON_SLURM += ["hydra.launcher.mem_gb=1"]
+
+
+@pytest.fixture(autouse=True)
+def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job elsewhere computes as this process would, and finds the tests' models."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def results(root: str) -> dict[str, bytes]:
+    """Every run's metrics.jsonl, by its experiment and name."""
+    runs = {f"{run.path.parent.name}/{run.path.name}": run.path for run in find_runs(Path(root))}
+    assert all(Run(path).finished for path in runs.values())
+    return {name: (path / "metrics.jsonl").read_bytes() for name, path in runs.items()}
+
+
+def states() -> dict[tuple[int, float], str]:
+    """How every run ended, by its r and learning rate."""
+    return {
+        (run.config["adapter"]["r"], run.config["optimizer"]["lr"]): run.status["state"]
+        for run in find_runs(Path("runs"))
+    }
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A SLURM of one node on this machine: the environment that finds it."""
+    directory = tmp_path_factory.mktemp("slurm")
+    for step in (["install"], ["start", str(directory)]):
+        done = subprocess.run([SLURM, *step], capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stdout + done.stderr).strip()
+            pytest.skip(f"there is no SLURM here, and it cannot be set up: {said}")
+    yield {"SLURM_CONF": str(directory / "slurm.conf")}
+    subprocess.run([SLURM, "stop", str(directory)], check=True)
+
+
+@pytest.fixture
+def cluster(slurm: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands find it."""
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+
+
+def same_as_basic(lab: Lab, launcher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    points = ("adapter.r=1,2", "seed=0,1")
+    assert lab("shift", *points, "-m", "runs_dir=one", "bases_dir=one") == 0
+    capsys.readouterr()
+    assert lab("shift", *points, *launcher) == 0
+    assert len(results("one")) == 4
+    assert results("runs") == results("one")
+    logs = [(run.path / "log.txt").read_text() for run in find_runs(Path("runs"))]
+    assert sum("base trained in" in log for log in logs) == 1
+    assert sum("base found" in log for log in logs) == 3
+    shown = capsys.readouterr().out
+    assert "multirun: 4 runs" in shown
+    assert "multirun: 4 of 4 done" in shown
+    assert not list(Path("runs").glob(".sweeps/*"))
+    # The same command again starts no process for what is done.
+    before = [run.status for run in find_runs(Path("runs"))]
+    assert lab("shift", *points, *launcher) == 0
+    assert "multirun: 4 runs (4 finished)" in capsys.readouterr().out
+    assert [run.status for run in find_runs(Path("runs"))] == before
+
+
+def test_joblib_gives_what_basic_gives(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    same_as_basic(lab, JOBLIB, capsys)
+
+
+@pytest.mark.slow
+def test_submitit_gives_what_basic_gives(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    same_as_basic(lab, LOCAL, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_slurm_gives_what_basic_gives(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    same_as_basic(lab, ON_SLURM, capsys)
+
+
+def the_others_finish(
+    lab: Lab, launcher: list[str], capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    """One job is killed, one becomes NaN, two cannot be."""
+    points = ("adapter.r=1,99", "optimizer=sgd", "optimizer.lr=1e-3,1e30,2e-3")
+    killed = "model._target_=tests.dying.Killed"
+    Path("kill").touch()
+    assert lab("shift", killed, *points, *launcher) == 1
+    shown = capsys.readouterr().out
+    ended = states()
+    assert ended.pop((1, 1e30)) == "failed"
+    assert sorted(ended.values()) == ["finished", "interrupted"]
+    assert "multirun: 6 runs (3 config error)" in shown
+    assert "multirun: 1 of 3 done, 1 failed, 1 interrupted" in shown
+    rows = [line.split() for line in shown.splitlines() if " adapter.r=" in line]
+    assert sorted(row[0] for row in rows) == [*["config"] * 3, "failed", "finished", "interrupted"]
+    assert "adapter.r=99 exceeds the rank of" in shown
+    assert "DivergedError: train/loss became" in shown
+    assert lost in shown
+    (folder,) = Path("runs").glob(".sweeps/*")
+    assert [file for file in folder.rglob("*") if file.is_file()]
+    assert f"output of jobs that were lost: {folder}" in shown
+    # The same command again runs it, and what failed.
+    assert lab("shift", killed, *points, *launcher) == 1
+    assert sorted(states().values()) == ["failed", "finished", "finished"]
+
+
+def test_joblib_loses_only_the_job_that_is_killed(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    the_others_finish(lab, JOBLIB, capsys, "its process ended by SIGKILL (out of memory?)")
+
+
+@pytest.mark.slow
+def test_submitit_loses_only_the_job_that_is_killed(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    the_others_finish(lab, LOCAL, capsys, "was killed or cancelled")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_slurm_loses_only_the_job_that_is_killed(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    the_others_finish(lab, ON_SLURM, capsys, "was killed or cancelled")
+
+
+def test_no_job_begins_after_the_first_failure_where_it_is_asked_for(lab: Lab):
+    points = ("optimizer=sgd", "optimizer.lr=1e30,1e-3", "sweep.fail_fast=true")
+    assert lab("shift", *points, "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1") == 1
+    assert list(states().values()) == ["failed"]
+
+
+def test_a_launcher_that_cannot_be_is_told(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    assert lab("shift", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0") == 2
+    assert "hydra.launcher.n_jobs=0: must be 1 or more" in capsys.readouterr().err
+    assert lab("shift", "-m", "hydra/launcher=jobl") == 2
+    shown = capsys.readouterr().err
+    assert "hydra/launcher=jobl" in shown
+    assert "nearest: joblib" in shown
+    assert not find_runs(Path("runs"))
+
+
+def start(*arguments: str) -> subprocess.Popen[Any]:
+    """A multirun whose runs do not end, in a process that hears Ctrl-C, once two are training."""
+    command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
+    command += ["figures=false", "adapter.r=1,2,3", "trainer.max_epochs=1000000", *arguments]
+    process = subprocess.Popen(
+        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None
+    )
+    wait_for(lambda: len(training()) == 2, process)
+    return process
+
+
+def training() -> list[Run]:
+    runs = find_runs(Path("runs")) if Path("runs").exists() else []
+    return [r for r in runs if r.status["state"] == "running" and 2 in r.curve("val/loss")]
+
+
+def wait_for(condition, process: subprocess.Popen[Any] | None = None, seconds: float = 180) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert process is None or process.poll() is None
+        assert time.time() < end
+        time.sleep(0.1)
+
+
+def here() -> list[str]:
+    """The processes that work in this test's folder, but for this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve() == Path.cwd() and int(process.name) != os.getpid():
+                found.append((process / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, SLOW_TERM, signal.SIGKILL])
+def test_its_end_is_its_jobs_end(signum: signal.Signals):
+    process = start(*JOBLIB)
+    process.send_signal(signum)
+    process.wait(timeout=60)
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[signum.name]
+    wait_for(lambda: not here())
+    assert [run.status["state"] for run in find_runs(Path("runs"))] == ["interrupted"] * 2
+
+
+def test_the_gpus_are_shared_out():
+    gpus = ["0", "1", "2", "3"]
+    assert [share(gpus, place, 4) for place in range(4)] == [["0"], ["1"], ["2"], ["3"]]
+    assert [share(gpus, place, 2) for place in range(2)] == [["0", "1"], ["2", "3"]]
+    assert [share(gpus, place, 3) for place in range(3)] == [["0"], ["1"], ["2"]]
+    assert [share(["5", "7"], place, 4) for place in range(4)] == [["5"], ["7"]] * 2
+    assert share([], 0, 3) == []
+
+
+def test_as_many_jobs_at_once_as_there_are_gpus_or_cores():
+    assert at_once(None, 4, 1) == 4
+    assert at_once(None, 4, 2) == 2
+    assert at_once(None, 1, 2) == 1
+    assert at_once(3, 4, 1) == 3
+    assert at_once(None, 0, 1) == at_once(-1, 0, 1) >= 1
+    with pytest.raises(HydraException, match="n_jobs=-2"):
+        at_once(-2, 0, 1)
+
+
+def test_a_job_has_its_gpu_and_its_threads(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    target = "model._target_=tests.dying.Told"
+    assert lab("shift", target, "adapter.r=1,2", *JOBLIB) == 0
+    assert sorted(Path("told").read_text().split()) == ["5:3", "7:3"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_job_that_slurm_queues_again_goes_on_and_a_cancelled_one_is_told():
+    """scontrol requeue is what preemption does; USR2 is what comes before the end of the time."""
+    long = ["trainer.max_epochs=3000", "trainer.check_val_every_n_epoch=100"]
+    command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off", *long]
+    command += ["figures=false", "seed=0,1,2", "spectra.every_n_epochs=3000", *ON_SLURM]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def running() -> list[str]:
+        asked = ["squeue", "--noheader", "--states=R", "--format=%i"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+
+    def rows(seed: int) -> int:
+        found = [r for r in find_runs(Path("runs")) if f"-seed{seed}-" in r.path.name]
+        return len(found[0].curve("val/loss")) if found else 0
+
+    tricks = (["scontrol", "requeue"], ["scancel", "--signal=USR2"], ["scancel"])
+    for index, trick in enumerate(tricks):
+        wait_for(lambda index=index: rows(index) > 5, process, 300)
+        (job,) = [job for job in running() if job.endswith(f"_{index}")]
+        subprocess.run([*trick, job], check=True)
+    shown, _ = process.communicate(timeout=600)
+    assert process.returncode == 1
+    ended = {run.config["seed"]: run.status for run in find_runs(Path("runs"))}
+    assert {seed: status["state"] for seed, status in ended.items()} == {
+        **{0: "finished", 1: "finished", 2: "interrupted"}
+    }
+    assert "was killed or cancelled" in ended[2]["error"]
+    assert "2 of 3 done, 1 interrupted" in shown
