@@ -1,11 +1,14 @@
 """Hydra's grammar and composition: what is said on the command line → typed configs."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import product
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -59,10 +62,12 @@ def points(arguments: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in product(*every)]
 
 
-def every(arguments: Sequence[str]) -> Iterator[tuple[list[str], Config | ConfigError]]:
-    """Each run of a multirun: its overrides, and its config or why it has none."""
-    with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
-        for overrides in points(arguments):
+def every(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | ConfigError]]:
+    """Each point of a multirun: its overrides, and its config or why it has none."""
+    ready = GlobalHydra.instance().is_initialized()  # a sweeper asks from within Hydra
+    start = partial(hydra.initialize_config_module, "lora_lab.conf", version_base="1.3")
+    with nullcontext() if ready else start():
+        for overrides in points:
             try:
                 yield overrides, composed(overrides)
             except ConfigError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,9 @@ class Job:
         return str(Run(self.path).status.get("error", "")).partition("\n")[0]
 
 
-def jobs(arguments: list[str]) -> list[Job]:
+def jobs(points: Iterable[list[str]]) -> list[Job]:
     """Every run of a multirun, each checked as a run of its own."""
-    return [_job(*point) for point in compose.every(arguments)]
+    return [_job(*point) for point in compose.every(points)]
 
 
 def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
@@ -50,10 +51,15 @@ def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
         return Job(overrides, None, str(error))
 
 
-def begin(every: list[Job]) -> None:
-    """Tells this process and its children what the multirun is made of."""
-    paths = [str(job.path.absolute()) for job in every if job.path]
-    os.environ[JOBS] = json.dumps({"paths": list(dict.fromkeys(paths)), "began": time.time()})
+def begin(every: list[Job], total: int = 0) -> None:
+    """Tells this process and its children what the multirun is made of, so far.
+
+    `total` is how many runs it will have, where not all of them are known yet.
+    """
+    paths = list(dict.fromkeys(str(job.path.absolute()) for job in every if job.path))
+    began = json.loads(os.environ[JOBS])["began"] if JOBS in os.environ else time.time()
+    told = {"paths": paths, "began": began, "total": max(total, len(paths))}
+    os.environ[JOBS] = json.dumps(told)
 
 
 def end() -> None:
@@ -69,13 +75,13 @@ def progress() -> str | None:
     statuses = [Run(Path(path)).status for path in told["paths"]]
     states = [status["state"] for status in statuses]
     done, failed, running = (states.count(s) for s in ("finished", "failed", "running"))
-    left = len(states) - done - failed
+    left = told["total"] - done - failed
     took = [
         s["seconds"]
         for s in statuses
         if s["state"] in ("finished", "failed") and s.get("started", 0) >= told["began"]
     ]
-    parts = [f"{done} of {len(states)} done"]
+    parts = [f"{done} of {told['total']} done"]
     parts += [f"{running} running"] if running else []
     parts += [f"{failed} failed"] if failed else []
     if took and left:

@@ -102,8 +102,8 @@ def _run(content: DictConfig, single: bool) -> None:
         report.show(run, console)
 
 
-def main() -> None:
-    """Runs what the command line says.
+def main(every: "list[Job] | None" = None) -> None:
+    """Runs what the command line says. `every` are its jobs, where another sweeper decides on them.
 
     Exits with 0: finished, 1: failed, 2: config error, 130: Ctrl-C, 143: SIGTERM.
     """
@@ -114,16 +114,15 @@ def main() -> None:
     logging.getLogger("lora_lab").handlers = [handler]
     logging.getLogger("lora_lab").setLevel(logging.INFO)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
-    every: list[Job] = []
     try:
-        every = _multirun(sys.argv[1:])
+        every = _multirun(sys.argv[1:]) if every is None else every
         try:
             job()
         finally:
             if every:
                 _ended(every)
     except (ConfigError, RunFailedError) as error:  # of a multirun: the first
-        failed = isinstance(error, RunFailedError) or any(j.state == "failed" for j in every)
+        failed = isinstance(error, RunFailedError) or any(j.state == "failed" for j in every or [])
         sys.exit(1 if failed else 2)
     except (HydraException, OmegaConfBaseException) as error:
         errors.print(f"[red]config error:[/] {escape(compose.explain(error))}", soft_wrap=True)
@@ -139,14 +138,21 @@ def _multirun(arguments: list[str]) -> "list[Job]":
     from lora_lab import multirun
 
     quiet()
-    every = multirun.jobs(arguments)
+    every = multirun.jobs(compose.points(arguments))
     if every:
-        multirun.begin(every)
-        states = Counter(job.state for job in every)
-        told = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
-        rest = f" ({told})" if told else ""
-        console.print(f"[bold]multirun:[/] {len(every)} runs{rest}", highlight=False)
+        begin(every)
     return every
+
+
+def begin(every: "list[Job]", total: int = 0) -> None:
+    """Says in one line what the multirun is made of, of `total` runs if not all are known."""
+    from lora_lab import multirun
+
+    multirun.begin(every, total)
+    states = Counter(job.state for job in every)
+    told = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
+    rest = f" ({told})" if told else ""
+    console.print(f"[bold]multirun:[/] {max(total, len(every))} runs{rest}", highlight=False)
 
 
 def _ended(every: "list[Job]") -> None:
