@@ -65,7 +65,7 @@ settings:
   seed=0                 draws the adapters and their dropout
   data.seed=0            draws the data and its order
   base.seed=0            draws the base's first weights
-  adapter.r=8            the rank, at most that of the smallest targeted weight
+  adapter.r=8            the rank, at most that of the smallest targeted weight; full: adapter=full
   adapter.alpha=8        scale is alpha/r; adapter.scaling: alpha/r | alpha/sqrt(r) | alpha
   adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd
   adapter.trains=both    both | zero | core: LoRA, LoRA-FA, LoRA-XS

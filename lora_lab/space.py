@@ -66,7 +66,7 @@ def parameter(said: Any) -> Parameter:
             "nested parameters reach a program as one dict, which no setting is; write the inner "
             "keys with dots (adapter.r: {values: [1, 2]})"
         )
-    kind = said.get("distribution", _implied(said))
+    kind = said.get("distribution") or _implied(said)
     if kind in ("beta", "q_beta"):
         raise ConfigError(f"distribution={kind}: is not drawn here; uniform and normal are")
     if kind not in FORMS:
@@ -166,10 +166,14 @@ def _drawn(kind: str, of: dict[str, Any]) -> Parameter:
 
     def step(drawn: float) -> float:
         # Whole where q is; and 0.3, not 0.30000000000000004.
-        return type(q)(f"{round(value(drawn) / q) * q:.12g}")
+        return type(q)(_short(round(value(drawn) / q) * q))
 
-    grid = [step(x) for x in np.arange(low, high, q)] if kind == "q_uniform" else None
+    grid = [*map(_short, np.arange(low, high, q).tolist())] if kind == "q_uniform" else None
     return Parameter(draws, step, [step(draws.low), step(draws.high)], grid)
+
+
+def _short(x: float) -> float:
+    return type(x)(f"{x:.12g}")
 
 
 def _is_number(value: Any) -> bool:

@@ -278,7 +278,7 @@ def logged(plan: Plan) -> set[str]:
     if cfg.adapter.method == "none":
         return names
     names.add("train/loss")
-    one = Spectrum(torch.ones(1), (1, 1), 0.0)
+    one = Spectrum(torch.ones(1, dtype=torch.float64), (1, 1), 0.0)
     sites = {site.name: site for site in plan.sites}
     spectra = {f"spectra/{site}" for site in sites}
     spectra |= {f"spectra_of/{group}" for group in groups(dict.fromkeys(sites, one), sites)}
