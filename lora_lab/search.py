@@ -14,6 +14,7 @@ from lora_lab.multirun import Job
 from lora_lab.runs import Run
 from lora_lab.seeding import generator
 from lora_lab.space import Parameter
+from lora_lab.sweepfile import Goal
 
 Space = dict[str, Parameter]
 Point = Callable[[dict[str, Any]], list[str]]
@@ -67,7 +68,7 @@ class Bayes:
         space: Space,
         point: Point,
         metric: str,
-        direction: str,
+        direction: Goal,
         count: int,
         seed: int,
         file: Path,
@@ -102,6 +103,8 @@ class Bayes:
                 value = run.last(self.metric)
                 if value is not None and math.isfinite(value):
                     self.study.tell(number, value)
+                else:
+                    self.study.tell(number, state=TrialState.FAIL)
 
     def best(self) -> tuple[Job, float] | None:
         """The best run so far, and its metric."""
@@ -122,7 +125,7 @@ class Bayes:
         return self.study.get_trials(deepcopy=False, states=states)
 
 
-def _study(storage: str | None, direction: str) -> optuna.Study:
+def _study(storage: str | None, direction: Goal) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
         storage=storage, study_name="sweep", direction=direction, load_if_exists=True

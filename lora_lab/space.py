@@ -20,10 +20,11 @@ from lora_lab.config import ConfigError, nearest
 TAIL = 0.001
 """The share of a normal distribution that is not drawn, at each of its two ends."""
 
-BOUNDS = {"min": None, "max": None}
-MOMENTS = {"mu": 0.0, "sigma": 1.0}
-STEP = {"q": 1}
-FORMS: dict[str, dict[str, float | None]] = {
+Keys = dict[str, float | None]
+BOUNDS: Keys = {"min": None, "max": None}
+MOMENTS: Keys = {"mu": 0.0, "sigma": 1.0}
+STEP: Keys = {"q": 1}
+FORMS: dict[str, Keys] = {
     "constant": {"value": None},
     "categorical": {"values": None},
     "categorical_w_probabilities": {"values": None, "probabilities": None},
