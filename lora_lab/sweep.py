@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from hydra_plugins import lora_lab_sweeper  # pyright: ignore[reportAttributeAccessIssue]
 
-from lora_lab import compose, train
+from lora_lab import compose, sweeper, train
 from lora_lab.callbacks.spectra import groups
 from lora_lab.config import ConfigError, TrainedBase, content_hash, nearest
 from lora_lab.modules import TASKS
@@ -51,7 +50,7 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
     paths = [plan.path for plan in plans[len(tried) :]]
     search = Listed([Job(point, at) for point, at in zip(points, paths, strict=True)])
     train.begin(search.jobs)
-    lora_lab_sweeper.use(search)
+    sweeper.use(search)
     train.main(search.jobs)
 
 
@@ -70,7 +69,7 @@ def _bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> None
             goal = sweep.goal
             search = Bayes(sweep.space, sweep.point, sweep.metric, goal, total, seed, file)
             train.begin(search.jobs, total)
-            lora_lab_sweeper.use(search)
+            sweeper.use(search)
             try:
                 train.main(search.jobs)
             finally:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
-from hydra_plugins.lora_lab_sweeper import at_once  # pyright: ignore
 from omegaconf import OmegaConf
 from scipy import stats
 
@@ -25,6 +25,7 @@ from lora_lab.config import ConfigError
 from lora_lab.plan import plan
 from lora_lab.runs import Run, find_runs
 from lora_lab.space import parameter
+from lora_lab.sweeper import at_once
 from tests.conftest import SMALL, Lab, command, only_run
 from tests.test_conf import composed
 from tests.wandb_server import WandbServer
@@ -469,6 +470,7 @@ def test_as_many_at_once_as_the_launcher_runs():
         ({}, 1),
         ({"n_jobs": 3}, 3),
         ({"n_jobs": -1}, os.cpu_count()),
+        ({"n_jobs": None}, torch.cuda.device_count() or os.cpu_count()),
         ({"array_parallelism": 4}, 4),
     ):
         assert at_once(OmegaConf.create({"hydra": {"launcher": launcher}})) == jobs

@@ -1,8 +1,9 @@
-"""A Hydra sweeper that runs the points a search gives it, installed as a plugin of Hydra's."""
+"""The Hydra sweeper that runs the points a search gives it, by the launcher that is configured."""
 
 import os
 from typing import Any, ClassVar, Protocol
 
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
@@ -50,24 +51,20 @@ class PointSweeper(Sweeper):
 def at_once(config: DictConfig | None) -> int:
     """How many jobs the launcher runs side by side: joblib's n_jobs, submitit's array_parallelism.
 
-    Counted as joblib does: -1 is every core.
+    n_jobs is counted as joblib does, -1 is every core; null is one a GPU, or one a core.
     """
     assert config is not None
-    launcher = config.hydra.launcher
-    jobs = launcher.get("n_jobs") or launcher.get("array_parallelism") or 1
-    return max(1, jobs if jobs > 0 else (os.cpu_count() or 1) + 1 + jobs)
+    launcher, cores = config.hydra.launcher, os.cpu_count() or 1
+    if "n_jobs" in launcher:
+        jobs = launcher.n_jobs or torch.cuda.device_count() or cores
+        return max(1, jobs if jobs > 0 else cores + 1 + jobs)
+    return launcher.get("array_parallelism") or 1
 
 
 def use(search: Asked) -> None:
     """Makes `hydra/sweeper=points` run this search."""
-    plugins = Plugins.instance()  # first: it may import this module anew
     PointSweeper.search = search
-    plugins.register(PointSweeper)
-
-
-ConfigStore.instance().store(
-    group="hydra/sweeper",
-    name="points",
-    node={"_target_": "hydra_plugins.lora_lab_sweeper.PointSweeper"},
-    provider="lora_lab",
-)
+    # Hydra wants a plugin named as one of hydra_plugins.
+    name = "hydra_plugins.lora_lab.PointSweeper"
+    Plugins.instance().class_name_to_class[name] = PointSweeper
+    ConfigStore.instance().store("points", {"_target_": name}, group="hydra/sweeper")
