@@ -28,6 +28,10 @@ def check(content: dict[str, Any], said: Collection[str] = ()) -> Config:
     An experiment may set what only one choice of a group has, as adapter.r for LoRA: with another
     choice (adapter=full) that falls away, but for the keys `said` on the command line.
     """
+    if isinstance(node := content.get("adapter"), dict) and node.get("r") == "full":
+        # A sweep over r has full fine-tuning beside the ranks.
+        content["adapter"] = {**node, "method": "full"}
+        del content["adapter"]["r"]
     for group, choices in (
         ("adapter", (Lora, Full, NoAdapter)),
         ("base", (TrainedBase, CheckpointBase)),

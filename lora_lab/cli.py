@@ -22,6 +22,7 @@ examples:
   lora-lab train adapter.r=4 seed=1           the same at rank 4, another seed
   lora-lab train -m adapter.r=1,2,4 seed=0,1  six runs, one after another
   lora-lab train --help                       everything that can be set
+  lora-lab sweep sweeps/rank.yaml             a W&B sweep file, run here with no account
   lora-lab report RUN                         a run's table and figures again
   lora-lab report runs/shift                  all its runs: tables, figures and a page, even while
                                               they go on
@@ -37,6 +38,31 @@ examples:
   lora-lab ls --state failed                  those that failed
 """
 
+SWEEP = """\
+Runs a W&B sweep file here, with no account. `wandb sweep FILE` and `wandb agent ID` run the same
+file with one. The same command again goes on: finished runs are not repeated.
+
+  method: grid    every combination, in W&B's order; run_cap or --count takes the first N
+  method: random  --count or run_cap independent draws
+  method: bayes   Optuna's TPE: ten random draws, then each is chosen by the runs before it; the
+                  metric is a run's last value, as in W&B's summary. Its trials are kept in
+                  runs/.sweeps/NAME-HASH/study.db
+
+OVERRIDES are those of `lora-lab train`, and come before what the file says: one value fixes a
+parameter, several (adapter.r=1,2) are swept instead of the file's. The file's tracking=online is
+for W&B's agents: here runs are tracked offline unless you say tracking=online. A launcher runs
+several at once: hydra/launcher=joblib. Every point of a grid, and of a distribution both ends, is
+checked before anything runs.
+"""
+
+SWEEPS = """\
+examples:
+  lora-lab sweep sweeps/rank.yaml
+  lora-lab sweep sweeps/rank.yaml --dry-run
+  lora-lab sweep sweeps/rank.yaml adapter.r=1,2 seed=0 hydra/launcher=joblib
+  lora-lab sweep sweeps/lr_by_rank.yaml --count 20
+"""
+
 TRAIN = """\
 usage: lora-lab train [-m] [KEY=VALUE ...]
 
@@ -49,7 +75,7 @@ settings:
   seed=0                 draws the adapters and their dropout
   data.seed=0            draws the data and its order
   base.seed=0            draws the base's first weights
-  adapter.r=8            the rank, at most that of the smallest targeted weight
+  adapter.r=8            the rank, at most that of the smallest targeted weight; full: adapter=full
   adapter.alpha=8        scale is alpha/r; adapter.scaling: alpha/r | alpha/sqrt(r) | alpha
   adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd
   adapter.trains=both    both | zero | core: LoRA, LoRA-FA, LoRA-XS
@@ -118,6 +144,19 @@ def main() -> None:
     report.add_argument(
         "run", type=Path, help="a run directory, the start of its hash, or a folder"
     )
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a W&B sweep file with no account",
+        usage="lora-lab sweep FILE [--count N] [--seed N] [--dry-run] [KEY=VALUE ...]",
+        description=SWEEP,
+        epilog=SWEEPS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument("file", type=Path, help="a sweep file, as those in sweeps/")
+    sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of every run")
+    sweep.add_argument("--count", type=_count, default=None, help="how many runs, before run_cap")
+    sweep.add_argument("--seed", type=int, default=0, help="draws random and bayes (0)")
+    sweep.add_argument("--dry-run", action="store_true", help="print the command of every run")
     export = commands.add_parser("export", help="write a run's adapter or merged model for others")
     export.add_argument("run", type=Path, help="a run directory, or the start of its hash")
     export.add_argument("directory", type=Path, help="where to")
@@ -186,9 +225,16 @@ def main() -> None:
     # The rest of a train command is Hydra's to read.
     if sys.argv[1:2] == ["train"]:
         return _train(sys.argv[2:])
-    arguments = parser.parse_args()
+    if sys.argv[1:2] == ["sweep"]:  # whose options may stand between its overrides
+        arguments = sweep.parse_intermixed_args(sys.argv[2:])
+        arguments.command = "sweep"
+    else:
+        arguments = parser.parse_args()
     try:
-        if arguments.command == "report":
+        if arguments.command == "sweep":
+            asked = (arguments.count, arguments.seed, arguments.dry_run)
+            _sweep(arguments.file, arguments.overrides, *asked)
+        elif arguments.command == "report":
             _report(arguments.run)
         elif arguments.command == "analyze":
             asked = {"keep": arguments.keep, "truncation": arguments.truncation}
@@ -230,6 +276,20 @@ def _report(path: Path) -> None:
     run = named_run(path)
     report.write(run)
     report.show(run, _console())
+
+
+def _sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry: bool) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    from lora_lab import sweep
+
+    sweep.run(file, overrides, count, seed, dry)
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return count
 
 
 def _share(text: str) -> float:

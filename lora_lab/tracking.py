@@ -216,10 +216,21 @@ class Tracking:
     def artifact(self, directory: Path, kind: str) -> None:
         """Keeps a directory of the run in W&B, as an artifact of that type."""
         if self.wandb is not None:
-            artifact = wandb.Artifact(f"{kind}-{self.wandb.id}", type=kind)
-            for file in sorted(directory.iterdir()):
-                artifact.add_file(str(file))
-            self.wandb.log_artifact(artifact)
+            _artifact(self.wandb, directory, kind)
+
+
+def again(cfg: Config, run: Run) -> None:
+    """What a finished run logged, and what it trained, into a new run of W&B's: an agent's."""
+    if cfg.tracking.mode == "off":
+        return
+    started = _start(cfg, run.path, None)
+    logger = WandbLogger(experiment=started)
+    for row in run.rows():
+        logger.log_metrics({k: v for k, v in row.items() if k != "step"}, row["step"])
+    for kind in ("adapter", "model"):
+        if (run.path / kind).is_dir():
+            _artifact(started, run.path / kind, kind)
+    started.finish(exit_code=0)
 
 
 def _start(cfg: Config, directory: Path, name: str | None) -> wandb.Run:
@@ -239,6 +250,13 @@ def _start(cfg: Config, directory: Path, name: str | None) -> wandb.Run:
             Tracking.fell_back = True
             log.warning("W&B cannot be used online (%s): tracking offline", error)
     return _init(cfg, directory, "offline", name)
+
+
+def _artifact(run: wandb.Run, directory: Path, kind: str) -> None:
+    artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+    for file in sorted(directory.iterdir()):
+        artifact.add_file(str(file))
+    run.log_artifact(artifact)
 
 
 def _init(cfg: Config, directory: Path, mode: Any, name: str | None) -> wandb.Run:

@@ -65,7 +65,7 @@ def _run(content: DictConfig, single: bool) -> None:
     gc.disable()
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from lora_lab import bases, experiment, plan, processes, report
+    from lora_lab import bases, experiment, plan, processes, report, tracking
     from lora_lab.runs import Run, RunBusyError, RunFinishedError
 
     gc.enable()
@@ -93,6 +93,8 @@ def _run(content: DictConfig, single: bool) -> None:
     except RunFinishedError:
         again = "overwrite=true repeats it"
         console.print(f"Finished before, not repeated ({again}): {run.path}", soft_wrap=True)
+        if "WANDB_SWEEP_ID" in os.environ:  # an agent of W&B waits for a run of its own
+            tracking.again(planned.cfg, run)
         if not (run.path / "report" / "table.md").exists():
             report.write(run)
     except RunBusyError as error:

@@ -1,4 +1,4 @@
-"""Every file of conf/ composes, says what it is, and makes a run that can be; so does sweeps/."""
+"""Every file of conf/ composes, says what it is, and makes a run that can be."""
 
 from itertools import product
 from pathlib import Path
@@ -12,14 +12,13 @@ from lora_lab import bases, launcher
 from lora_lab.checks import check
 from lora_lab.cli import train_help
 from lora_lab.compose import prepare
-from lora_lab.config import Config
+from lora_lab.config import Config, ConfigError
 from lora_lab.options import options
 from lora_lab.plan import plan
 from tests.conftest import SMALL, Lab, only_run
 
 launcher.register()
 OPTIONS = [(group, option) for group, choices in options().items() for option in choices]
-SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 EVERYTHING = "model._target_=tests.everything.Everything"
 NEEDS = {
     ("trainer", "gpu"): ["trainer.accelerator=cpu"],
@@ -86,17 +85,11 @@ def test_every_model_fits_every_data_set(data: str, model: str):
     assert plan(composed(f"data={data}", f"model={model}", "target=all")).sites
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_point_of_every_sweep_composes(path: Path):
-    sweep = yaml.safe_load(path.read_text())
-    assert sweep["command"][-1] == "${args_no_hyphens}"
-    parameters = {
-        name: said["values"] if "values" in said else [said["value"]]
-        for name, said in sweep["parameters"].items()
-    }
-    for values in product(*parameters.values()):
-        point = [f"{k}={v}" for k, v in zip(parameters, values, strict=True)]
-        assert plan(composed(*prepare(point))).sites
+def test_a_rank_of_full_is_full_fine_tuning():
+    full = composed("adapter=full")
+    assert composed("adapter.r=full").identity() == full.identity()
+    with pytest.raises(ConfigError, match=r"adapter\.r=Full"):
+        composed("adapter.r=Full")
 
 
 def test_help_names_every_option():

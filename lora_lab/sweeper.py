@@ -1,0 +1,70 @@
+"""The Hydra sweeper that runs the points a search gives it, by the launcher that is configured."""
+
+import os
+from typing import Any, ClassVar, Protocol
+
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class Asked(Protocol):
+    """What a sweeper asks: which points are next, none at the end; told when they have been run."""
+
+    def ask(self, at_once: int) -> list[list[str]]:
+        """The overrides of the next jobs, as many as can run at once or all that are known."""
+        ...
+
+    def tell(self) -> None:
+        """What was asked last has been run."""
+        ...
+
+
+class PointSweeper(Sweeper):
+    """Launches what its search asks for, batch by batch, whatever becomes of each job."""
+
+    search: ClassVar[Asked]
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Makes the launcher that the config names."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Runs all that is asked for. Raises what the first job that failed raised."""
+        assert isinstance(self.launcher, Launcher)
+        returns = []
+        while batch := self.search.ask(at_once(self.config)):
+            returns += self.launcher.launch(batch, initial_job_idx=len(returns))
+            self.search.tell()
+        return [job.return_value for job in returns]
+
+
+def at_once(config: DictConfig | None) -> int:
+    """How many jobs the launcher runs side by side: joblib's n_jobs, submitit's array_parallelism.
+
+    n_jobs is counted as joblib does, -1 is every core; null is one a GPU, or one a core.
+    """
+    assert config is not None
+    launcher, cores = config.hydra.launcher, os.cpu_count() or 1
+    if "n_jobs" in launcher:
+        jobs = launcher.n_jobs or torch.cuda.device_count() or cores
+        return max(1, jobs if jobs > 0 else cores + 1 + jobs)
+    return launcher.get("array_parallelism") or 1
+
+
+def use(search: Asked) -> None:
+    """Makes `hydra/sweeper=points` run this search."""
+    PointSweeper.search = search
+    # Hydra wants a plugin named as one of hydra_plugins.
+    name = "hydra_plugins.lora_lab.PointSweeper"
+    Plugins.instance().class_name_to_class[name] = PointSweeper
+    ConfigStore.instance().store("points", {"_target_": name}, group="hydra/sweeper")

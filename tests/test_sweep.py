@@ -1,0 +1,529 @@
+"""Sweep files: checked, run here with no account, continued, and driven by W&B's own agent."""
+
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from omegaconf import OmegaConf
+from scipy import stats
+
+from lora_lab import experiment, search, sweep
+from lora_lab.compose import prepare
+from lora_lab.config import ConfigError
+from lora_lab.plan import plan
+from lora_lab.runs import Run, find_runs
+from lora_lab.space import parameter
+from lora_lab.sweeper import at_once
+from tests.conftest import SMALL, Lab, command, only_run
+from tests.test_conf import composed
+from tests.wandb_server import WandbServer
+
+SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+GRIDS = [path for path in SWEEPS if yaml.safe_load(path.read_text())["method"] == "grid"]
+QUICK = ["tracking=off", "figures=false", "spectra.truncation=none", "spectra.against_base=false"]
+
+Sweep = Callable[..., int]
+
+
+@pytest.fixture
+def run_sweep(monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """run_sweep(content or path, "seed=0") runs `lora-lab sweep`, small: its exit code."""
+
+    def run(content: dict[str, Any] | Path, *arguments: str, small: str = "shift") -> int:
+        if isinstance(content, dict):
+            Path("sweep.yaml").write_text(yaml.safe_dump(content))
+            content = Path("sweep.yaml")
+        return command(monkeypatch, "sweep", str(content), *of_size(content, small), *arguments)
+
+    return run
+
+
+def of_size(path: Path, small: str = "shift") -> list[str]:
+    """What makes its runs small, but for what the file itself says."""
+    said = yaml.safe_load(path.read_text())["parameters"]
+    return [*QUICK, *(o for o in SMALL[small] if o.partition("=")[0] not in said)]
+
+
+def file(method: str = "grid", cap: int | None = None, **parameters: Any) -> dict[str, Any]:
+    """A sweep file over `shift`; a parameter's dots are written as underscores twice."""
+    content: dict[str, Any] = {"method": method, "metric": {"name": "val/loss"}}
+    if cap is not None:
+        content["run_cap"] = cap
+    said = {key.replace("__", "."): value for key, value in parameters.items()}
+    return {**content, "parameters": {"experiment": {"value": "shift"}, **said}}
+
+
+RATE = {"distribution": "log_uniform_values", "min": 0.001, "max": 1.0}
+
+
+def rates(root: str = "runs") -> dict[float, float | None]:
+    """Each finished run's learning rate, and its loss."""
+    runs = [run for run in find_runs(Path(root)) if run.finished]
+    return {run.config["optimizer"]["lr"]: run.last("val/loss") for run in runs}
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_point_of_every_file_can_be_run(path: Path):
+    content = yaml.safe_load(path.read_text())
+    assert content["command"][-1] == "${args_no_hyphens}"
+    for start in ("lora-lab sweep", "wandb sweep"):
+        assert f"{start} sweeps/{path.name}" in path.read_text()
+    read = sweep.read(path, [])
+    if content["method"] != "grid":
+        points = [read.point(values) for values in read.ends()]
+        points += [read.point(values) for values in search.at_random(read.space, 5, 0)]
+    else:
+        listed = [
+            [f"{key}={value}" for value in said.get("values", [said.get("value")])]
+            for key, said in content["parameters"].items()
+        ]
+        points = [prepare(list(point)) for point in product(*listed)]
+        without = [{o for o in point if not o.startswith("tracking")} for point in points]
+        ours = [set(read.point(values)) for values in read.grid()]
+        assert sorted(map(sorted, ours)) == sorted(map(sorted, without))
+    for point in points:
+        assert plan(composed(*point)).sites
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_grid_file_runs(run_sweep: Sweep, path: Path):
+    name = yaml.safe_load(path.read_text())["parameters"]["experiment"]["value"]
+    fewer = ["adapter.r=2,full"] if path.stem == "rank_vs_full" else []
+    assert run_sweep(path, "seed=0", "--count", "2", *fewer, small=name) == 0
+    runs = find_runs(Path("runs"))
+    assert [run.status["state"] for run in runs] == ["finished"] * 2
+    if fewer:
+        assert {run.config["adapter"]["method"] for run in runs} == {"lora", "full"}
+
+
+def test_a_grid_is_in_the_order_of_its_names_and_its_commands_can_be_pasted(
+    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    content = file(
+        seed={"values": [0, 1]},
+        adapter__scaling={"values": ["alpha/sqrt(r)", "alpha"]},
+        target={"value": "*near"},
+        tracking={"value": "online"},
+    )
+    assert run_sweep(content, "--dry-run") == 0
+    commands = capsys.readouterr().out.splitlines()
+    swept = [(o[-2], o[-1]) for o in map(shlex.split, commands)]
+    scalings = (r"adapter.scaling=alpha/sqrt\(r\)", "adapter.scaling=alpha")
+    assert swept == [*product(scalings, ("seed=0", "seed=1"))]
+    assert "online" not in commands[0]  # no agent, no account
+    assert not Path("runs").exists()
+    assert command(monkeypatch, *shlex.split(commands[1])[1:]) == 0
+    assert only_run().config["adapter"]["scaling"] == "alpha/sqrt(r)"
+    assert only_run().config["seed"] == 1
+    assert only_run().config["target"].keys() == {"*near"}
+
+
+def test_a_grid_goes_on_and_its_failure_is_told(
+    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fails(monkeypatch, RuntimeError("on purpose"), at=2)
+    content = file(seed={"values": [0, 1, 2]})
+    assert run_sweep(content) == 1
+    out = capsys.readouterr().out
+    assert "multirun: 3 runs" in out
+    assert "multirun: 2 of 3 done, 1 failed" in out
+    assert "on purpose (traceback: runs/shift/" in out
+    before = {run.path: run.status for run in find_runs(Path("runs"))}
+    assert run_sweep(content) == 0
+    for run in find_runs(Path("runs")):
+        same = run.status == before[run.path]
+        assert same == (before[run.path]["state"] == "finished")
+        assert run.finished
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> None:
+    """The run of that number, from 1, ends with `error` when it is in the middle."""
+    real, real_keep, begun = experiment.run, experiment._keep, []
+
+    def run(*arguments: Any) -> Run:
+        begun.append(1)
+        return real(*arguments)
+
+    def keep(*arguments: Any) -> None:
+        if len(begun) == at:
+            raise error
+        real_keep(*arguments)
+
+    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr(experiment, "_keep", keep)
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
+    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    monkeypatch.setattr(search, "STARTUP", 3)
+    content = file(method, 5, optimizer__lr=RATE, adapter__r={"values": [1, 2]})
+    assert run_sweep(content, "runs_dir=whole") == 0
+    assert len(rates("whole")) == 5
+    with monkeypatch.context() as patch:
+        fails(patch, KeyboardInterrupt(), at=4)
+        assert run_sweep(content) == 130
+    assert len(rates()) == 3
+    started = {run.path: run.status["started"] for run in find_runs(Path("runs")) if run.finished}
+    assert run_sweep(content) == 0
+    assert rates() == rates("whole")
+    assert all(Run(path).status["started"] == at for path, at in started.items())
+    assert run_sweep(content, "--count", "6") == 0
+    assert len(rates()) == 6
+    assert rates().items() > rates("whole").items()
+
+
+def test_another_seed_draws_other_points(run_sweep: Sweep, capsys: pytest.CaptureFixture[str]):
+    content = file("random", 3, optimizer__lr=RATE)
+    drawn = []
+    for seed in ("0", "0", "1"):
+        assert run_sweep(content, "--dry-run", "--seed", seed) == 0
+        drawn.append(capsys.readouterr().out.splitlines())
+    assert drawn[0] == drawn[1]
+    assert not set(drawn[0]) & set(drawn[2])
+    assert len(set(drawn[0])) == 3
+
+
+def test_bayes_shows_beforehand_what_no_result_decides_on(
+    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(search, "STARTUP", 2)
+    content = file("bayes", 3, optimizer__lr=RATE)
+    assert run_sweep(content, "--dry-run") == 0
+    *commands, more = capsys.readouterr().out.splitlines()
+    assert len(commands) == 2
+    assert more == "# 1 more, which depend on the results of these"
+    assert run_sweep(content) == 0
+    told = [float(c.rpartition("optimizer.lr=")[2]) for c in commands]
+    assert set(told) < rates().keys()
+
+
+def test_a_failed_trial_is_tried_again_at_the_same_point(
+    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    content = file("bayes", 3, optimizer__lr=RATE)
+    with monkeypatch.context() as patch:
+        fails(patch, RuntimeError("on purpose"), at=2)
+        assert run_sweep(content) == 1
+    assert "2 of 3 done, 1 failed" in capsys.readouterr().out
+    (failed,) = [run for run in find_runs(Path("runs")) if not run.finished]
+    assert run_sweep(content) == 0
+    assert failed.finished
+    assert len(rates()) == 3
+    best = min((loss, rate) for rate, loss in rates().items() if loss is not None)
+    said = capsys.readouterr().out
+    assert f"best val/loss {best[0]:.6g}: runs/shift/" in said
+    assert run_sweep(content, "overwrite=true") == 0
+    assert "multirun: 3 runs\n" in capsys.readouterr().out  # none is known any more
+
+
+def test_a_bayes_sweep_runs_once_at_a_time(run_sweep: Sweep, capsys: pytest.CaptureFixture[str]):
+    content = file("bayes", 1, optimizer__lr=RATE)
+    assert run_sweep(content) == 0
+    (lock,) = Path("runs/.sweeps").glob("sweep-*/lock")
+    with FileLock(lock):
+        assert run_sweep(content) == 2
+    assert "another process is running this sweep" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bayes_finds_the_learning_rate_that_is_known(run_sweep: Sweep):
+    """One step of gradient descent on a quadratic: the loss is a parabola in the rate."""
+    rate = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e4}
+    content = file("bayes", 30, optimizer__lr=rate)
+    content["parameters"]["experiment"] = {"value": "planted_linear"}
+    one = ["adapter=full", "optimizer=sgd", "data.steps=1", "trainer.max_epochs=1"]
+    assert run_sweep(content, *one, small="planted_linear") == 0
+    found = [(rate, loss) for rate, loss in rates().items() if loss is not None]
+    before = find_runs(Path("runs"))[0].curve("val/loss")[0]
+    # Through the loss before, and those of the two rates that moved it most without leaving.
+    (x, y), (u, v) = sorted(found, key=lambda pair: abs(math.log(pair[1] / before)))[-2:]
+    a = ((y - before) / x - (v - before) / u) / (x - u)
+    best = -((y - before) / x - a * x) / (2 * a)
+    assert min(found, key=lambda pair: pair[1])[0] == pytest.approx(best, rel=0.25)
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on(run_sweep: Sweep):
+    content = file("bayes", 14, optimizer__lr=RATE)
+    assert run_sweep(content, "runs_dir=whole") == 0
+    lab = [str(Path(sys.executable).with_name("lora-lab")), "sweep", "sweep.yaml"]
+    for done in (3, 12):
+        process = subprocess.Popen([*lab, *of_size(Path("sweep.yaml"))], stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 300
+        while len(rates()) < done and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert run_sweep(content) == 0
+    assert rates() == rates("whole")
+
+
+BAD = {
+    "methd": (
+        lambda c: c | {"methd": 1},
+        "methd: there is no such key; nearest: method",
+    ),
+    "method": (lambda c: c | {"method": "gird"}, "method=gird: there is no such method; nearest"),
+    "no parameters": (lambda c: c | {"parameters": {}}, "parameters: must be given"),
+    "program": (lambda c: c | {"program": "fit.py"}, "program=fit.py: this runs lora_lab.train"),
+    "run_cap": (lambda c: c | {"run_cap": 0}, "run_cap=0: must be a whole number"),
+    "no cap": (
+        lambda c: c | {"method": "random"},
+        "run_cap: must be given with random, or --count",
+    ),
+    "metric": (
+        lambda c: c | {"metric": {"name": "val/lss"}},
+        "metric.name=val/lss: a run with adapter=lora does not log it; nearest: val/loss",
+    ),
+    "no metric": (
+        lambda c: {k: v for k, v in c.items() if k != "metric"} | {"method": "bayes"},
+        "metric: must be given, bayes needs it",
+    ),
+    "of another task": (
+        lambda c: c | {"metric": {"name": "val/accuracy", "goal": "maximize"}},
+        "metric.name=val/accuracy: a run with adapter=lora does not log it",
+    ),
+    "goal of loss": (
+        lambda c: c | {"metric": {"name": "val/loss", "goal": "maximize"}},
+        "metric.goal=maximize: val/loss is better the other way",
+    ),
+    "goal of accuracy": (
+        lambda c: c | {"metric": {"name": "val/accuracy"}},
+        "metric.goal=minimize: val/accuracy is better the other way",
+    ),
+    "goal": (
+        lambda c: c | {"metric": {"name": "val/loss", "goal": "minimise"}},
+        "metric.goal=minimise: must be minimize or maximize; nearest: minimize",
+    ),
+    "target": (
+        lambda c: c | {"metric": {"name": "val/loss", "target": 1}},
+        "metric.target: is not done here",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file(run_sweep: Sweep, capsys: pytest.CaptureFixture[str], case: str):
+    change, says = BAD[case]
+    refused(run_sweep, capsys, change(file(adapter__r={"values": [1, 2]})), says)
+
+
+def refused(
+    run_sweep: Sweep, capsys: pytest.CaptureFixture[str], content: dict[str, Any], says: str
+) -> None:
+    assert run_sweep(content) == 2
+    said = capsys.readouterr()
+    assert f"lora-lab sweep: sweep.yaml: {says}" in said.err
+    assert not Path("runs").exists()
+    assert "multirun" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "says"),
+    [
+        ("adapter.rr", {"values": [1]}, "adapter.rr: there is no such key; nearest: r"),
+        ("adapter.r", {"values": [1, 10]}, "adapter.r=10 exceeds the rank of 'linear'"),
+        ("adapter.r", {"values": [1, 0, -1]}, "adapter.r=0: must be greater than 0 (at 1 of 3"),
+        ("adapter.r", {"values": 2}, "values=2: must be a list of values"),
+        ("adapter.r", {"values": []}, "values=[]: must be a list of values"),
+        ("adapter.r", {"vals": [1]}, "must say value, values, or min and max; nearest: values"),
+        ("adapter.r", {"value": 1, "min": 2}, "min: constant has no such key"),
+        ("adapter.r", 3, "3: must say value, values, or min and max"),
+        ("adapter", {"parameters": {"r": {"value": 1}}}, "nested parameters reach a program"),
+        ("adapter", {"value": {"r": 1}}, "a dict is no setting"),
+        ("adapter.rank_pattern", {"value": None}, 'null: reaches a program as "None"'),
+        ("adapter.init", {"values": ["olora,pissa"]}, "olora,pissa: would be read as a list"),
+        ("optimizer.lr", {"min": 0.1, "max": 0.2}, "a grid takes value, values, int_uniform"),
+        ("+trainer.x", {"value": 1}, "W&B takes letters, digits and _ . - in a name"),
+        ("optimizer.lr", {"distribution": "log_unifrom"}, "there is no such distribution; nearest"),
+    ],
+)
+def test_a_bad_parameter(
+    run_sweep: Sweep, capsys: pytest.CaptureFixture[str], key: str, said: Any, says: str
+):
+    content = file()
+    content["parameters"][key] = said
+    assert run_sweep(content) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lora-lab sweep: sweep.yaml: parameters")
+    assert says in err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"min": 1.0, "max": 0.1}, "min=1.0: must be at most max=0.1"),
+        ({"min": -0.5, "max": 0.1}, "optimizer.lr=-0.5: must be greater than 0"),
+        ({"min": "1e-4", "max": 0.1}, "min=1e-4: must be a number, and in YAML 1e-4 is text"),
+        ({**RATE, "min": 0}, "min=0: must be more than 0 with log_uniform_values"),
+        ({**RATE, "q": 0.1}, "q: log_uniform_values has no such key"),
+        ({"min": 0.1}, "max: must be given, uniform needs it"),
+        ({"distribution": "beta"}, "distribution=beta: is not drawn here"),
+        ({"distribution": "normal", "sigma": 0}, "sigma=0: must be more than 0"),
+        ({"values": [0.1, 0.2], "probabilities": [0.5, 0.6]}, "must be 2 shares that add up to 1"),
+    ],
+)
+def test_a_bad_distribution(
+    run_sweep: Sweep, capsys: pytest.CaptureFixture[str], said: dict[str, Any], says: str
+):
+    assert run_sweep(file("random", 3, optimizer__lr=said)) == 2
+    assert says in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_early_terminate_is_said_to_be_left_out(
+    run_sweep: Sweep, capsys: pytest.CaptureFixture[str]
+):
+    content = file(seed={"value": 3}) | {"early_terminate": {"type": "hyperband", "min_iter": 3}}
+    assert run_sweep(content, "--dry-run") == 0
+    said, dry = capsys.readouterr().out.splitlines()
+    assert "every run goes to its end" in said
+    assert dry.startswith("lora-lab train ")
+
+
+E10 = stats.loguniform(math.exp(-3), math.exp(2))
+DISTRIBUTIONS = {
+    "uniform": ({"min": -1.0, "max": 3.0}, stats.uniform(-1, 4)),
+    "log_uniform": ({"distribution": "log_uniform", "min": -3, "max": 2}, E10),
+    "inv_log_uniform": ({"distribution": "inv_log_uniform", "min": -2, "max": 3}, E10),
+    "values": (RATE, stats.loguniform(0.001, 1)),
+    "inverse": (RATE | {"distribution": "inv_log_uniform_values"}, stats.loguniform(0.001, 1)),
+    "normal": ({"distribution": "normal", "mu": 2, "sigma": 3}, stats.norm(2, 3)),
+    "log_normal": ({"distribution": "log_normal", "mu": 1}, stats.lognorm(1, scale=math.e)),
+}
+
+
+def drawn(said: dict[str, Any], count: int = 300) -> list[Any]:
+    return [values["x"] for values in search.at_random({"x": parameter(said)}, count, 0)]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_distributions_are_wandbs(name: str):
+    said, truth = DISTRIBUTIONS[name]
+    values = drawn(said)
+    assert stats.kstest(values, truth.cdf).pvalue > 0.01
+    low, high = parameter(said).ends
+    assert low <= min(values) < max(values) <= high
+
+
+def test_steps_are_whole_multiples_as_near_as_can_be():
+    values = drawn({"distribution": "q_uniform", "min": 0.0, "max": 1.0, "q": 0.25})
+    shares = [values.count(x) / len(values) for x in (0, 0.25, 0.5, 0.75, 1)]
+    assert sum(shares) == 1
+    assert shares == pytest.approx([0.125, 0.25, 0.25, 0.25, 0.125], abs=0.08)
+    assert {type(x) for x in drawn({"distribution": "q_normal", "sigma": 4}, 9)} == {int}
+    fifths = parameter({"distribution": "q_uniform", "min": 0.1, "max": 0.7, "q": 0.2})
+    assert fifths.grid == [0.1, 0.3, 0.5]  # W&B leaves out the last
+    assert parameter({"min": 1, "max": 4}).grid == [1, 2, 3, 4]
+
+
+def test_lists_are_drawn_evenly_or_by_their_probabilities():
+    even = drawn({"values": [1, "a", True]})
+    assert [even.count(x) / 300 for x in ("1", "a", "True")] == pytest.approx([1 / 3] * 3, abs=0.1)
+    odd = drawn({"values": [1, 2, 3], "probabilities": [0.7, 0.3, 0]})
+    assert [odd.count(x) / 300 for x in "123"] == pytest.approx([0.7, 0.3, 0], abs=0.1)
+    whole = drawn({"min": 1, "max": 3})
+    assert [whole.count(x) / 300 for x in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.1)
+
+
+def test_a_parameter_that_names_no_form_is_refused():
+    with pytest.raises(ConfigError, match="must say value"):
+        parameter({})
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("digits", []),
+        ("digits", ["adapter=full"]),
+        ("digits", ["adapter=none"]),
+        ("bytes_lm", []),
+        ("shift", []),
+    ],
+)
+def test_a_metric_that_is_taken_is_logged(lab: Lab, name: str, overrides: list[str]):
+    assert lab(name, *overrides) == 0
+    small = SMALL[name]
+    names = sweep.logged(plan(composed(f"experiment={name}", *small, *overrides)))
+    there = {key for row in only_run().rows() for key in row}
+    assert names <= there
+    assert {n for n in there if n.startswith(("val/", "train/", "merged/"))} <= names
+
+
+def test_as_many_at_once_as_the_launcher_runs():
+    for launcher, jobs in (
+        ({}, 1),
+        ({"n_jobs": 3}, 3),
+        ({"n_jobs": -1}, os.cpu_count()),
+        ({"n_jobs": None}, torch.cuda.device_count() or os.cpu_count()),
+        ({"array_parallelism": 4}, 4),
+    ):
+        assert at_once(OmegaConf.create({"hydra": {"launcher": launcher}})) == jobs
+
+
+@pytest.mark.slow
+def test_wandb_sweep_and_agent_run_a_grid_file():
+    """The real client: every run arrives with its config, history, spectra, state and sweep."""
+    path = next(path for path in SWEEPS if path.stem == "rank_vs_full")
+    content = yaml.safe_load(path.read_text())
+    fewer = {"adapter.r": {"values": [2, "full"]}, "seed": {"value": 0}}
+    small = dict(o.split("=") for o in [*SMALL["digits"], *QUICK[1:]])
+    content["parameters"] |= fewer | {k: {"value": yaml.safe_load(v)} for k, v in small.items()}
+    Path("sweep.yaml").write_text(yaml.safe_dump(content))
+    names = sorted(content["parameters"])
+    listed = [content["parameters"][name] for name in names]
+    grid = [
+        dict(zip(names, values, strict=True))
+        for values in product(*(said.get("values", [said.get("value")]) for said in listed))
+    ]
+    wandb = [sys.executable, "-m", "wandb"]
+    with WandbServer() as server:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = {**os.environ, **server.env, "PATH": path}
+        made = subprocess.run(
+            [*wandb, "sweep", "sweep.yaml"], env=env, check=True, capture_output=True, text=True
+        )
+        (agent,) = [w for w in made.stderr.splitlines() if "wandb agent" in w]
+        server.agent_runs = [*grid, grid[0]]  # the last has been run by then
+        subprocess.run(
+            [*wandb, "agent", agent.rpartition(" ")[2]], env=env, check=True, capture_output=True
+        )
+        assert yaml.safe_load(server.sweeps["sweep0"])["parameters"] == content["parameters"]
+        served = list(server.runs.values())
+    assert len(find_runs(Path("runs"))) == 2
+    assert len(served) == 3
+    for arrived, point in zip(served, [*grid, grid[0]], strict=True):
+        (run,) = [r for r in find_runs(Path("runs")) if r.path.name == arrived.display_name]
+        assert (arrived.sweep, arrived.project, arrived.complete) == ("sweep0", "lora_lab", True)
+        assert arrived.exitcode == 0
+        assert arrived.group == run.status["cell"]
+        for key, value in point.items():
+            assert arrived.config[key] == value
+        assert arrived.config["adapter"] == run.config["adapter"]
+        assert arrived.config["adapter"]["method"] == (
+            "full" if point["adapter.r"] == "full" else "lora"
+        )
+        rows = [row for row in arrived.history if "trainer/global_step" in row]
+        assert len(rows) == len(run.rows())
+        for row, ours in zip(rows, run.rows(), strict=True):
+            assert {k: row[k] for k in ours if k != "step"} == {
+                k: v for k, v in ours.items() if k != "step"
+            }
+        assert arrived.summary["val/loss"] == run.last("val/loss")
+        assert any(key.startswith("spectra/head/sigma_1") for row in rows for key in row)
+        assert {a["type"] for a in arrived.artifacts} & {"adapter", "model"}
