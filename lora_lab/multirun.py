@@ -45,8 +45,6 @@ class Multirun:
     runs: list[Run] = field(default_factory=list)
     total: int = 0
     began: float = field(default_factory=time.time)
-    wrong: list[list[str]] = field(default_factory=list)
-    """The overrides of the jobs that cannot be."""
     directory: Path | None = None
     lost: set[Path] = field(default_factory=set)
     """Runs whose process ended without a word."""
@@ -64,12 +62,12 @@ def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
     try:
         if isinstance(cfg, ConfigError):
             raise cfg
-        return Job(overrides, _plan(cfg).path)
+        return Job(overrides, possible(cfg).path)
     except ConfigError as error:
         return Job(overrides, None, str(error))
 
 
-def _plan(cfg: Config) -> Plan:
+def possible(cfg: Config) -> Plan:
     """The plan of a job, which checks its devices itself where they are not this machine's.
 
     Devices do not change a run's directory.
@@ -82,7 +80,7 @@ def _plan(cfg: Config) -> Plan:
 
 def path(overrides: Sequence[str], content: DictConfig) -> Path:
     """The directory of a job, from what Hydra composed by its overrides. Raises ConfigError."""
-    return _plan(compose.typed(content, overrides)).path
+    return possible(compose.typed(content, overrides)).path
 
 
 def begin(every: list[Job], total: int = 0) -> None:
@@ -95,7 +93,6 @@ def begin(every: list[Job], total: int = 0) -> None:
     paths = list(dict.fromkeys(job.path for job in every if job.path))
     _now = _now or Multirun()
     _now.runs, _now.total = [Run(path) for path in paths], max(total, len(paths))
-    _now.wrong = [job.overrides for job in every if job.error]
 
 
 def _keep(every: list[Job]) -> None:
@@ -108,12 +105,6 @@ def _keep(every: list[Job]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{PLANNED}.lock"):
             write_atomic(folder / PLANNED, json.dumps({**planned(folder), **own}, indent=1) + "\n")
-
-
-def can_be(overrides: Sequence[str]) -> bool:
-    """Whether the job of these overrides, Hydra's own left out, was found possible."""
-    point = [o for o in overrides if not o.startswith(("hydra.", "hydra/"))]
-    return _now is None or point not in _now.wrong
 
 
 def keeps(directory: Path) -> None:

@@ -39,22 +39,6 @@ def startup(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
         yield _values(space, _draw(study, space, _tpe(seed, number)))
 
 
-class Listed:
-    """Points that are all known: they run as one batch."""
-
-    def __init__(self, jobs: list[Job]):
-        self.jobs = jobs
-        self._left = list({job.path: job.overrides for job in jobs}.values())
-
-    def ask(self, at_once: int) -> list[list[str]]:
-        """All of them, once."""
-        batch, self._left = self._left, []
-        return batch
-
-    def tell(self) -> None:
-        """Nothing: no result decides on what is next."""
-
-
 class Bayes:
     """Optuna's TPE, its trials kept in a file, so that another process goes on where one stopped.
 

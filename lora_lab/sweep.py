@@ -14,9 +14,9 @@ from lora_lab import compose, sweeper, train
 from lora_lab.callbacks.spectra import groups
 from lora_lab.config import ConfigError, TrainedBase, content_hash, nearest
 from lora_lab.modules import TASKS
-from lora_lab.multirun import Job
-from lora_lab.plan import Plan, plan
-from lora_lab.search import Bayes, Listed, at_random, startup
+from lora_lab.multirun import Job, possible
+from lora_lab.plan import Plan
+from lora_lab.search import Bayes, at_random, startup
 from lora_lab.spectra import Spectrum
 from lora_lab.sweepfile import Sweep, read
 
@@ -48,7 +48,7 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
     if sweep.method == "bayes":
         return _bayes(path, sweep, total, seed, plans[0])
     paths = [plan.path for plan in plans[len(tried) :]]
-    search = Listed([Job(point, at) for point, at in zip(points, paths, strict=True)])
+    search = sweeper.Listed([Job(point, at) for point, at in zip(points, paths, strict=True)])
     train.begin(search.jobs)
     sweeper.use(search)
     train.main(search.jobs)
@@ -106,7 +106,7 @@ def _plans(points: Sequence[list[str]]) -> list[Plan]:
         try:
             if isinstance(cfg, ConfigError):
                 raise cfg
-            plans.append(plan(cfg))
+            plans.append(possible(cfg))
         except ConfigError as error:
             wrong.setdefault(str(error), []).append(overrides)
     if not wrong:

@@ -11,6 +11,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from lora_lab.multirun import Job
+
 
 class Asked(Protocol):
     """What a sweeper asks: which points are next, none at the end; told when they have been run."""
@@ -22,6 +24,22 @@ class Asked(Protocol):
     def tell(self) -> None:
         """What was asked last has been run."""
         ...
+
+
+class Listed:
+    """Jobs that are all known: those that can be run as one batch."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs = jobs
+        self._left = list({job.path: job.overrides for job in jobs if job.path}.values())
+
+    def ask(self, at_once: int) -> list[list[str]]:
+        """All of them, once."""
+        batch, self._left = self._left, []
+        return batch
+
+    def tell(self) -> None:
+        """Nothing: no result decides on what is next."""
 
 
 class PointSweeper(Sweeper):

@@ -154,14 +154,14 @@ def _multirun(arguments: list[str]) -> "list[Job]":
     """The jobs of a multirun, said in one line before the first begins; [] of a single run."""
     if not {"-m", "--multirun"} & set(arguments):
         return []
-    from lora_lab import launcher, multirun
+    from lora_lab import multirun, sweeper
 
     quiet()
-    launcher.register()
     every = multirun.jobs(compose.points(arguments))
     if every:
         begin(every)
-        sys.argv.append("hydra/sweeper=checked")
+        sweeper.use(sweeper.Listed(every))
+        sys.argv.append("hydra/sweeper=points")
     return every
 
 

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from lora_lab import bases, launcher
 from lora_lab.checks import check
-from lora_lab.cli import train_help
 from lora_lab.compose import prepare
 from lora_lab.config import Config, ConfigError
+from lora_lab.helptext import train_help
 from lora_lab.options import options
 from lora_lab.plan import plan
 from tests.conftest import SMALL, Lab, only_run

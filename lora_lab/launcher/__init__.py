@@ -6,22 +6,15 @@ from hydra.core.plugins import Plugins
 from lora_lab.launcher.processes import ProcessLauncher
 from lora_lab.launcher.submission import LocalLauncher, SlurmLauncher
 
-NAMED = "hydra_plugins.lora_lab"
-
 
 def register() -> None:
-    """Makes the launchers of conf/hydra/launcher, and hydra/sweeper=checked, known to Hydra.
+    """Makes the launchers of conf/hydra/launcher known to Hydra.
 
     Hydra wants a plugin named as one of hydra_plugins, and would merge a YAML with what another
     plugin stored under its name.
     """
     known, store = Plugins.instance(), ConfigStore.instance()
-    # Now: Hydra runs the modules of its plugins anew when it first looks for them.
-    from lora_lab.launcher.checked import CheckedSweeper
-
-    for plugin in (ProcessLauncher, LocalLauncher, SlurmLauncher, CheckedSweeper):
-        known.class_name_to_class[f"{NAMED}.{plugin.__name__}"] = plugin
+    for plugin in (ProcessLauncher, LocalLauncher, SlurmLauncher):
+        known.class_name_to_class[f"hydra_plugins.lora_lab.{plugin.__name__}"] = plugin
     for name in ("joblib", "submitit_local", "submitit_slurm"):
         store.repo["hydra"]["launcher"].pop(f"{name}.yaml", None)
-    checked = {"_target_": f"{NAMED}.CheckedSweeper", "max_batch_size": None, "params": None}
-    store.store("checked", checked, group="hydra/sweeper")

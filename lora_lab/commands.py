@@ -1,0 +1,174 @@
+"""What each subcommand does. What is heavy is imported where it is needed."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_lab.helptext import train_help
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_lab.runs import Run
+
+
+def train(arguments: list[str]) -> None:
+    """Runs what `lora-lab train` was given, which is Hydra's to read."""
+    if {"-h", "--help"} & set(arguments):
+        print(train_help())
+        return
+    from lora_lab import train
+
+    sys.argv[1:] = arguments
+    train.main()
+
+
+def report(path: Path) -> None:
+    """Writes and prints the report of a run, or of every run in a folder."""
+    from lora_lab import report
+    from lora_lab.runs import find_runs, named_run
+
+    if path.is_dir() and not (path / "status.json").exists() and (runs := find_runs(path)):
+        report.show_sweep(report.write_sweep(runs, path), _console())
+        return
+    run = named_run(path)
+    report.write(run)
+    report.show(run, _console())
+
+
+def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_run: bool) -> None:
+    """Runs a W&B sweep file here."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    from lora_lab import sweep
+
+    sweep.run(file, overrides, count, seed, dry_run)
+
+
+def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: Path) -> None:
+    """Analyzes a finished run again, or compares the ΔW of several."""
+    from lora_lab import report
+    from lora_lab.runs import named_run
+
+    runs = [named_run(path) for path in paths]
+    from lora_lab import analyze, train
+
+    train.quiet()
+    if len(runs) > 1:
+        report.pairs(analyze.between(runs), to, _console())
+        return
+    asked = {"keep": keep, "truncation": truncation}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    said = analyze.again(runs[0], _console(), **asked)
+    report.write(runs[0])
+    report.show(runs[0], _console())
+    if said.advice is not None:
+        print(f"advice   lora-lab train … {said.advice.overrides}")
+
+
+def export(path: Path, directory: Path, format: str) -> None:
+    """Writes a run's adapter, or its merged model."""
+    from lora_lab.runs import named_run
+
+    run = named_run(path)
+    from lora_lab.export import export
+    from lora_lab.train import quiet
+
+    quiet()
+
+    print(export(run, format, directory))
+
+
+def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
+    """Runs a finished run again. Exits with 1 where its numbers are other ones."""
+    from lora_lab.runs import named_run
+
+    run = named_run(path)
+    from lora_lab import reproduce, train
+
+    train.quiet()
+    try:
+        same = reproduce.show(reproduce.again(run, to, _console(), fresh), tolerance, _console())
+    except train.RunFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        same = False
+    sys.exit(0 if same else 1)
+
+
+def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
+    """Makes a workspace and a report in W&B, or prints what it would make."""
+    if "/" in project:
+        owner, _, name = project.partition("/")
+        raise ValueError(
+            f"{project} is no project's name: {name} --entity {owner} says whose it is"
+        )
+    from lora_lab import dashboard
+
+    if not dry_run and dashboard.logged_in():
+        try:
+            print("\n".join(dashboard.save(project, entity)))
+        except dashboard.DashboardError as error:
+            print(f"failed: {error}", file=sys.stderr)
+            sys.exit(1)
+        return
+    from rich import box
+    from rich.table import Table
+
+    head, *rows = dashboard.described()
+    table = Table(*head, box=box.SIMPLE, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+    why = "as --dry-run asks" if dry_run else "there is no login: `wandb login` makes one"
+    print(f"nothing was made, {why}")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _runs(root: Path) -> "list[Run]":
+    from lora_lab.runs import find_runs
+
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no directory {root}")
+    return find_runs(root)
+
+
+def ls(root: Path, state: str | None, sort: str) -> None:
+    """Lists runs."""
+    runs = _runs(root)
+    from lora_lab import report
+
+    _console().print(report.listing(runs, state, sort))
+
+
+def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
+    """Prints the best cells of a folder, and its best run."""
+    runs = _runs(root)
+    from lora_lab import compose, report
+
+    for one in report.best(runs, metric, goal):
+        _console().print(report.table(f"{one.experiment}: {one.goal} {metric}", one.rows(shown)))
+        value = one.run.finals[metric]
+        print(f"best run  {one.run.run.path} ({metric} {value:.5g})")
+        again = compose.command(one.run.config) or f"lora-lab reproduce {one.run.run.path}"
+        print(f"command   {again}\n")
+
+
+def diff(paths: list[Path]) -> None:
+    """Prints what differs between two runs."""
+    from lora_lab.runs import named_run
+
+    runs = [named_run(path) for path in paths]
+    from lora_lab import report
+
+    for i, run in enumerate(runs, start=1):
+        print(f"{i}: {run.path} ({run.status['state']})")
+    for title, rows in report.difference(*runs).items():
+        if len(rows) > 1:
+            _console().print(report.table(title, rows))
+        else:
+            print(f"\n{title}: the same")

@@ -1,0 +1,108 @@
+"""What `lora-lab`, `lora-lab train` and `lora-lab sweep` say of themselves."""
+
+from lora_lab.options import options
+
+EPILOG = """\
+examples:
+  lora-lab train                              the `shift` experiment, to its table and figures
+  lora-lab train adapter.r=4 seed=1           the same at rank 4, another seed
+  lora-lab train -m adapter.r=1,2,4 seed=0,1  six runs, one after another
+  lora-lab train --help                       everything that can be set
+  lora-lab sweep sweeps/rank.yaml             a W&B sweep file, run here with no account
+  lora-lab report RUN                         a run's table and figures again
+  lora-lab report runs/shift                  all its runs: tables, figures and a page, even while
+                                              they go on
+  lora-lab best runs/digits --metric val/accuracy    its best cells, and the command that repeats
+  lora-lab diff RUN RUN                       what differs of their configs and results
+  lora-lab analyze RUN                        its ΔW again: truncation, advice, against the base
+  lora-lab analyze RUN RUN                    how the directions of their ΔW compare
+  lora-lab export RUN DIR                     its adapter, as PEFT loads it
+  lora-lab export RUN DIR --format merged     its model, ΔW in the weights
+  lora-lab reproduce RUN                      the run again, every number beside the stored one
+  lora-lab dashboard PROJECT                  a workspace and a report of its runs in W&B
+  lora-lab ls                                 every run: status, cell, seed, loss, time
+  lora-lab ls --state failed                  those that failed
+"""
+
+SWEEP = """\
+Runs a W&B sweep file here, with no account. `wandb sweep FILE` and `wandb agent ID` run the same
+file with one. The same command again goes on: finished runs are not repeated.
+
+  method: grid    every combination, in W&B's order; run_cap or --count takes the first N
+  method: random  --count or run_cap independent draws
+  method: bayes   Optuna's TPE: ten random draws, then each is chosen by the runs before it; the
+                  metric is a run's last value, as in W&B's summary. Its trials are kept in
+                  runs/.sweeps/NAME-HASH/study.db
+
+OVERRIDES are those of `lora-lab train`, and come before what the file says: one value fixes a
+parameter, several (adapter.r=1,2) are swept instead of the file's. The file's tracking=online is
+for W&B's agents: here runs are tracked offline unless you say tracking=online. A launcher runs
+several at once: hydra/launcher=joblib. Every point of a grid, and of a distribution both ends, is
+checked before anything runs.
+"""
+
+SWEEPS = """\
+examples:
+  lora-lab sweep sweeps/rank.yaml
+  lora-lab sweep sweeps/rank.yaml --dry-run
+  lora-lab sweep sweeps/rank.yaml adapter.r=1,2 seed=0 hydra/launcher=joblib
+  lora-lab sweep sweeps/lr_by_rank.yaml --count 20
+"""
+
+TRAIN = """\
+usage: lora-lab train [-m] [KEY=VALUE ...]
+
+Trains (or finds) a base, adapts it, measures ΔW, and writes a run directory with a table and
+figures. The same command again shows the finished run; -m takes lists of values and runs them all.
+
+choices (GROUP=OPTION):
+{groups}
+settings:
+  seed=0                 draws the adapters and their dropout
+  data.seed=0            draws the data and its order
+  base.seed=0            draws the base's first weights
+  adapter.r=8            the rank, at most that of the smallest targeted weight; full: adapter=full
+  adapter.alpha=8        scale is alpha/r; adapter.scaling: alpha/r | alpha/sqrt(r) | alpha
+  adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd
+  adapter.trains=both    both | zero | core: LoRA, LoRA-FA, LoRA-XS
+  adapter.dora=false     true trains the norms of the weight's rows as well
+  adapter.lr_ratio=1.0   the learning rate of B over that of A (LoRA+)
+  adapter.dropout=0.0    on what goes into A
+  adapter.rank_pattern='{{body.*:4}}'    by a glob on sites; alpha_pattern alike
+  target='*.fc1'         a glob on names; several as target=[linear,'*.proj']
+  target.linear.match='body.*'    a named target, narrowed to a glob or a list of globs
+  target.linear.exclude='head'    and its own r, alpha, dropout, init; tied=true: a shared weight
+  optimizer.lr=0.001     optimizer.schedule: constant | linear | cosine, optimizer.warmup: a share
+  base.epochs=10         how long the base trains, where base=train
+  base.path=FILE         its safetensors file, where base=checkpoint
+  spectra.every_n_epochs=10   when ΔW is measured in training; spectra.every_n_steps=N
+  spectra.truncation=sites    the loss with ΔW cut to lower ranks: sites | model | none
+  spectra.keep=0.99      the share of the gain that the advised ranks keep
+  trainer.max_epochs=10  and every other argument of Lightning's Trainer (a new one as +trainer.x=…)
+  sweep.fail_fast=false  true ends a multirun with its first failure
+  hydra.launcher.n_jobs=4    runs at once, with -m and hydra/launcher=joblib; hydra.launcher.KEY
+                         sets what the launcher's YAML has. Without one (basic) they run one after
+                         another in this process, and end with it if it is killed
+  overwrite=false        true repeats a finished run
+  checkpoint_every=60    seconds that an interrupted run may have to repeat; 0: less than an epoch
+  figures=null           drawn after a single run; true: after each run of -m, which takes seconds;
+                         false: never. `lora-lab report RUN` draws them at any time
+  runs_dir=runs          where run directories go; bases_dir=bases: where bases are kept
+
+examples:
+  lora-lab train adapter.r=4 adapter.alpha=8 optimizer.lr=3e-4
+  lora-lab train experiment=digits target='body.*' tracking=online
+  lora-lab train -m experiment=digits adapter.r=1,2,4,8 seed=0,1,2
+  lora-lab train -m adapter.r=1,2,4 seed=0,1 hydra/launcher=joblib
+  lora-lab train -m adapter.r=1,2,4 hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
+  lora-lab train experiment=digits adapter=full
+"""
+
+
+def train_help() -> str:
+    """What `lora-lab train` takes: groups with their options as conf/ has them, and settings."""
+    lines, width = [], 1 + max(len(o) for choices in options().values() for o in choices)
+    for group, choices in options().items():
+        for i, (option, says) in enumerate(choices.items()):
+            lines.append(f"  {group + '=' if i == 0 else '':<16}{option:<{width}}{says}")
+    return TRAIN.format(groups="\n".join(lines) + "\n")
