@@ -59,6 +59,7 @@ settings:
   trainer.max_epochs=10  and every other argument of Lightning's Trainer (a new one as +trainer.x=…)
   sweep.fail_fast=false  true ends a multirun with its first failure
   overwrite=false        true repeats a finished run
+  checkpoint_every=60    seconds that an interrupted run may have to repeat; 0: less than an epoch
   figures=true           false draws none: `lora-lab report RUN` does at any time
   runs_dir=runs          where run directories go; bases_dir=bases: where bases are kept
 

@@ -120,25 +120,23 @@ class Tracking:
         """The rows logged so far."""
         return self.jsonl.rows
 
-    def log(self, metrics: dict[str, Any], step: int, histograms: Histograms | None = None) -> None:
+    def log(self, metrics: dict[str, Any], step: int, beside: Histograms | None = None) -> None:
         """One row, to every logger; in W&B with histograms beside it."""
         self.jsonl.log_metrics(metrics, step)
         if self.wandb is None:
             return
         row = dict(metrics)
-        if histograms:
-            self.histograms[len(self.rows) - 1] = histograms
-            for key, (counts, edges) in histograms.items():
+        if beside:
+            self.histograms[len(self.rows) - 1] = beside
+            for key, (counts, edges) in beside.items():
                 row[key] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
         self.loggers[-1].log_metrics(row, step)
 
-    def replay(
-        self, rows: list[dict[str, Any]], histograms: Mapping[str, Histograms] | None = None
-    ) -> None:
+    def replay(self, rows: list[dict[str, Any]], beside: Mapping[str, Any] | None = None) -> None:
         """Logs rows that were logged before, by another run or by an earlier try of this one."""
         for row in rows:
-            beside = (histograms or {}).get(str(len(self.rows)))
-            self.log({k: v for k, v in row.items() if k != "step"}, row["step"], beside)
+            own = (beside or {}).get(str(len(self.rows)))
+            self.log({k: v for k, v in row.items() if k != "step"}, row["step"], own)
 
     def log_spectra(
         self,

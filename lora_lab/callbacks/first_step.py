@@ -1,7 +1,5 @@
 """What the first step sees and does: the factors' gradient beside the dense one; its descent."""
 
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
@@ -26,19 +24,11 @@ class FirstStep(pl.Callback):
         self.ratio = self.lr = 0.0
         self.done = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the step was taken: a resumed run takes another one first."""
-        return {"done": self.done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Leaves a step alone that is not the first."""
-        self.done = state_dict["done"]
-
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Takes both gradients, without a trace in the model or in dropout's stream."""
-        if self.dense or self.done:
+        if self.dense or trainer.global_step:
             return
         assert isinstance(pl_module, BaseModule)
         sites = self.updates.sites
