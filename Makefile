@@ -31,6 +31,8 @@ bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 	$(BIN)/python -m tests.benchmarks.adapters
 	$(BIN)/python -m tests.benchmarks.spectra
+	$(BIN)/python -m tests.benchmarks.multirun
+	$(BIN)/python -m tests.benchmarks.report
 
 clean:
 	rm -rf .venv build dist *.egg-info
