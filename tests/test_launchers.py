@@ -245,6 +245,7 @@ def test_a_job_that_slurm_queues_again_goes_on_and_a_cancelled_one_is_told():
     long = ["trainer.max_epochs=3000", "trainer.check_val_every_n_epoch=100"]
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off", *long]
     command += ["figures=false", "seed=0,1,2", "spectra.every_n_epochs=3000", *ON_SLURM]
+    command += ["checkpoint_every=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def running() -> list[str]:
@@ -266,5 +267,9 @@ def test_a_job_that_slurm_queues_again_goes_on_and_a_cancelled_one_is_told():
     assert {seed: status["state"] for seed, status in ended.items()} == {
         **{0: "finished", 1: "finished", 2: "interrupted"}
     }
+    for seed in (0, 1):
+        assert ended[seed]["tries"] == 2
+        (run,) = (run for run in find_runs(Path("runs")) if run.config["seed"] == seed)
+        assert "run resumed from epoch" in (run.path / "log.txt").read_text()
     assert "was killed or cancelled" in ended[2]["error"]
     assert "2 of 3 done, 1 interrupted" in shown
