@@ -34,7 +34,7 @@ def again(run: Run, console: Console, **change: Any) -> analysis.Findings:
     module = BaseModule(found.model, data.task, data.sizes["out_features"], cfg.optimizer)
     updates = Updates(found.model, found.base, found.plan.sites)
     pl.seed_everything(cfg.seed, verbose=False)
-    loss = partial(val_loss, found.plan.trainer(None, []), module, data)
+    loss = partial(val_loss, found.plan.alone(None, []), module, data)
     asked = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
     said = analysis.analyze(updates, loss, asked, cfg.bases_dir, console)
     with np.load(run.path / "spectra.npz") as arrays:

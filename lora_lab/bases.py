@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_lab import data, modules, seeding
 from lora_lab.config import Config, TrainedBase, content_hash
-from lora_lab.runs import write_atomic
+from lora_lab.runs import DEVICES, write_atomic
 from lora_lab.spectra import SVD, svd_of_matrix
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def key(cfg: Config) -> str:
     Devices and the run's own length cannot.
     """
     trainer = cfg.trainer.model_dump()
-    for other in ("accelerator", "devices", "num_nodes", "strategy", "max_epochs"):
+    for other in (*DEVICES, "max_epochs"):
         trainer.pop(other, None)
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
     sources = [inspect.getsource(code) for code in (*callees, data, modules, seeding)]

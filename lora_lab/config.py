@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from lora_lab.adapters import GROUPS, INITS, SCALINGS, TRAINS
+from lora_lab.runs import DEVICES, NO_MATTER
 
 
 class ConfigError(ValueError):
@@ -236,10 +237,8 @@ class Config(Node):
         return content_hash(self._matters())
 
     def _matters(self) -> dict[str, Any]:
-        cannot = {"published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep", "tracking"}
-        cannot.add("checkpoint_every")
-        config = self.model_dump(by_alias=True, exclude=cannot)
-        for device in ("accelerator", "devices", "num_nodes", "strategy"):
+        config = self.model_dump(by_alias=True, exclude=set(NO_MATTER))
+        for device in DEVICES:
             config["trainer"].pop(device, None)
         if isinstance(self.base, CheckpointBase):
             del config["base"]["path"]

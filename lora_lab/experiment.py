@@ -27,9 +27,6 @@ from lora_lab.seeding import generator
 from lora_lab.tracking import Tracking
 from lora_lab.updates import Updates, whole
 
-ALONE: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-"""The Trainer of what one process does: a base, and whatever comes after the last step."""
-
 
 def run(plan: Plan, console: Console) -> Run:
     """Runs what was planned and returns its finished directory. The run fails by raising.
@@ -69,7 +66,7 @@ def _base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
         first = len(tracking.rows)
         checkpoint = Checkpoint(checkpoints, bases.key(cfg), cfg.checkpoint_every, tracking)
         callbacks = [ProgressBar("base", console), checkpoint]
-        trainer = plan.trainer(tracking, callbacks, max_epochs=cfg.base.epochs, **ALONE)
+        trainer = plan.alone(tracking, callbacks, max_epochs=cfg.base.epochs)
         _fit(trainer, module, data, checkpoint.kept())
         return model, tracking.rows[first:]
 
@@ -100,7 +97,7 @@ def _adapt(
     else:
         module = BaseModule(model, data.task, outputs, cfg.optimizer)
     # In the dtypes it is trained in, which need not be the file's.
-    plan.trainer(None, [], **ALONE).precision_plugin.convert_module(module)
+    plan.alone(None, []).precision_plugin.convert_module(module)
     base = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
     updates = Updates(model, base, plan.sites)
     spectral = SpectraCallback(updates, cfg.spectra, tracking)
@@ -120,16 +117,16 @@ def _adapt(
         return
     _fit(trainer, module, data, kept)
     module.end = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
-    alone = ALONE
+    change = {}
     if isinstance(model, FSDPModule):
         spectral.updates = updates = Updates(_gather(plan, module), base, plan.sites)
-        alone = {**ALONE, "accelerator": "cpu"}
+        change = {"accelerator": "cpu"}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if rank():
         return
-    quiet = plan.trainer(None, [], **alone)
-    _keep(plan.trainer(tracking, [], **alone), module, data, base, run, tracking)
+    quiet = plan.alone(None, [], **change)
+    _keep(plan.alone(tracking, [], **change), module, data, base, run, tracking)
     arrays = spectral.arrays()
     analysis.write(run.path, arrays, None)  # whatever comes of the rest
     module.prefix = ""
@@ -146,7 +143,7 @@ def _gather(plan: Plan, module: BaseModule) -> nn.Module:
     if isinstance(plan.cfg.adapter, Lora):
         plan.attach(model)
     module.model = model
-    plan.trainer(None, [], **ALONE).precision_plugin.convert_module(module)
+    plan.alone(None, []).precision_plugin.convert_module(module)
     model.load_state_dict(state)
     return model
 

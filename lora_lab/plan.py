@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ class Plan:
         how = {**asdict(recipe), **patterns, "seed": self.cfg.seed}
         adapters.attach(model, _targets(self.cfg), **how)
 
+    def alone(
+        self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
+    ) -> pl.Trainer:
+        """The Trainer of what one process does: a base, and whatever comes after the last step."""
+        return replace(self, cfg=on_one_device(self.cfg)).trainer(tracking, callbacks, **change)
+
     def trainer(
         self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
     ) -> pl.Trainer:
@@ -73,6 +79,14 @@ class Plan:
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # a data module shares out its rows itself
         )
+
+
+def on_one_device(cfg: Config) -> Config:
+    """The same run on one device: how many it was trained on is no part of what it is."""
+    there = cfg.trainer.model_dump()
+    change = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    change = {key: value for key, value in change.items() if key in there}
+    return cfg.model_copy(update={"trainer": cfg.trainer.model_copy(update=change)})
 
 
 def plan(cfg: Config) -> Plan:

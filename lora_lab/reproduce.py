@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from lora_lab import adapters, bases, experiment
 from lora_lab.checks import check
 from lora_lab.config import CheckpointBase, Lora
-from lora_lab.plan import Plan, plan
+from lora_lab.plan import Plan, on_one_device, plan
+from lora_lab.report.cells import flat
 from lora_lab.report.run import spectrum
 from lora_lab.report.tables import Rows, markdown
 from lora_lab.runs import Run, write_atomic
@@ -92,7 +93,8 @@ class Reproduction:
 def again(run: Run, to: Path, console: Console, fresh: bool = False) -> Reproduction:
     """Runs it again below `to`, untracked; the run itself is only read.
 
-    The base is found in bases/ as any run finds it; with `fresh` it is trained again, in the new
+    On one device, whatever it was trained on. The base is found in bases/ as any run finds it; with
+    `fresh` it is trained again, in the new
     directory. Raises ValueError where the run is not finished, its config can no longer be, the
     file of its base has changed or the new directory is another run's; RunFailedError where the new
     run fails.
@@ -134,7 +136,7 @@ def _planned(run: Run, to: Path, fresh: bool) -> Plan:
         raise ValueError(f"{run.path / 'config.yaml'} cannot be read: {error}") from None
     tracking = cfg.tracking.model_copy(update={"mode": "off"})
     change = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}
-    planned = plan(cfg.model_copy(update=change))
+    planned = plan(on_one_device(cfg.model_copy(update=change)))
     if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     path = planned.path
@@ -234,17 +236,9 @@ def _numbers(run: Run) -> dict[str, np.ndarray]:
 
 def _environment(run: Run) -> dict[str, Any]:
     path = run.path / "env.json"
-    found = _flat(json.loads(path.read_text())) if path.exists() else {}
+    found = flat(json.loads(path.read_text())) if path.exists() else {}
     return found | {key: run.status.get(key, "–") for key in ("host", "threads")}
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in _flat(run.config).items() if k not in OURS}
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
+    return {k: v for k, v in flat(run.config).items() if k not in OURS}

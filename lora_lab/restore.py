@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_lab import adapters, bases
 from lora_lab.checks import check
 from lora_lab.config import CheckpointBase, Config, Full, Lora
-from lora_lab.plan import Plan, plan
+from lora_lab.plan import Plan, on_one_device, plan
 from lora_lab.runs import Run
 
 
@@ -35,11 +35,11 @@ def restore(run: Run) -> Restored:
     cfg = check(dict(run.config))
     if not isinstance(cfg.adapter, Lora | Full):
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
-    planned = plan(cfg)
+    planned = plan(on_one_device(cfg))
     if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     model = planned.model()
-    planned.trainer(None, []).precision_plugin.convert_module(model)
+    planned.alone(None, []).precision_plugin.convert_module(model)
     model.load_state_dict(_base(cfg, run, model))
     base = {key: value.clone() for key, value in model.state_dict().items()}
     if isinstance(cfg.adapter, Lora):

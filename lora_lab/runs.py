@@ -26,6 +26,11 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 PLANNED = "planned.json"
 """The file beside an experiment's runs with those that multiruns were to run: name → overrides."""
 
+NO_MATTER = ("published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep", "tracking")
+NO_MATTER += ("checkpoint_every",)
+DEVICES = ("accelerator", "devices", "num_nodes", "strategy")
+"""What of a config, and of its trainer, cannot change a run's result."""
+
 CHECKPOINTS = "checkpoints"
 """The folder of a run that an interrupted try leaves to the next one."""
 

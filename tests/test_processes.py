@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lora_lab.data import Batches
 from lora_lab.runs import Run, find_runs
-from tests.conftest import SMALL, Lab, only_run
+from tests.conftest import SMALL, Lab, command, only_run
 
 TWO = ("trainer.devices=2", "trainer.accelerator=cpu")
 
@@ -167,3 +167,17 @@ def test_each_process_has_its_share_of_every_batch():
         for rank, count in ((0, 1), (0, 2), (1, 2))
     )
     assert whole == [a + b for a, b in zip(*parts, strict=True)]
+
+
+def test_what_is_made_of_a_finished_run_takes_one_process(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert lab("shift", "trainer=ddp", *TWO) == 0
+    run = only_run()
+    before = run.rows()
+    assert command(monkeypatch, "analyze", str(run.path)) == 0
+    assert command(monkeypatch, "reproduce", str(run.path), "--tolerance", "1e-4") == 0
+    assert "trainer.devices" in capsys.readouterr().out
+    again = only_run("reproduced")
+    for key in ("val/loss", "merged/val/loss", "spectra/linear/sigma_1"):
+        assert again.last(key) == pytest.approx(before[-1].get(key, run.last(key)), rel=1e-5)

@@ -13,11 +13,8 @@ import numpy as np
 
 from lora_lab.report.tables import number
 from lora_lab.report.theory import Held, held
-from lora_lab.runs import Run
+from lora_lab.runs import DEVICES, NO_MATTER, Run
 
-NO_MATTER = ("published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep", "tracking")
-DEVICES = ("accelerator", "devices", "num_nodes", "strategy")
-"""What of a config, and of its trainer, does not tell one cell of runs from another."""
 LOWER, HIGHER = ("loss", "perplexity", "error"), ("accuracy", "f1", "auroc", "r2")
 """What a metric's name ends in, where the least or the most of it is best."""
 MOST = 40
