@@ -76,6 +76,8 @@ def _say(error: Any) -> str:
         return f"{key}: must be given"
     if isinstance(value, dict):
         return f"{key}: {message}"
+    if key == "adapter.r":
+        message += ", or full"
     shown = value if isinstance(value, str | float) else json.dumps(value, default=str)
     return f"{key}={shown}: {message}"
 

@@ -131,8 +131,9 @@ def explain(error: Exception) -> str:
         )
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
         known = [str(key) for key in cause.parent_node if key != "hydra"]
+        groups = () if "." in str(cause.full_key) else options()
         return (
-            f"{cause.full_key}: there is no such key{nearest(cause.key, known)} "
+            f"{cause.full_key}: there is no such key{nearest(cause.key, [*known, *groups])} "
             f"(there {'are' if len(known) > 1 else 'is'} {', '.join(known)})"
         )
     return " ".join(str(error).split())

@@ -84,18 +84,17 @@ def path(overrides: Sequence[str], content: DictConfig) -> Path:
 
 
 def begin(every: list[Job], total: int = 0) -> None:
-    """Tells this process, and later reports, what the multirun is made of, so far.
+    """Tells this process what the multirun is made of, so far.
 
     `total` is how many runs it will have, where not all of them are known yet.
     """
     global _now
-    _keep(every)
     paths = list(dict.fromkeys(job.path for job in every if job.path))
     _now = _now or Multirun()
     _now.runs, _now.total = [Run(path) for path in paths], max(total, len(paths))
 
 
-def _keep(every: list[Job]) -> None:
+def keep(every: list[Job]) -> None:
     """Adds the runs to the planned.json of their folder, so that a report misses none."""
     folders: dict[Path, dict[str, list[str]]] = {}
     for job in every:

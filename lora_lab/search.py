@@ -76,6 +76,7 @@ class Bayes:
             batch.append(self._new())
         self._asked.update(batch)
         multirun.begin(self.jobs, self.count)
+        multirun.keep(self.jobs)
         jobs = [self._job[number] for number in batch]
         return list({job.path or str(job.overrides): job.overrides for job in jobs}.values())
 

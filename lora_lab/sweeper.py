@@ -6,11 +6,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from lora_lab import multirun
 from lora_lab.multirun import Job
 
 
@@ -35,6 +37,7 @@ class Listed:
 
     def ask(self, at_once: int) -> list[list[str]]:
         """All of them, once."""
+        multirun.keep(self.jobs)
         batch, self._left = self._left, []
         return batch
 
@@ -63,7 +66,10 @@ class PointSweeper(Sweeper):
         while batch := self.search.ask(at_once(self.config)):
             returns += self.launcher.launch(batch, initial_job_idx=len(returns))
             self.search.tell()
-        return [job.return_value for job in returns]
+        # Not by its return_value, which says an error once more before it raises it.
+        for job in returns:
+            if job.status != JobStatus.COMPLETED:
+                raise job._return_value
 
 
 def at_once(config: DictConfig | None) -> int:

@@ -174,6 +174,9 @@ def begin(every: "list[Job]", total: int = 0) -> None:
     told = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
     rest = f" ({told})" if told else ""
     console.print(f"[bold]multirun:[/] {max(total, len(every))} runs{rest}", highlight=False)
+    for cause, n in Counter(job.error for job in every if job.error).items():
+        of = f" ({n} of the runs)" if n > 1 else ""
+        errors.print(f"[red]config error:[/] {escape(cause)}{of}", soft_wrap=True)
 
 
 def _ended(every: "list[Job]") -> None:
