@@ -29,9 +29,9 @@ def check(content: dict[str, Any], said: Collection[str] = ()) -> Config:
     choice (adapter=full) that falls away, but for the keys `said` on the command line.
     """
     if isinstance(node := content.get("adapter"), dict) and node.get("r") == "full":
-        # A sweep over r has full fine-tuning beside the ranks.
+        # A sweep over r has full fine-tuning beside the ranks, with what is said of these.
         content["adapter"] = {**node, "method": "full"}
-        del content["adapter"]["r"]
+        said = [key for key in said if not key.startswith("adapter.")]
     for group, choices in (
         ("adapter", (Lora, Full, NoAdapter)),
         ("base", (TrainedBase, CheckpointBase)),

@@ -54,11 +54,14 @@ def points(arguments: Sequence[str]) -> list[list[str]]:
     """
     if any(a.startswith(("hydra.sweeper", "hydra/sweeper")) for a in arguments):
         return []
-    settings = [a for a in arguments if "=" in a and not a.startswith(("hydra.", "hydra/"))]
+    settings = [a for a in arguments if "=" in a or a.startswith("~")]
+    settings = [a for a in settings if not a.startswith(("hydra.", "hydra/"))]
     every: list[list[str]] = []
     for override in OverridesParser.create().parse_overrides(settings):
         key = override.get_key_element()
-        if override.is_sweep_override():
+        if override.is_delete():
+            every.append([str(override.input_line)])
+        elif override.is_sweep_override():
             every.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
             every.append([f"{key}={override.get_value_element_as_str()}"])

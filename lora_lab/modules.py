@@ -198,9 +198,8 @@ class LoRAModule(BaseModule):
     """A frozen base and its adapters: they alone train.
 
     The base takes no gradient, is not in the optimizer, and its running statistics stay what they
-    were. Weight decay, which
-    would pull the adapted model toward the base, is on only where the config says so. `lr_ratio` is
-    LoRA+'s.
+    were. Weight decay, which would pull the adapted model toward the base, is on only where the
+    config says so. `lr_ratio` is LoRA+'s.
     """
 
     def __init__(

@@ -144,7 +144,8 @@ def progress() -> str | None:
         return None
     statuses = [run.status for run in _now.runs]
     states = [status["state"] for status in statuses]
-    done, failed, running = (states.count(s) for s in ("finished", "failed", "running"))
+    now = [s["state"] for s in statuses if s.get("started", 0) >= _now.began]
+    done, running, failed = *map(states.count, ("finished", "running")), now.count("failed")
     left = _now.total - done - failed - len(_now.lost)
     took = [
         s["seconds"]

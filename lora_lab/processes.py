@@ -1,5 +1,6 @@
 """A run on several devices: a process for each, started and watched by one that trains nothing."""
 
+import ctypes
 import logging
 import os
 import shutil
@@ -8,9 +9,11 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,6 +22,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lora_lab import experiment
 from lora_lab.plan import Plan
 from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, rank
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
+
+OTHERS: dict[type[Exception], int] = {RunFinishedError: 3, RunBusyError: 4}
+"""Exit codes of a process that found the run to be another command's."""
 
 
 def inside() -> bool:
@@ -33,12 +42,14 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
     Raises RunFinishedError and RunBusyError as `experiment.run` does.
     """
     run, count = Run(plan.path), plan.processes
-    if (state := run.status["state"]) == "finished" and not plan.cfg.overwrite:
-        raise RunFinishedError(str(run.path))
-    if state == "running":
-        raise RunBusyError(f"{run.path} is being run by another process")
-    if state != "interrupted" or plan.cfg.overwrite:  # before any of them can look
-        shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with _held(run):
+        state = run.status["state"]
+        if state == "finished" and not plan.cfg.overwrite:
+            raise RunFinishedError(str(run.path))
+        if state not in ("running", "interrupted") or plan.cfg.overwrite:
+            # Before any of them can look.
+            shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # told below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with tempfile.TemporaryDirectory() as logs:
@@ -62,6 +73,9 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
             sys.exit(128 + stop.sigval)
         except ChildFailedError as error:
             codes = {which: failure.exitcode for which, failure in error.failures.items()}
+            for other in OTHERS:
+                if OTHERS[other] in codes.values():
+                    raise other(str(run.path)) from None
             # One that was killed is why others failed; those still there were ended by SIGTERM.
             which = min(codes, key=lambda w: (codes[w] == -signal.SIGTERM, codes[w] > 0, w))
             raise RuntimeError(_told(run, which, count, codes[which])) from None
@@ -75,18 +89,35 @@ def _told(run: Run, which: int, count: int, exitcode: int) -> str:
     error, log = f"process {which} of {count} ended by {how}", _log(run.path, which)
     if log.exists():
         error = f"process {which} of {count}: {log.read_text().strip().splitlines()[-1]}"
-    run.update(state="failed", error=error)
-    with (run.path / "log.txt").open("a") as file:
-        file.write(log.read_text() if log.exists() else f"{error}\n")
+    with suppress(RunBusyError), _held(run):
+        run.update(state="failed", error=error)
+        with (run.path / "log.txt").open("a") as file:
+            file.write(log.read_text() if log.exists() else f"{error}\n")
     return error
 
 
+@contextmanager
+def _held(run: Run) -> Iterator[None]:
+    """Within it no process runs the run. Raises RunBusyError."""
+    try:
+        with FileLock(run.path / "lock").acquire(timeout=1):
+            yield
+    except Timeout:
+        raise RunBusyError(f"{run.path} is being run by another process") from None
+
+
 def take_part(plan: Plan, console: Console) -> None:
-    """What each of the processes does. Ends it with 1 where it fails."""
+    """What each of the processes does. Ends it with 1 where it fails, at once with its parent."""
+    if sys.platform == "linux":
+        # By the kernel: all at once, so that none takes the others' end for a failure, and also one
+        # that waits for them inside a collective operation, where it hears no gentler signal.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if rank():
         logging.getLogger("lora_lab").setLevel(logging.ERROR)  # the first says it
     try:
         experiment.run(plan, Console(quiet=True) if rank() else console)
+    except tuple(OTHERS) as error:
+        sys.exit(OTHERS[type(error)])
     except Exception:
         if rank():
             _log(plan.path, rank()).write_text(traceback.format_exc())

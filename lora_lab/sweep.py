@@ -153,11 +153,11 @@ def logged(plan: Plan) -> set[str]:
 def _check_metric(sweep: Sweep, plans: Sequence[Plan]) -> None:
     if sweep.metric is None:
         return
-    for method, names in {run.cfg.adapter.method: logged(run) for run in plans}.items():
-        if sweep.metric not in names:
+    for run in plans:
+        if sweep.metric not in (names := logged(run)):
             known = ", ".join(sorted(name for name in names if not name.startswith("spectra")))
             raise ConfigError(
-                f"metric.name={sweep.metric}: a run with adapter={method} does "
-                f"not log it{nearest(sweep.metric, names)} (it logs {known}, "
+                f"metric.name={sweep.metric}: a run of {run.cfg.name} with "
+                f"adapter={run.cfg.adapter.method} does not log it{nearest(sweep.metric, names)} (it logs {known}, "
                 "and spectra/SITE/MEASURE)"
             )

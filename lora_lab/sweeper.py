@@ -1,9 +1,7 @@
 """The Hydra sweeper that runs the points a search gives it, by the launcher that is configured."""
 
-import os
 from typing import Any, ClassVar, Protocol
 
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
@@ -63,26 +61,13 @@ class PointSweeper(Sweeper):
         """Runs all that is asked for. Raises what the first job that failed raised."""
         assert isinstance(self.launcher, Launcher)
         returns = []
-        while batch := self.search.ask(at_once(self.config)):
+        while batch := self.search.ask(getattr(self.launcher, "at_once", 1)):
             returns += self.launcher.launch(batch, initial_job_idx=len(returns))
             self.search.tell()
         # Not by its return_value, which says an error once more before it raises it.
         for job in returns:
             if job.status != JobStatus.COMPLETED:
                 raise job._return_value
-
-
-def at_once(config: DictConfig | None) -> int:
-    """How many jobs the launcher runs side by side: joblib's n_jobs, submitit's array_parallelism.
-
-    n_jobs is counted as joblib does, -1 is every core; null is one a GPU, or one a core.
-    """
-    assert config is not None
-    launcher, cores = config.hydra.launcher, os.cpu_count() or 1
-    if "n_jobs" in launcher:
-        jobs = launcher.n_jobs or torch.cuda.device_count() or cores
-        return max(1, jobs if jobs > 0 else cores + 1 + jobs)
-    return launcher.get("array_parallelism") or 1
 
 
 def use(search: Asked) -> None:

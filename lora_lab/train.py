@@ -104,7 +104,8 @@ def _run(content: DictConfig, single: bool) -> None:
             raise  # its code tells submitit whether the job was queued again
         # Lightning has turned Ctrl-C into SystemExit(1) by now, and SIGTERM into its own kind.
         console.print(f"interrupted: the same command goes on with it ({run.path})")
-        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+        terminated = isinstance(stop, SIGTERMException) or getattr(stop, "code", None) == 143
+        sys.exit(143 if terminated else 130)
     except Exception as error:
         raise RunFailedError(
             f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
@@ -130,9 +131,8 @@ def main(every: "list[Job] | None" = None) -> None:
     try:
         every = _multirun(sys.argv[1:]) if every is None else every
         try:
-            if (
-                not (wrong := any(job.error for job in every))
-                or "sweep.fail_fast=true" not in sys.argv
+            if not (wrong := any(job.error for job in every)) or "sweep.fail_fast=true" not in map(
+                str.lower, sys.argv
             ):
                 entry(job)()
         finally:

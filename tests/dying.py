@@ -11,10 +11,16 @@ from lora_lab.models.linear import Linear
 
 
 class Killed(Linear):
-    """Linear; where there is a file `kill`, it is removed and the first step in training kills."""
+    """Linear; where there is a file `kill`, it is removed and adaptation's second epoch kills.
+
+    A run that diverges does so in its first.
+    """
+
+    steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and Path("kill").exists():
+        self.steps += self.training and not self.linear.weight.requires_grad
+        if self.steps > 8 and Path("kill").exists():
             Path("kill").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from lora_lab.launcher.processes import at_once, share
+from lora_lab.launcher.processes import ProcessLauncher, at_once, share
+from lora_lab.launcher.submission import LocalLauncher, SlurmLauncher
 from lora_lab.runs import Run, find_runs
 from tests.conftest import SMALL, Lab
 
@@ -228,6 +230,14 @@ def test_as_many_jobs_at_once_as_there_are_gpus_or_cores():
     assert at_once(None, 0, 1) == at_once(-1, 0, 1) >= 1
     with pytest.raises(HydraException, match="n_jobs=-2"):
         at_once(-2, 0, 1)
+
+
+def test_a_search_asks_for_as_many_as_run_at_once():
+    launcher = ProcessLauncher(n_jobs=3)
+    launcher.config = OmegaConf.create({"trainer": {"accelerator": "cpu", "devices": 1}})
+    assert launcher.at_once == 3
+    for kind in (LocalLauncher, SlurmLauncher):
+        assert kind(array_parallelism=4).at_once == 4
 
 
 def test_a_job_has_its_gpu_and_its_threads(lab: Lab, monkeypatch: pytest.MonkeyPatch):

@@ -140,14 +140,42 @@ def test_a_process_that_dies_fails_the_run_and_the_multirun_goes_on():
     assert states == {1000000: "failed", 2: "finished"}
 
 
-def test_ctrl_c_ends_every_process():
-    process = start("trainer.max_epochs=1000000")
+def test_another_command_leaves_it_alone_and_ctrl_c_ends_every_process():
+    process = start("trainer.max_epochs=1000000", "checkpoint_every=0")
     until(in_training)
+    other = start("trainer.max_epochs=1000000")
+    out, _ = other.communicate(timeout=60)
+    assert other.returncode == 1
+    assert "is being run by another process" in out
+    run = only_run()
+    assert run.status["state"] == "running"
+    assert (run.path / "checkpoints").is_dir()
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    assert only_run().status["state"] == "interrupted"
+    assert run.status["state"] == "interrupted"
     assert not ranks()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_one_that_started_it(signum: signal.Signals):
+    process = start("trainer.max_epochs=1000000")
+    until(in_training)
+    process.send_signal(signum)
+    assert process.wait(timeout=60) == {"SIGTERM": 143, "SIGKILL": -9}[signum.name]
+    until(lambda: not ranks() and only_run().status["state"] == "interrupted")
+
+
+def test_a_run_that_another_command_has_finished_stays_so(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+):
+    assert lab("shift", "trainer=ddp", *TWO) == 0
+    run = only_run()
+    before = run.status
+    with monkeypatch.context() as patch:  # as it was looked at before the other command's end
+        patch.setattr(Run, "status", {"state": "none"})
+        assert lab("shift", "trainer=ddp", *TWO) == 0
+    assert run.status == before
 
 
 def test_what_cannot_be_shared_is_said(lab: Lab, capsys: pytest.CaptureFixture[str]):

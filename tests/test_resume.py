@@ -1,5 +1,6 @@
 """Runs that were interrupted go on where they stopped, and end as if they never had been."""
 
+import csv
 import json
 import os
 import random
@@ -428,12 +429,16 @@ def test_a_sweep_of_24_runs_killed_three_times():
     runs = kill_and_continue(settings, kills=3, count=24)
     command = [sys.executable, "-m", "lora_lab.cli", "report", "runs/shift"]
     subprocess.run(command, check=True, capture_output=True)
-    reported = "".join(path.read_text() for path in Path("runs/shift/report").glob("*.csv"))
+    with Path("runs/shift/report/metrics.csv").open() as file:
+        reported = [row for row in csv.DictReader(file) if row["metric"] == "val/loss"]
     losses: dict[int, list[float]] = {}
     for run in runs:
         rows = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
         loss = [row["val/loss"] for row in rows if "val/loss" in row][-1]
         losses.setdefault(run.config["adapter"]["r"], []).append(loss)
     assert {r: len(own) for r, own in losses.items()} == dict.fromkeys((1, 2, 3, 4, 6, 8), 4)
-    for own in losses.values():
-        assert f"{np.mean(own):.5g} ± {np.std(own, ddof=1):.5g}" in reported
+    for row in reported:
+        own = losses.pop(int(row["r"]))
+        assert (int(row["n"]), float(row["mean"])) == (4, pytest.approx(np.mean(own), rel=1e-12))
+        assert float(row["std"]) == pytest.approx(np.std(own, ddof=1), rel=1e-9)
+    assert not losses

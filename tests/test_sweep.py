@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from filelock import FileLock
-from omegaconf import OmegaConf
 from scipy import stats
 
 from lora_lab import experiment, search, sweep
@@ -25,7 +23,6 @@ from lora_lab.config import ConfigError
 from lora_lab.plan import plan
 from lora_lab.runs import Run, find_runs
 from lora_lab.space import parameter
-from lora_lab.sweeper import at_once
 from tests.conftest import SMALL, Lab, command, only_run
 from tests.test_conf import composed
 from tests.wandb_server import WandbServer
@@ -287,7 +284,7 @@ BAD = {
     ),
     "metric": (
         lambda c: c | {"metric": {"name": "val/lss"}},
-        "metric.name=val/lss: a run with adapter=lora does not log it; nearest: val/loss",
+        "metric.name=val/lss: a run of shift with adapter=lora does not log it; nearest: val/loss",
     ),
     "no metric": (
         lambda c: {k: v for k, v in c.items() if k != "metric"} | {"method": "bayes"},
@@ -295,7 +292,7 @@ BAD = {
     ),
     "of another task": (
         lambda c: c | {"metric": {"name": "val/accuracy", "goal": "maximize"}},
-        "metric.name=val/accuracy: a run with adapter=lora does not log it",
+        "metric.name=val/accuracy: a run of shift with adapter=lora does not log it",
     ),
     "goal of loss": (
         lambda c: c | {"metric": {"name": "val/loss", "goal": "maximize"}},
@@ -463,17 +460,6 @@ def test_a_metric_that_is_taken_is_logged(lab: Lab, name: str, overrides: list[s
     there = {key for row in only_run().rows() for key in row}
     assert names <= there
     assert {n for n in there if n.startswith(("val/", "train/", "merged/"))} <= names
-
-
-def test_as_many_at_once_as_the_launcher_runs():
-    for launcher, jobs in (
-        ({}, 1),
-        ({"n_jobs": 3}, 3),
-        ({"n_jobs": -1}, os.cpu_count()),
-        ({"n_jobs": None}, torch.cuda.device_count() or os.cpu_count()),
-        ({"array_parallelism": 4}, 4),
-    ):
-        assert at_once(OmegaConf.create({"hydra": {"launcher": launcher}})) == jobs
 
 
 @pytest.mark.slow

@@ -32,6 +32,18 @@ from lora_lab.runs import RunFailedError
 class ProcessLauncher(JoblibLauncher):
     """Runs `n_jobs` jobs at once on this machine. Each has its share of the GPUs and cores."""
 
+    @property
+    def gpus(self) -> list[str]:
+        """The GPUs that its jobs share."""
+        assert self.config is not None
+        return [] if self.config.trainer.accelerator == "cpu" else visible_gpus()
+
+    @property
+    def at_once(self) -> int:
+        """How many jobs run side by side."""
+        assert self.config is not None
+        return at_once(self.joblib["n_jobs"], len(self.gpus), self.config.trainer.devices)
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
@@ -39,8 +51,7 @@ class ProcessLauncher(JoblibLauncher):
         context, config = self.hydra_context, self.config
         assert context is not None
         assert config is not None
-        gpus = [] if config.trainer.accelerator == "cpu" else visible_gpus()
-        n = at_once(self.joblib["n_jobs"], len(gpus), config.trainer.devices)
+        gpus, n = self.gpus, self.at_once
         threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_count() // n)))
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["lora_lab.experiment", __name__])
@@ -66,7 +77,7 @@ def at_once(n_jobs: int | None, gpus: int, devices: object) -> int:
     Raises HydraException where it is not a number of jobs.
     """
     if n_jobs is None:
-        return max(1, gpus // (devices if isinstance(devices, int) else 1)) if gpus else cpu_count()
+        return max(1, (gpus or cpu_count()) // (devices if isinstance(devices, int) else 1))
     if not isinstance(n_jobs, int) or n_jobs == 0 or n_jobs < -1:
         raise HydraException(f"hydra.launcher.n_jobs={n_jobs}: must be 1 or more, or -1: all cores")
     return cpu_count() if n_jobs == -1 else n_jobs

@@ -29,11 +29,18 @@ MISSING = 30
 class _Launcher(BaseSubmititLauncher):
     """What SLURM's launcher and the local one share."""
 
+    @property
+    def at_once(self) -> int:
+        """How many jobs run side by side, at most."""
+        return self.params["array_parallelism"]
+
     def executor(self) -> submitit.AutoExecutor:
         """submitit's executor with the launcher's parameters. Raises HydraException."""
         params = {key: value for key, value in self.params.items() if value is not None}
         folder, timeouts = params.pop("submitit_folder"), params.pop("max_num_timeout")
         cluster, plain = self._EXECUTOR, OmegaConf.structured(BaseQueueConf)
+        if cluster == "local":  # which knows no limit of its own
+            del params["array_parallelism"]
         try:
             executor = submitit.AutoExecutor(
                 folder, cluster=cluster, **{f"{cluster}_max_num_timeout": timeouts}
@@ -69,7 +76,7 @@ class LocalLauncher(_Launcher):
         """Runs the jobs to their ends, and gives how each ended."""
         assert self.hydra_context is not None
         assert self.config is not None
-        n = self.params.pop("array_parallelism")
+        n = self.at_once
         executor = self.executor()
 
         def start(index: int, _: int) -> Submitted:
