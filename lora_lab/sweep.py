@@ -158,6 +158,6 @@ def _check_metric(sweep: Sweep, plans: Sequence[Plan]) -> None:
             known = ", ".join(sorted(name for name in names if not name.startswith("spectra")))
             raise ConfigError(
                 f"metric.name={sweep.metric}: a run of {run.cfg.name} with "
-                f"adapter={run.cfg.adapter.method} does not log it{nearest(sweep.metric, names)} (it logs {known}, "
-                "and spectra/SITE/MEASURE)"
+                f"adapter={run.cfg.adapter.method} does not log it{nearest(sweep.metric, names)} "
+                f"(it logs {known}, and spectra/SITE/MEASURE)"
             )
