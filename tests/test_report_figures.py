@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from lora_lab.report import against, tradeoffs
 from lora_lab.report.cells import Result, cells_of, read
 from lora_lab.report.figures import style
-from lora_lab.runs import Run
+from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, only_run
 from tests.copies import copies
 
@@ -74,6 +74,20 @@ def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
         level = result.finals["val/loss"]
         assert [(0.0, level), (1.0, level)] in lines(figure.axes[0])
         assert label in labels
+
+
+def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, first: Run):
+    for lr in (1e-4, 1e-2):
+        assert lab("digits", "adapter=full", "runs_dir=full", f"optimizer.lr={lr}") == 0
+    full = [read(run) for run in find_runs(Path("full"))]
+    figure = against.metric([*sweep(first, adapter__r=(1, 2)), *full], "val/accuracy")
+    assert figure is not None
+    best = max(full, key=lambda result: result.finals["val/accuracy"])
+    level = best.finals["val/accuracy"]
+    levels = [line for line in lines(figure.axes[0]) if [x for x, _ in line] == [0.0, 1.0]]
+    assert levels == [[(0.0, level), (1.0, level)]]
+    labels = [text.get_text() for text in figure.legends[0].texts]
+    assert f"full fine-tuning, lr={best.flat['optimizer.lr']:g}" in labels
 
 
 def test_ranks_of_the_update_against_r(first: Run):

@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_lab.report.cells import Cell, said, setting, swept
-from lora_lab.report.tables import Rows, bare, marked, number
+from lora_lab.report.cells import Cell, cause, said, setting, swept
+from lora_lab.report.tables import Rows, bare, marked, number, numeric
 from lora_lab.report.theory import GAP
 from lora_lab.runs import Run, write_atomic
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 STATES = ("finished", "running", "failed", "interrupted", "damaged", "missing", "NO")
 LISTED = 12
 """Values of a swept key that are listed, at most."""
-NUMBER = re.compile(r"([-+]?(nan|inf|[\d.,]+(e[-+]?\d+)?)%?( (±|of) \S+)?|–)?")
 WIDE = 1400
 """A picture wider than this, in pixels, has the page's whole width."""
 
@@ -46,10 +44,10 @@ class Table:
 
     @staticmethod
     def _kind(column: tuple[Any, ...]) -> str:
-        texts = [bare(c["text"] if isinstance(c, dict) else c) for c in column]
+        texts = [c["text"] if isinstance(c, dict) else c for c in column]
         if max(map(len, texts)) > 70:
             return "long"
-        return "num" if all(NUMBER.fullmatch(text) for text in texts) else ""
+        return "num" if numeric(texts) else ""
 
 
 def of_sweep(sweep: "Sweep") -> Path:
@@ -73,12 +71,7 @@ def of_sweep(sweep: "Sweep") -> Path:
 
 
 def _section(section: "Section", several: bool) -> dict[str, Any]:
-    notes = {
-        "cells": "Mean ± standard deviation (n − 1) over the n finished runs of a cell, at the "
-        "end; bold: the best mean. Every metric, with least and greatest, is in metrics.csv.",
-        "theory": GAP,
-        "truncation": "Validation loss with ΔW cut to rank k.",
-    }
+    notes = section.notes
     tables = [Table(title, rows, notes[title]) for title, rows in section.tables.items()]
     differ = swept(section.cells)
     if differ:
@@ -112,10 +105,10 @@ def _not_finished(sweep: "Sweep", to: Path) -> list[Table]:
         return []
     paths = {result.run.path.name: result.run.path for result in sweep.results}
     rows: list[list[Any]] = [list(sweep.not_finished[0])]
-    for experiment, name, state, cause in sweep.not_finished[1:]:
+    for experiment, name, state, why in sweep.not_finished[1:]:
         log = paths[name] / "log.txt" if name in paths else None
         link = _link(log, to) if log and log.exists() else None
-        rows.append([experiment, {"text": name, "link": link}, state, cause])
+        rows.append([experiment, {"text": name, "link": link}, state, why])
     note = "A run's name leads to its log, with the traceback."
     return [Table("not finished", rows, note)]
 
@@ -130,7 +123,7 @@ def _runs(sweep: "Sweep", to: Path) -> Table:
                 {"text": result.run.path.name, "link": link},
                 result.state,
                 str(result.config.get("seed", "–")),
-                number(result.finals.get("val/loss")),
+                number(result.finals.get("val/loss") if result.done else None),
                 "–" if seconds is None else f"{seconds:.1f}",
                 {"text": "directory", "link": f"{_link(result.run.path, to)}/"},
             ]
@@ -150,7 +143,7 @@ def of_run(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str])
     return _write(
         to,
         title=f"{run.config['name']}: {run.path.resolve().name}",
-        lines=[status["error"].partition("\n")[0]] if status.get("error") else [],
+        lines=[why] if (why := cause(status)) else [],
         counts={status["state"] + (f" in {seconds:.0f} s" if seconds else ""): 1},
         sections=[
             {
