@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lora_lab.report.cells import cause, cells_of, read
+from lora_lab.report.cells import cells_of, read, why_not
 from lora_lab.report.summary import main, not_finished, still, theory
 from lora_lab.report.tables import deviating
 from lora_lab.runs import Run, find_runs
@@ -368,5 +368,5 @@ def test_theory_has_a_row_for_a_cell_with_its_worst_gap(lab: Lab):
 
 def test_a_run_that_was_told_to_stop_says_so():
     for error in ("SystemExit: 1", "KeyboardInterrupt: "):
-        assert cause({"state": "interrupted", "error": error}) == "stopped"
-    assert cause({"state": "failed", "error": "ValueError: x\ny"}) == "ValueError: x"
+        assert why_not({"state": "interrupted", "error": error}) == "stopped"
+    assert why_not({"state": "failed", "error": "ValueError: x\ny"}) == "ValueError: x"

@@ -45,7 +45,7 @@ class Result:
     @property
     def cause(self) -> str:
         """The first line of why it is not finished; "" where that is not known."""
-        return cause(self.status)
+        return why_not(self.status)
 
     @property
     def experiment(self) -> str:
@@ -94,7 +94,7 @@ def read(run: Run) -> Result:
     return Result(run, status, config, {k: finals[k] for k in finals if k not in ("step", "epoch")})
 
 
-def cause(status: dict[str, Any]) -> str:
+def why_not(status: dict[str, Any]) -> str:
     """The first line of why a run is not finished; of one that was told to stop, that."""
     error = str(status.get("error", "")).partition("\n")[0]
     told = status["state"] == "interrupted" and error.startswith(("SystemExit", "KeyboardInt"))

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_lab.report.cells import Cell, cause, said, setting, swept
+from lora_lab.report.cells import Cell, said, setting, swept, why_not
 from lora_lab.report.tables import Rows, bare, marked, number, numeric
 from lora_lab.report.theory import GAP
 from lora_lab.runs import Run, write_atomic
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from lora_lab.report.sweep import Section, Sweep
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged", "missing", "NO")
+CAPTIONS = {
+    "loss": "Training and validation loss by epoch, of the base and after it.",
+    "spectrum": "Singular values of ΔW over training.",
+    "delta": "The entries of ΔW: of a large one, the first rows and columns.",
+    "phi": "The share of ΔW's first i directions that lies in the first j of W.",
+    "truncation": "Validation loss with ΔW cut to rank k.",
+}
+"""What each figure of a run shows."""
 LISTED = 12
 """Values of a swept key that are listed, at most."""
 WIDE = 1400
@@ -65,12 +73,12 @@ def of_sweep(sweep: "Sweep") -> Path:
         title=f"{sweep.directory.resolve().name}: {len(sweep.results)} runs",
         lines=lines,
         counts=sweep.counts,
-        sections=[_section(section, several) for section in sweep.sections],
+        sections=[_section(section, several, to) for section in sweep.sections],
         tables=[*_not_finished(sweep, to), _runs(sweep, to)],
     )
 
 
-def _section(section: "Section", several: bool) -> dict[str, Any]:
+def _section(section: "Section", several: bool, to: Path) -> dict[str, Any]:
     notes = section.notes
     tables = [Table(title, rows, notes[title]) for title, rows in section.tables.items()]
     differ = swept(section.cells)
@@ -86,7 +94,10 @@ def _section(section: "Section", several: bool) -> dict[str, Any]:
     return {
         "name": section.name if several else "",
         "tables": tables,
-        "figures": [_figure(section.directory / f"{f}.png", c) for f, c in section.figures.items()],
+        "figures": [
+            _figure(section.directory / f"{name}.png", caption, to)
+            for name, caption in section.figures.items()
+        ],
         "config_words": f"what all configs share ({len(common)} keys)",
         "config": "\n".join(f"{key}: {json.dumps(value)}" for key, value in common.items()),
     }
@@ -143,13 +154,13 @@ def of_run(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str])
     return _write(
         to,
         title=f"{run.config['name']}: {run.path.resolve().name}",
-        lines=[why] if (why := cause(status)) else [],
+        lines=[why] if (why := why_not(status)) else [],
         counts={status["state"] + (f" in {seconds:.0f} s" if seconds else ""): 1},
         sections=[
             {
                 "name": "",
                 "tables": [table for table in shown if len(table.rows) > 1],
-                "figures": [_figure(to / f"{name}.png", name) for name in figures],
+                "figures": [_figure(to / f"{name}.png", CAPTIONS[name], to) for name in figures],
                 "config_words": "config.yaml",
                 "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
             }
@@ -158,13 +169,19 @@ def of_run(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str])
     )
 
 
-def _figure(path: Path, caption: str) -> dict[str, Any]:
-    """A PNG inside the page, at a size that its letters are as the page's."""
+def _figure(path: Path, caption: str, to: Path) -> dict[str, Any]:
+    """A PNG inside the page, at a size that its letters are as the page's, and a link to it."""
     content = path.read_bytes()
     width, height = struct.unpack(">II", content[16:24])
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     size = {"width": round(width / 1.5), "height": round(height / 1.5)}
-    return {"source": source, "caption": caption, "wide": width > WIDE, **size}
+    return {
+        "source": source,
+        "caption": caption,
+        "wide": width > WIDE,
+        "link": _link(path, to),
+        **size,
+    }
 
 
 def _write(to: Path, **content: Any) -> Path:

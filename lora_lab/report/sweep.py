@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_lab.report import against, page, summary, tradeoffs
-from lora_lab.report.cells import Cell, Result, cells_of, goal, read, validation
+from lora_lab.report.cells import Cell, Result, cells_of, goal, read, validation, why_not
 from lora_lab.report.figures import save
 from lora_lab.report.run import drawn
 from lora_lab.report.series import over
@@ -211,6 +211,8 @@ def jobs(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
         point = " ".join(o for o in overrides if o in swept) or " ".join(overrides)
         seconds = run.status.get("seconds") if run else None
         loss = run.last("val/loss") if run and state == "finished" else None
+        if run and state == "interrupted":
+            cause = why_not(run.status)
         if run and state == "failed":
             cause += f" (traceback: {run.path / 'log.txt'})"
         table.add_row(

@@ -88,12 +88,10 @@ def parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     if legend:
-        marks = [
-            Line2D([], [], color="black", linestyle="", marker=rf"$\mathrm{{{letter}}}$")
-            for letter in legend
-        ]
-        labels = list(legend.values())
-        figure.legend(marks, labels, loc="outside right upper", fontsize=7, title="on the front")
+        labels = [f"{letter}: {text}" for letter, text in legend.items()]
+        marks = [Line2D([], [], linestyle="")] * len(labels)
+        where: dict[str, Any] = {"loc": "outside right upper", "fontsize": 7, "handlelength": 0}
+        figure.legend(marks, labels, title="on the front", title_fontsize=8, **where)
         figure.set_figwidth(figure.get_figwidth() + 0.5 + 0.06 * max(map(len, labels)))
     return figure
 
