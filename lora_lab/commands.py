@@ -154,7 +154,9 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
         _console().print(report.table(f"{one.experiment}: {one.goal} {metric}", one.rows(shown)))
         value = one.run.finals[metric]
         print(f"best run  {one.run.run.path} ({metric} {value:.5g})")
-        again = compose.command(one.run.config) or f"lora-lab reproduce {one.run.run.path}"
+        again = (
+            compose.command(one.run.config, one.keys) or f"lora-lab reproduce {one.run.run.path}"
+        )
         print(f"command   {again}\n")
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from itertools import product
@@ -142,17 +142,18 @@ def explain(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def command(config: dict[str, Any]) -> str | None:
+def command(config: dict[str, Any], always: Collection[str] = ()) -> str | None:
     """The `lora-lab train` command that makes a run's config again, as short as it can be.
 
-    None where conf/ has changed so that none does.
+    It says the dotted keys of `always` even where they are at their defaults. None where conf/ has
+    changed so that none does.
     """
     experiment = config["name"] in options().get("experiment", {})
     said = [f"experiment={config['name']}"] if experiment else [f"name={config['name']}"]
     with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
         try:
             wanted, start = check(dict(config)), composed(said).plain()
-            differ = _differ(wanted.plain(), start)
+            differ = _differ(wanted.plain(), start, always)
             if composed([*said, *differ]).identity() != wanted.identity():
                 return None
         except (ConfigError, HydraException, OmegaConfBaseException):
@@ -160,15 +161,17 @@ def command(config: dict[str, Any]) -> str | None:
     return shlex.join(["lora-lab", "train", *said, *differ])
 
 
-def _differ(wanted: dict[str, Any], start: dict[str, Any], prefix: str = "") -> list[str]:
-    """The overrides that make one config of another."""
+def _differ(
+    wanted: dict[str, Any], start: dict[str, Any], always: Collection[str], prefix: str = ""
+) -> list[str]:
+    """The overrides that make one config of another, and those of the keys in `always`."""
     found = []
     for key, value in wanted.items():
         if prefix or key not in ("published", "overwrite", "figures", "tracking", "sweep"):
             name = f"{prefix}{key}"
             if isinstance(value, dict) and isinstance(start.get(key), dict):
-                found += _differ(value, start[key], f"{name}.")
-            elif key not in start or value != start[key]:
+                found += _differ(value, start[key], always, f"{name}.")
+            elif key not in start or value != start[key] or name in always:
                 known = key in start and not name.startswith("target.")
                 found.append(f"{'' if known else '++'}{name}={_grammar(value)}")
     free = prefix in ("adapter.", "base.")  # check() takes away what another method has

@@ -4,7 +4,7 @@ import json
 import shlex
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import hydra
 import pytest
@@ -14,6 +14,7 @@ from lora_lab.checks import check
 from lora_lab.config import Config
 from lora_lab.report import best, difference
 from lora_lab.report.cells import goal
+from lora_lab.report.tables import deviating
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
 from tests.copies import copies
@@ -50,7 +51,8 @@ def test_best_against_a_plain_computation(runs: list[Run], metric: str, given: s
     head, first, *_ = found.rows(3)
     assert head == ["r", "lr", "n", metric, "min", "max"]
     assert first[2] == "3"
-    assert float(first[3].split(" ± ")[0]) == pytest.approx(order[0], rel=1e-4)
+    own = cells[found.cells[0].name]
+    assert first[3] == deviating(mean(own), stdev(own))
     assert len(found.rows(3)) == 4
 
 
@@ -63,6 +65,10 @@ def test_best_says_how_to_repeat_its_run(
     assert str(found.run.run.path) in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("command ")]
     assert made_by(line.split(maxsplit=1)[1]) == check(dict(found.run.config)).identity()
+    said = {key: found.run.flat[key] for key in ("adapter.r", "optimizer.lr")}
+    said["seed"] = found.run.config["seed"]
+    for key, value in said.items():
+        assert f"{key}={value}" in shlex.split(line), "what was swept, though it be the default"
 
 
 def made_by(command: str) -> str:

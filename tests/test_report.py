@@ -6,13 +6,15 @@ import shutil
 import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from lora_lab.report.cells import read
-from lora_lab.report.summary import not_finished
+from lora_lab.report.cells import cells_of, read, why_not
+from lora_lab.report.summary import main, not_finished, still, theory
+from lora_lab.report.tables import deviating
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
 from tests.copies import copies
@@ -97,7 +99,7 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     for run in find_runs(Path("runs")):
         for metric, value in finals(run).items() if run.finished else ():
             measured.setdefault((run.status["cell"], metric), []).append(value)
-        point = (str(run.config["adapter"].get("r", "–")), f"{run.config['optimizer']['lr']:g}")
+        point = (str(run.config["adapter"].get("r", "")), str(run.config["optimizer"]["lr"]))
         cell_of[point] = run.status["cell"]
     everything = {(row["cell"], row["metric"]): row for row in rows_of(made / "metrics.csv")}
     assert set(everything) == set(measured)
@@ -114,23 +116,29 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     for row in table:
         cell = cell_of[row["r"], row["lr"]]
         if row["lr"] == "1e+30":
-            assert (row["n"], row["val/loss"]) == ("0 of 1", "–")
+            assert (row["n"], row["runs"], row["val/loss"]) == ("0", "1", "")
             continue
-        center, *spread = row["val/loss"].split(" ± ")
         assert int(row["n"]) == len(losses[cell])
-        assert float(center) == pytest.approx(statistics.mean(losses[cell]), rel=1e-4)
-        if spread:
-            assert float(spread[0]) == pytest.approx(statistics.stdev(losses[cell]), rel=0.05)
+        assert float(row["val/loss"]) == pytest.approx(statistics.mean(losses[cell]), rel=1e-14)
+        if len(losses[cell]) > 1:
+            std = statistics.stdev(losses[cell])
+            assert float(row["val/loss std"]) == pytest.approx(std, rel=1e-9)
+        else:
+            assert row["val/loss std"] == ""
     best = min(losses, key=lambda cell: statistics.mean(losses[cell]))
     (bold,) = [line for line in (made / "report.md").read_text().splitlines() if "**" in line]
-    assert f"**{statistics.mean(losses[best]):.5g}" in bold
+    own = losses[best]
+    text = (
+        deviating(statistics.mean(own), statistics.stdev(own)) if len(own) > 1 else f"{own[0]:.5g}"
+    )
+    assert f"**{text}**" in bold
     tex = (made / "cells.tex").read_text()
     assert r"\toprule" in tex
     assert tex.count(r"\textbf{") == 1
-    for row in table:
-        for value in row.values():
-            said = value.replace("±", r"$\pm$").replace("–", "--")
-            assert said in tex, "LaTeX holds what CSV holds"
+    lines = (made / "report.md").read_text().split("## cells\n\n")[1].split("\n\n")[0].splitlines()
+    for value in (value for line in lines[2:] for value in line.split("|")[1:-1]):
+        said = value.strip().strip("*").replace("±", r"$\pm$").replace("–", "--")
+        assert said in tex, "LaTeX holds what Markdown holds"
     (failed,) = (r for r in rows_of(made / "not_finished.csv") if r["status"] == "failed")
     assert "DivergedError" in failed["cause"]
     assert failed["run"] in shown
@@ -139,9 +147,11 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
         assert (made / f"{name}.pdf").exists()
     cut = {int(row["k"]): row for row in rows_of(made / "truncation.csv")}
     assert sorted(cut) == [0, 1, 2, 3]
-    assert float(cut[3]["cut from the largest r"].split()[0]) == pytest.approx(
-        float(cut[3]["trained at r = k"].split()[0]), rel=1e-4
+    assert float(cut[3]["cut from the largest r"]) == pytest.approx(
+        float(cut[3]["trained at r = k"]), rel=1e-4
     )
+    assert [cut[k]["trained at r = k n"] for k in range(4)] == ["0", "3", "3", "3"]
+    assert cut[0]["trained at r = k"] == ""
 
 
 def test_every_run_that_is_not_finished_is_told(
@@ -168,11 +178,11 @@ def test_every_run_that_is_not_finished_is_told(
         gone.path.name: "missing",
         runs[2, 2].path.name: "running",
     }
-    assert "adapter.r=2 seed=1" in told[gone.path.name]["cause"]
+    assert told[gone.path.name]["cause"] == "not begun: adapter.r=2 seed=1"
     assert "2 finished, 1 interrupted, 1 damaged, 1 running, 1 missing" in capsys.readouterr().out
     first, second = rows_of(Path("runs/shift/report/cells.csv"))
-    assert (first["r"], first["n"]) == ("1", "1 of 3")
-    assert (second["r"], second["n"]) == ("2", "1 of 2")
+    assert (first["r"], first["n"], first["runs"]) == ("1", "1", "3")
+    assert (second["r"], second["n"], second["runs"]) == ("2", "1", "2")
 
 
 def test_without_a_list_of_what_was_planned_a_cell_that_lacks_a_seed_is_told(lab: Lab):
@@ -187,9 +197,13 @@ def test_without_a_list_of_what_was_planned_a_cell_that_lacks_a_seed_is_told(lab
     assert "seed 2 " in cause
 
 
-def test_nothing_finished_yet_is_a_report_too(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_finished_yet_is_a_report_too(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30") == 1
+    capsys.readouterr()
     assert command(monkeypatch, "report", "runs/shift") == 0
+    assert "(none yet: " in capsys.readouterr().out
     assert "DivergedError" in Path("runs/shift/report/index.html").read_text()
 
 
@@ -260,6 +274,10 @@ def test_ls_lists_every_state(
     ]
     done = next(r for r in find_runs(Path("runs")) if r.finished)
     assert f"{done.last('val/loss'):.5g}" in shown
+    stopped = next(r for r in find_runs(Path("runs")) if r.status["state"] == "failed")
+    assert stopped.last("val/loss") is not None
+    (line,) = [line for line in shown.splitlines() if line.split()[:1] == ["failed"]]
+    assert line.split()[-4] == "–", "what it last had is no final loss"
 
 
 def test_ls_filters_and_sorts(
@@ -307,3 +325,48 @@ def test_help_imports_nothing_heavy(arguments: list[str]):
     )
     assert done.returncode == 0, done.stderr
     assert "usage: lora-lab" in done.stdout
+
+
+def test_data_seeds_are_named_and_pooled_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    """Cells differ in data.seed, by its whole name; what pools it says so, with n."""
+    assert lab("shift", "adapter.r=2") == 0
+    points = product((1, 2), (0, 1), (0, 1, 2))
+    keys = ("adapter.r", "data.seed", "seed")
+    runs = copies(only_run(), (dict(zip(keys, p, strict=True)) for p in points), Path("sweep"))
+    assert command(monkeypatch, "report", "sweep/shift") == 0
+    made = Path("sweep/shift/report")
+    for row in rows_of(made / "cells.csv"):
+        own = [r for r in runs if r.status["cell"] == row["cell"]]
+        assert row["n"] == "3"
+        assert row["data.seed"] == str(own[0].config["data"]["seed"])
+    assert {row["trained at r = k n"] for row in rows_of(made / "truncation.csv")} == {"0", "6"}
+    assert "over seeds and data seeds" in (made / "index.html").read_text()
+
+
+def test_a_cell_whose_seeds_draw_nothing_is_told(lab: Lab):
+    assert lab("shift", "adapter=full", "seed=0,1", "-m") == 0
+    assert lab("shift", "seed=0,1", "runs_dir=lora", "-m") == 0
+    cells, lora = (cells_of([read(r) for r in find_runs(Path(d))]) for d in ("runs", "lora"))
+    assert "seed draws nothing" in still(cells)
+    assert "± 0" in main(cells)[1][4]
+    assert still(lora) == ""
+
+
+def test_theory_has_a_row_for_a_cell_with_its_worst_gap(lab: Lab):
+    assert lab("planted_linear", "adapter.r=1", "seed=0,1,2", "-m") == 0
+    results = [read(run) for run in find_runs(Path("runs"))]
+    rows = theory(cells_of(results))
+    (loss,) = [dict(zip(rows[0], row, strict=True)) for row in rows if "val/loss" in row]
+    values = [run.finals["val/loss"] for run in results]
+    said = results[0].finals["theory/val/loss"]
+    assert loss["n"] == "3"
+    assert loss["measured"] == deviating(statistics.mean(values), statistics.stdev(values))
+    worst = max(abs(value - said) / said for value in values)
+    assert float(loss["worst gap"]) == pytest.approx(worst, rel=0.1)
+    assert loss["holds"] == "NO"
+
+
+def test_a_run_that_was_told_to_stop_says_so():
+    for error in ("SystemExit: 1", "KeyboardInterrupt: "):
+        assert why_not({"state": "interrupted", "error": error}) == "stopped"
+    assert why_not({"state": "failed", "error": "ValueError: x\ny"}) == "ValueError: x"

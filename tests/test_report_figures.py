@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from lora_lab.report import against, tradeoffs
 from lora_lab.report.cells import Result, cells_of, read
 from lora_lab.report.figures import style
-from lora_lab.runs import Run
+from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, only_run
 from tests.copies import copies
 
@@ -76,6 +76,20 @@ def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
         assert label in labels
 
 
+def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, first: Run):
+    for lr in (1e-4, 1e-2):
+        assert lab("digits", "adapter=full", "runs_dir=full", f"optimizer.lr={lr}") == 0
+    full = [read(run) for run in find_runs(Path("full"))]
+    figure = against.metric([*sweep(first, adapter__r=(1, 2)), *full], "val/accuracy")
+    assert figure is not None
+    best = max(full, key=lambda result: result.finals["val/accuracy"])
+    level = best.finals["val/accuracy"]
+    levels = [line for line in lines(figure.axes[0]) if [x for x, _ in line] == [0.0, 1.0]]
+    assert levels == [[(0.0, level), (1.0, level)]]
+    labels = [text.get_text() for text in figure.legends[0].texts]
+    assert f"full fine-tuning, lr={best.flat['optimizer.lr']:g}" in labels
+
+
 def test_ranks_of_the_update_against_r(first: Run):
     results = sweep(first, adapter__r=RANKS, seed=SEEDS)
     figure = against.measures(results)
@@ -121,6 +135,60 @@ def test_a_heat_map_of_two_keys_has_the_means_and_leaves_holes(first: Run):
             want = mean(x.finals[metric] for x in own) if own else np.nan
             assert grid[i, j] == pytest.approx(want, nan_ok=True)
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("r", "alpha")
+
+
+def test_a_heat_map_has_a_place_for_full_and_for_what_failed(lab: Lab, first: Run):
+    assert lab("digits", "adapter=full", "runs_dir=full", "optimizer.lr=0.01") == 0
+    (full,) = [read(only_run("full"))]
+    results = sweep(first, adapter__r=(1, 2), optimizer__lr=(0.1, 0.01))
+    lost = next(r for r in results if (r.rank, r.flat["optimizer.lr"]) == (2, 0.1))
+    lost.status["state"] = "failed"
+    figure = tradeoffs.over_keys(cells_of([*results, full]), ["val/loss"])
+    assert figure is not None
+    axes = figure.axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "full"]
+    grid = np.ma.filled(axes.images[0].get_array(), np.nan)  # pyright: ignore
+    assert grid[0, 2] == pytest.approx(full.finals["val/loss"])
+    assert np.isnan(grid[1, 1:]).all()
+    assert [text.get_text() for text in axes.texts if not text.get_text()[0].isdigit()] == [
+        *("failed", "–"),
+    ]
+    assert len(axes.patches) == 1
+
+
+def test_a_key_that_was_drawn_is_an_axis_of_points(first: Run):
+    points = ((1, 0.002), (1, 0.03), (2, 0.07), (2, 0.4))
+    runs = copies(first, ({"adapter.r": r, "optimizer.lr": lr} for r, lr in points), Path("sweep"))
+    results = [read(run) for run in runs]
+    figure = tradeoffs.over_keys(cells_of(results), ["val/loss"])
+    assert figure is not None
+    (axes,) = figure.axes
+    assert not axes.images
+    assert axes.get_xscale() == "log"
+    for r, drawn in zip((1, 2), lines(axes), strict=True):
+        assert drawn == [
+            (result.flat["optimizer.lr"], result.finals["val/loss"])
+            for result in results
+            if result.rank == r
+        ]
+
+
+@pytest.mark.parametrize("alphas", [(4.0,), ALPHAS])
+def test_the_front_is_named_by_r_alone_or_by_letters(first: Run, alphas: tuple[float, ...]):
+    cells = cells_of(sweep(first, adapter__r=RANKS, adapter__alpha=alphas))
+    figure = tradeoffs.parameters(cells, "val/loss")
+    assert figure is not None
+    cost = "parameters/trainable"
+    points = [(c.metrics[cost].mean, c.metrics["val/loss"].mean) for c in cells]
+    at = [cells[i].results[0] for i in tradeoffs.front(points, "minimize")]
+    found = [text.get_text() for text in figure.axes[0].texts]
+    if len(alphas) == 1:
+        assert found == [f"r={result.rank}" for result in at]
+    else:
+        assert found == list("abcdef"[: len(at)])
+        words = [f"r={r.rank}, alpha={r.flat['adapter.alpha']:g}" for r in at]
+        keys = [text.get_text() for text in figure.legends[-1].texts]
+        assert keys == [f"{letter}: {text}" for letter, text in zip(found, words, strict=True)]
 
 
 def test_parallel_coordinates_of_three_keys(first: Run):

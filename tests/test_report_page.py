@@ -111,7 +111,10 @@ def test_it_says_every_cell_run_and_failure_and_needs_nothing(folder: Path):
     (failed,) = [run for run in runs if not run.finished]
     assert str(failed.status["error"]).partition("\n")[0] in page.cells
     assert f"../{failed.path.name}/log.txt" in page.links
+    last = len(page.cells) - page.cells[::-1].index(failed.path.name) - 1
+    assert page.cells[last + 1 : last + 4] == ["failed", "0", "–"], "it has no final loss"
     assert page.loads
+    assert len([link for link in page.links if link.endswith(".png")]) == len(page.loads)
     assert all(load.startswith("data:image/png;base64,") for load in page.loads)
     plain = re.sub(r'src="data:[^"]*"', "", text)
     assert not re.search(r"https?:|//\w|@import|url\(", plain)
@@ -139,6 +142,9 @@ def test_a_run_has_its_page(lab: Lab):
     report = only_run().path / "report"
     page = Page((report / "index.html").read_text())
     assert len(page.loads) == 5
+    assert {link for link in page.links if link.endswith(".png")} == {
+        path.name for path in report.glob("*.png")
+    }
     assert {"effective rank", "epoch"} & {cell.rpartition(": ")[2] for cell in page.cells}
 
 

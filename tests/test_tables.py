@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.report.tables import SIGNS, csv_of, latex, markdown
+from lora_lab.report.tables import SIGNS, csv_of, deviating, latex, markdown, numeric
 
 HARD = [
     ["r", "val/loss", "a_b & c", "50 % # $x$", r"path\to {x}", "~ ^ < > |"],
@@ -52,3 +52,21 @@ def test_csv_and_markdown_keep_every_cell():
     assert read == [[c.strip("*") if c.startswith("**0") else c for c in row] for row in HARD]
     for line in markdown([["a|b", "\\"], ["1", "2"]], "l").splitlines():
         assert len(re.findall(r"(?<!\\)\|", line)) == 3
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "said"),
+    [
+        (0.61759, 0.0032, "0.6176 ± 0.0032"),
+        (9.6917, 1.7, "9.7 ± 1.7"),
+        (0.5, 0.0996, "0.50 ± 0.10"),
+        (123456.0, 1234.0, "123,500 ± 1,200"),
+        (0.001, 20.0, "0 ± 20"),
+        (-4.2204e-14, 4.9e-16, "-4.220e-14 ± 4.9e-16"),
+        (0.29166666624, 7.01e-10, "0.29166666624 ± 7.0e-10"),
+        (0.29167, 0.0, "0.29167 ± 0"),
+    ],
+)
+def test_a_deviation_has_two_digits_and_its_mean_the_same_place(mean: float, std: float, said: str):
+    assert deviating(mean, std) == said
+    assert numeric([said, "–", f"**{said}**"])

@@ -1,5 +1,6 @@
 """A sweep's figures against r: metrics, theory, ranks of ΔW, and spectra by r."""
 
+import re
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -17,6 +18,7 @@ from lora_lab.report.series import (
     by_rank,
     leading,
     losses_cut,
+    reference,
     series_of,
     short,
     spectra_by_rank,
@@ -58,10 +60,11 @@ def metric(results: Sequence[Result], name: str) -> Figure | None:
         ("full", "full fine-tuning", "black"),
         ("none", "frozen base", "gray"),
     ):
-        values = [r.finals.get(name) for r in results if r.config["adapter"]["method"] == method]
-        if values := [value for value in values if value is not None]:
-            kinds[words] = axes.axhline(mean(values), color=color, linewidth=1.1, linestyle=":")
-            every += values
+        if found := reference(results, method, name):
+            where, level = found
+            label = f"{words}, {short(where)}" if where else words
+            kinds[label] = axes.axhline(level, color=color, linewidth=1.1, linestyle=":")
+            every.append(level)
     axes.set(xlabel="r", ylabel=words_of(name), title=results[0].experiment)
     rank_axis(axes, ticks)
     # What rounding leaves of a zero would fill a log axis.
@@ -96,7 +99,9 @@ def _legends(figure: Figure, axes: Axes, names: Sequence[str], kinds: dict[str, 
 
 def words_of(name: str) -> str:
     """A metric as an axis has it."""
-    return name.replace("val/", "validation ").replace("/", " ").replace("_", " ")
+    name = re.sub(r"sigma_(\d+)", r"$\\sigma_{\1}$", name.removeprefix("spectra/"))
+    name = name.replace("val/", "validation ").replace("/", " ")
+    return re.sub(r"_(?!\{)", " ", name)
 
 
 def rank_axis(axes: Axes, ranks: set[int]) -> None:
@@ -120,7 +125,12 @@ def theory(results: Sequence[Result]) -> Figure | None:
             for one in result.held:
                 by_r = found.setdefault(one.metric, {}).setdefault(name, {})
                 by_r.setdefault(result.rank or 0, []).append(one)
-    if not any(len(by_r) > 1 for series in found.values() for by_r in series.values()):
+    found = {
+        name: series
+        for name, series in found.items()
+        if any(len(by_r) > 1 for by_r in series.values())
+    }
+    if not found:
         return None
     figure, axes = panels(len(found), width=4.5)
     for panel, (name, series) in zip(axes, found.items(), strict=True):
@@ -138,7 +148,7 @@ def theory(results: Sequence[Result]) -> Figure | None:
             marks: dict[str, Any] = {"fillstyle": "none", "color": color, "label": "measured"}
             panel.plot(*zip(*points, strict=True), marker, **marks)
             ticks |= set(ranks)
-        panel.set(title=name, xlabel="r")
+        panel.set(title=words_of(name), xlabel="r")
         rank_axis(panel, ticks)
         low, high = panel.get_ylim()
         if (middle := abs(low + high) / 2) and high - low < 0.02 * middle:
@@ -179,7 +189,7 @@ def measures(results: Sequence[Result]) -> Figure | None:
             panel.plot(list(by_r), [mean(values) for values in by_r.values()], color=color)
         panel.set(xlabel="r", ylabel=f"{measure.replace('_', ' ')} of ΔW")
         rank_axis(panel, set(ticks))
-        top = max(value for by_r in lines.values() for own in by_r.values() for value in own)
+        top = max(ticks)  # the most that it can be stays in sight
         panel.set_ylim(0.95, max(2, 1.15 * top))
         if top > 10:
             log_scale(panel, 1, top)
@@ -239,7 +249,7 @@ def spectra(results: Sequence[Result]) -> Figure | None:
         marks, [f"r = {r}" for r in ranks], loc="outside right upper", fontsize=8, ncols=columns
     )
     figure.set_figwidth(figure.get_figwidth() + 0.9 * columns)
-    parts = [name] if name else []
+    parts = [f"the series with the lowest loss: {name}"] if name else []
     parts += [f"{len(shown)} of {len(every)} sites"] if len(shown) < len(every) else []
     if parts:
         figure.suptitle("; ".join(parts), fontsize=9)

@@ -22,6 +22,12 @@ class Best:
     cells: list[Cell]
     run: Result
 
+    @property
+    def keys(self) -> list[str]:
+        """The dotted keys of what was swept, seed with them where there are several."""
+        seeds = {result.config["seed"] for cell in self.cells for result in cell.results}
+        return [*of.swept(self.cells), *(["seed"] if len(seeds) > 1 else [])]
+
     def rows(self, shown: int) -> Rows:
         """The first cells as a table."""
         keys = of.swept(self.cells)

@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lora_lab.report.tables import number
+from lora_lab.report.tables import deviating, number
 from lora_lab.report.theory import Held, held
 from lora_lab.runs import DEVICES, NO_MATTER, Run
 
@@ -45,7 +45,7 @@ class Result:
     @property
     def cause(self) -> str:
         """The first line of why it is not finished; "" where that is not known."""
-        return str(self.status.get("error", "")).partition("\n")[0]
+        return why_not(self.status)
 
     @property
     def experiment(self) -> str:
@@ -94,6 +94,13 @@ def read(run: Run) -> Result:
     return Result(run, status, config, {k: finals[k] for k in finals if k not in ("step", "epoch")})
 
 
+def why_not(status: dict[str, Any]) -> str:
+    """The first line of why a run is not finished; of one that was told to stop, that."""
+    error = str(status.get("error", "")).partition("\n")[0]
+    told = status["state"] == "interrupted" and error.startswith(("SystemExit", "KeyboardInt"))
+    return "stopped" if told else error
+
+
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config by dotted keys; the patterns by site stay whole, their keys are globs."""
     found: dict[str, Any] = {}
@@ -114,8 +121,7 @@ class Spread:
     high: float
 
     def __str__(self) -> str:
-        """The deviation to two digits: it is not known better."""
-        return number(self.mean) + ("" if self.std is None else f" ± {self.std:.2g}")
+        return number(self.mean) if self.std is None else deviating(self.mean, self.std)
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -215,6 +221,8 @@ def swept(cells: Sequence[Cell]) -> dict[str, str]:
     if len(points) < len(cells):
         found.append("cell")
     short = {key: key.removesuffix("._target_").split(".")[-1] for key in found}
+    # `seed` alone is the run's own, over which a cell is the mean.
+    short = {key: key if name == "seed" else name for key, name in short.items()}
     names = list(short.values())
     return {
         key: name if names.count(name) == 1 else key.removesuffix("._target_")

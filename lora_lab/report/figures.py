@@ -69,6 +69,8 @@ def log_scale(axes: Axes, low: float, high: float, which: str = "y") -> None:
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     decades = np.log10(high / low)
+    if decades < 1e-3:
+        return  # one value: as wide as matplotlib makes it
     subs = (1, 2, 5) if decades > 0.7 else range(1, 10)
     if decades < 3:
         axis.set_major_locator(LogLocator(subs=subs, numticks=12))
@@ -100,10 +102,19 @@ def _loss(run: Run) -> Figure:
         if points := published.get(paper):
             name = f"{label}, published"
             axes.plot(*_points(points), "o", color=f"C{i}", fillstyle="none", label=name)
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log", title=run.config["name"])
+    axes.set(xlabel="epoch", ylabel="loss", title=run.config["name"])
+    _log(axes)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _log(axes: Axes) -> None:
+    """A log scale of what is drawn, where any of it is above 0."""
+    every = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
+    every = every[np.isfinite(every) & (every > 0)]
+    if every.size:
+        log_scale(axes, every.min(), every.max())
 
 
 def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
@@ -118,7 +129,8 @@ def _spectrum(epochs: np.ndarray, spectrum: dict[str, np.ndarray]) -> Figure:
             values = np.where(sigma[:, i] > 0, sigma[:, i], np.nan)
             panel.plot(epochs, values, ".-", color=matplotlib.colormaps["viridis"](i / SHOWN))
             panel.annotate(rf"$\sigma_{{{i + 1}}}$", (epochs[-1], values[-1]), fontsize=7)
-        panel.set(title=site, xlabel="epoch", ylabel="singular values of ΔW", yscale="log")
+        panel.set(title=site, xlabel="epoch", ylabel="singular values of ΔW")
+        _log(panel)
         panel.grid(alpha=0.3)
     return figure
 
@@ -176,7 +188,7 @@ def _truncation(curves: dict[str | None, tuple[np.ndarray, np.ndarray]]) -> Figu
     axes.locator_params(axis="x", integer=True)
     whole = curves[None][1]
     if whole.min() > 1e-6 * whole.max():
-        axes.set_yscale("log")
+        _log(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

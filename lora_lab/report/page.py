@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_lab.report.cells import Cell, said, setting, swept
-from lora_lab.report.tables import Rows, bare, marked, number
+from lora_lab.report.cells import Cell, said, setting, swept, why_not
+from lora_lab.report.tables import Rows, bare, marked, number, numeric
 from lora_lab.report.theory import GAP
 from lora_lab.runs import Run, write_atomic
 
@@ -24,9 +23,16 @@ if TYPE_CHECKING:
     from lora_lab.report.sweep import Section, Sweep
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged", "missing", "NO")
+CAPTIONS = {
+    "loss": "Training and validation loss by epoch, of the base and after it.",
+    "spectrum": "Singular values of ΔW over training.",
+    "delta": "The entries of ΔW: of a large one, the first rows and columns.",
+    "phi": "The share of ΔW's first i directions that lies in the first j of W.",
+    "truncation": "Validation loss with ΔW cut to rank k.",
+}
+"""What each figure of a run shows."""
 LISTED = 12
 """Values of a swept key that are listed, at most."""
-NUMBER = re.compile(r"([-+]?(nan|inf|[\d.,]+(e[-+]?\d+)?)%?( (±|of) \S+)?|–)?")
 WIDE = 1400
 """A picture wider than this, in pixels, has the page's whole width."""
 
@@ -46,10 +52,10 @@ class Table:
 
     @staticmethod
     def _kind(column: tuple[Any, ...]) -> str:
-        texts = [bare(c["text"] if isinstance(c, dict) else c) for c in column]
+        texts = [c["text"] if isinstance(c, dict) else c for c in column]
         if max(map(len, texts)) > 70:
             return "long"
-        return "num" if all(NUMBER.fullmatch(text) for text in texts) else ""
+        return "num" if numeric(texts) else ""
 
 
 def of_sweep(sweep: "Sweep") -> Path:
@@ -67,18 +73,13 @@ def of_sweep(sweep: "Sweep") -> Path:
         title=f"{sweep.directory.resolve().name}: {len(sweep.results)} runs",
         lines=lines,
         counts=sweep.counts,
-        sections=[_section(section, several) for section in sweep.sections],
+        sections=[_section(section, several, to) for section in sweep.sections],
         tables=[*_not_finished(sweep, to), _runs(sweep, to)],
     )
 
 
-def _section(section: "Section", several: bool) -> dict[str, Any]:
-    notes = {
-        "cells": "Mean ± standard deviation (n − 1) over the n finished runs of a cell, at the "
-        "end; bold: the best mean. Every metric, with least and greatest, is in metrics.csv.",
-        "theory": GAP,
-        "truncation": "Validation loss with ΔW cut to rank k.",
-    }
+def _section(section: "Section", several: bool, to: Path) -> dict[str, Any]:
+    notes = section.notes
     tables = [Table(title, rows, notes[title]) for title, rows in section.tables.items()]
     differ = swept(section.cells)
     if differ:
@@ -93,7 +94,10 @@ def _section(section: "Section", several: bool) -> dict[str, Any]:
     return {
         "name": section.name if several else "",
         "tables": tables,
-        "figures": [_figure(section.directory / f"{f}.png", c) for f, c in section.figures.items()],
+        "figures": [
+            _figure(section.directory / f"{name}.png", caption, to)
+            for name, caption in section.figures.items()
+        ],
         "config_words": f"what all configs share ({len(common)} keys)",
         "config": "\n".join(f"{key}: {json.dumps(value)}" for key, value in common.items()),
     }
@@ -112,10 +116,10 @@ def _not_finished(sweep: "Sweep", to: Path) -> list[Table]:
         return []
     paths = {result.run.path.name: result.run.path for result in sweep.results}
     rows: list[list[Any]] = [list(sweep.not_finished[0])]
-    for experiment, name, state, cause in sweep.not_finished[1:]:
+    for experiment, name, state, why in sweep.not_finished[1:]:
         log = paths[name] / "log.txt" if name in paths else None
         link = _link(log, to) if log and log.exists() else None
-        rows.append([experiment, {"text": name, "link": link}, state, cause])
+        rows.append([experiment, {"text": name, "link": link}, state, why])
     note = "A run's name leads to its log, with the traceback."
     return [Table("not finished", rows, note)]
 
@@ -130,7 +134,7 @@ def _runs(sweep: "Sweep", to: Path) -> Table:
                 {"text": result.run.path.name, "link": link},
                 result.state,
                 str(result.config.get("seed", "–")),
-                number(result.finals.get("val/loss")),
+                number(result.finals.get("val/loss") if result.done else None),
                 "–" if seconds is None else f"{seconds:.1f}",
                 {"text": "directory", "link": f"{_link(result.run.path, to)}/"},
             ]
@@ -150,13 +154,13 @@ def of_run(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str])
     return _write(
         to,
         title=f"{run.config['name']}: {run.path.resolve().name}",
-        lines=[status["error"].partition("\n")[0]] if status.get("error") else [],
+        lines=[why] if (why := why_not(status)) else [],
         counts={status["state"] + (f" in {seconds:.0f} s" if seconds else ""): 1},
         sections=[
             {
                 "name": "",
                 "tables": [table for table in shown if len(table.rows) > 1],
-                "figures": [_figure(to / f"{name}.png", name) for name in figures],
+                "figures": [_figure(to / f"{name}.png", CAPTIONS[name], to) for name in figures],
                 "config_words": "config.yaml",
                 "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
             }
@@ -165,13 +169,19 @@ def of_run(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str])
     )
 
 
-def _figure(path: Path, caption: str) -> dict[str, Any]:
-    """A PNG inside the page, at a size that its letters are as the page's."""
+def _figure(path: Path, caption: str, to: Path) -> dict[str, Any]:
+    """A PNG inside the page, at a size that its letters are as the page's, and a link to it."""
     content = path.read_bytes()
     width, height = struct.unpack(">II", content[16:24])
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     size = {"width": round(width / 1.5), "height": round(height / 1.5)}
-    return {"source": source, "caption": caption, "wide": width > WIDE, **size}
+    return {
+        "source": source,
+        "caption": caption,
+        "wide": width > WIDE,
+        "link": _link(path, to),
+        **size,
+    }
 
 
 def _write(to: Path, **content: Any) -> Path:

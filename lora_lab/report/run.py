@@ -117,7 +117,8 @@ def _facts(run: Run) -> Rows:
         ranks = advice["adapter"]["rank_pattern"].items()
         shown = ", ".join(f"{site} {k}" for site, k in list(ranks)[: figures.PANELS])
         more = ", …" if len(ranks) > figures.PANELS else ""
-        facts.append([f"ranks that keep {advice['share']:.1%} of the gain", shown + more])
+        kept = f"≥ {100 * advice['keep']:.4g}% of the gain ({advice['share']:.1%})"
+        facts.append([f"ranks that keep {kept}", shown + more])
     facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
     return facts
 
@@ -200,10 +201,10 @@ def show(run: Run, console: Console) -> None:
         console.print(f"W&B      {path}", soft_wrap=True, highlight=False)
 
 
-def drawn(directory: Path) -> str:
+def drawn(directory: Path, none: str = "none drawn: lora-lab report draws them") -> str:
     """Which figures a report has, in a line."""
     names = ", ".join(path.stem for path in sorted(directory.glob("*.png")))
-    return f"figures  {directory} ({names or 'none drawn: lora-lab report draws them'})"
+    return f"figures  {directory} ({names or none})"
 
 
 def listing(runs: Iterable[Run], state: str | None = None, sort: str = "name") -> Table:
@@ -217,7 +218,7 @@ def listing(runs: Iterable[Run], state: str | None = None, sort: str = "name") -
     for run in runs:
         status = run.status
         try:
-            loss = run.last("val/loss")
+            loss = run.last("val/loss") if status["state"] == "finished" else None
         except ValueError:
             status["state"], loss = "damaged", None
         if state in (None, status["state"]):

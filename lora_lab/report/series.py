@@ -1,12 +1,13 @@
 """Runs that differ in r and seeds alone, and what they have by r."""
 
 import json
+import math
 from collections.abc import Sequence
 from statistics import mean
 
 import numpy as np
 
-from lora_lab.report.cells import Cell, Result, swept, words
+from lora_lab.report.cells import Cell, Result, goal, swept, words
 
 FREE = ("adapter.r", "data.seed", "base.seed")
 """What runs of one series may differ in, besides their seed."""
@@ -14,11 +15,15 @@ FREE = ("adapter.r", "data.seed", "base.seed")
 
 def series_of(results: Sequence[Result]) -> dict[str, list[Result]]:
     """LoRA runs that differ in r and seeds alone, by what tells one series from another."""
+    return pooled([result for result in results if result.rank is not None])
+
+
+def pooled(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Runs that differ in r and seeds alone, of whatever method, by what tells them apart."""
     members: dict[str, list[Result]] = {}
     for result in results:
-        if result.rank is not None:
-            told = {k: v for k, v in result.flat.items() if _tells(k)}
-            members.setdefault(json.dumps(told, sort_keys=True), []).append(result)
+        told = {k: v for k, v in result.flat.items() if _tells(k)}
+        members.setdefault(json.dumps(told, sort_keys=True), []).append(result)
     cells = [Cell(key, own) for key, own in members.items()]
     keys = {key: name for key, name in swept(cells).items() if _tells(key)}
     series: dict[str, list[Result]] = {}
@@ -26,6 +31,30 @@ def series_of(results: Sequence[Result]) -> dict[str, list[Result]]:
         name = words(cell, keys) if keys else ""
         series[name if name not in series else f"{name} ({len(series)})"] = cell.results
     return series
+
+
+def over(results: Sequence[Result]) -> str:
+    """The kinds of seeds that differ in these runs: `seeds and data seeds`; "" of none."""
+    kinds = {
+        "seeds": [result.config["seed"] for result in results],
+        "data seeds": [result.flat.get("data.seed") for result in results],
+        "base seeds": [result.flat.get("base.seed") for result in results],
+    }
+    return " and ".join(kind for kind, seeds in kinds.items() if len({*seeds} - {None}) > 1)
+
+
+def reference(results: Sequence[Result], method: str, metric: str) -> tuple[str, float] | None:
+    """The best mean of a metric that a method without r reaches, over seeds; and where, in words.
+
+    "" where all that was swept comes to the same; None where no run has it.
+    """
+    own = [r for r in results if r.config["adapter"]["method"] == method and metric in r.finals]
+    means = {name: mean(r.finals[metric] for r in runs) for name, runs in pooled(own).items()}
+    means = {name: value for name, value in means.items() if math.isfinite(value)}
+    if not means:
+        return None
+    top = (max if goal(metric) == "maximize" else min)(means, key=lambda name: means[name])
+    return top if len({*means.values()}) > 1 else "", means[top]
 
 
 def _tells(key: str) -> bool:

@@ -1,12 +1,13 @@
 """A sweep's tables: its cells, every metric, theory, truncation, what is not finished."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_lab.report.cells import (
     Cell,
     Result,
+    Spread,
     best,
     cells_of,
     goal,
@@ -19,7 +20,7 @@ from lora_lab.report.cells import (
 )
 from lora_lab.report.series import by_rank, losses_cut, series_of
 from lora_lab.report.tables import Rows, number
-from lora_lab.report.theory import HEAD, line
+from lora_lab.report.theory import HEAD, Held, over_runs
 from lora_lab.runs import PLANNED, planned
 
 
@@ -54,15 +55,51 @@ def main(cells: Sequence[Cell]) -> Rows:
     return rows
 
 
+def numbers(cells: Sequence[Cell]) -> Rows:
+    """The main table to all digits, a number or nothing in each cell: what a program reads."""
+    keys = swept(cells)
+    metrics = [*validation(cells), "train/loss"]
+    measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
+    head = ["cell", *keys.values(), "n", "runs", "trainable"]
+    rows = [[*head, *(f"{m}{what}" for m in (*metrics, *measures) for what in ("", " std"))]]
+    for cell in cells:
+        trainable = cell.metrics.get("parameters/trainable")
+        row = [cell.name, *_point(cell, keys), str(len(cell.done)), str(len(cell.results))]
+        row.append(repr(trainable.mean) if trainable else "")
+        for metric in metrics:
+            row += _digits(cell.metrics.get(metric))
+        for measure in measures:
+            row += _digits(cell.rank_measures.get(measure))
+        rows.append(row)
+    return rows
+
+
+def _point(cell: Cell, keys: Iterable[str]) -> list[str]:
+    return ["" if (value := setting(cell, key)) is None else plain(value) for key in keys]
+
+
+def _digits(s: Spread | None) -> list[str]:
+    """Mean and deviation, "" for what is not there."""
+    return [
+        repr(float(v)) if v is not None else "" for v in ((s.mean, s.std) if s else (None,) * 2)
+    ]
+
+
+def still(cells: Sequence[Cell]) -> str:
+    """A word on cells whose seeds all came to the same; "" where there is none."""
+    for cell in cells:
+        stds = [s.std for m, s in cell.metrics.items() if m.startswith(("val/", "train/"))]
+        if stds and not any(std is None or std for std in stds):
+            return "Where all is ± 0, seed draws nothing; data.seed or base.seed does."
+    return ""
+
+
 def everything(cells: Sequence[Cell]) -> Rows:
     """Every metric of every cell, a row each, to all digits."""
     keys = swept(cells)
     rows = [["cell", *keys, "metric", "n", "mean", "std", "min", "max"]]
     for cell in cells:
-        point = [
-            cell.name,
-            *("" if (value := setting(cell, key)) is None else plain(value) for key in keys),
-        ]
+        point = [cell.name, *_point(cell, keys)]
         for metric, s in cell.metrics.items():
             values = [repr(float(v)) for v in (s.mean, s.std, s.low, s.high) if v is not None]
             values = values if s.std is not None else [values[0], "", *values[1:]]
@@ -71,29 +108,51 @@ def everything(cells: Sequence[Cell]) -> Rows:
 
 
 def theory(cells: Sequence[Cell]) -> Rows:
-    """Every metric that theory speaks of, run by run."""
+    """Every metric that theory speaks of, over the runs of each cell, and their worst gap."""
     keys = swept(cells)
-    return [
-        [*(keys.values() or ["cell"]), "seed", *HEAD],
-        *(
-            [*point, str(result.config["seed"]), *line(one)]
-            for cell in cells
-            for point in ([said(setting(cell, key)) for key in keys] or [cell.name],)
-            for result in cell.done
-            for one in result.held
-        ),
-    ]
+    several = any(len(cell.done) > 1 for cell in cells)
+    metric, measured, value, gap, holds = HEAD
+    gap = "worst gap" if several else gap
+    rows = [[*(keys.values() or ["cell"]), metric, "n", measured, value, gap, holds]]
+    for cell in cells:
+        point = [said(setting(cell, key)) for key in keys] or [cell.name]
+        found: dict[str, list[Held]] = {}
+        for one in (one for result in cell.done for one in result.held):
+            found.setdefault(one.metric, []).append(one)
+        rows += [[*point, name, str(len(own)), *over_runs(own)] for name, own in found.items()]
+    return rows
 
 
-def truncation(done: Sequence[Result]) -> Rows:
-    """The loss at rank k: of runs trained there, and of the largest r's ΔW cut to it."""
-    rows = [["series", "k", "trained at r = k", "cut from the largest r"]]
+def theory_by_run(cells: Sequence[Cell]) -> Rows:
+    """Every metric that theory speaks of, run by run, to all digits."""
+    keys = swept(cells)
+    rows = [["cell", *keys.values(), "seed", *HEAD[:3], "error", *HEAD[3:]]]
+    for cell in cells:
+        for result in cell.done:
+            for one in result.held:
+                values = [repr(float(v)) for v in (one.measured, one.theory, one.error, one.gap)]
+                point = [cell.name, *_point(cell, keys), str(result.config["seed"]), one.metric]
+                rows.append([*point, *values, "yes" if one.passes else "NO"])
+    return rows
+
+
+def truncation(done: Sequence[Result], digits: bool = False) -> Rows:
+    """The loss at rank k: of runs trained there, and of the largest r's ΔW cut to it.
+
+    With `digits` as `numbers` has them.
+    """
+    ways = ("trained at r = k", "cut from the largest r")
+    one = (lambda way: [way, f"{way} std", f"{way} n"]) if digits else (lambda way: [way, "n"])
+    rows = [["series", "k", *(head for way in ways for head in one(way))]]
     for name, own in series_of(done).items():
         trained, (cut, _) = by_rank(own, "val/loss"), losses_cut(own)
         if len(trained) > 1 and cut:
             for k in sorted({*trained, *cut}):
-                both = [str(spread(found[k])) if k in found else "–" for found in (trained, cut)]
-                rows.append([name or "all", str(k), *both])
+                row = [name or "all", str(k)]
+                for s in (spread(found.get(k, [])) for found in (trained, cut)):
+                    row += _digits(s) if digits else [str(s) if s else "–"]
+                    row.append(str(s.n if s else 0))
+                rows.append(row)
     return rows
 
 
@@ -107,9 +166,18 @@ def not_finished(results: Sequence[Result], directory: Path) -> Rows:
     for folder in sorted(file.parent for file in directory.rglob(PLANNED)):
         name = folder.resolve().name
         listed.add(name)
-        for run, overrides in planned(folder).items():
+        every = planned(folder)
+        common = set.intersection(*map(set, every.values())) if len(every) > 1 else set()
+        for run, overrides in every.items():
             if not (folder / run / "status.json").exists():
-                rows.append([name, run, "missing", f"not begun: {' '.join(overrides)}"])
+                rows.append(
+                    [
+                        name,
+                        run,
+                        "missing",
+                        f"not begun: {' '.join(o for o in overrides if o not in common)}",
+                    ]
+                )
     for experiment in dict.fromkeys(r.experiment for r in results if r.config):
         if experiment not in listed:  # nothing says what was meant, but for the other cells
             cells = cells_of([r for r in results if r.experiment == experiment])

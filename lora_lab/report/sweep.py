@@ -12,12 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_lab.report import against, page, summary, tradeoffs
-from lora_lab.report.cells import Cell, Result, cells_of, goal, read, validation
+from lora_lab.report.cells import Cell, Result, cells_of, goal, read, validation, why_not
 from lora_lab.report.figures import save
 from lora_lab.report.run import drawn
-from lora_lab.report.tables import Rows, bare, csv_of, latex, markdown, marked, number
+from lora_lab.report.series import over
+from lora_lab.report.tables import Rows, bare, csv_of, latex, markdown, marked, number, numeric
 from lora_lab.report.theory import GAP
 from lora_lab.runs import Run, write_atomic
+
+NONE = "none yet: those against r need finished runs of two ranks"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Section:
     directory: Path
     cells: list[Cell]
     tables: dict[str, Rows]
+    notes: dict[str, str]
+    """A word under a table, by its name."""
     figures: dict[str, str]
 
 
@@ -72,9 +77,10 @@ def write(runs: Sequence[Run], directory: Path) -> Sweep:
     for section in sections:
         parts += [f"# {section.name}"] if len(sections) > 1 else []
         for title, rows in section.tables.items():
-            parts += [f"## {title}", markdown(rows, "l")]
+            parts += [f"## {title}", markdown(rows, "l"), section.notes[title]]
         where = section.directory.relative_to(to)
-        parts += [f"![{name}]({(where / name).as_posix()}.png)" for name in section.figures]
+        for figure, caption in section.figures.items():
+            parts.append(f"![{caption}]({(where / figure).as_posix()}.png)")
     _keep(sweep.not_finished, to, "not_finished")
     if len(sweep.not_finished) > 1:
         parts += ["## not finished", markdown(sweep.not_finished, "l")]
@@ -89,8 +95,10 @@ def _section(name: str, results: Sequence[Result], to: Path) -> Section:
     done = [result for cell in cells for result in cell.done]
     made = {"cells": summary.main(cells), "theory": summary.theory(cells)}
     made["truncation"] = summary.truncation(done)
+    digits = {"cells": summary.numbers(cells), "theory": summary.theory_by_run(cells)}
+    digits["truncation"] = summary.truncation(done, digits=True)
     for title, rows in made.items():
-        _keep(rows, to, title)
+        _keep(rows, to, title, digits[title])
     write_atomic(to / "metrics.csv", csv_of(summary.everything(cells)))
     captions: dict[str, str] = {}
     for file, (caption, figure) in _figures(cells, done).items():
@@ -102,27 +110,37 @@ def _section(name: str, results: Sequence[Result], to: Path) -> Section:
             old.unlink()
             old.with_suffix(".pdf").unlink(missing_ok=True)
     shown = {title: rows for title, rows in made.items() if len(rows) > 1}
-    return Section(name, to, cells, shown, captions)
+    kinds = over(done)
+    notes = {
+        "cells": f"Mean ± standard deviation (n − 1) over the n finished runs of a cell, at the "
+        f"end; bold: the best mean. {summary.still(cells)}".strip(),
+        "theory": f"{GAP}. Run by run in theory.csv.",
+        "truncation": "Validation loss with ΔW cut to rank k"
+        + (f", mean ± standard deviation over {kinds}." if kinds else "."),
+    }
+    return Section(name, to, cells, shown, notes, captions)
 
 
-def _keep(rows: Rows, to: Path, file: str) -> None:
-    """A table as CSV and LaTeX; none where it has no rows."""
-    for suffix, write in ((".csv", csv_of), (".tex", latex)):
+def _keep(rows: Rows, to: Path, file: str, digits: Rows | None = None) -> None:
+    """A table as LaTeX, and as CSV, to all digits where it has them; none of no rows."""
+    for suffix, content in ((".csv", csv_of(digits or rows)), (".tex", latex(rows))):
         if len(rows) > 1:
-            write_atomic(to / f"{file}{suffix}", write(rows))
+            write_atomic(to / f"{file}{suffix}", content)
         else:
             (to / f"{file}{suffix}").unlink(missing_ok=True)
 
 
 def _figures(cells: Sequence[Cell], done: Sequence[Result]) -> dict[str, tuple[str, Figure | None]]:
     """Every figure by its file's name, with its caption; None where it has nothing to show."""
-    cells = [cell for cell in cells if cell.done]
+    every, cells = cells, [cell for cell in cells if cell.done]
     metrics = [m for m in validation(cells) if goal(m)]
+    kinds = over(done)
+    of_each = f"each run, and the mean of each r{f' over {kinds}' if kinds else ''}."
     made: dict[str, tuple[str, Figure | None]] = {}
     for metric in metrics:
         words = against.words_of(metric)
         made[f"rank{_suffix(metric)}"] = (
-            f"{words.capitalize()} against r: each run, and the mean of each r.",
+            f"{words.capitalize()} against r: {of_each}",
             against.metric(done, metric),
         )
     for metric in metrics:
@@ -134,7 +152,7 @@ def _figures(cells: Sequence[Cell], done: Sequence[Result]) -> dict[str, tuple[s
     made |= {
         "theory": ("What theory says, and what was measured.", against.theory(done)),
         "measures": (
-            "Effective and stable rank of ΔW against r: each run, and the mean of each r.",
+            f"Effective and stable rank of ΔW against r: {of_each}",
             against.measures(done),
         ),
         "spectra": (
@@ -143,7 +161,7 @@ def _figures(cells: Sequence[Cell], done: Sequence[Result]) -> dict[str, tuple[s
         ),
         "swept": (
             "What was swept, and what came of it: the mean of each cell.",
-            tradeoffs.over_keys(cells, metrics),
+            tradeoffs.over_keys(every, metrics),
         ),
     }
     return made
@@ -155,19 +173,16 @@ def _suffix(metric: str) -> str:
 
 def show(sweep: Sweep, console: Console) -> None:
     """Prints the tables, and where they and the figures are."""
-    theory = False
     for section in sweep.sections:
         for title, rows in section.tables.items():
-            theory = theory or title == "theory"
             words = title if len(sweep.sections) == 1 else f"{section.name}: {title}"
             console.print(table(words, rows))
+            console.print(f"{section.notes[title]}\n", highlight=False)
     if len(sweep.not_finished) > 1:
         console.print(table("not finished", sweep.not_finished))
-    if theory:
-        console.print(f"{GAP}\n", highlight=False)
     console.print(f"runs     {sweep.told}", highlight=False)
     for section in sweep.sections:
-        console.print(drawn(section.directory), soft_wrap=True, highlight=False)
+        console.print(drawn(section.directory, NONE), soft_wrap=True, highlight=False)
     page = sweep.directory / "report" / "index.html"
     console.print(f"page     {page}", soft_wrap=True, highlight=False)
 
@@ -176,7 +191,8 @@ def table(title: str, rows: Rows) -> Table:
     """Rows for the terminal, what is marked in bold."""
     shown = Table(title=title, box=box.SIMPLE, pad_edge=False, title_justify="left")
     for i, heading in enumerate(rows[0]):
-        shown.add_column(escape(heading), justify="left" if i == 0 else "right")
+        right = i > 0 and numeric(row[i] for row in rows[1:])
+        shown.add_column(escape(heading), justify="right" if right else "left")
     for row in rows[1:]:
         shown.add_row(*(f"[bold]{escape(bare(c))}[/]" if marked(c) else escape(c) for c in row))
     return shown
@@ -195,6 +211,8 @@ def jobs(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
         point = " ".join(o for o in overrides if o in swept) or " ".join(overrides)
         seconds = run.status.get("seconds") if run else None
         loss = run.last("val/loss") if run and state == "finished" else None
+        if run and state == "interrupted":
+            cause = why_not(run.status)
         if run and state == "failed":
             cause += f" (traceback: {run.path / 'log.txt'})"
         table.add_row(

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 Rows = list[list[str]]
 
+NUMBER = re.compile(r"([-+]?(nan|inf|[\d.,]+(e[-+]?\d+)?)%?( (±|of) \S+)?|–)?")
+
 SIGNS = {
     **{sign: f"\\{sign}" for sign in "&%_#${}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
@@ -27,6 +29,26 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
+
+
+def deviating(mean: float, std: float) -> str:
+    """A mean ± a deviation of two significant digits, both to the same place."""
+    if std == 0:
+        return f"{number(mean)} ± 0"
+    size = int(f"{std:.1e}".partition("e")[2])  # rounded: 0.0996 is 0.10
+    if 1e-6 <= std < 1e15:
+        places = 1 - size
+        shown = [f"{round(value, places):,.{max(0, places)}f}" for value in (mean, std)]
+        return " ± ".join(shown)
+    if 1e-3 <= abs(mean) < 1e15:
+        return f"{mean:.{min(15, 1 - size)}f} ± {std:.1e}"
+    top = int(f"{mean:.1e}".partition("e")[2])
+    return f"{mean:.{min(15, max(0, top - size + 1))}e} ± {std:.1e}"
+
+
+def numeric(column: Iterable[str]) -> bool:
+    """Whether a column has numbers alone, of which some may lack."""
+    return all(NUMBER.fullmatch(bare(text)) for text in column)
 
 
 def bare(text: str) -> str:

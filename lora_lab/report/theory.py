@@ -1,8 +1,10 @@
 """What a run measured, held against what theory said of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean, stdev
 
-from lora_lab.report.tables import number
+from lora_lab.report.tables import deviating, number
 from lora_lab.runs import Run
 
 HEAD = ["metric", "measured", "theory", "gap", "holds"]
@@ -47,14 +49,25 @@ def held(run: Run) -> list[Held]:
     return found
 
 
+def over_runs(own: Sequence[Held]) -> list[str]:
+    """Measured and theory as mean ± deviation, the worst gap, and whether all hold."""
+    if len(own) == 1:
+        return line(own[0])[1:]
+    worst = max(own, key=lambda one: (abs(one.gap), not one.passes))
+    measured, said = ([one.measured for one in own], [one.theory for one in own])
+    error = max(one.error for one in own)
+    value = deviating(mean(said), error) if error else number(mean(said))
+    holds = "yes" if all(one.passes for one in own) else "NO"
+    return [deviating(mean(measured), stdev(measured)), value, f"{worst.gap:.1e}", holds]
+
+
 def line(one: Held) -> list[str]:
     """A row under HEAD."""
-    error = f" ± {number(one.error)}" if one.error else ""
     holds = "yes" if one.passes else "NO"
     return [
         one.metric,
         number(one.measured),
-        f"{number(one.theory)}{error}",
+        deviating(one.theory, one.error) if one.error else number(one.theory),
         f"{one.gap:.1e}",
         holds,
     ]

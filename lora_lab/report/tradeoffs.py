@@ -1,6 +1,7 @@
 """A sweep's figures over its cells: parameters against metric, and metrics over the swept keys."""
 
 from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import Any
 
 import matplotlib
@@ -9,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from lora_lab.report.against import words_of
 from lora_lab.report.cells import Cell, goal, order, said, setting, swept, words
@@ -60,11 +62,17 @@ def parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
             axes.errorbar(x, y, spread, fmt="o", color=color, markersize=5, label=label, **bars)
     axes.step(*zip(*(points[i] for i in at), strict=True), where="post", color=COLORS[0], lw=0.9)
     keys = swept(cells)
-    legend = []
-    for n, i in enumerate(at[:NAMED], start=1):
-        offset = (4, -11) if direction == "minimize" else (4, 6)
-        axes.annotate(str(n), points[i], offset, textcoords="offset points", fontsize=8, zorder=4)
-        legend.append(words(cells[i], keys))
+    legend = {}
+    below = direction == "minimize"  # the front is the lower edge then
+    for letter, i in zip(ascii_lowercase, at[:NAMED], strict=False):
+        text = words(cells[i], keys)
+        if list(keys) != ["adapter.r"]:
+            legend[letter], text = text, letter
+        offset, place = ((5, -5), "top") if below else ((5, 5), "bottom")
+        axes.annotate(
+            text, points[i], offset, textcoords="offset points", fontsize=8, va=place, zorder=4
+        )
+    axes.margins(x=0.12, y=0.14)  # room for the labels
     log_scale(axes, points[at[0]][0], max(c for c, _ in points), "x")
     if frozen:
         axes.axhline(frozen[0], color="gray", linewidth=1.1, linestyle=":", label="frozen base")
@@ -79,21 +87,23 @@ def parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
         log_scale(axes, lowest, max(values))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
-    marks = [
-        Line2D([], [], color="black", linestyle="", marker=f"${n}$")
-        for n in range(1, 1 + len(legend))
-    ]
-    figure.legend(marks, legend, loc="outside right upper", fontsize=7, frameon=False)
-    figure.set_figwidth(figure.get_figwidth() + 0.3 + 0.06 * max(map(len, legend)))
+    if legend:
+        labels = [f"{letter}: {text}" for letter, text in legend.items()]
+        marks = [Line2D([], [], linestyle="")] * len(labels)
+        where: dict[str, Any] = {"loc": "outside right upper", "fontsize": 7, "handlelength": 0}
+        figure.legend(marks, labels, title="on the front", title_fontsize=8, **where)
+        figure.set_figwidth(figure.get_figwidth() + 0.5 + 0.06 * max(map(len, labels)))
     return figure
 
 
 def over_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figure | None:
     """Two swept keys: a heat map of each metric's mean; more: parallel coordinates of the first.
 
-    Of the LoRA cells, where there are any: the others have none of the keys.
+    Of the LoRA cells, where there are any: the others have none of the keys. Full fine-tuning has
+    a column beside r, though. A key that was drawn, each cell's its own, is an axis of points.
     """
     lora = [cell for cell in cells if cell.results[0].rank is not None]
+    full = [cell for cell in cells if cell.results[0].config["adapter"]["method"] == "full"]
     cells = lora or list(cells)
     keys = {key: name for key, name in swept(cells).items() if key != "cell"}
     metrics = [m for m in metrics if any(m in cell.metrics for cell in cells)]
@@ -101,6 +111,11 @@ def over_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figure | None:
         return None
     points = [tuple(said(setting(cell, key)) for key in keys) for cell in cells]
     if len(keys) == 2 and len(set(points)) == len(points):
+        if drawn := [key for key in keys if _drawn(cells, key)]:
+            return _scatter(cells, keys, drawn[-1], metrics)
+        first, second = keys
+        if lora and first == "adapter.r" and {*swept(full)} <= {second}:
+            cells = [*cells, *(cell for cell in full if second in cell.flat)]
         return _heat(cells, keys, metrics)
     return _parallel(cells, keys, metrics[0])
 
@@ -111,24 +126,74 @@ def _levels(cells: Sequence[Cell], key: str) -> list[Any]:
     return sorted(found.values(), key=order)
 
 
+def _drawn(cells: Sequence[Cell], key: str) -> bool:
+    """Whether a number was drawn for each cell, as random and bayes do, not taken from a grid."""
+    levels = _levels(cells, key)
+    return 2 < len(levels) == len(cells) and all(isinstance(one, int | float) for one in levels)
+
+
+def _scatter(cells: Sequence[Cell], keys: dict[str, str], x: str, metrics: Sequence[str]) -> Figure:
+    """The mean of each metric against the key `x`, the other key as colour."""
+    (other,) = (key for key in keys if key != x)
+    levels, at = _levels(cells, other), [setting(cell, x) for cell in cells]
+    figure, axes = panels(len(metrics), width=5)
+    for panel, metric in zip(axes, metrics, strict=True):
+        for i, level in enumerate(levels):
+            color = matplotlib.colormaps["viridis"](0.92 * i / max(1, len(levels) - 1))
+            own = [
+                (setting(cell, x), cell.metrics[metric].mean)
+                for cell in cells
+                if said(setting(cell, other)) == said(level) and metric in cell.metrics
+            ]
+            label = f"{keys[other]}={said(level)}"
+            label = label if len(levels) <= NAMED or i in (0, len(levels) - 1) else None
+            if own:
+                panel.plot(*zip(*own, strict=True), "o", color=color, label=label)
+        values = [cell.metrics[metric].mean for cell in cells if metric in cell.metrics]
+        for cell in cells:
+            if not cell.done:
+                panel.axvline(setting(cell, x), color="darkred", linewidth=0.8, linestyle=":")
+        if min(at) > 0 and max(at) > 10 * min(at):
+            log_scale(panel, min(at), max(at), "x")
+        if metric.endswith("loss") and 0 < 10 * min(values) < max(values) < np.inf:
+            log_scale(panel, min(values), max(values))
+        panel.set(xlabel=keys[x], ylabel=words_of(metric))
+        if failed := sum(not cell.done for cell in cells):
+            panel.set_title(f"dotted: {failed} not finished", fontsize=9)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    return figure
+
+
+def _column(cell: Cell, key: str) -> str:
+    """A cell's place along r: full fine-tuning has its own."""
+    full = cell.results[0].config["adapter"]["method"] == "full"
+    return "full" if full and key == "adapter.r" else said(setting(cell, key))
+
+
 def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -> Figure:
     (first, second), names = keys, list(keys.values())
-    across, down = ([said(v) for v in _levels(cells, key)] for key in (first, second))
+    across = [said(v) for v in _levels(cells, first) if v is not None or first != "adapter.r"]
+    across += ["full"] if any(_column(cell, first) == "full" for cell in cells) else []
+    down = [said(v) for v in _levels(cells, second)]
     width = min(14.0, max(4.5, 1.5 + 0.75 * len(across)))
     figure, axes = panels(len(metrics), width=width)
     figure.set_figheight(max(3.0, 1.6 + 0.4 * len(down)) * (figure.get_figheight() / 4))
     for panel, metric in zip(axes, metrics, strict=True):
         grid = np.full((len(down), len(across)), np.nan)
+        lost: dict[tuple[int, int], str] = {}
         for cell in cells:
+            i, j = down.index(said(setting(cell, second))), across.index(_column(cell, first))
             if metric in cell.metrics:
-                i, j = (
-                    down.index(said(setting(cell, second))),
-                    across.index(said(setting(cell, first))),
-                )
                 grid[i, j] = cell.metrics[metric].mean
+            elif not cell.done:
+                lost[i, j] = cell.results[0].state
         colors, norm = _scale(grid[np.isfinite(grid)].tolist(), metric)
         panel.set_facecolor("whitesmoke")
         image = panel.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+        for i, j in lost:
+            box = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", edgecolor="silver")
+            panel.add_patch(box)
         panel.set_xticks(
             range(len(across)), across, rotation=45 if max(map(len, across)) > 7 else 0
         )
@@ -138,7 +203,7 @@ def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -
             for (i, j), value in np.ndenumerate(grid):
                 shade = colors(norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
                 ink = "white" if np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
-                text = f"{value:.3g}" if np.isfinite(value) else "–"
+                text = f"{value:.3g}" if np.isfinite(value) else lost.get((i, j), "–")
                 panel.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
         figure.colorbar(image, ax=panel)
     return figure
@@ -191,9 +256,22 @@ def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figur
         axes.plot(range(len(heights)), y, color=colors(norm(means[n])), alpha=0.75, linewidth=1.1)
     for x in range(len(heights)):
         axes.axvline(x, color="dimgray", linewidth=0.8)
+    for height in (0.0, 0.5, 1.0) if high > low else (0.5,):
+        value = norm.inverse(low + height * (high - low))
+        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
+        axes.annotate(
+            f"{value:.3g}",
+            (len(heights) - 1, height),
+            (5, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+            zorder=5,
+            bbox=box,
+        )
     axes.set_xticks(range(len(heights)), [*keys.values(), words_of(metric)])
     axes.set_yticks([])
-    axes.set(xlim=(-0.15, len(heights) - 1), ylim=(-0.06, 1.06))
+    axes.set(xlim=(-0.15, len(heights) - 0.75), ylim=(-0.06, 1.06))
     axes.set_title(f"{cells[0].results[0].experiment}: {len(cells)} cells")
     for side in ("left", "right", "top", "bottom"):
         axes.spines[side].set_visible(False)
