@@ -1,6 +1,5 @@
 """Where a run's numbers go: metrics.jsonl, which is the truth, and W&B beside it."""
 
-import json
 import logging
 import os
 import shutil
@@ -15,11 +14,11 @@ from typing import Any, Self
 import numpy as np
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
 from lora_lab.config import Config
+from lora_lab.rows import JsonlLogger
 from lora_lab.runs import Run, rank
 from lora_lab.spectra import Spectrum
 
@@ -36,36 +35,6 @@ SERIES = 16
 
 Histograms = dict[str, tuple[list[int], list[float]]]
 """Counts and the edges of their bins, by the name in W&B."""
-
-
-class JsonlLogger(Logger):
-    """Appends a line a row to metrics.jsonl and flushes it: a crash costs at most that line."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.file = path.open("a")
-        self.rows: list[dict[str, Any]] = []
-
-    @property
-    def name(self) -> str:
-        """What Lightning calls the logger."""
-        return "jsonl"
-
-    @property
-    def version(self) -> str:
-        """Lightning wants one; there is only one file."""
-        return ""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml holds them."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """One row: the step, then the metrics."""
-        row = {"step": step, **metrics}
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
 
 
 class Tracking:
