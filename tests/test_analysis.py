@@ -287,7 +287,8 @@ def test_analyze_finds_what_the_run_found(
         assert advice["keep"] == keep
         assert advice["share"] >= keep
         assert run.last("advice/share") == advice["share"]
-        assert f"ranks that keep {advice['share']:.1%} of the gain" in shown
+        said = f"≥ {100 * keep:.4g}% of the gain ({advice['share']:.1%})"
+        assert f"ranks that keep {said}" in shown
         assert f"adapter.r={advice['adapter']['r']} " in shown
     assert advice["share"] >= 0.999, "a loss cut at all ranks is the loss"
     for wrong in ("--keep=0", "--keep=nan", "--keep=1.5"):

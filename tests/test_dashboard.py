@@ -179,6 +179,7 @@ def test_a_dry_run_asks_no_server(
     assert "nothing was made, as --dry-run asks" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # the client asks a server that is not there again and again
 def test_what_cannot_be_made(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert command(monkeypatch, "dashboard", "team/lora_lab") == 2
     assert "lora_lab --entity team" in capsys.readouterr().err

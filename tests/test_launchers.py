@@ -200,10 +200,10 @@ def here() -> list[str]:
     return found
 
 
-SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGKILL)]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, SLOW_TERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGINT, *SLOW])
 def test_its_end_is_its_jobs_end(signum: signal.Signals):
     process = start(*JOBLIB)
     process.send_signal(signum)

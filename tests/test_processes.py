@@ -157,7 +157,10 @@ def test_another_command_leaves_it_alone_and_ctrl_c_ends_every_process():
     assert not ranks()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("signum", [SLOW_TERM, signal.SIGKILL])
 def test_no_process_outlives_the_one_that_started_it(signum: signal.Signals):
     process = start("trainer.max_epochs=1000000")
     until(in_training)

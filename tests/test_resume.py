@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -85,8 +86,16 @@ RUNS = {
 }
 """What must go on bit for bit, each in its own way."""
 
+QUICK = ("dropout", "schedule", "full", "dora", "first step", "transformer")
 
-@pytest.mark.parametrize("name", RUNS)
+
+def quick(names: Iterable[str], some: Collection[str]) -> list[Any]:
+    """Test parameters of which all but some are slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=[slow] if name not in some else []) for name in names]
+
+
+@pytest.mark.parametrize("name", quick(RUNS, QUICK))
 def test_a_run_goes_on_bit_for_bit(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str):
     settings = (*RUNS[name], "runs_dir=alone")
     with monkeypatch.context() as patch:
@@ -156,7 +165,10 @@ MOMENTS = {
 """What is about to be called, by which signal (else Ctrl-C), and how many steps are then left."""
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+HERE = [moment for moment, (_, how, _) in MOMENTS.items() if "by" not in how]
+
+
+@pytest.mark.parametrize("moment", quick(MOMENTS, [*HERE, "between a checkpoint and its name"]))
 def test_whenever_it_is_stopped(lab: Lab, monkeypatch: pytest.MonkeyPatch, moment: str):
     what, how, left = MOMENTS[moment]
     stop = kill if "by" in how else partial(ctrl_c, lab, monkeypatch)
@@ -225,9 +237,9 @@ def change(name: str) -> Callable[[Run], None]:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (cut, "cannot go on from"),
+        pytest.param(cut, "cannot go on from", marks=pytest.mark.slow),
         (flip, "cannot go on from"),
-        (garble, "cannot go on from"),
+        pytest.param(garble, "cannot go on from", marks=pytest.mark.slow),
         (change("base"), "it is of another base"),
         (change("config"), "it is of another config"),
         (change("version of torch"), "it is of another version of torch"),

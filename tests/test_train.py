@@ -392,10 +392,10 @@ def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60) -> 
         time.sleep(0.05)
 
 
-SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGKILL)]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL, SLOW_TERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, *SLOW])
 def test_a_stopped_run_is_interrupted_and_runs_again(signum: signal.Signals):
     endless = ["trainer.max_epochs=100000", "trainer.check_val_every_n_epoch=5"]
     process = start(*endless)
