@@ -450,7 +450,7 @@ def test_a_sweep_of_24_runs_killed_three_times():
         losses.setdefault(run.config["adapter"]["r"], []).append(loss)
     assert {r: len(own) for r, own in losses.items()} == dict.fromkeys((1, 2, 3, 4, 6, 8), 4)
     for row in reported:
-        own = losses.pop(int(row["r"]))
+        own = losses.pop(int(row["adapter.r"]))
         assert (int(row["n"]), float(row["mean"])) == (4, pytest.approx(np.mean(own), rel=1e-12))
         assert float(row["std"]) == pytest.approx(np.std(own, ddof=1), rel=1e-9)
     assert not losses

@@ -334,7 +334,7 @@ def refused(
     [
         ("adapter.rr", {"values": [1]}, "adapter.rr: there is no such key; nearest: r"),
         ("adapter.r", {"values": [1, 10]}, "adapter.r=10 exceeds the rank of 'linear'"),
-        ("adapter.r", {"values": [1, 0, -1]}, "adapter.r=0: must be greater than 0, or full (at 1 of 3"),
+        ("adapter.r", {"values": [1, 0, -1]}, "adapter.r=0: must be greater than 0, or full (at 1"),
         ("adapter.r", {"values": 2}, "values=2: must be a list of values"),
         ("adapter.r", {"values": []}, "values=[]: must be a list of values"),
         ("adapter.r", {"vals": [1]}, "must say value, values, or min and max; nearest: values"),
