@@ -81,7 +81,7 @@ def export(path: Path, directory: Path, format: str) -> None:
 
 def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
     """Runs a finished run again. Exits with 1 where its numbers are other ones."""
-    from lora_lab.runs import named_run
+    from lora_lab.runs import RunFailedError, named_run
 
     run = named_run(path)
     from lora_lab import reproduce, train
@@ -89,7 +89,7 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
     train.quiet()
     try:
         same = reproduce.show(reproduce.again(run, to, _console(), fresh), tolerance, _console())
-    except train.RunFailedError as error:
+    except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         same = False
     sys.exit(0 if same else 1)

@@ -25,6 +25,7 @@ from omegaconf.errors import (
 from lora_lab.checks import check
 from lora_lab.config import Config, ConfigError, nearest
 from lora_lab.options import options
+from lora_lab.runs import NO_MATTER
 
 HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: 'KEY="a value"'"""
 
@@ -167,7 +168,7 @@ def _differ(
     """The overrides that make one config of another, and those of the keys in `always`."""
     found = []
     for key, value in wanted.items():
-        if prefix or key not in ("published", "overwrite", "figures", "tracking", "sweep"):
+        if prefix or key not in NO_MATTER or key in ("runs_dir", "bases_dir"):
             name = f"{prefix}{key}"
             if isinstance(value, dict) and isinstance(start.get(key), dict):
                 found += _differ(value, start[key], always, f"{name}.")

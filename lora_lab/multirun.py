@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
-from omegaconf import DictConfig
 
 from lora_lab import compose
 from lora_lab.config import Config, ConfigError
@@ -42,7 +41,7 @@ class Job:
 class Multirun:
     """The one that this process conducts."""
 
-    runs: list[Run] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     total: int = 0
     began: float = field(default_factory=time.time)
     directory: Path | None = None
@@ -78,9 +77,11 @@ def possible(cfg: Config) -> Plan:
     return plan(cfg)
 
 
-def path(overrides: Sequence[str], content: DictConfig) -> Path:
-    """The directory of a job, from what Hydra composed by its overrides. Raises ConfigError."""
-    return possible(compose.typed(content, overrides)).path
+def job(overrides: Sequence[str]) -> Job:
+    """The job of these overrides: as it was checked before it began, or now."""
+    point = list(overrides)
+    known = [one for one in (_now.jobs if _now else ()) if one.overrides == point]
+    return known[0] if known else jobs([point])[0]
 
 
 def begin(every: list[Job], total: int = 0) -> None:
@@ -89,9 +90,8 @@ def begin(every: list[Job], total: int = 0) -> None:
     `total` is how many runs it will have, where not all of them are known yet.
     """
     global _now
-    paths = list(dict.fromkeys(job.path for job in every if job.path))
     _now = _now or Multirun()
-    _now.runs, _now.total = [Run(path) for path in paths], max(total, len(paths))
+    _now.jobs, _now.total = every, max(total, len({job.path for job in every if job.path}))
 
 
 def keep(every: list[Job]) -> None:
@@ -142,7 +142,8 @@ def progress() -> str | None:
     """How far the multirun is that this process conducts: done, running, failed, time left."""
     if _now is None:
         return None
-    statuses = [run.status for run in _now.runs]
+    paths = dict.fromkeys(job.path for job in _now.jobs if job.path)
+    statuses = [Run(path).status for path in paths]
     states = [status["state"] for status in statuses]
     now = [s["state"] for s in statuses if s.get("started", 0) >= _now.began]
     done, running, failed = *map(states.count, ("finished", "running")), now.count("failed")

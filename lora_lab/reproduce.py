@@ -1,7 +1,6 @@
 """The `lora-lab reproduce` command: a finished run from its config again, held against itself."""
 
 import json
-import logging
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -10,22 +9,19 @@ from typing import Any
 
 import numpy as np
 import yaml
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich import box
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 from safetensors.torch import load_file
 
-from lora_lab import adapters, bases, experiment
+from lora_lab import adapters, bases, experiment, train
 from lora_lab.checks import check
 from lora_lab.config import CheckpointBase, Lora
 from lora_lab.plan import Plan, on_one_device, plan
 from lora_lab.report.cells import flat
 from lora_lab.report.run import spectrum
 from lora_lab.report.tables import Rows, markdown
-from lora_lab.runs import Run, write_atomic
-from lora_lab.train import RunFailedError
+from lora_lab.runs import Run, RunFailedError, write_atomic
 
 SAID = "reproduction.md"
 """What was found, in the new directory: a directory that has it may be run over again."""
@@ -103,15 +99,12 @@ def again(run: Run, to: Path, console: Console, fresh: bool = False) -> Reproduc
     file = bases.path(planned.cfg)
     before = _written(file)
     console.print(f"reproducing {run.path} in {planned.path}", soft_wrap=True, highlight=False)
-    handler = RichHandler(console=console, show_path=False, show_level=False, show_time=False)
-    logging.getLogger("lora_lab").handlers = [handler]
-    logging.getLogger("lora_lab").setLevel(logging.INFO)
+    train.listen(console)
     try:
         new = experiment.run(planned, console)
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning has turned Ctrl-C into SystemExit(1) by now, and SIGTERM into its own kind.
         console.print("interrupted: the same command begins again")
-        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+        sys.exit(train.stopped(stop))
     except Exception as error:
         raise RunFailedError(
             f"{type(error).__name__}: {error}\nthe traceback is in {planned.path / 'log.txt'}"

@@ -63,9 +63,7 @@ def _run(content: DictConfig, single: bool) -> None:
     # Lightning and wandb take seconds to import: after the first checks, not before. The garbage
     # collector finds nothing in what they make, and need never look there again.
     gc.disable()
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    from lora_lab import bases, experiment, plan, processes, report, tracking
+    from lora_lab import bases, devices, experiment, plan, report, tracking
     from lora_lab.runs import Run, RunBusyError, RunFinishedError
 
     gc.enable()
@@ -81,12 +79,12 @@ def _run(content: DictConfig, single: bool) -> None:
         }
         published = cfg.published.model_copy(update=rows)
         planned = replace(planned, cfg=planned.cfg.model_copy(update={"published": published}))
-    if processes.inside():
-        return processes.take_part(planned, console)
+    if devices.inside():
+        return devices.take_part(planned, console)
     run = Run(planned.path)
     try:
         if planned.processes > 1:
-            processes.launch(planned, HydraConfig.get().overrides.task)
+            devices.launch(planned, HydraConfig.get().overrides.task)
         else:
             experiment.run(planned, console)
         report.write(run, single if cfg.figures is None else cfg.figures)
@@ -102,16 +100,25 @@ def _run(content: DictConfig, single: bool) -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if "SUBMITIT_EXECUTOR" in os.environ:
             raise  # its code tells submitit whether the job was queued again
-        # Lightning has turned Ctrl-C into SystemExit(1) by now, and SIGTERM into its own kind.
         console.print(f"interrupted: the same command goes on with it ({run.path})")
-        terminated = isinstance(stop, SIGTERMException) or getattr(stop, "code", None) == 143
-        sys.exit(143 if terminated else 130)
+        sys.exit(stopped(stop))
     except Exception as error:
         raise RunFailedError(
             f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
         ) from error
     if single:
         report.show(run, console)
+
+
+def stopped(by: BaseException) -> int:
+    """The exit code of what was stopped: 143 by SIGTERM, 130 by Ctrl-C.
+
+    Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into a kind of its own.
+    """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    terminated = isinstance(by, SIGTERMException) or getattr(by, "code", None) == 143
+    return 143 if terminated else 130
 
 
 def main(every: "list[Job] | None" = None) -> None:
@@ -189,9 +196,9 @@ def _ended(every: "list[Job]") -> None:
         console.print(f"output of jobs that were lost: {left}", soft_wrap=True, highlight=False)
 
 
-def listen() -> None:
+def listen(to: Console = console) -> None:
     """Shows what the package logs; a run's log.txt has it besides."""
-    handler = RichHandler(console=console, show_path=False, show_level=False, show_time=False)
+    handler = RichHandler(console=to, show_path=False, show_level=False, show_time=False)
     logging.getLogger("lora_lab").handlers = [handler]
     logging.getLogger("lora_lab").setLevel(logging.INFO)
 

@@ -454,3 +454,11 @@ def test_a_sweep_of_24_runs_killed_three_times():
         assert (int(row["n"]), float(row["mean"])) == (4, pytest.approx(np.mean(own), rel=1e-12))
         assert float(row["std"]) == pytest.approx(np.std(own, ddof=1), rel=1e-9)
     assert not losses
+    for name in ("r2-*-seed3-*", "r8-*-seed0-*"):  # and as it is without any sweep
+        (run,) = (run for run in runs if run.path.match(name))
+        point = (f"adapter.r={run.config['adapter']['r']}", f"seed={run.config['seed']}")
+        command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
+        command += ["trainer.max_epochs=40", EVERY, *point, "runs_dir=single"]
+        subprocess.run([*command, "bases_dir=single/bases"], check=True, capture_output=True)
+        (single,) = (other for other in find_runs(Path("single")) if other.path.match(name))
+        assert_equal(run, single)

@@ -6,18 +6,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.types import HydraContext
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from rich.console import Console
 
 from lora_lab import multirun
 from lora_lab.config import ConfigError
-from lora_lab.runs import Run, RunFailedError
+from lora_lab.multirun import Job
+from lora_lab.runs import RunFailedError
 
 SLOW = 1.0
 """Seconds between two looks from which on the start of a job is told, too."""
@@ -50,56 +49,20 @@ class LostError(RunFailedError):
     """A job whose process ended without a word: killed, cancelled, out of memory."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """A job of a multirun: what Hydra knows of it, its run, and how it ended without a process."""
-
-    overrides: list[str]
-    config: DictConfig
-    run: Run | None
-    error: ConfigError | None
-
-    @property
-    def to_do(self) -> bool:
-        """Whether it needs a process: its config can be, and it is not done already."""
-        if self.run is None:
-            return False
-        done = self.run.finished and (self.run.path / "report" / "table.md").exists()
-        return self.config.overwrite or not done
-
-    def returned(self, error: Exception | None) -> JobReturn:
-        """What Hydra is told of it; of a job that was lost its run's status is told, too."""
-        if isinstance(error, LostError) and self.run:
-            multirun.lost(self.run.path, str(error))
-        status = JobStatus.COMPLETED if error is None else JobStatus.FAILED
-        result = JobReturn(self.overrides, self.config, status=status)
-        result.return_value = error
-        return result
-
-
-def points(
-    context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]]
-) -> list[Point]:
-    """The jobs that Hydra's sweeper asks for; of two that are one run the first has it."""
-    Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-    multirun.keeps(Path(config.hydra.sweep.dir))
-    found: list[Point] = []
-    for overrides in job_overrides:
-        content = context.config_loader.load_sweep_config(config, list(overrides))
-        with open_dict(content):
-            said = list(content.pop("hydra").overrides.task)
-        try:
-            run, error = Run(multirun.path(said, content)), None
-        except ConfigError as wrong:
-            run, error = None, wrong
-        if run in [point.run for point in found]:
-            run = None
-        found.append(Point(list(overrides), content, run, error))
-    return found
+def to_do(job: Job, config: DictConfig) -> bool:
+    """Whether a job needs a process: its config can be, and it is not done already."""
+    if job.path is None:
+        return False
+    done = job.state == "finished" and (job.path / "report" / "table.md").exists()
+    return config.overwrite or not done
 
 
 def gather(
-    jobs: Sequence[Point], start: Callable[[int, int], Worker], at_once: int, every: float
+    jobs: Sequence[Job],
+    config: DictConfig,
+    start: Callable[[int, int], Worker],
+    at_once: int,
+    every: float,
 ) -> list[JobReturn]:
     """Starts the jobs, `at_once` at a time, and waits for all of them; looks every `every` seconds.
 
@@ -107,8 +70,14 @@ def gather(
     sweep.fail_fast none begins after the first failure. Left by Ctrl-C, SIGTERM or another
     exception, it first ends what runs.
     """
-    waiting = deque(i for i, job in enumerate(jobs) if job.to_do)
-    returns = {i: job.returned(job.error) for i, job in enumerate(jobs) if not job.to_do}
+    Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+    multirun.keeps(Path(config.hydra.sweep.dir))
+    waiting = deque(i for i, job in enumerate(jobs) if to_do(job, config))
+    errors: dict[int, Exception | None] = {
+        i: ConfigError(job.error) if job.error else None
+        for i, job in enumerate(jobs)
+        if i not in waiting
+    }
     live: dict[int, tuple[int, Worker]] = {}
     told, console = None, Console(width=None if sys.stdout.isatty() else 200)
     try:
@@ -120,27 +89,35 @@ def gather(
                         index = waiting.popleft()
                         live[index] = place, start(index, place)
                 time.sleep(every)
-                ended = len(returns)
+                ended = len(errors)
                 for index, (_, worker) in list(live.items()):
                     if worker.ended():
                         del live[index]
-                        error = worker.error()
-                        returns[index] = jobs[index].returned(error)
-                        if error and jobs[index].config.sweep.fail_fast:
+                        errors[index] = error = worker.error()
+                        path = jobs[index].path
+                        if path and isinstance(error, LostError):
+                            multirun.lost(path, str(error))
+                        if error and config.sweep.fail_fast:
                             waiting.clear()
                             for other, (_, pending) in live.items():
-                                if (run := jobs[other].run) and run.status["state"] == "none":
+                                if jobs[other].state == "none":
                                     pending.stop()
                 if line := multirun.progress():
                     counts, _, _ = line.partition(", about")
-                    if counts != told and (len(returns) > ended or every >= SLOW):
+                    if counts != told and (len(errors) > ended or every >= SLOW):
                         console.print(f"[bold]multirun:[/] {line}", highlight=False)
                         told = counts
     except BaseException:
         _end([worker for _, worker in live.values()])
         raise
     never = RunFailedError("not begun: sweep.fail_fast ended the multirun before")
-    return [returns.get(i) or job.returned(never) for i, job in enumerate(jobs)]
+    returns = []
+    for i, job in enumerate(jobs):
+        error = errors.get(i, never)
+        status = JobStatus.FAILED if error else JobStatus.COMPLETED
+        returns.append(JobReturn(job.overrides, config, status=status))
+        returns[-1].return_value = error
+    return returns
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from hydra_plugins.hydra_joblib_launcher._core import execute_job
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from joblib import cpu_count
 
+from lora_lab import multirun
 from lora_lab.config import ConfigError
-from lora_lab.launcher.gather import LostError, gather, points
+from lora_lab.launcher.gather import LostError, gather
 from lora_lab.runs import RunFailedError
 
 
@@ -56,7 +57,7 @@ class ProcessLauncher(JoblibLauncher):
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["lora_lab.experiment", __name__])
         logs = Path(config.hydra.sweep.dir).absolute()
-        jobs = points(context, config, job_overrides)
+        jobs = [multirun.job(overrides) for overrides in job_overrides]
         state = Singleton.get_state()
 
         def start(index: int, place: int) -> Process:
@@ -68,7 +69,7 @@ class ProcessLauncher(JoblibLauncher):
             process.start()
             return Process(process, log)
 
-        return gather(jobs, start, n, every=0.2)
+        return gather(jobs, config, start, n, every=0.2)
 
 
 def at_once(n_jobs: int | None, gpus: int, devices: object) -> int:

@@ -7,9 +7,8 @@ does what it did: the same run, which goes on.
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import submitit
 from hydra.core.singleton import Singleton
@@ -20,10 +19,14 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmitit
 from omegaconf import OmegaConf
 from submitit.core.utils import UncompletedJobError
 
-from lora_lab.launcher.gather import LostError, gather, points
+from lora_lab import multirun
+from lora_lab.launcher.gather import LostError, Worker, gather, to_do
 
 MISSING = 30
 """Seconds for which SLURM's queue does not have a job, and no result is there: it was lost."""
+
+
+Submit = Callable[[int], submitit.Job[JobReturn]]
 
 
 class _Launcher(BaseSubmititLauncher):
@@ -39,8 +42,12 @@ class _Launcher(BaseSubmititLauncher):
         params = {key: value for key, value in self.params.items() if value is not None}
         folder, timeouts = params.pop("submitit_folder"), params.pop("max_num_timeout")
         cluster, plain = self._EXECUTOR, OmegaConf.structured(BaseQueueConf)
+        assert self.config is not None
+        trainer = self.config.trainer
         if cluster == "local":  # which knows no limit of its own
             del params["array_parallelism"]
+        elif "gpus_per_node" not in params and trainer.accelerator in ("gpu", "cuda"):
+            params["gpus_per_node"] = trainer.devices
         try:
             executor = submitit.AutoExecutor(
                 folder, cluster=cluster, **{f"{cluster}_max_num_timeout": timeouts}
@@ -53,16 +60,31 @@ class _Launcher(BaseSubmititLauncher):
             raise HydraException(f"hydra/launcher=submitit_{cluster}: {text}") from None
         return executor
 
-    def arguments(self, overrides: Sequence[str], index: int) -> tuple[Any, ...]:
-        """What this launcher is called with in the job."""
-        return list(overrides), "hydra.sweep.dir", index, "", Singleton.get_state()
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
+        """Runs the jobs to their ends, and gives how each ended."""
+        config, state = self.config, Singleton.get_state()
+        assert config is not None
+        executor = self.executor()
+        jobs = [multirun.job(overrides) for overrides in job_overrides]
 
-    def gathered(self, returns: list[JobReturn]) -> list[JobReturn]:
-        """The same, once submitit's folder is gone where no job's output is left in it."""
+        def submit(index: int) -> submitit.Job[JobReturn]:
+            which = initial_job_idx + index
+            return executor.submit(self, jobs[index].overrides, "hydra.sweep.dir", which, "", state)
+
+        wanted = [index for index, job in enumerate(jobs) if to_do(job, config)]
+        returns = gather(jobs, config, *self.workers(executor, submit, wanted))
         folder = Path(self.params["submitit_folder"])
-        if not [*folder.glob("*_log.out")]:
+        if not [*folder.glob("*_log.out")]:  # no job was lost
             shutil.rmtree(folder, ignore_errors=True)
         return returns
+
+    def workers(
+        self, executor: submitit.AutoExecutor, submit: Submit, wanted: list[int]
+    ) -> tuple[Callable[[int, int], Worker], int, float]:
+        """How a job is started, how many at once, and the seconds between two looks."""
+        return lambda index, _: Submitted(submit(index)), self.at_once, 0.2
 
 
 class LocalLauncher(_Launcher):
@@ -70,49 +92,20 @@ class LocalLauncher(_Launcher):
 
     _EXECUTOR = "local"
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> list[JobReturn]:
-        """Runs the jobs to their ends, and gives how each ended."""
-        assert self.hydra_context is not None
-        assert self.config is not None
-        n = self.at_once
-        executor = self.executor()
-
-        def start(index: int, _: int) -> Submitted:
-            given = self.arguments(job_overrides[index], initial_job_idx + index)
-            return Submitted(executor.submit(self, *given))
-
-        jobs = points(self.hydra_context, self.config, job_overrides)
-        return self.gathered(gather(jobs, start, n, every=0.2))
-
 
 class SlurmLauncher(_Launcher):
     """Submits the jobs to SLURM as an array, and waits for them."""
 
     _EXECUTOR = "slurm"
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> list[JobReturn]:
-        """Has SLURM run the jobs to their ends, and gives how each ended."""
-        assert self.hydra_context is not None
-        assert self.config is not None
-        trainer = self.config.trainer
-        if self.params["gpus_per_node"] is None and trainer.accelerator in ("gpu", "cuda"):
-            self.params["gpus_per_node"] = trainer.devices
-        jobs = points(self.hydra_context, self.config, job_overrides)
-        executor, submitted = self.executor(), {}
+    def workers(
+        self, executor: submitit.AutoExecutor, submit: Submit, wanted: list[int]
+    ) -> tuple[Callable[[int, int], Worker], int, float]:
+        """All are submitted now: SLURM has its own mind when each begins."""
         with executor.batch(allow_implicit_submissions=True):
-            for index in [index for index, job in enumerate(jobs) if job.to_do]:
-                given = self.arguments(job_overrides[index], initial_job_idx + index)
-                submitted[index] = executor.submit(self, *given)
+            submitted = {index: submit(index) for index in wanted}
         queue = Queue()
-
-        def start(index: int, _: int) -> Queued:
-            return Queued(submitted[index], queue)
-
-        return self.gathered(gather(jobs, start, len(jobs), every=1.0))
+        return lambda index, _: Queued(submitted[index], queue), len(wanted) or 1, 1.0
 
 
 class Submitted:

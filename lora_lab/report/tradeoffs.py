@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -235,18 +236,7 @@ def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figur
             levels if len(levels) <= NAMED else [levels[0], levels[len(levels) // 2], levels[-1]]
         )
         for level in named:
-            text = said(level)
-            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
-            axes.annotate(
-                text,
-                (x, place[text]),
-                (4, 0),
-                textcoords="offset points",
-                fontsize=8,
-                va="center",
-                zorder=5,
-                bbox=box,
-            )
+            _label(axes, said(level), x, place[said(level)])
     heights.append([float(norm(m) - low) / float(high - low or 1) for m in means])
     # The worst first, so that the best lie on top; the lines of one value fan out a little.
     sign = 1 if goal(metric) != "maximize" else -1
@@ -258,17 +248,7 @@ def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figur
         axes.axvline(x, color="dimgray", linewidth=0.8)
     for height in (0.0, 0.5, 1.0) if high > low else (0.5,):
         value = norm.inverse(low + height * (high - low))
-        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
-        axes.annotate(
-            f"{value:.3g}",
-            (len(heights) - 1, height),
-            (5, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="center",
-            zorder=5,
-            bbox=box,
-        )
+        _label(axes, f"{value:.3g}", len(heights) - 1, height)
     axes.set_xticks(range(len(heights)), [*keys.values(), words_of(metric)])
     axes.set_yticks([])
     axes.set(xlim=(-0.15, len(heights) - 0.75), ylim=(-0.06, 1.06))
@@ -277,6 +257,13 @@ def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figur
         axes.spines[side].set_visible(False)
     figure.colorbar(ScalarMappable(norm, colors), ax=axes, label=f"{words_of(metric)}, mean")
     return figure
+
+
+def _label(axes: Axes, text: str, x: float, y: float) -> None:
+    """Beside a point of a vertical axis, legible over lines."""
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
+    offset: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points"}
+    axes.annotate(text, (x, y), fontsize=8, va="center", zorder=5, bbox=box, **offset)
 
 
 def _places(levels: Sequence[Any]) -> dict[str, float]:
