@@ -1,6 +1,9 @@
 """One run from start to end: base, adapter, training, spectra, merge check, files."""
 
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,46 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lora_lab import adapters, analysis, bases, report
+from lora_lab import adapters, analysis, bases, packing, report
 from lora_lab.adapters import AdapterError
+from lora_lab.adapters.packed import sharing
 from lora_lab.callbacks.checkpoint import Checkpoint
 from lora_lab.callbacks.first_step import FirstStep
 from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.callbacks.spectra import SpectraCallback
 from lora_lab.config import Lora, TrainedBase
 from lora_lab.data import Data
-from lora_lab.modules import BaseModule, LoRAModule
+from lora_lab.modules import BaseModule, DivergedError, LoRAModule
+from lora_lab.packing import EachRun, Member, PackedCheckpoint, PackedModule, UnpackableError
 from lora_lab.plan import Plan
-from lora_lab.runs import CHECKPOINTS, Run, rank, record
+from lora_lab.runs import (
+    CHECKPOINTS,
+    Run,
+    RunBusyError,
+    RunFinishedError,
+    logged_alone,
+    rank,
+    record,
+)
 from lora_lab.seeding import generator
 from lora_lab.tracking import Tracking
 from lora_lab.updates import Updates, whole
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Trial:
+    """A run from its base to its end: the model that adapts, and what measures and keeps it."""
+
+    plan: Plan
+    data: Data
+    run: Run
+    tracking: Tracking
+    module: BaseModule
+    base: dict[str, Tensor]
+    spectral: SpectraCallback
+    checkpoint: Checkpoint
 
 
 def run(plan: Plan, console: Console) -> Run:
@@ -34,11 +63,8 @@ def run(plan: Plan, console: Console) -> Run:
     Of a run's several processes the first does all but training alone, and has its files.
     """
     cfg = plan.cfg
-    # Sums in another order are other bits.
-    about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
-    recorded = record(plan.path, cfg.plain(), overwrite=cfg.overwrite, **about)
     with (
-        nullcontext(Run(plan.path)) if rank() else recorded as run,
+        nullcontext(Run(plan.path)) if rank() else _recorded(plan) as run,
         Tracking(cfg, run, plan.path) as tracking,
     ):
         base = _base(plan, tracking, console)
@@ -48,8 +74,74 @@ def run(plan: Plan, console: Console) -> Run:
         # From here on dropout is the only thing that draws from the global stream.
         own = generator(cfg.seed, "dropout", rank()).initial_seed() if rank() else cfg.seed
         pl.seed_everything(own % 2**32, verbose=False)
-        _adapt(plan, model, data, run, tracking, console)
+        trial = _trial(plan, model, data, run, tracking, None)
+        if plan.sites and isinstance(cfg.adapter, Lora):
+            console.print(report.sites(plan.sites))
+        _train(trial, console)
+        _conclude(trial, console)
     return run
+
+
+def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
+    """Runs plans that differ in their adapters' settings, optimizers' and seeds alone, in one pass.
+
+    Each has its own directory and W&B run, and fails alone: what it raised is given, by place.
+    """
+    errors: list[Exception | None] = [None] * len(plans)
+    live: dict[int, tuple[ExitStack, Run, Tracking]] = {}
+
+    def fail(i: int, error: BaseException) -> None:
+        errors[i] = error if isinstance(error, Exception) else None
+        live.pop(i)[0].__exit__(type(error), error, error.__traceback__)
+
+    try:
+        for i, plan in enumerate(plans):
+            stack = ExitStack()
+            try:
+                own = stack.enter_context(_recorded(plan))
+                live[i] = stack, own, stack.enter_context(Tracking(plan.cfg, own, plan.path))
+            except (RunBusyError, RunFinishedError) as error:
+                errors[i] = error
+        if not live:
+            return errors
+        first = plans[next(iter(live))]
+        base = _base(first, next(iter(live.values()))[2], console)
+        for _, _, tracking in [*live.values()][1:]:
+            tracking.replay(base.rows)
+        model = first.model()
+        model.load_state_dict(base.state)
+        state: dict[str, Tensor] | None = None
+        trials: dict[int, Trial] = {}
+        for i, (_, own, tracking) in live.items():
+            plan = plans[i]
+            trials[i] = _trial(plan, sharing(model), plan.data("adapt"), own, tracking, state)
+            state = trials[i].base
+        by_epoch: dict[int, list[int]] = {}
+        for i, trial in trials.items():
+            by_epoch.setdefault(trial.checkpoint.kept_epochs(), []).append(i)
+        for group in by_epoch.values():
+            own = {i: partial(fail, i) for i in group}
+            for i in _train_packed(model, {i: trials[i] for i in group}, own, console):
+                with logged_alone(trials[i].run.path):
+                    try:
+                        _conclude(trials[i], console)
+                        live[i][0].close()
+                        del live[i]
+                    except Exception as error:
+                        fail(i, error)
+    except BaseException as error:
+        for i in list(live):
+            fail(i, error)
+        if not isinstance(error, Exception):
+            raise
+    return errors
+
+
+def _recorded(plan: Plan) -> AbstractContextManager[Run]:
+    cfg = plan.cfg
+    # Sums in another order are other bits.
+    about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
+    return record(plan.path, cfg.plain(), overwrite=cfg.overwrite, **about)
 
 
 def _base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
@@ -80,45 +172,130 @@ def _fit(trainer: pl.Trainer, module: BaseModule, data: Data, kept: Path | None)
         trainer.validate(module, data, verbose=False)
 
 
-def _adapt(
+def _trial(
     plan: Plan,
     model: nn.Module,
     data: Data,
     run: Run,
     tracking: Tracking,
-    console: Console,
-) -> None:
+    base: dict[str, Tensor] | None,
+) -> Trial:
+    """The run's model with its adapter. `base`: its weights, where another run has copied them."""
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     if isinstance(cfg.adapter, Lora):
         plan.attach(model)
         ratio = cfg.adapter.lr_ratio
         module = LoRAModule(model, data.task, outputs, cfg.optimizer, lr_ratio=ratio)
-        console.print(report.sites(plan.sites))
     else:
         module = BaseModule(model, data.task, outputs, cfg.optimizer)
     # In the dtypes it is trained in, which need not be the file's.
     plan.alone(None, []).precision_plugin.convert_module(module)
-    base = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
-    updates = Updates(model, base, plan.sites)
-    spectral = SpectraCallback(updates, cfg.spectra, tracking)
-    callbacks = [ProgressBar(cfg.adapter.method, console), spectral]
-    if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
-        callbacks.append(FirstStep(updates, tracking))
+    if base is None:
+        base = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
+    spectral = SpectraCallback(Updates(model, base, plan.sites), cfg.spectra, tracking)
     folder = run.path / CHECKPOINTS
     checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
-    trainer = plan.trainer(tracking, [*callbacks, checkpoint])
-    if (kept := checkpoint.kept()) is None:
+    return Trial(plan, data, run, tracking, module, base, spectral, checkpoint)
+
+
+def _train(trial: Trial, console: Console) -> None:
+    """Trains one run."""
+    plan, module, data, tracking = trial.plan, trial.module, trial.data, trial.tracking
+    cfg = plan.cfg
+    callbacks = [ProgressBar(cfg.adapter.method, console), trial.spectral]
+    if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
+        callbacks.append(FirstStep(trial.spectral.updates, tracking))
+    trainer = plan.trainer(tracking, [*callbacks, trial.checkpoint])
+    if (kept := trial.checkpoint.kept()) is None:
         if cfg.adapter.method != "none":
-            _log_theory(data, model, tracking)
+            _log_theory(data, module.model, tracking)
         trainer.validate(module, data, verbose=False)
+    if cfg.adapter.method != "none":
+        _fit(trainer, module, data, kept)
+        module.end = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
+
+
+def _train_packed(
+    model: nn.Module,
+    trials: dict[int, Trial],
+    fail: Mapping[int, Callable[[Exception], None]],
+    console: Console,
+) -> list[int]:
+    """Trains runs that begin at the same epoch together; gives those that did not fail.
+
+    Where the model cannot be computed for many runs at once, each is trained alone.
+    """
+    members = {
+        i: Member(t.module, t.tracking, t.spectral, t.checkpoint, fail[i], t.checkpoint.kept())
+        for i, t in trials.items()
+        if isinstance(t.module, LoRAModule)
+    }
+    left = list(trials)
+
+    def ends(i: int) -> Callable[[Exception], None]:
+        def end(error: Exception) -> None:
+            left.remove(i)
+            fail[i](error)
+
+        return end
+
+    first = next(iter(trials.values()))
+    plan, data = first.plan, first.data
+    seeds = [t.plan.cfg.identity() for t in trials.values()]
+    pl.seed_everything(generator("pack", *seeds).initial_seed() % 2**32, verbose=False)
+    for i, member in members.items():
+        member.fail = ends(i)
+    try:
+        if len(members) == 1:
+            raise UnpackableError("there is one run")
+        module = PackedModule(model, data, list(members.values()))
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+        batch = plan.alone(None, []).precision_plugin.convert_input(batch)
+        module.check(batch, packing.room())
+    except UnpackableError as error:
+        if len(members) > 1:
+            log.warning("not packed: %s", error)
+        for i, trial in trials.items():
+            pl.seed_everything(trial.plan.cfg.seed, verbose=False)
+            try:
+                _train(trial, console)
+            except Exception as alone:
+                ends(i)(alone)
+        return left
+    arguments = plan.cfg.trainer.model_dump()
+    if most := arguments.get("gradient_clip_val"):
+        module.clip = most, arguments.get("gradient_clip_algorithm") or "norm"
+    log.info("packed: %d runs, %d at once", len(members), module.at_once)
+    checkpoint = PackedCheckpoint(list(members.values()))
+    bar = ProgressBar(f"{len(members)} runs", console)
+    trainer = plan.trainer(None, [bar, EachRun(), checkpoint], gradient_clip_val=None)
+    try:
+        if not checkpoint.contents:
+            for trial in trials.values():
+                _log_theory(data, trial.module.model, trial.tracking)
+            trainer.validate(module, data, verbose=False)
+        _fit(trainer, module, data, None)
+    except DivergedError:
+        if left:
+            raise
+    for i in left:
+        date = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
+        trials[i].module.end = date
+        trials[i].run.update(packed=len(trials))
+    return left
+
+
+def _conclude(trial: Trial, console: Console) -> None:
+    """What follows the last step: files, the check of the merge, what ΔW is worth."""
+    plan, module, data, tracking = trial.plan, trial.module, trial.data, trial.tracking
+    cfg, base, spectral, run = plan.cfg, trial.base, trial.spectral, trial.run
     if cfg.adapter.method == "none":
-        whole = adapters.count(model).frozen
+        whole = adapters.count(module.model).frozen
         tracking.log({"parameters/trainable": 0, "parameters/base": whole}, 0)
         return
-    _fit(trainer, module, data, kept)
-    module.end = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
-    change = {}
-    if isinstance(model, FSDPModule):
+    updates, change = spectral.updates, {}
+    if isinstance(module.model, FSDPModule):
         spectral.updates = updates = Updates(_gather(plan, module), base, plan.sites)
         change = {"accelerator": "cpu"}
     if torch.distributed.is_initialized():
@@ -133,6 +310,7 @@ def _adapt(
     loss = partial(val_loss, quiet, module, data)
     said = analysis.analyze(updates, loss, cfg.spectra, cfg.bases_dir, console)
     analysis.write(run.path, {**arrays, **said.arrays}, said.advice)
+    assert module.end is not None
     tracking.log_findings(said.metrics, said.arrays, int(module.end["step"]))
 
 

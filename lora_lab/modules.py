@@ -135,6 +135,12 @@ class BaseModule(pl.LightningModule):
     def _read_losses(self) -> Tensor:
         # Of all processes, so that each sees what one sees.
         losses = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="mean").cpu()
+        self.check_losses(losses)
+        self.train_loss = losses[-1].item()
+        return losses
+
+    def check_losses(self, losses: Tensor) -> None:
+        """Raises DivergedError where the epoch's training losses so far are not all numbers."""
         if not (finite := losses.isfinite()).all():
             step, steps = int(finite.int().argmin()), self.trainer.num_training_batches
             raise DivergedError(
@@ -143,8 +149,6 @@ class BaseModule(pl.LightningModule):
                 f"a smaller learning rate (now {self.optimizer.lr:g}) or "
                 "trainer.gradient_clip_val may keep it finite"
             )
-        self.train_loss = losses[-1].item()
-        return losses
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's mean training loss."""
@@ -158,12 +162,7 @@ class BaseModule(pl.LightningModule):
         loss = self.task.loss(output, y)
         if not len(x):  # fewer rows than processes
             return
-        if not loss.isfinite():
-            raise DivergedError(
-                f"{self.prefix}val/loss is {loss.item()} after epoch {self.epochs_done}, "
-                f"step {self.global_step} of the run"
-                + ("" if self.global_step else ": the base or the data holds it, no step was taken")
-            )
+        self.check_val_loss(loss)
         # A float: the mean of the processes' row counts is not to be rounded down.
         rows: Any = float(len(x))
         self.log(f"{self.prefix}val/loss", loss, batch_size=rows, sync_dist=True)
@@ -171,6 +170,15 @@ class BaseModule(pl.LightningModule):
             assert isinstance(metric, Metric)
             metric.update(output, y)
             self.log(f"{self.prefix}val/{name}", metric, batch_size=len(x))
+
+    def check_val_loss(self, loss: Tensor) -> None:
+        """Raises DivergedError where a validation loss is no number."""
+        if not loss.isfinite():
+            raise DivergedError(
+                f"{self.prefix}val/loss is {loss.item()} after epoch {self.epochs_done}, "
+                f"step {self.global_step} of the run"
+                + ("" if self.global_step else ": the base or the data holds it, no step was taken")
+            )
 
     def on_validation_epoch_end(self) -> None:
         """Dates the row."""

@@ -23,6 +23,7 @@ class Job:
     overrides: list[str]
     path: Path | None
     error: str | None = None
+    plan: Plan | None = field(default=None, compare=False, repr=False)
 
     @property
     def state(self) -> str:
@@ -61,7 +62,8 @@ def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
     try:
         if isinstance(cfg, ConfigError):
             raise cfg
-        return Job(overrides, possible(cfg).path)
+        planned = possible(cfg)
+        return Job(overrides, planned.path, plan=planned)
     except ConfigError as error:
         return Job(overrides, None, str(error))
 

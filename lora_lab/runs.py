@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -154,6 +155,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     part.replace(path)
 
 
+_logged: ContextVar[Path | None] = ContextVar("_logged", default=None)
+
+
+@contextmanager
+def logged_alone(path: Path) -> Iterator[None]:
+    """Within it what is logged is the run's at `path` alone, of those that are open at once."""
+    token = _logged.set(path)
+    try:
+        yield
+    finally:
+        _logged.reset(token)
+
+
 @contextmanager
 def record(
     path: Path, config: dict[str, Any], *, overwrite: bool = False, **about: Any
@@ -202,6 +216,7 @@ def record(
         write_atomic(path / "env.json", json.dumps(environment(), indent=2) + "\n")
         handler = logging.FileHandler(path / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.addFilter(lambda _: _logged.get() in (None, path))
         logging.getLogger().addHandler(handler)
         try:
             yield run

@@ -233,6 +233,7 @@ def _init(cfg: Config, directory: Path, mode: Any, name: str | None) -> wandb.Ru
     os.environ.setdefault("WANDB_DATA_DIR", str(Path(cfg.runs_dir).absolute() / ".wandb"))
     return wandb.init(
         mode=mode,
+        reinit="create_new" if wandb.run else None,  # beside the other runs of a pack
         id=name,
         project=cfg.tracking.project,
         entity=cfg.tracking.entity,

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +22,12 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from lora_lab import compose
-from lora_lab.config import ConfigError
+from lora_lab.config import Config, ConfigError
 from lora_lab.runs import RunFailedError
 
 if TYPE_CHECKING:
     from lora_lab.multirun import Job
+    from lora_lab.plan import Plan
 
 log = logging.getLogger(__name__)
 # Piped, a line is a line: paths are not broken to fit 80 columns.
@@ -34,13 +36,19 @@ errors = Console(stderr=True)
 entry = hydra.main(version_base="1.3", config_path="pkg://lora_lab.conf", config_name="train")
 
 
-def job(content: DictConfig) -> None:
-    """One job: a single run, or one of a multirun, where it raises so that the rest goes on."""
+def job(content: DictConfig, points: Sequence[list[str]] = ()) -> None:
+    """One job: a single run, or one of a multirun, where it raises so that the rest goes on.
+
+    `points`: the overrides of all runs of a pack, of which this is the first.
+    """
     told = HydraConfig.get()
     single = told.mode == RunMode.RUN
     listen()
     try:
-        _run(content, single)
+        if points:
+            _pack(points)
+        else:
+            _run(content, single)
     except (ConfigError, RunFailedError) as error:
         wrong = isinstance(error, ConfigError)
         what = "config error" if wrong else "failed"
@@ -63,22 +71,13 @@ def _run(content: DictConfig, single: bool) -> None:
     # Lightning and wandb take seconds to import: after the first checks, not before. The garbage
     # collector finds nothing in what they make, and need never look there again.
     gc.disable()
-    from lora_lab import bases, devices, experiment, plan, report, tracking
+    from lora_lab import devices, experiment, report, tracking
     from lora_lab.runs import Run, RunBusyError, RunFinishedError
 
     gc.enable()
     gc.freeze()
     quiet()
-    planned = plan.plan(cfg)
-    if cfg.published is not None:
-        told = HydraConfig.get()
-        paper = compose.as_published(told.runtime.choices["experiment"], cfg)
-        rows = {
-            "base": cfg.published.base if bases.key(cfg) == bases.key(paper) else {},
-            "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
-        }
-        published = cfg.published.model_copy(update=rows)
-        planned = replace(planned, cfg=planned.cfg.model_copy(update={"published": published}))
+    planned = _planned(cfg)
     if devices.inside():
         return devices.take_part(planned, console)
     run = Run(planned.path)
@@ -108,6 +107,52 @@ def _run(content: DictConfig, single: bool) -> None:
         ) from error
     if single:
         report.show(run, console)
+
+
+def _planned(cfg: Config) -> "Plan":
+    """The run's plan; what was published is set beside what is as it was published."""
+    from lora_lab import bases, plan
+
+    planned = plan.plan(cfg)
+    if cfg.published is None:
+        return planned
+    paper = compose.as_published(HydraConfig.get().runtime.choices["experiment"], cfg)
+    rows = {
+        "base": cfg.published.base if bases.key(cfg) == bases.key(paper) else {},
+        "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
+    }
+    published = cfg.published.model_copy(update=rows)
+    return replace(planned, cfg=planned.cfg.model_copy(update={"published": published}))
+
+
+def _pack(points: Sequence[list[str]]) -> None:
+    """The runs of a pack. Raises RunFailedError where any of them failed."""
+    from lora_lab import experiment, report
+    from lora_lab.runs import Run, RunFinishedError
+
+    quiet()
+    plans = []
+    for _, cfg in compose.every(points):
+        if isinstance(cfg, ConfigError):
+            raise cfg
+        plans.append(_planned(cfg))
+    try:
+        errors = experiment.run_pack(plans, console)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            raise  # its code tells submitit whether the job was queued again
+        sys.exit(stopped(stop))
+    failed = []
+    for planned, error in zip(plans, errors, strict=True):
+        run = Run(planned.path)
+        if error is None or isinstance(error, RunFinishedError):
+            report.write(run, planned.cfg.figures is True)
+        else:
+            failed.append(f"{type(error).__name__}: {error}")
+            errors_of = f"[red]failed:[/] {escape(failed[-1])} ({run.path / 'log.txt'})"
+            console.print(errors_of, soft_wrap=True)
+    if failed:
+        raise RunFailedError(f"{len(failed)} of {len(plans)} runs of the pack; {failed[0]}")
 
 
 def stopped(by: BaseException) -> int:

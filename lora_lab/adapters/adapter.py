@@ -65,7 +65,8 @@ class Adapter(nn.Module, ABC):
     ΔW = scale · B A on the weight as a matrix (out × rest); with a core R, scale · B R A; with
     factors that start from the weight, scale · (B A − B₀ A₀), so that ΔW starts at zero and the
     base stays what it is. DoRA (Liu et al. 2024, equation 5) then sets the norm of every row of
-    W + ΔW to a trained magnitude.
+    W + ΔW to a trained magnitude. In a `Pack` an adapter stands for k runs: its tensors, and its
+    scale, then have a dimension of runs before all others.
 
     Two views of the same change are kept equal: `delta()`, ΔW in the weight's own shape, and
     `forward()`, what the layer gives with it. Tensors are stored in float32, or in the weight's
@@ -195,7 +196,7 @@ class Adapter(nn.Module, ABC):
         if self.core is not None:
             return A, B @ self.core
         if self.A0 is not None and self.B0 is not None:
-            return torch.cat([A, self.A0]), torch.cat([B, -self.B0], 1)
+            return torch.cat([A, self.A0], -2), torch.cat([B, -self.B0], -1)
         return A, B
 
     def norms(self, weight: Tensor) -> Float[Tensor, " out"]:
@@ -205,9 +206,9 @@ class Adapter(nn.Module, ABC):
         """
         with torch.no_grad():
             A, B = self.factors()
-            W, s = self.matrix(weight).to(A.dtype), self.scale
+            W, B = self.matrix(weight).to(A.dtype), self.scale * B
             square = torch.linalg.vector_norm(W, dim=1) ** 2
-            square = square + 2 * s * ((W @ A.T) * B).sum(1) + s * s * ((B @ (A @ A.T)) * B).sum(1)
+            square = square + 2 * ((W @ A.mT) * B).sum(-1) + ((B @ (A @ A.mT)) * B).sum(-1)
             return square.clamp(min=0).sqrt()
 
     def gain(self, weight: Tensor) -> Float[Tensor, " out"]:
@@ -268,3 +269,21 @@ class FactoredAdapter(Adapter):
     @abstractmethod
     def up(self, layer: nn.Module, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
         """`output` + scale · B on what `down` gave."""
+
+    @abstractmethod
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
+        """`down` of k runs: A (k, r, rest), `input` (k, …) or, `shared`, one for all → (k, …)."""
+
+    @abstractmethod
+    def up_stacked(
+        self,
+        layer: nn.Module,
+        hidden: Sequence[Tensor],
+        B: Sequence[Tensor],
+        output: Tensor,
+        shared: bool,
+    ) -> Tensor:
+        """`up` of all runs, stack by stack in `hidden` and in B, which has the scale in it.
+
+        `output` is (runs, …) or, `shared`, one for all; gives (runs, …).
+        """

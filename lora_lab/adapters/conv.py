@@ -1,6 +1,7 @@
 """The factored adapter of convolutions."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class ConvAdapter(FactoredAdapter):
 
     def along(self, values: Tensor, output: Tensor) -> Tensor:
         """Channels come before the places."""
-        return values.view(-1, *[1] * (len(self.shape) - 2))
+        return values.view(*values.shape, *[1] * (len(self.shape) - 2))
 
     def down(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
         """r filters for each group, with the layer's geometry: (*, in, …) → (*, groups · r, …)."""
@@ -47,3 +48,39 @@ class ConvAdapter(FactoredAdapter):
         B = B.expand(batch, -1, -1) if groups == 1 else B.view(groups, rows, r).repeat(batch, 1, 1)
         onto, hidden = output.reshape(blocks, rows, places), hidden.reshape(blocks, r, places)
         return torch.baddbmm(onto, B, hidden, alpha=self.scale).view(output.shape)
+
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
+        """One convolution for all runs where they share the input; else one for each."""
+        conv: Any = layer
+        if shared and conv.groups == 1 and not (self.recipe.dropout and self.training):
+            filters = A.reshape(-1, *self.shape[1:])  # k · r of them
+            hidden = conv._conv_forward(input, filters, None)
+            return hidden.unflatten(1, A.shape[:2]).movedim(1, 0)
+        inputs = [input] * len(A) if shared else input
+        return torch.stack([self.down(layer, x, a) for x, a in zip(inputs, A, strict=True)])
+
+    def up_stacked(
+        self,
+        layer: nn.Module,
+        hidden: Sequence[Tensor],
+        B: Sequence[Tensor],
+        output: Tensor,
+        shared: bool,
+    ) -> Tensor:
+        """One product for each stack, over its runs, their batches and groups."""
+        conv: Any = layer
+        shape = output.shape if shared else output.shape[1:]  # (batch, out, …)
+        batch, out, groups, places = shape[0], shape[1], conv.groups, math.prod(shape[2:])
+        results, at = [], 0
+        for h, b in zip(hidden, B, strict=True):
+            k, r = len(h), b.shape[-1]
+            onto = output.expand(k, *shape) if shared else output[at : at + k]
+            b = b.view(k, 1, groups, -1, r).expand(-1, batch, -1, -1, -1)
+            result = torch.baddbmm(
+                onto.reshape(-1, out // groups, places),
+                b.reshape(-1, out // groups, r),
+                h.reshape(-1, r, places),
+            )
+            results.append(result.view(k, *shape))
+            at += k
+        return results[0] if len(results) == 1 else torch.cat(results)

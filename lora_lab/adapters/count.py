@@ -1,10 +1,12 @@
 """What an adapter costs beside full fine-tuning: parameters, and bytes kept and stored."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.slots import all_adapters, attached
 
 
@@ -51,9 +53,16 @@ def parameter_groups(
     ratio · lr (LoRA+, Hayou et al. 2024). Weight decay is off unless given: on A and B it pulls the
     adapted model toward the base.
     """
+    return groups_of(attached(model).values(), lr, ratio, weight_decay)
+
+
+def groups_of(
+    every: Iterable[Adapter], lr: float, ratio: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The same of these adapters."""
     zero: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for adapter in attached(model).values():
+    for adapter in every:
         for key, parameter in adapter.named_parameters():
             if parameter.requires_grad:
                 own = ratio != 1 and key == adapter.zero

@@ -33,7 +33,7 @@ class EmbeddingAdapter(LinearAdapter):
 
     def fill(self, tensors: dict[str, Tensor]) -> Adapter:
         """Raises AdapterError for an A that changes the padding token."""
-        if self.padding is not None and "A" in tensors and tensors["A"][:, self.padding].any():
+        if self.padding is not None and "A" in tensors and tensors["A"][..., self.padding].any():
             raise AdapterError(
                 f"A changes the padding token {self.padding}, whose change is always zero"
             )
@@ -94,3 +94,11 @@ class EmbeddingAdapter(LinearAdapter):
         """The columns of A that belong to the tokens."""
         assert isinstance(layer, nn.Embedding)
         return self.dropped(F.embedding(input, A.T, layer.padding_idx))
+
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
+        """One lookup for all runs where they share the tokens; else one for each."""
+        assert isinstance(layer, nn.Embedding)
+        if not shared:
+            return torch.stack([self.down(layer, x, a) for x, a in zip(input, A, strict=True)])
+        hidden = F.embedding(input, A.flatten(0, 1).T, layer.padding_idx)
+        return self.dropped(hidden.unflatten(-1, A.shape[:2]).movedim(-2, 0))

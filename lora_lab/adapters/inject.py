@@ -81,6 +81,14 @@ def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
             layer = model.get_submodule(path)
             if layer is not owner:  # it may be one layer under two names
                 seats.append((layer, other, _shared(layer, owner, site, parameter, adapter)))
+    freeze(model)
+    for layer, site, adapter in seats:
+        sit(layer, name, site, adapter)
+    switch(model, name)
+
+
+def freeze(model: nn.Module) -> None:
+    """Lets nothing of `model` but its adapters train, and holds running statistics."""
     for module in model.modules():
         if isinstance(module, Adapter):
             continue
@@ -93,12 +101,10 @@ def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
         if getattr(module, "track_running_stats", False) and "_held_by_lora" not in vars(module):
             module.__dict__["_held_by_lora"] = True
             module.register_forward_pre_hook(_hold)
-    for layer, site, adapter in seats:
-        _sit(layer, name, site, adapter)
-    switch(model, name)
 
 
-def _sit(layer: nn.Module, name: str, site: str, adapter: Adapter) -> None:
+def sit(layer: nn.Module, name: str, site: str, adapter: Any) -> None:
+    """Puts an adapter, or what acts in its place, on its layer under `name`."""
     if not isinstance(slot := getattr(layer, "lora", None), Slot):
         layer.lora = slot = Slot()
         if adapter.kind != "weight":

@@ -1,6 +1,7 @@
 """The factored adapters of linear layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,57 @@ class LinearAdapter(FactoredAdapter):
         rows = output.reshape(1, -1, output.shape[-1])
         hidden = hidden.reshape(1, -1, hidden.shape[-1])
         return torch.baddbmm(rows, hidden, B.T[None], alpha=self.scale).view(output.shape)
+
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
+        """One product for all runs where they share the input, and none drops its own of it."""
+        if shared and not (self.recipe.dropout and self.training):
+            return F.linear(input, A.flatten(0, 1)).unflatten(-1, A.shape[:2]).movedim(-2, 0)
+        input = self.dropped(input.expand(len(A), *input.shape) if shared else input)
+        hidden = torch.bmm(input.reshape(len(A), -1, input.shape[-1]), A.mT)
+        return hidden.view(*input.shape[:-1], A.shape[1])
+
+    def up_stacked(
+        self,
+        layer: nn.Module,
+        hidden: Sequence[Tensor],
+        B: Sequence[Tensor],
+        output: Tensor,
+        shared: bool,
+    ) -> Tensor:
+        """One product for each stack, all into one result: no copy to join them."""
+        shape = output.shape if shared else output.shape[1:]
+        onto = output.reshape(1 if shared else len(output), -1, shape[-1])
+        hidden = [h.reshape(len(h), -1, h.shape[-1]) for h in hidden]
+        added: Any = _Added.apply(onto, len(B), *hidden, *B)
+        return added.view(-1, *shape)
+
+
+class _Added(torch.autograd.Function):
+    """onto + h Bᵀ for runs in stacks: onto (runs or 1, M, out), h (k, M, r), B (k, out, r)."""
+
+    @staticmethod
+    def forward(ctx: Any, onto: Tensor, stacks: int, *factors: Tensor) -> Tensor:
+        hidden, B = factors[:stacks], factors[stacks:]
+        result = onto.new_empty(sum(map(len, hidden)), *onto.shape[1:])
+        at = 0
+        for h, b in zip(hidden, B, strict=True):
+            part = slice(at, at := at + len(h))
+            torch.baddbmm(onto if len(onto) == 1 else onto[part], h, b.mT, out=result[part])
+        ctx.save_for_backward(*factors)
+        ctx.stacks, ctx.shared = stacks, len(onto) == 1 < len(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore
+        hidden, B = ctx.saved_tensors[: ctx.stacks], ctx.saved_tensors[ctx.stacks :]
+        to_onto = None
+        if ctx.needs_input_grad[0]:
+            to_onto = gradient.sum(0, keepdim=True) if ctx.shared else gradient
+        parts = gradient.split([len(h) for h in hidden])
+        to_hidden = [torch.bmm(g, b) for g, b in zip(parts, B, strict=True)]
+        # As r × out: several times faster than out × r where r is small.
+        to_B = [torch.bmm(h.mT, g).mT for h, g in zip(hidden, parts, strict=True)]
+        return to_onto, None, *to_hidden, *to_B
 
 
 class TransposedLinearAdapter(LinearAdapter):

@@ -40,17 +40,22 @@ class WeightAdapter(Adapter):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The whole parameter `weight` with this adapter's rows changed."""
+        return weight + self.change(weight)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """What is added to the whole parameter `weight`: (…, *weight), of each run of a stack."""
         A, B = self.factors()
         product = self.scale * B @ self.dropped_columns(A)
-        delta = self.shaped(product, self.shape).to(weight.dtype)
-        if self.rows is not None:
-            before, after = self.rows[0], weight.shape[0] - self.rows[1]
-            delta = F.pad(delta, [0, 0] * (weight.dim() - 1) + [before, after])
-        return weight + delta
+        change = product.view(*product.shape[:-2], *self.shape).to(weight.dtype)
+        if self.rows is None:
+            return change
+        before, after = self.rows[0], weight.shape[0] - self.rows[1]
+        return F.pad(change, [0, 0] * (weight.dim() - 1) + [before, after])
 
     def dropped_columns(self, A: Tensor) -> Tensor:
         """A with some of its columns dropped."""
-        return A * self.dropped(A.new_ones(A.shape[1])) if self.recipe.dropout else A
+        ones = A.new_ones(*A.shape[:-2], 1, A.shape[-1])
+        return A * self.dropped(ones) if self.recipe.dropout else A
 
 
 def blocks(layer: nn.Module, parameter: str, rows: int) -> dict[str, tuple[int, int] | None]:

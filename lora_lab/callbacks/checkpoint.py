@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -89,6 +89,13 @@ class Checkpoint(pl.Callback):
         self.tracking.replay(rows[len(self.tracking.rows) :], histograms)
         return self.path
 
+    def kept_epochs(self) -> int:
+        """The epochs that are kept, as far as the file can be read."""
+        try:
+            return torch.load(self.path, "cpu", weights_only=True)["lora_lab"]["epochs"]
+        except (OSError, EOFError, UnpicklingError, RuntimeError, LookupError, TypeError):
+            return 0
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets weights be loaded that are the adapters' alone."""
         assert isinstance(pl_module, BaseModule)
@@ -117,9 +124,11 @@ class Checkpoint(pl.Callback):
         """Makes the loops begin with the next epoch, as if they had run all before."""
         kept, loop = checkpoint["lora_lab"], trainer.fit_loop
         loop.epoch_progress.increment_by(kept["epochs"])
-        loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_by(
-            kept["steps"]
-        )
+        of = loop.epoch_loop
+        if pl_module.automatic_optimization:
+            of.automatic_optimization.optim_progress.optimizer.step.increment_by(kept["steps"])
+        else:
+            of.manual_optimization.optim_step_progress.increment_by(kept["steps"])
         self.epochs = kept["epochs"]
         # Another number of processes than before has no streams of its own.
         self.streams = kept["streams"][trainer.global_rank % len(kept["streams"])]
@@ -146,15 +155,25 @@ class Checkpoint(pl.Callback):
         due = trainer.current_epoch > self.epochs and began >= self.due
         if not trainer.strategy.broadcast(due):
             return
+        self._write(trainer)
+        self.epochs, now = trainer.current_epoch, time.monotonic()
+        self.due = now + max(self.every, (now - began) / SHARE) if self.every else now
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        self._put(lambda part: trainer.save_checkpoint(part, weights_only=False), trainer)
+
+    def put(self, content: dict[str, Any]) -> None:
+        """Makes `content` the checkpoint that is kept."""
+        self._put(lambda part: torch.save(content, part))
+
+    def _put(self, write: Callable[[Path], None], trainer: pl.Trainer | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part, weights_only=False)
-        if trainer.is_global_zero:
+        write(part)
+        if trainer is None or trainer.is_global_zero:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(self.path)
-        self.epochs, now = trainer.current_epoch, time.monotonic()
-        self.due = now + max(self.every, (now - began) / SHARE) if self.every else now
 
 
 def _streams(trainer: pl.Trainer, device: torch.device) -> list[dict[str, Any]]:

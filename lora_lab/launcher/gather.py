@@ -59,48 +59,50 @@ def to_do(job: Job, config: DictConfig) -> bool:
 
 def gather(
     jobs: Sequence[Job],
+    packs: Sequence[list[int]],
     config: DictConfig,
-    start: Callable[[int, int], Worker],
+    start: Callable[[list[int], int], Worker],
     at_once: int,
     every: float,
 ) -> list[JobReturn]:
-    """Starts the jobs, `at_once` at a time, and waits for all of them; looks every `every` seconds.
+    """Starts `packs` of jobs, `at_once` at a time, and waits for all; looks every `every` seconds.
 
-    `start` is given a job's index and its place, 0 … at_once − 1, which no other job has then. With
+    `start` is given the jobs' indices and a place, 0 … at_once − 1, which no other has then. With
     sweep.fail_fast none begins after the first failure. Left by Ctrl-C, SIGTERM or another
     exception, it first ends what runs.
     """
     Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
     multirun.keeps(Path(config.hydra.sweep.dir))
-    waiting = deque(i for i, job in enumerate(jobs) if to_do(job, config))
+    waiting, wanted = deque(packs), {i for pack in packs for i in pack}
     errors: dict[int, Exception | None] = {
         i: ConfigError(job.error) if job.error else None
         for i, job in enumerate(jobs)
-        if i not in waiting
+        if i not in wanted
     }
-    live: dict[int, tuple[int, Worker]] = {}
+    live: dict[int, tuple[list[int], Worker]] = {}  # by place
     told, console = None, Console(width=None if sys.stdout.isatty() else 200)
     try:
         with _terminable():
             while waiting or live:
-                taken = {place for place, _ in live.values()}
-                for place in range(min(at_once, len(jobs))):
-                    if waiting and place not in taken:
-                        index = waiting.popleft()
-                        live[index] = place, start(index, place)
+                for place in range(min(at_once, len(packs))):
+                    if waiting and place not in live:
+                        pack = waiting.popleft()
+                        live[place] = pack, start(pack, place)
                 time.sleep(every)
                 ended = len(errors)
-                for index, (_, worker) in list(live.items()):
+                for place, (pack, worker) in list(live.items()):
                     if worker.ended():
-                        del live[index]
-                        errors[index] = error = worker.error()
-                        path = jobs[index].path
-                        if path and isinstance(error, LostError):
-                            multirun.lost(path, str(error))
+                        del live[place]
+                        error = worker.error()
+                        for i in pack:
+                            errors[i] = _own(jobs[i], error, len(pack))
+                            path = jobs[i].path
+                            if path and isinstance(errors[i], LostError):
+                                multirun.lost(path, str(error))
                         if error and config.sweep.fail_fast:
                             waiting.clear()
-                            for other, (_, pending) in live.items():
-                                if jobs[other].state == "none":
+                            for others, pending in live.values():
+                                if all(jobs[i].state == "none" for i in others):
                                     pending.stop()
                 if line := multirun.progress():
                     counts, _, _ = line.partition(", about")
@@ -118,6 +120,13 @@ def gather(
         returns.append(JobReturn(job.overrides, config, status=status))
         returns[-1].return_value = error
     return returns
+
+
+def _own(job: Job, error: Exception | None, runs: int) -> Exception | None:
+    """What a job's error is, of a process with that many: each run of a pack ends by itself."""
+    if runs == 1 or error is None or job.state == "finished":
+        return None if runs > 1 else error
+    return RunFailedError(job.cause) if job.state == "failed" else error
 
 
 @contextmanager

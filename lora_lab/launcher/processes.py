@@ -26,7 +26,9 @@ from joblib import cpu_count
 
 from lora_lab import multirun
 from lora_lab.config import ConfigError
-from lora_lab.launcher.gather import LostError, gather
+from lora_lab.launcher.gather import LostError, gather, to_do
+from lora_lab.launcher.packs import packs as packed
+from lora_lab.launcher.packs import together
 from lora_lab.runs import RunFailedError
 
 
@@ -52,24 +54,28 @@ class ProcessLauncher(JoblibLauncher):
         context, config = self.hydra_context, self.config
         assert context is not None
         assert config is not None
-        gpus, n = self.gpus, self.at_once
+        jobs = [multirun.job(overrides) for overrides in job_overrides]
+        wanted = [i for i, job in enumerate(jobs) if to_do(job, config)]
+        gpus, n, packs = self.gpus, self.at_once, [[i] for i in wanted]
+        if self.joblib["pack"] and wanted:
+            packs = packed(jobs, wanted, n, self.joblib["max_runs"])
+            n = min(n, len(packs))
         threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_count() // n)))
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["lora_lab.experiment", __name__])
         logs = Path(config.hydra.sweep.dir).absolute()
-        jobs = [multirun.job(overrides) for overrides in job_overrides]
         state = Singleton.get_state()
 
-        def start(index: int, place: int) -> Process:
-            job = (initial_job_idx + index, list(job_overrides[index]))
-            sent = cloudpickle.dumps((*job, context, config, self.task_function, state))
-            log = logs / f"{initial_job_idx + index}.log"
+        def start(pack: list[int], place: int) -> Process:
+            job = (initial_job_idx + pack[0], list(job_overrides[pack[0]]))
+            sent = cloudpickle.dumps((*job, context, config, together(self, jobs, pack), state))
+            log = logs / f"{initial_job_idx + pack[0]}.log"
             given = (share(gpus, place, n), threads, log, sent)
             process = server.Process(target=_job, args=given)
             process.start()
             return Process(process, log)
 
-        return gather(jobs, config, start, n, every=0.2)
+        return gather(jobs, packs, config, start, n, every=0.2)
 
 
 def at_once(n_jobs: int | None, gpus: int, devices: object) -> int:

@@ -4,6 +4,7 @@ A job that is preempted or out of time is queued again by submitit, or by SLURM 
 does what it did: the same run, which goes on.
 """
 
+import copy
 import shutil
 import subprocess
 import time
@@ -21,12 +22,14 @@ from submitit.core.utils import UncompletedJobError
 
 from lora_lab import multirun
 from lora_lab.launcher.gather import LostError, Worker, gather, to_do
+from lora_lab.launcher.packs import packs as packed
+from lora_lab.launcher.packs import together
 
 MISSING = 30
 """Seconds for which SLURM's queue does not have a job, and no result is there: it was lost."""
 
 
-Submit = Callable[[int], submitit.Job[JobReturn]]
+Submit = Callable[[list[int]], submitit.Job[JobReturn]]
 
 
 class _Launcher(BaseSubmititLauncher):
@@ -41,6 +44,8 @@ class _Launcher(BaseSubmititLauncher):
         """submitit's executor with the launcher's parameters. Raises HydraException."""
         params = {key: value for key, value in self.params.items() if value is not None}
         folder, timeouts = params.pop("submitit_folder"), params.pop("max_num_timeout")
+        for ours in ("pack", "max_runs"):
+            params.pop(ours, None)
         cluster, plain = self._EXECUTOR, OmegaConf.structured(BaseQueueConf)
         assert self.config is not None
         trainer = self.config.trainer
@@ -69,22 +74,27 @@ class _Launcher(BaseSubmititLauncher):
         executor = self.executor()
         jobs = [multirun.job(overrides) for overrides in job_overrides]
 
-        def submit(index: int) -> submitit.Job[JobReturn]:
-            which = initial_job_idx + index
-            return executor.submit(self, jobs[index].overrides, "hydra.sweep.dir", which, "", state)
+        def submit(pack: list[int]) -> submitit.Job[JobReturn]:
+            one, which = copy.copy(self), initial_job_idx + pack[0]
+            one.task_function = together(self, jobs, pack)
+            overrides = jobs[pack[0]].overrides
+            return executor.submit(one, overrides, "hydra.sweep.dir", which, "", state)
 
         wanted = [index for index, job in enumerate(jobs) if to_do(job, config)]
-        returns = gather(jobs, config, *self.workers(executor, submit, wanted))
+        packs = [[i] for i in wanted]
+        if self.params["pack"] and wanted:
+            packs = packed(jobs, wanted, 1, self.params["max_runs"])
+        returns = gather(jobs, packs, config, *self.workers(executor, submit, packs))
         folder = Path(self.params["submitit_folder"])
         if not [*folder.glob("*_log.out")]:  # no job was lost
             shutil.rmtree(folder, ignore_errors=True)
         return returns
 
     def workers(
-        self, executor: submitit.AutoExecutor, submit: Submit, wanted: list[int]
-    ) -> tuple[Callable[[int, int], Worker], int, float]:
+        self, executor: submitit.AutoExecutor, submit: Submit, packs: list[list[int]]
+    ) -> tuple[Callable[[list[int], int], Worker], int, float]:
         """How a job is started, how many at once, and the seconds between two looks."""
-        return lambda index, _: Submitted(submit(index)), self.at_once, 0.2
+        return lambda pack, _: Submitted(submit(pack)), self.at_once, 0.2
 
 
 class LocalLauncher(_Launcher):
@@ -99,13 +109,13 @@ class SlurmLauncher(_Launcher):
     _EXECUTOR = "slurm"
 
     def workers(
-        self, executor: submitit.AutoExecutor, submit: Submit, wanted: list[int]
-    ) -> tuple[Callable[[int, int], Worker], int, float]:
+        self, executor: submitit.AutoExecutor, submit: Submit, packs: list[list[int]]
+    ) -> tuple[Callable[[list[int], int], Worker], int, float]:
         """All are submitted now: SLURM has its own mind when each begins."""
         with executor.batch(allow_implicit_submissions=True):
-            submitted = {index: submit(index) for index in wanted}
+            submitted = {pack[0]: submit(pack) for pack in packs}
         queue = Queue()
-        return lambda index, _: Queued(submitted[index], queue), len(wanted) or 1, 1.0
+        return lambda pack, _: Queued(submitted[pack[0]], queue), len(packs) or 1, 1.0
 
 
 class Submitted:

@@ -1,0 +1,246 @@
+"""Many runs' adapters over one base, computed in one pass: torch.func.vmap over the runs."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lora_lab.adapters.adapter import Adapter, AdapterError
+from lora_lab.adapters.inject import freeze, sit
+from lora_lab.adapters.slots import layer_path
+from lora_lab.adapters.weight import WeightAdapter
+
+Run = Mapping[str, Adapter]
+"""One run's adapters, by the names of their sites."""
+
+
+class Pack(nn.Module):
+    """The adapters of several runs on one base, computed in one pass as if each were alone.
+
+    `base` is the model without adapters, whose weights the pack shares; `runs` sit on models of
+    their own with the same weights. At every site the tensors of consecutive runs of
+    one rank, dropout and setting (`settings`: whatever else must be one in a parameter) are laid
+    side by side in one parameter of which each run's own become views, so that every run's model
+    is at all times what it would be alone.
+
+    A call gives the outputs of all runs, (runs, …). What precedes the first adapter is computed
+    once for all, under vmap; no rank is padded to another. Raises AdapterError for runs that
+    `refusal` refuses.
+    """
+
+    def __init__(self, base: nn.Module, runs: Sequence[Run], settings: Sequence[object]):
+        super().__init__()
+        if cause := refusal(base, runs):
+            raise AdapterError(cause)
+        self.base, self.runs = sharing(base), list(runs)
+        freeze(self.base)
+        self.seats: list[Seat] = []
+        self.stacks: list[tuple[int, Stack]] = []
+        """Every site's, each with the place of its first run."""
+        for site, first in runs[0].items():
+            keys = [
+                (r[site].r, r[site].recipe.dropout, s) for r, s in zip(runs, settings, strict=True)
+            ]
+            at, stacks = 0, []
+            for key, same in groupby(keys):
+                members = [run[site] for run in runs[at : at + len([*same])]]
+                stacks.append(Stack(members, key[-1]))
+                self.stacks.append((at, stacks[-1]))
+                at += len(members)
+            layer = self.base.get_submodule(layer_path(site, first))
+            self.seats.append(seat := Seat(layer, first, stacks))
+            sit(layer, "pack", site, seat)
+            layer.lora.active = "pack"  # pyright: ignore
+        # So that they are in the mode, and among the parameters, of the pack.
+        self.stacked = nn.ModuleList(stack.adapter for _, stack in self.stacks)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The outputs of all runs for one batch: (runs, …)."""
+        dense = [seat for seat in self.seats if seat.kind == WeightAdapter.kind]
+        changes = [
+            torch.cat([stack.change(seat.weight()) for stack in seat.stacks]) for seat in dense
+        ]
+
+        def run(which: Tensor, changes: list[Tensor]) -> Tensor:
+            for seat in self.seats:
+                seat.which = which
+            for seat, change in zip(dense, changes, strict=True):
+                seat.change = change
+            return self.base(*inputs)
+
+        which = torch.zeros(len(self.runs), device=self.seats[0].stacks[0].scale.device)
+        with _Attention():
+            return torch.vmap(run, randomness="different")(which, changes)
+
+
+class Stack:
+    """The adapters of k runs on one site as one `adapter`, whose tensors they are views of."""
+
+    def __init__(self, members: list[Adapter], setting: object):
+        self.members, self.setting = members, setting
+        self.adapter = copy.deepcopy(members[0])
+        tensors = [member.tensors() for member in members]
+        self.adapter.fill({name: torch.stack([t[name] for t in tensors]) for name in tensors[0]})
+        scales = [member.scale for member in members]
+        held = next(self.adapter.parameters())
+        self.scale = torch.tensor(scales, dtype=held.dtype, device=held.device)[:, None, None]
+        self.adapter.scale = self.scale  # pyright: ignore
+        for name in tensors[0]:
+            stacked = getattr(self.adapter, name).data
+            for member, own in zip(members, stacked, strict=True):
+                getattr(member, name).data = own
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The dense changes to a weight that no factored adapter fits: (k, *weight)."""
+        assert isinstance(self.adapter, WeightAdapter)
+        return self.adapter.change(weight)
+
+
+class Seat(nn.Module):
+    """What acts on a site of a pack's base in the place of an adapter: the stacks of all runs."""
+
+    kept = None
+    which: Tensor
+    """In a pass something that vmap knows to differ between runs, as the adapters do."""
+    change: Tensor
+    """In a pass the run's change of a weight that is no factored adapter's."""
+
+    def __init__(self, layer: nn.Module, first: Adapter, stacks: list[Stack]):
+        super().__init__()
+        self.kind, self.parameter, self.stacks = first.kind, first.parameter, stacks
+        # A call, since it is no parameter of this module.
+        self.weight: Callable[[], Any] = partial(layer._parameters.get, first.parameter)
+
+    def forward(self, *given: Any) -> Tensor:
+        """As of any adapter, for the one run that vmap makes of all."""
+        if self.kind == WeightAdapter.kind:
+            (weight,) = given
+            return weight + self.change
+        layer, input, output = given
+        lifted: Any = _Lifted.apply(input, output, self.which, layer, self)
+        return lifted
+
+    def lifted(self, layer: nn.Module, input: Tensor, output: Tensor, shared: bool) -> Tensor:
+        """All runs' outputs of the layer, from theirs of the base: (runs, …).
+
+        `input` and `output` are (runs, …), or, `shared`, the same for all.
+        """
+        hidden, B, gains, at = [], [], [], 0
+        adapter: Any = None
+        for stack in self.stacks:
+            adapter = stack.adapter
+            own = input if shared else input[at : at + len(stack.members)]
+            down, up = adapter.factors()
+            hidden.append(adapter.down_stacked(layer, own, down.to(output.dtype), shared))
+            B.append((stack.scale * up).to(output.dtype))
+            if adapter.magnitude is not None:
+                gains.append(adapter.gain(adapter.weight_of(layer)))
+            at += len(stack.members)
+        adapted = adapter.up_stacked(layer, hidden, B, output, shared)
+        if not gains:
+            return adapted
+        bias = getattr(layer, "bias", None)
+        linear = adapted if bias is None else adapted - adapter.along(bias, output)
+        gain = adapter.along(torch.cat(gains).to(output.dtype), output)  # (runs, out, …)
+        gain = gain.view(len(gain), *[1] * (adapted.dim() - gain.dim()), *gain.shape[1:])
+        return adapted + (gain - 1) * linear
+
+
+class _Lifted(torch.autograd.Function):
+    """A site under vmap: all runs' at once, where vmap's own rules would broadcast and add up."""
+
+    @staticmethod
+    def forward(*given: Any) -> Tensor:
+        raise AdapterError("a pack's base is called by its pack alone")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        input, output, _, layer, seat = args
+        if not (shared := in_dims[0] is None and in_dims[1] is None):
+            input, output = (
+                t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+                for t, dim in zip((input, output), in_dims[:2], strict=True)
+            )
+        # Autocast leaves an embedding's lookups as they are.
+        plain = torch.autocast(output.device.type, enabled=False)
+        with plain if seat.kind == "embedding" else nullcontext():
+            return seat.lifted(layer, input, output, shared), 0
+
+
+class _Attention(TorchFunctionMode):
+    """Under vmap attention is computed on all runs as one batch: vmap would go run by run."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or len(args) < 3:
+            return func(*args, **kwargs)
+        query, key, value, *rest = args
+        mask = rest.pop(0) if rest else kwargs.pop("attn_mask", None)
+        return _Folded.apply(query, key, value, mask, partial(func, **kwargs), rest)
+
+
+class _Folded(torch.autograd.Function):
+    """Attention with the dimension of runs folded into the batch: (runs, batch, …) → the same."""
+
+    @staticmethod
+    def forward(q: Any, k: Any, v: Any, mask: Any, attention: Any, rest: Any) -> Any:
+        return attention(q, k, v, mask, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        *tensors, attention, rest = args
+        runs = info.batch_size
+        first = tensors[0].movedim(in_dims[0], 0) if in_dims[0] is not None else tensors[0][None]
+        folded: list[Tensor | None] = []
+        for tensor, dim in zip(tensors, in_dims[:4], strict=True):
+            if tensor is None:
+                folded.append(None)
+                continue
+            tensor = tensor[None] if dim is None else tensor.movedim(dim, 0)
+            while tensor.dim() < first.dim():  # a mask for all of the batch, or all of the heads
+                tensor = tensor[:, None]
+            tensor = tensor.expand(runs, first.shape[1], *tensor.shape[2:])
+            folded.append(tensor.flatten(0, 1))
+        return attention(*folded, *rest).unflatten(0, (runs, first.shape[1])), 0
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy of the model whose weights are the same tensors."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def refusal(base: nn.Module, runs: Sequence[Run]) -> str | None:
+    """Why these runs cannot be computed in one pass over `base`; None where they can."""
+    for site, first in runs[0].items():
+        for run in runs:
+            if list(run) != list(runs[0]):
+                return "their adapters sit on different sites"
+            adapter = run[site]
+            if type(adapter) is not type(first) or adapter.shape != first.shape:
+                return f"'{site}' is not the same in all"
+            same = [[t is None for t in (a.core, a.A0, a.magnitude)] for a in (adapter, first)]
+            if adapter.recipe.trains != first.recipe.trains or same[0] != same[1]:
+                return f"at '{site}' different tensors train"
+            if adapter.masked is not None:
+                return f"'{site}' is tied to another layer"
+        layer: Any = base.get_submodule(layer_path(site, first))
+        if getattr(layer, "scale_grad_by_freq", False):
+            return f"'{site}' scales its gradient by frequency"
+        if getattr(layer, "padding_idx", None) is not None and first.magnitude is not None:
+            return f"'{site}' has a padding token, and DoRA"
+    return None
