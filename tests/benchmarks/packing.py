@@ -177,8 +177,11 @@ def whole(contender: Contender, case: Case, jobs: int | None) -> float:
 
 
 def subsets(ranks: Sequence[int], at_once: int, jobs: int) -> tuple[list[int], list[int]]:
-    """`jobs` ranks from first to last, a multiple of those at once, and the middle ones of them."""
-    count = min(len(ranks), max(2, ceil(jobs / at_once)) * at_once)
+    """`jobs` ranks from first to last, a multiple of those at once, and the middle ones of them.
+
+    Each has one seed, so that they are at most as many as there are ranks.
+    """
+    count = min(len(ranks) // at_once, max(2, ceil(jobs / at_once))) * at_once
     many = [ranks[i * (len(ranks) - 1) // (count - 1)] for i in range(count)]
     start = (count - at_once) // 2
     return many, many[start : start + at_once]
@@ -189,7 +192,7 @@ def multirun(case: Case, options: argparse.Namespace) -> None:
     if options.quick:
         case = replace(case, ranks=case.ranks[:3], seeds=2)
     racing = contenders(case, options.quick)
-    scaled = set() if options.full or not case.long else set(racing) - {"packed"}
+    scaled = set(racing) - {"packed"} if case.long and not (options.full or options.quick) else ()
     took: dict[str, list[float]] = {name: [] for name in racing}
     for i in range(options.repeats):
         for name in list(racing)[:: -1 if i % 2 else 1]:
@@ -202,7 +205,7 @@ def multirun(case: Case, options: argparse.Namespace) -> None:
     if options.quick:
         title += "; TINY SIZES, only to see that it works"
     if scaled:
-        title += f"\nall but packed measured on about {options.jobs} runs and scaled to {total}"
+        title += f"\nall but packed measured on a few runs, as said, and scaled to {total}"
         title += ", start-up and a shared base counted once"
     table = Table(title=title)
     against = next(iter(racing))
@@ -211,8 +214,8 @@ def multirun(case: Case, options: argparse.Namespace) -> None:
         table.add_column(name, justify="right")
     for name, found in took.items():
         ratios = [a / b for a, b in zip(found, took[against], strict=True)]
-        many, few = subsets(case.ranks, racing[name].at_once, options.jobs)
-        measured = f"{len(few)} and {len(many)}" if name in scaled else str(total)
+        sizes = [len(part) for part in subsets(case.ranks, racing[name].at_once, options.jobs)]
+        measured = f"{sizes[1]} and {sizes[0]}" if name in scaled else str(total)
         row = [measured, f"{statistics.median(found):.1f}", f"{min(found):.1f}–{max(found):.1f}"]
         row += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"]
         table.add_row(name, *row)
@@ -367,7 +370,9 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.benchmarks.packing")
     parser.add_argument("names", nargs="*", choices=[*CASES, "growth", []], help="which (all)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
-    parser.add_argument("--jobs", type=int, default=3, help="of shift's 24, for all but packed (3)")
+    parser.add_argument(
+        "--jobs", type=int, default=3, help="of shift's 24 runs, for all but packed: 3, to 6"
+    )
     parser.add_argument("--full", action="store_true", help="all 24 of shift's, for all")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, only to see that it works"
