@@ -10,14 +10,14 @@ from lora_lab.config import Seed
 from lora_lab.data import Data, Phase
 from lora_lab.seeding import generator
 
-TOKENS, CLASSES = 1000, 4
+TOKENS, CLASSES = 64, 4
 
 
 class Tokens(Data):
     """Sequences of `length` random tokens; every token votes, and the most votes are the label.
 
-    A token's votes for each class are standard normal; half of the tokens get new ones for the
-    adaptation. An eighth as many rows again are held out.
+    A token's votes for each class are standard normal, less their mean over the tokens; half of
+    the tokens get new ones for the adaptation. An eighth as many rows again are held out.
     """
 
     task = "classification"
@@ -45,6 +45,7 @@ class Tokens(Data):
         if self.phase == "adapt":
             half = (TOKENS // 2, CLASSES)
             votes[::2] = torch.randn(*half, generator=generator(self.seed, "new votes"))
+        votes -= votes.mean(0)
 
         def rows(count: int, what: str) -> TensorDataset:
             draws = generator(self.seed, what, self.phase)

@@ -6,9 +6,12 @@ besides what one would write without lora_lab (`usual.py`), each of whose jobs t
 There, where a multirun takes the better part of an hour, all but packed are measured on `--jobs` of
 the runs: with T(n) the seconds of n runs and k those at once, the whole is T(k) and, for each run
 more, (T(jobs) − T(k))/(jobs − k). Start-up, and a base that is shared, are in T(k) and count once.
+
+`growth` times bare steps, without Lightning, whose cost per step a pack also pays only once.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -259,11 +262,10 @@ RANK, RUNS = 8, 16
 """What is held while the other grows."""
 
 
-def adapted(what: Growing, r: int) -> nn.Module:
-    """One run's model."""
-    model = what.make()
+def adapted(model: nn.Module, what: Growing, r: int, seed: int = 0) -> nn.Module:
+    """The model of one run."""
     target = adapters.Target(kind="linear", match=what.match)
-    adapters.attach(model, {"target": target}, r=r, alpha=r)
+    adapters.attach(model, {"target": target}, r=r, alpha=r, seed=seed)
     return model
 
 
@@ -281,7 +283,7 @@ def median_ms(step: Callable[[], object], at_least: float = 0.1) -> float:
 
 def alone_ms(what: Growing, r: int) -> float:
     """Milliseconds of one run's own step: forward, backward, Adam."""
-    model, (x, y) = adapted(what, r), what.batch()
+    model, (x, y) = adapted(what.make(), what, r), what.batch()
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
 
     def step() -> None:
@@ -293,8 +295,22 @@ def alone_ms(what: Growing, r: int) -> float:
 
 
 def step_ms(what: Growing, runs: int, r: int) -> float:
-    """Milliseconds of one step of a pack of `runs` runs of rank r; nan: not measured."""
-    return nan
+    """Milliseconds of one step of `runs` runs in one pass; nan where there is no packing yet."""
+    try:
+        from lora_lab.adapters.packed import Pack
+    except ImportError:
+        return nan
+    base, (x, y) = what.make(), what.batch()
+    models = [adapted(copy.deepcopy(base), what, r, seed) for seed in range(runs)]
+    pack = Pack(base, [adapters.attached(model) for model in models], [None] * runs)
+    adam = torch.optim.Adam([p for p in pack.parameters() if p.requires_grad], fused=True)
+
+    def step() -> None:
+        adam.zero_grad()
+        torch.vmap(what.loss, (0, None))(pack(x), y).sum().backward()
+        adam.step()
+
+    return median_ms(step)
 
 
 def rate() -> float:
@@ -306,7 +322,7 @@ def rate() -> float:
 
 def own(what: Growing, r: int) -> int:
     """Operations of one run's step that no other run's are: those of its products but `shared`."""
-    model, (x, y) = adapted(what, r), what.batch()
+    model, (x, y) = adapted(what.make(), what, r), what.batch()
     with FlopCounterMode(display=False) as counted:
         what.loss(model(x), y).backward()
     return counted.get_total_flops() - what.shared
@@ -329,7 +345,7 @@ def growth(options: argparse.Namespace) -> None:
     axes = figure.subplots(len(GROWING), 2)
     for i, (name, what) in enumerate(GROWING.items()):
         measured: dict[tuple[int, int], tuple[float, float, float]] = {}
-        title = f"{what.title}: ms a step, median of {options.repeats} rounds\n"
+        title = f"{what.title}: ms a bare step, median of {options.repeats} rounds\n"
         title += f"threads: {options.threads}; largest product: {max(rates) / 1e6:.0f} Gflop/s"
         table = Table(title=title)
         for heading in ("runs", "r", *SERIES, "pack / floor", "apart / pack"):
