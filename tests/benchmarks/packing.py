@@ -68,9 +68,7 @@ BERT = (
     *("base.epochs=3", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=1"),
 )
 CASES = {
-    "shift": Case(
-        "shift, full size", ("experiment=shift",), (1, 2, 4, 8, 16, 32), 4, SMALL["shift"], True
-    ),
+    "shift": Case("shift", ("experiment=shift",), (1, 2, 4, 8, 16, 32), 4, SMALL["shift"], True),
     "digits": Case(
         "digits, MLP 64→128→128→10", ("experiment=digits",), (1, 2, 4, 8), 6, SMALL["digits"]
     ),
