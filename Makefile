@@ -33,6 +33,7 @@ bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks.spectra
 	$(BIN)/python -m tests.benchmarks.multirun
 	$(BIN)/python -m tests.benchmarks.report
+	$(BIN)/python -m tests.benchmarks.packing
 
 clean:
 	rm -rf .venv build dist *.egg-info
