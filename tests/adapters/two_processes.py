@@ -57,7 +57,7 @@ def _ddp(model: Everything, rows: Tensor) -> dict[str, Tensor]:
     return adapters.adapter_state_dict(model)
 
 
-def _fsdp(model: Everything, rows: Tensor) -> dict[str, Tensor]:
+def _fsdp(model: Everything, rows: Tensor) -> dict[str, Any]:
     for child in (model.conv, model.fc, model.head):
         fully_shard(child)
     fully_shard(model)
