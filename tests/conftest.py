@@ -87,23 +87,24 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     logging.getLogger("lora_lab").setLevel(logging.NOTSET)
 
 
+def small(experiment: str, *overrides: str, tracking: str = "off") -> int:
+    """Runs `lora-lab train` here, small, and gives its exit code."""
+    sizes = [o for o in SMALL[experiment] if not o.startswith("base.")]
+    if "base=checkpoint" not in overrides:
+        sizes = SMALL[experiment]
+    quick = [f"tracking={tracking}", "figures=false"]
+    sys.argv[1:] = [f"experiment={experiment}", *quick, *sizes, *overrides]
+    try:
+        train.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
 @pytest.fixture
 def lab() -> Lab:
     """lab("shift", "adapter.r=2") runs `lora-lab train` here, small, and gives its exit code."""
-
-    def run(experiment: str, *overrides: str, tracking: str = "off") -> int:
-        small = [o for o in SMALL[experiment] if not o.startswith("base.")]
-        if "base=checkpoint" not in overrides:
-            small = SMALL[experiment]
-        quick = [f"tracking={tracking}", "figures=false"]
-        sys.argv[1:] = [f"experiment={experiment}", *quick, *small, *overrides]
-        try:
-            train.main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
+    return small
 
 
 def only_run(root: str = "runs") -> Run:

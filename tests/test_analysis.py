@@ -217,8 +217,15 @@ def test_the_base_must_be_the_file_it_was(
     assert "is not the file that" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize(
+    ("precision", "adapter"),
+    [
+        ("bf16-true", "lora"),
+        ("64-true", "full"),
+        pytest.param("64-true", "lora", marks=pytest.mark.slow),
+        pytest.param("bf16-true", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_other_precisions_start_at_no_update_and_are_analyzed(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, precision: str, adapter: str
 ):

@@ -1,5 +1,6 @@
 """A sweep's figures hold the right data: what matplotlib was told, against the runs' files."""
 
+import sys
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -15,17 +16,20 @@ from lora_lab.report import against, tradeoffs
 from lora_lab.report.cells import Result, cells_of, read
 from lora_lab.report.figures import style
 from lora_lab.runs import Run, find_runs
-from tests.conftest import Lab, only_run
+from tests.conftest import Lab, only_run, small
 from tests.copies import copies
 
 RANKS, ALPHAS, SEEDS = (1, 2, 3), (4.0, 8.0), (0, 1)
 
 
-@pytest.fixture
-def first(lab: Lab) -> Run:
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A real run, of which sweeps are copies."""
-    assert lab("digits", "adapter.r=3") == 0
-    return only_run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("first"))
+        patch.setattr(sys, "argv", ["lora-lab"])
+        assert small("digits", "adapter.r=3") == 0
+        return Run(only_run().path.absolute())
 
 
 def sweep(first: Run, **values: Any) -> list[Result]:

@@ -168,7 +168,7 @@ MOMENTS = {
 HERE = [moment for moment, (_, how, _) in MOMENTS.items() if "by" not in how]
 
 
-@pytest.mark.parametrize("moment", quick(MOMENTS, [*HERE, "between a checkpoint and its name"]))
+@pytest.mark.parametrize("moment", quick(MOMENTS, HERE))
 def test_whenever_it_is_stopped(lab: Lab, monkeypatch: pytest.MonkeyPatch, moment: str):
     what, how, left = MOMENTS[moment]
     stop = kill if "by" in how else partial(ctrl_c, lab, monkeypatch)

@@ -14,7 +14,11 @@ def test_every_known_experiment_is_in_both_tables():
     assert list(SMALL) == list(MULTIRUNS)
 
 
-@pytest.mark.parametrize("experiment", list(SMALL))
+# Its trained parts have their formulas in test_theory_formulas.py.
+SLOW = pytest.param("what_trains", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("experiment", [*(name for name in SMALL if name != "what_trains"), SLOW])
 def test_theory_holds(monkeypatch: pytest.MonkeyPatch, experiment: str):
     for arguments in commands({experiment: SMALL[experiment]}):
         assert command(monkeypatch, "train", *arguments) == 0

@@ -418,13 +418,11 @@ def test_a_stopped_run_is_interrupted_and_runs_again(signum: signal.Signals):
     again.communicate()
 
 
-def test_the_same_run_twice_at_once_is_refused():
+def test_the_same_run_twice_at_once_is_refused(lab: Lab, capsys: pytest.CaptureFixture[str]):
     process = start("trainer.max_epochs=100000")
     wait_for(lambda: find_runs(Path("runs")) and only_run().curve("val/loss"), process)
-    second = start("trainer.max_epochs=100000")
-    _, says = second.communicate(timeout=60)
-    assert second.returncode == 1
-    assert "is being run by another process" in " ".join(says.split())
+    assert lab("shift", "trainer.max_epochs=100000") == 1
+    assert "is being run by another process" in " ".join(capsys.readouterr().err.split())
     assert only_run().status["state"] == "running"
     process.kill()
     process.communicate()

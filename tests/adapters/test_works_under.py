@@ -1,38 +1,28 @@
 """What people put models through: adapters must be the same there as in a plain forward pass."""
 
-import gc
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab import adapters
+from tests.adapters import two_processes
 from tests.adapters.cases import Case, cases_where, every_layer, move, trained
-from tests.everything import Everything
+from tests.adapters.two_processes import everything, step
 
 ROOT = Path(__file__).parents[2]
 
 
-def everything(seed: int = 0, **how: Any) -> Everything:
-    torch.manual_seed(seed)
-    model = Everything(5, 3).double()
-    adapters.attach(model, how.pop("targets", "all"), **{"r": 2, "alpha": 2, **how})
-    move(model)
-    return model
-
-
-def test_compile_without_a_graph_break():
+@pytest.mark.parametrize("which", [[], pytest.param(["all"], marks=pytest.mark.slow)], ids=str)
+def test_compile_without_a_graph_break(which: list[str]):
     """In a process of its own: the type checks of the tests' import hook cannot be compiled."""
-    command = [sys.executable, "-m", "tests.adapters.compiled"]
+    command = [sys.executable, "-m", "tests.adapters.compiled", *which]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -124,67 +114,14 @@ def test_the_eval_fast_path_of_a_transformer_encoder_sees_the_adapters(targets: 
         assert not torch.allclose(model.eval()(torch.zeros(1, 2, 16)), base)
 
 
-def _start(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-
-
-def _stop() -> None:
-    gc.collect()  # DDP's reducer has threads of its own, and must go before the group
-    dist.barrier()  # and no process before the other has all it was sent
-    dist.destroy_process_group()
-
-
-def _step(model: nn.Module, parameters: list[nn.Parameter], rows: Tensor) -> None:
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(rows).square().mean().backward()
-        optimizer.step()
-
-
-def _ddp(rank: int, folder: str) -> None:
-    _start(rank, folder)
-    model = everything()
-    torch.manual_seed(1)
-    batch = torch.randn(4, 5).double()
-    _step(DistributedDataParallel(model), trained(model), batch[2 * rank :][:2])
-    if rank == 0:
-        torch.save(adapters.adapter_state_dict(model), f"{folder}/state.pt")
-    _stop()
-
-
-def _fsdp(rank: int, folder: str) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
-
-    _start(rank, folder)
-    model = everything(targets=SHARDED)
-    torch.manual_seed(1)
-    batch = torch.randn(4, 5).double()
-    for child in (model.conv, model.fc, model.head):
-        fully_shard(child)
-    fully_shard(model)
-    _step(model, trained(model), batch[2 * rank :][:2])
-    state = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if rank == 0:
-        torch.save({k: v for k, v in state.items() if ".lora." in k}, f"{folder}/state.pt")
-    _stop()
-
-
-SHARDED = {"some": adapters.Target(match=["conv", "fc", "head", "embed"])}
-
-
-@pytest.mark.parametrize(("work", "targets"), [(_ddp, "all"), (_fsdp, SHARDED)])
-def test_two_processes_are_one(work: Any, targets: Any, tmp_path: Path):
+def test_two_processes_are_one(tmp_path: Path):
     """Half the batch in each of two gloo processes gives the whole batch's step."""
-    mp.spawn(work, (str(tmp_path),), nprocs=2)  # pyright: ignore
-    model = everything(targets=targets)
-    torch.manual_seed(1)
-    _step(model, trained(model), torch.randn(4, 5).double())
-    expected, got = adapters.adapter_state_dict(model), torch.load(tmp_path / "state.pt")
-    assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, rtol=1e-9, atol=1e-12)
+    mp.spawn(two_processes.work, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    for way, targets in two_processes.WAYS.items():
+        model = everything(targets)
+        torch.manual_seed(1)
+        step(model, trained(model), torch.randn(4, 5).double())
+        expected, got = adapters.adapter_state_dict(model), torch.load(tmp_path / f"{way}.pt")
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-9, atol=1e-12)
