@@ -75,7 +75,7 @@ class Pack(nn.Module):
                 seat.change = change
             return self.base(*inputs)
 
-        which = torch.zeros(len(self.runs), device=self.seats[0].stacks[0].scale.device)
+        which = torch.zeros(len(self.runs), device=next(self.parameters()).device)
         with _Attention():
             return torch.vmap(run, randomness="different")(which, changes)
 
@@ -139,7 +139,7 @@ class Seat(nn.Module):
             own = input if shared else input[at : at + len(stack.members)]
             down, up = adapter.factors()
             hidden.append(adapter.down_stacked(layer, own, down.to(output.dtype), shared))
-            B.append((stack.scale * up).to(output.dtype))
+            B.append((stack.scale.to(up.device) * up).to(output.dtype))
             if adapter.magnitude is not None:
                 gains.append(adapter.gain(adapter.weight_of(layer)))
             at += len(stack.members)
