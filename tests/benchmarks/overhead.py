@@ -36,7 +36,7 @@ from lora_lab.plan import Plan, plan
 BOUND = 100.0
 """Microseconds a step of ours on top of Lightning's."""
 
-SIZES = {"0.1 ms": (8, 2, 3000), "1 ms": (416, 128, 1000), "10 ms": (1664, 128, 300)}
+SIZES = {"0.3 ms": (8, 2, 3000), "1 ms": (416, 128, 1000), "10 ms": (1664, 128, 300)}
 """Sides of the weight, rows of a batch and steps, by what a plain step is to take about.
 
 The first is the least there is: a step of LoRA is 15 calls into torch, however small.
