@@ -316,15 +316,19 @@ class PackedModule(Evaluated):
                 gradient.mul_(share[runs].view(-1, *[1] * (gradient.dim() - 1)))
 
     def _read_losses(self) -> Tensor:
-        losses = torch.stack(self._losses).cpu()  # (steps, runs)
-        for i in (~losses.isfinite().all(0)).nonzero().flatten().tolist()[::-1]:
-            try:
-                self.members[i].module.check_losses(losses[:, i])
-            except DivergedError as error:
-                self.fail(self.members[i], error)
-                losses = torch.cat([losses[:, :i], losses[:, i + 1 :]], 1)
-        self.train_loss = losses[-1].median().item()
-        return losses
+        """(steps, runs); a run whose losses are no numbers any more fails."""
+        before = sum(map(len, self._read))
+        if self._losses:
+            self._read.append(torch.stack(self._losses).cpu())
+            self._losses.clear()
+            new = self._read[-1]
+            for i in (~new.isfinite().all(0)).nonzero().flatten().tolist()[::-1]:
+                try:
+                    self.members[i].module.check_losses(new[:, i], before)
+                except DivergedError as error:
+                    self.fail(self.members[i], error)
+            self.train_loss = self._read[-1][-1].median().item()
+        return torch.cat(self._read)
 
     def fail(self, member: Member, error: Exception) -> None:
         """Takes a run out. Raises its error where it was the last."""
@@ -333,7 +337,9 @@ class PackedModule(Evaluated):
         del self.members[i]
         if not self.members:
             raise error
-        self._losses = [torch.cat([row[:i], row[i + 1 :]]) for row in self._losses]
+        left = [j for j in range(len(self.members) + 1) if j != i]
+        self._losses = [row[left] for row in self._losses]
+        self._read = [rows[:, left] for rows in self._read]
         if self.trainer.optimizers:
             self._rebuild()
         else:
