@@ -257,6 +257,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*on epoch level in distributed setting.*")  # equal on all
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")
+    warnings.filterwarnings("ignore", "There is a performance drop because.*batching rule.*")
     # Lightning 2.6 on torch 2.13.
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
 
