@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 CACHED = 2**28
 """Bytes that the runs of one pass keep for backward on a CPU: with more, its caches thrash."""
 
+FULL = 2**24
+"""Bytes from which one run keeps a CPU busy: what is computed for several is no quicker."""
+
 CUTS = 64
 """Cuts of ΔW that are measured in one pass, at most."""
 
@@ -204,6 +207,10 @@ class PackedModule(Evaluated):
         if not apart <= CLOSE.get(outputs.dtype, 0.1):
             raise UnpackableError(f"outputs in a pack differ from those alone by {apart:.2g}")
         each = sum(size for place, size in kept.items() if place not in known)
+        if memory == CACHED and each > FULL:
+            raise UnpackableError(
+                f"a run keeps {each / 2**20:.0f} MB for backward, which a CPU takes quicker one by one"
+            )
         self.at_once = max(1, min(len(self.members), memory // max(each, 1)))
 
     def _settings(self) -> list[str]:

@@ -47,8 +47,8 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
     sys.argv[1:] = ["-m", "hydra/sweeper=points", *sweep.hydra, *sweep.fixed]
     if sweep.method == "bayes":
         return _bayes(path, sweep, total, seed, plans[0])
-    paths = [plan.path for plan in plans[len(tried) :]]
-    search = sweeper.Listed([Job(point, at) for point, at in zip(points, paths, strict=True)])
+    pairs = zip(points, plans[len(tried) :], strict=True)
+    search = sweeper.Listed([Job(point, plan.path, plan=plan) for point, plan in pairs])
     train.begin(search.jobs)
     sweeper.use(search)
     train.main(search.jobs)

@@ -135,7 +135,7 @@ class Seat(nn.Module):
         adapter: Any = None
         runs = [len(stack.members) for stack in self.stacks]
         # Of slices backward would add up as many gradients of the whole; of a split it joins them.
-        inputs = [input] * len(runs) if shared else input.split(runs)
+        inputs = [input] * len(runs) if shared or len(runs) == 1 else input.split(runs)
         for stack, own in zip(self.stacks, inputs, strict=True):
             adapter = stack.adapter
             down, up = adapter.factors()
