@@ -180,12 +180,12 @@ class Masked(nn.Module):
 
     def __init__(self, attention: str):
         super().__init__()
-        config = BertConfig(
+        settings: dict[str, Any] = {
             **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
             **{"intermediate_size": 24, "vocab_size": 20, "num_labels": 3},
             **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-            **{"attn_implementation": attention},
-        )
+        }
+        config = BertConfig(**settings, attn_implementation=attention)
         self.bert = BertForSequenceClassification(config)
 
     def forward(self, x: Tensor) -> Tensor:
