@@ -2,9 +2,7 @@
 
 import logging
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,11 @@ from lora_lab import compose, experiment, multirun, packing, train
 from lora_lab.adapters.packed import Pack
 from lora_lab.launcher.packs import packs
 from lora_lab.plan import Plan, plan
-from lora_lab.runs import Run, find_runs
+from lora_lab.runs import Run
 from tests import killed
-from tests.conftest import SMALL, Lab
+from tests.conftest import SMALL
 from tests.test_launchers import alike as alike
 from tests.test_resume import assert_equal
-from tests.test_sweep import RATE, Sweep, file, rates
 from tests.test_sweep import run_sweep as run_sweep
 from tests.test_tracking import as_ours, held
 
@@ -169,29 +166,444 @@ EVERY: dict[str, tuple[str, Points, list[str]]] = {
     "moments": ("digits", MOMENTS, []),
     "momentum": (
         "digits",
-        [["optimizer.momentum=0.9"], ["optimizer.momentum=0.5", "optimizer.lr=0.1"], ["adapter.r=1"]],
+        [
+            ["optimizer.momentum=0.9"],
+            ["optimizer.momentum=0.5", "optimizer.lr=0.1"],
+            ["adapter.r=1"],
+        ],
         ["optimizer=sgd"],
     ),
     "lora_plus": ("digits", [["adapter=lora_plus"], [], ["adapter=lora_plus", "seed=1"]], []),
-    "clip by norm": ("digits", NUMBERS, ["trainer.gradient_clip_val=0.1", "optimizer=sgd", "optimizer.lr=1"]),
+    "clip by norm": (
+        "digits",
+        NUMBERS,
+        ["trainer.gradient_clip_val=0.1", "optimizer=sgd", "optimizer.lr=1"],
+    ),
     "clip by value": (
         "digits",
         NUMBERS,
-        ["trainer.gradient_clip_val=0.001", "+trainer.gradient_clip_algorithm=value", "optimizer=sgd", "optimizer.lr=1"],
+        [
+            "trainer.gradient_clip_val=0.001",
+            "+trainer.gradient_clip_algorithm=value",
+            "optimizer=sgd",
+            "optimizer.lr=1",
+        ],
     ),
     "dora": ("digits", r(1, 2, 4), ["adapter=dora"]),
     "pissa": ("digits", STARTS, []),
     "lora_fa": ("digits", r(1, 2, 4), ["adapter=lora_fa"]),
     "lora_xs": ("digits", CORES, ["adapter=lora_xs"]),
-    "every steps": ("shift", r(1, 2), ["spectra.every_n_steps=3", "trainer.check_val_every_n_epoch=3"]),
+    "every steps": (
+        "shift",
+        r(1, 2),
+        ["spectra.every_n_steps=3", "trainer.check_val_every_n_epoch=3"],
+    ),
 }
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("precision", ["64-true", "32-true"])
-def test_each_run_is_what_it_is_alone(name: str, precision: str, caplog):
+WHOLE = ("shift", "attention")
+"""Whose analysis is made, too."""
+LESS = ["spectra.truncation=none", "spectra.against_base=false"]
+SINGLE = [
+    pytest.param(name, "32-true", marks=[] if name in ("shift", "numbers") else pytest.mark.slow)
+    for name in EVERY
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), [*((n, "64-true") for n in EVERY), *SINGLE])
+def test_each_run_is_what_it_is_alone(name: str, precision: str, caplog: pytest.LogCaptureFixture):
     small, points, overrides = EVERY[name]
-    overrides = [*overrides, f"trainer.precision={precision}"]
+    overrides = [*overrides, f"trainer.precision={precision}", *(LESS if name not in WHOLE else [])]
     runs = together(small, points, *overrides)
     assert f"packed: {len(points)} runs" in caplog.text
     all_same(runs, alone(small, points, *overrides), 1e-10 if precision == "64-true" else 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_in_half_precision(precision: str, caplog: pytest.LogCaptureFixture):
+    """As far as half precision goes: the loss is that of the run alone within its rounding."""
+    settings = [f"trainer.precision={precision}", *LESS]
+    runs = together("digits", r(1, 2, 4), *settings)
+    assert "packed: 3 runs" in caplog.text
+    for run, other in zip(runs, alone("digits", r(1, 2, 4), *settings), strict=True):
+        assert [list(row) for row in run.rows()] == [list(row) for row in other.rows()]
+        assert run.last("val/loss") == pytest.approx(other.last("val/loss"), rel=0.03)
+
+
+def test_a_clipped_run_is_clipped():
+    """So that the tests of clipping are of something: without it the runs are others."""
+    small, points, overrides = EVERY["clip by norm"]
+    clipped = together(small, points[:2], *overrides, *LESS)
+    free = together(small, points[:2], *overrides[1:], *LESS, "runs_dir=free")
+    for one, other in zip(clipped, free, strict=True):
+        assert apart(one.last("val/loss"), other.last("val/loss")) > 1e-2
+
+
+def test_every_run_has_its_own_in_wandb():
+    points = r(1, 2, seeds=2)
+    runs = together("shift", points, "tracking=offline")
+    assert len({run.status["wandb"] for run in runs}) == 4
+    for run in runs:
+        content = held(run)
+        assert content["config"]["adapter"] == run.config["adapter"]
+        assert content["config"]["seed"] == run.config["seed"]
+        assert content["run"].display_name == run.path.name
+        assert content["run"].run_group == run.status["cell"]
+        assert content["exit"] == 0
+        rows = [row for row in content["history"] if "trainer/global_step" in row]
+        assert [as_ours(row) for row in rows] == run.rows()
+        assert content["summary"]["val/loss"] == run.last("val/loss")
+        assert "wandb_rows_lost" not in run.status
+        assert {a.type for a in content["artifacts"]} == {"adapter"}
+        base = [row for row in run.rows() if "base/val/loss" in row]
+        assert [row["epoch"] for row in base] == [2, 4]
+    assert len({run.last("val/loss") for run in runs}) == 4
+
+
+DIVERGES = {
+    "at once": ["optimizer.lr=1e30"],
+    "adam": ["optimizer.lr=1e8"],
+    "later": ["optimizer.lr=0.5", "adapter.alpha=60", "adapter.scaling=alpha"],
+}
+
+
+@pytest.mark.parametrize("how", DIVERGES)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_run_that_diverges_fails_alone(how: str, place: int):
+    settings = ["optimizer=adam" if how == "adam" else "optimizer=sgd", *LESS]
+    points = [["adapter.r=2"], ["adapter.r=3", "optimizer.lr=0.003"]]
+    points.insert(place, ["adapter.r=2", "seed=5", *DIVERGES[how]])
+    made = plans("shift", points, *settings, "tracking=offline")
+    errors = experiment.run_pack(made, Console(quiet=True))
+    runs = [Run(one.path) for one in made]
+    (bad,) = plans("shift", [points[place]], *settings, "runs_dir=alone")
+    with pytest.raises(type(errors[place])) as raised:  # pyright: ignore
+        experiment.run(bad, Console(quiet=True))
+    assert str(errors[place]) == str(raised.value)
+    assert runs[place].status["state"] == "failed"
+    assert runs[place].status["error"] == Run(bad.path).status["error"]
+    assert str(raised.value) in (runs[place].path / "log.txt").read_text()
+    assert held(runs[place])["exit"] == 1
+    mine, theirs = runs[place].rows(), Run(bad.path).rows()
+    assert [list(row) for row in mine] == [list(row) for row in theirs]
+    del points[place], runs[place], errors[place]
+    assert errors == [None, None]
+    for run, other in zip(runs, alone("shift", points, *settings), strict=True):
+        assert held(run)["exit"] == 0
+        same_rows(run, other, 1e-5)
+
+
+def same_rows(run: Run, other: Run, within: float) -> None:
+    assert [list(row) for row in run.rows()] == [list(row) for row in other.rows()]
+    for row, wanted in zip(run.rows(), other.rows(), strict=True):
+        for key in LOSSES:
+            if key in wanted:
+                assert apart(row[key], wanted[key]) <= within, (key, row, wanted)
+
+
+def test_where_all_diverge_all_fail():
+    points = [["adapter.r=1", "optimizer.lr=1e30"], ["adapter.r=2", "optimizer.lr=1e29"]]
+    made = plans("shift", points, "optimizer=sgd")
+    errors = experiment.run_pack(made, Console(quiet=True))
+    assert [type(error).__name__ for error in errors] == ["DivergedError"] * 2
+    assert [Run(one.path).status["state"] for one in made] == ["failed"] * 2
+    for one, error in zip(made, errors, strict=True):
+        assert f"(now {one.cfg.optimizer.lr:g})" in str(error)
+
+
+def test_a_model_that_vmap_refuses_is_trained_run_by_run(caplog: pytest.LogCaptureFixture):
+    settings = ["model._target_=tests.unpackable.Looking", *LESS]
+    runs = together("shift", r(1, 2), *settings)
+    assert "not packed: the model cannot be computed for many runs" in caplog.text
+    assert ".item()" in caplog.text
+    assert not any("packed" in run.status for run in runs)
+    for run, other in zip(runs, alone("shift", r(1, 2), *settings), strict=True):
+        same(run, other, 0)
+
+
+def packs_of(capsys: pytest.CaptureFixture[str], *points: str, **how: Any) -> tuple[list, str]:
+    """How the jobs of a command go together, and what is said."""
+    fixed = ["experiment=shift", "tracking=off", "figures=false", *SMALL["shift"], "-m"]
+    jobs = multirun.jobs(compose.points([*fixed, *points]))
+    assert not [job.error for job in jobs if job.error]
+    capsys.readouterr()
+    found = packs(jobs, range(len(jobs)), how.get("at_once", 1), how.get("most"))
+    assert sorted(i for pack in found for i in pack) == list(range(len(jobs)))
+    return sorted(map(sorted, found)), capsys.readouterr().out
+
+
+OWN = {
+    "adapter.r": "1,2",
+    "adapter.alpha": "1,2",
+    "adapter.scaling": "alpha,alpha/r",
+    "adapter.init": "kaiming,gaussian,orthogonal",
+    "adapter.dropout": "0,0.1",
+    "adapter.lr_ratio": "1,16",
+    "optimizer.lr": "0.1,0.2",
+    "optimizer.schedule": "linear,cosine",
+    "optimizer.warmup": "0,0.1",
+    "optimizer.fused": "true,false",
+    "seed": "0,1",
+    "adapter": "lora,gaussian,rslora,lora_plus,orthogonal",
+}
+"""What may be different within a pack."""
+SHARED = {
+    "target": "[linear],weight",
+    "data.batch_size": "32,64",
+    "data.seed": "0,1",
+    "adapter.trains": "both,zero",
+    "adapter.dora": "true,false",
+    "adapter.init": "kaiming,pissa",
+    "optimizer": "adam,sgd",
+    "trainer.max_epochs": "3,4",
+    "trainer.gradient_clip_val": "null,1",
+    "trainer.precision": "32-true,64-true",
+    "base.epochs": "3,4",
+    "base.seed": "0,1",
+    "spectra.every_n_epochs": "1,2",
+    "model.bias": "true,false",
+}
+"""And what not."""
+
+
+@pytest.mark.parametrize("key", OWN)
+def test_what_may_be_different_in_a_pack(key: str, capsys: pytest.CaptureFixture[str]):
+    found, said = packs_of(capsys, f"{key}={OWN[key]}")
+    n = OWN[key].count(",") + 1
+    assert found == [list(range(n))]
+    assert f"packed: {n} runs, together {n}" in said
+
+
+@pytest.mark.parametrize("key", SHARED)
+def test_what_is_one_in_a_pack(key: str, capsys: pytest.CaptureFixture[str]):
+    found, said = packs_of(capsys, f"{key}={SHARED[key]}", "seed=0,1")
+    assert found == [[0, 1], [2, 3]]
+    assert "packed: 4 runs, together 2, 2" in said
+    found, said = packs_of(capsys, f"{key}={SHARED[key]}")
+    assert found == [[0], [1]]
+    assert "alone: 2 of the runs: no other has base, data and targets" in said
+
+
+ALONE = {
+    "adapter=full": "adapter=full trains no adapter",
+    "adapter=none": "adapter=none trains no adapter",
+    "spectra.first_step=true": "spectra.first_step asks for the dense gradients",
+    "optimizer._target_=torch.optim.Adafactor ~optimizer.fused": "torch.optim.Adafactor",
+    "trainer.precision=16-mixed": "16-mixed scales the gradients of all runs by one number",
+    "+trainer.accumulate_grad_batches=2": "accumulate_grad_batches is more than 1",
+}
+
+
+@pytest.mark.parametrize("setting", ALONE)
+def test_what_cannot_be_packed_is_alone_and_says_why(
+    setting: str, capsys: pytest.CaptureFixture[str]
+):
+    found, said = packs_of(capsys, *setting.split(), "seed=0,1,2")
+    assert found == [[0], [1], [2]]
+    assert "packed:" not in said
+    assert "alone: 3 of the runs: " in said
+    assert ALONE[setting] in said
+
+
+def test_packs_are_split_and_each_has_its_share_of_every_rank(capsys: pytest.CaptureFixture[str]):
+    points = ("adapter.r=1,2,4", "seed=0,1,2,3")
+    found, _ = packs_of(capsys, *points, most=5)
+    assert sorted(map(len, found)) == [4, 4, 4]
+    assert packs_of(capsys, *points, most=12)[0] == [list(range(12))]
+    assert packs_of(capsys, *points, most=1)[0] == [[i] for i in range(12)]
+    found, said = packs_of(capsys, *points, at_once=2)
+    assert list(map(len, found)) == [6, 6]
+    assert "packed: 12 runs, together 6, 6" in said
+    for pack in found:
+        assert sorted(i // 4 for i in pack) == [0, 0, 1, 1, 2, 2]
+
+
+def stopped(
+    monkeypatch: pytest.MonkeyPatch, made: Sequence[Plan], call: int, what: str = ""
+) -> None:
+    """A pack that Ctrl-C ends before a training step."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        what = what or "lora_lab.packing:PackedModule.training_step"
+        patch.setattr(*killed.at(what, call, "before", stop))
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            experiment.run_pack(made, Console(quiet=True))
+    for one in made:
+        assert Run(one.path).status["state"] == "interrupted"
+
+
+GOES_ON = {
+    "adam": ["adapter.dropout=0"],
+    "dropout": ["adapter.dropout=0.3"],
+    "momentum": ["optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.01"],
+    "schedule": ["optimizer=adamw", "optimizer.schedule=cosine", "optimizer.warmup=0.3"],
+    "dora": ["adapter=dora"],
+    "pissa": ["adapter=pissa"],
+    "lora_plus": ["adapter=lora_plus"],
+}
+MIXED = [["adapter.r=1"], ["adapter.r=2", "optimizer.lr=0.02"], ["adapter.r=2", "seed=1"]]
+EPOCH = 8  # steps
+
+
+@pytest.mark.parametrize("how", GOES_ON)
+def test_a_pack_goes_on_bit_for_bit(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    settings = [*GOES_ON[how], *LESS, "checkpoint_every=0"]
+    made = plans("shift", MIXED, *settings)
+    whole = together("shift", MIXED, *settings, "runs_dir=whole")
+    stopped(monkeypatch, made, 2 * EPOCH + 3)
+    assert all((one.path / "checkpoints" / "last.ckpt").exists() for one in made)
+    caplog.clear()
+    runs = together("shift", MIXED, *settings)
+    assert "run resumed from epoch 2 of 4" in caplog.text
+    for run, other in zip(runs, whole, strict=True):
+        assert run.status["tries"] == 2
+        assert not (run.path / "checkpoints").exists()
+        assert_equal(run, other)
+
+
+@pytest.mark.parametrize("how", [how for how in GOES_ON if how != "dropout"])
+def test_a_run_of_a_pack_goes_on_alone_and_a_run_alone_in_a_pack(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    settings = [*GOES_ON[how], *LESS, "checkpoint_every=0", "trainer.precision=64-true"]
+    wanted = alone("shift", MIXED, *settings, root="wanted")
+    made = plans("shift", MIXED, *settings)
+    stopped(monkeypatch, made, 2 * EPOCH + 3)
+    caplog.clear()
+    for one, other in zip(made, wanted, strict=True):
+        run = experiment.run(one, Console(quiet=True))
+        assert run.status["tries"] == 2
+        same(run, other, 1e-10)
+    assert caplog.text.count("run resumed from epoch 2 of 4") == 3
+    made = plans("shift", MIXED, *settings, "runs_dir=back")
+    for one in made:
+        step = "lora_lab.modules:BaseModule.training_step"
+        with monkeypatch.context() as patch:
+            patch.setattr(*killed.at(step, 2 * EPOCH + 3, "before", interrupt))
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                experiment.run(one, Console(quiet=True))
+    caplog.clear()
+    for run, other in zip(
+        together("shift", MIXED, *settings, "runs_dir=back"), wanted, strict=True
+    ):
+        assert run.status["packed"] == 3
+        assert run.status["tries"] == 2
+        same(run, other, 1e-10)
+    assert "run resumed from epoch 2 of 4" in caplog.text
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_runs_that_are_at_different_epochs_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    settings = [*LESS, "checkpoint_every=0", "trainer.precision=64-true"]
+    points = r(1, 2, 3, seeds=2)
+    wanted = alone("shift", points, *settings, root="wanted")
+    made = plans("shift", points, *settings)
+    stopped(monkeypatch, made[:2], EPOCH + 3)
+    stopped(monkeypatch, made[2:4], 3 * EPOCH + 3)
+    caplog.clear()
+    runs = together("shift", points, *settings)
+    assert [run.status["tries"] for run in runs] == [2, 2, 2, 2, 1, 1]
+    assert all(run.status["packed"] == 2 for run in runs)
+    for n in (1, 3):
+        assert f"run resumed from epoch {n} of 4" in caplog.text
+    for run, other in zip(runs, wanted, strict=True):
+        same(run, other, 1e-10)
+
+
+def test_what_is_finished_is_not_repeated_and_what_is_busy_is_told():
+    made = plans("shift", r(1, 2, 3))
+    first = experiment.run(made[1], Console(quiet=True)).status
+    errors = experiment.run_pack(made, Console(quiet=True))
+    assert [type(error).__name__ for error in errors] == [
+        "NoneType",
+        "RunFinishedError",
+        "NoneType",
+    ]
+    assert Run(made[1].path).status == first
+    assert [Run(one.path).status.get("packed") for one in made] == [2, None, 2]
+    twice = plans("shift", [["adapter.r=1", "seed=9"]] * 2)
+    errors = experiment.run_pack(twice, Console(quiet=True))
+    assert [type(error).__name__ for error in errors] == ["NoneType", "RunBusyError"]
+
+
+def test_out_of_memory_it_goes_on_with_fewer_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    settings = [*LESS, "trainer.precision=64-true"]
+    points = [*r(1, 2, seeds=2), ["adapter.r=2", "optimizer.lr=0.02", "adapter=lora_plus"]]
+    real, full = Pack.forward, []
+
+    def forward(pack: Pack, *inputs: torch.Tensor) -> torch.Tensor:
+        if len(pack.runs) > 2 and pack.training and torch.is_grad_enabled():
+            full.append(len(pack.runs))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pack, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pack, "forward", forward)
+        runs = together("shift", points, *settings)
+    assert full == [5, 3]
+    assert "out of memory: going on with 3 runs at once" in caplog.text
+    assert "out of memory: going on with 2 runs at once" in caplog.text
+    all_same(runs, alone("shift", points, *settings), 1e-10)
+
+
+def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch):
+    """What the optimizer knew of each run stays with it."""
+    settings = [*LESS, "trainer.precision=64-true", "optimizer.schedule=cosine"]
+    points = [*r(1, 2, seeds=2), ["adapter.r=2", "optimizer.lr=0.02", "adapter=lora_plus"]]
+    real, calls = Pack.forward, []
+
+    def forward(pack: Pack, *inputs: torch.Tensor) -> torch.Tensor:
+        if len(pack.runs) > 2 and pack.training and torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == EPOCH + 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pack, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pack, "forward", forward)
+        runs = together("shift", points, *settings)
+    assert len(calls) > EPOCH + 4
+    all_same(runs, alone("shift", points, *settings), 1e-10)
+
+
+@pytest.mark.parametrize("small", ["digits", "bytes_lm"])
+def test_several_passes_give_the_same(
+    small: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    settings = [*LESS, "trainer.precision=64-true"]
+    points = r(1, 2, 4, seeds=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "CACHED", 1)
+        runs = together(small, points, *settings, "trainer.accelerator=cpu")
+    assert "packed: 6 runs, 1 at once" in caplog.text
+    once = together(small, points, *settings, "trainer.accelerator=cpu", "runs_dir=once")
+    assert "packed: 6 runs, 6 at once" in caplog.text
+    for run, other in zip(runs, once, strict=True):
+        same(run, other, 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shift", "digits", "planted_embedding", "planted_conv"])
+def test_dropout_is_what_it_is_alone_in_the_mean(name: str):
+    points = [["adapter.dropout=0.3", f"seed={seed}"] for seed in range(20)]
+    packed = [run.last("val/loss") for run in together(name, points, *LESS)]
+    single = [run.last("val/loss") for run in alone(name, points, *LESS)]
+    apart = np.array(packed, float) - np.array(single, float)
+    assert apart.any()
+    assert abs(apart.mean()) < 3 * apart.std(ddof=1) / math.sqrt(len(apart))
+    # And it matters: without it the loss is another.
+    without = [run.last("val/loss") for run in together(name, [[p[1]] for p in points], *LESS)]
+    moved = np.array(packed, float) - np.array(without, float)
+    assert abs(moved.mean()) > 3 * moved.std(ddof=1) / math.sqrt(len(moved))
