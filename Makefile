@@ -32,6 +32,7 @@ bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks.adapters
 	$(BIN)/python -m tests.benchmarks.spectra
 	$(BIN)/python -m tests.benchmarks.multirun
+	$(BIN)/python -m tests.benchmarks.overhead
 	$(BIN)/python -m tests.benchmarks.report
 	$(BIN)/python -m tests.benchmarks.packing
 

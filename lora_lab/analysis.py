@@ -3,7 +3,7 @@
 import glob
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,10 @@ TRIPLES = 64
 
 INTRUDERS_AMONG = 10
 """Left singular vectors of W + ΔW that are asked whether W has their like."""
+
+
+Losses = Callable[[Mapping[str, SVD], Sequence[Mapping[str, int]]], Iterable[float]]
+"""The validation losses with the ΔW that these SVDs are of cut to each of these ranks by site."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,9 @@ class Findings:
 
 
 def analyze(
-    updates: Updates, loss: Callable[[], float], cfg: Spectra, bases_dir: str, console: Console
+    updates: Updates, losses: Losses, cfg: Spectra, bases_dir: str, console: Console
 ) -> Findings:
-    """Everything there is to say of a trained model's ΔW. `loss` is the validation loss right now.
+    """All there is to say of a trained model's ΔW. `losses` are the validation's with it cut.
 
     Singular triples always; the truncation curve and the advice, the comparison with the base as
     `cfg` asks for them.
@@ -123,7 +127,7 @@ def analyze(
         for site in found:
             _against(updates, site, found[site], Path(bases_dir), said)
     if cfg.truncation != "none":
-        _truncate(updates, found, loss, cfg, console, said)
+        _truncate(found, losses, cfg, console, said)
     return said
 
 
@@ -158,9 +162,8 @@ def steps(r: int) -> list[int]:
 
 
 def _truncate(
-    updates: Updates,
     found: Mapping[str, SVD],
-    loss: Callable[[], float],
+    losses: Losses,
     cfg: Spectra,
     console: Console,
     said: Findings,
@@ -172,23 +175,31 @@ def _truncate(
     }
     if cfg.truncation == "sites":
         asked |= {site: [{**whole, site: k} for k in steps(n)] for site, n in whole.items()}
-    known: dict[tuple[int, ...], float] = {}
-    curves: dict[str | None, Curve] = {}
-    with updates.cutting(found) as cut:
+    distinct = list({tuple(cut.values()): cut for cuts in asked.values() for cut in cuts}.values())
+    shown = track(
+        losses(found, distinct),
+        "truncation",
+        len(distinct),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    known = dict(zip((tuple(ranks.values()) for ranks in distinct), shown, strict=True))
 
-        def cut_loss(ranks: dict[str, int]) -> float:
-            if (key := tuple(ranks.values())) not in known:
-                cut(ranks)
-                known[key] = loss()
-            return known[key]
+    def cut_loss(ranks: dict[str, int]) -> float:
+        if (key := tuple(ranks.values())) not in known:
+            (known[key],) = losses(found, [ranks])
+        return known[key]
 
-        for site, ranks in _shown([(s, r) for s, every in asked.items() for r in every], console):
-            curve = curves.setdefault(site, Curve([], []))
-            curve.ranks.append(top[len(curve.ranks)] if site is None else ranks[site])
-            curve.losses.append(cut_loss(ranks))
-        if cfg.truncation == "sites":
-            sites = {site: curve for site, curve in curves.items() if site is not None}
-            said.advice = advise(curves[None], sites, cfg.keep, cut_loss)
+    curves = {
+        site: Curve(
+            top if site is None else [cut[site] for cut in cuts], [cut_loss(cut) for cut in cuts]
+        )
+        for site, cuts in asked.items()
+    }
+    if cfg.truncation == "sites":
+        sites = {site: curve for site, curve in curves.items() if site is not None}
+        said.advice = advise(curves[None], sites, cfg.keep, cut_loss)
     for site, curve in curves.items():
         prefix = "truncation" if site is None else f"{site}/truncation"
         said.arrays[f"{prefix}/ranks"] = np.array(curve.ranks)
@@ -206,16 +217,6 @@ def write(directory: Path, arrays: Mapping[str, np.ndarray], advice: Advice | No
     (directory / "advice.yaml").unlink(missing_ok=True)
     if advice is not None:
         write_atomic(directory / "advice.yaml", advice.text())
-
-
-def _shown(passes: list, console: Console) -> Iterable:
-    return track(
-        passes,
-        "truncation",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def advise(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_lab import analysis, spectra
 from lora_lab.config import Spectra
-from lora_lab.experiment import val_loss
+from lora_lab.experiment import cut_losses
 from lora_lab.modules import BaseModule
 from lora_lab.report import Pair
 from lora_lab.restore import restore
@@ -34,9 +34,9 @@ def again(run: Run, console: Console, **change: Any) -> analysis.Findings:
     module = BaseModule(found.model, data.task, data.sizes["out_features"], cfg.optimizer)
     updates = Updates(found.model, found.base, found.plan.sites)
     pl.seed_everything(cfg.seed, verbose=False)
-    loss = partial(val_loss, found.plan.alone(None, []), module, data)
+    losses = partial(cut_losses, found.plan.alone(None, []), module, data, updates)
     asked = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
-    said = analysis.analyze(updates, loss, asked, cfg.bases_dir, console)
+    said = analysis.analyze(updates, losses, asked, cfg.bases_dir, console)
     with np.load(run.path / "spectra.npz") as arrays:
         kept = dict(arrays)
     analysis.write(run.path, {**kept, **said.arrays}, said.advice)

@@ -1,7 +1,7 @@
 """One run from start to end: base, adapter, training, spectra, merge check, files."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from lora_lab.callbacks.spectra import SpectraCallback
 from lora_lab.config import Lora, TrainedBase
 from lora_lab.data import Data
 from lora_lab.modules import BaseModule, DivergedError, LoRAModule
-from lora_lab.packing import EachRun, Member, PackedCheckpoint, PackedModule, UnpackableError
+from lora_lab.packing import Cuts, EachRun, Member, PackedCheckpoint, PackedModule, UnpackableError
 from lora_lab.plan import Plan
 from lora_lab.runs import (
     CHECKPOINTS,
@@ -37,6 +37,7 @@ from lora_lab.runs import (
     record,
 )
 from lora_lab.seeding import generator
+from lora_lab.spectra import SVD
 from lora_lab.tracking import Tracking
 from lora_lab.updates import Updates, whole
 
@@ -307,8 +308,8 @@ def _conclude(trial: Trial, console: Console) -> None:
     arrays = spectral.arrays()
     analysis.write(run.path, arrays, None)  # whatever comes of the rest
     module.prefix = ""
-    loss = partial(val_loss, quiet, module, data)
-    said = analysis.analyze(updates, loss, cfg.spectra, cfg.bases_dir, console)
+    losses = partial(cut_losses, quiet, module, data, updates)
+    said = analysis.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
     analysis.write(run.path, {**arrays, **said.arrays}, said.advice)
     assert module.end is not None
     tracking.log_findings(said.metrics, said.arrays, int(module.end["step"]))
@@ -370,6 +371,35 @@ def val_loss(quiet: pl.Trainer, module: BaseModule, data: Data) -> float:
     """The validation loss of the model as it is now, by a Trainer that logs nothing."""
     (result,) = quiet.validate(module, data, verbose=False)
     return result[f"{module.prefix}val/loss"]
+
+
+def cut_losses(
+    quiet: pl.Trainer,
+    module: BaseModule,
+    data: Data,
+    updates: Updates,
+    found: Mapping[str, SVD],
+    every: Sequence[Mapping[str, int]],
+) -> Iterator[float]:
+    """The validation losses of the model with ΔW cut to each of `every` ranks by site.
+
+    Of adapters whose ΔW is a product all in one pass, as the runs of a pack are; of others, and
+    where the model cannot be computed so, with each cut written into the weights.
+    """
+    if all(map(updates.is_product, updates.sites)):
+        try:
+            bare = sharing(module.model)
+            adapters.detach(bare)
+            cuts = Cuts(bare, data, module.optimizer, list(updates.sites.values()), found, every)
+            quiet.validate(cuts, data, verbose=False)
+            yield from cuts.means().tolist()
+            return
+        except (AdapterError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            log.debug("cut one by one: %s", error)
+    with updates.cutting(found) as cut:
+        for ranks in every:
+            cut(ranks)
+            yield val_loss(quiet, module, data)
 
 
 def _check_merge(

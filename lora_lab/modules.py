@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from math import cos, pi
 from typing import Any
 
@@ -80,6 +81,9 @@ class BaseModule(pl.LightningModule):
         self.train_loss: float | None = None
         """The last training loss that was looked at."""
         self._losses: list[Tensor] = []
+        """Of the epoch's steps since the training loss was looked at."""
+        self._read: list[Tensor] = []
+        """Those before, as they were read."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning writes the running hook's name here some 40 times a step, and nn.Module would
@@ -122,30 +126,38 @@ class BaseModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's list of losses."""
         self._losses.clear()
+        self._read.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The task's loss on a batch."""
         x, y = batch
         loss = self.task.loss(self.model(x), y)
         self._losses.append(loss.detach())
-        if len(self._losses) % READ_EVERY == 0 or self.trainer.is_last_batch:
+        if len(self._losses) == READ_EVERY or self.trainer.is_last_batch:
             self._read_losses()
         return loss
 
-    def _read_losses(self) -> Tensor:
-        # Of all processes, so that each sees what one sees.
-        losses = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="mean").cpu()
-        self.check_losses(losses)
-        self.train_loss = losses[-1].item()
-        return losses
+    # Lightning asks at every step which arguments it takes: said here, it is 4 µs in place of 10.
+    training_step.__signature__ = signature(training_step)  # pyright: ignore
 
-    def check_losses(self, losses: Tensor) -> None:
-        """Raises DivergedError where the epoch's training losses so far are not all numbers."""
+    def _read_losses(self) -> Tensor:
+        """The losses of the epoch so far, those since the last look read from the device."""
+        if self._losses:
+            # Of all processes, so that each sees what one sees.
+            new = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="mean").cpu()
+            self.check_losses(new, sum(map(len, self._read)))
+            self.train_loss = new[-1].item()
+            self._read.append(new)
+            self._losses.clear()
+        return torch.cat(self._read)
+
+    def check_losses(self, losses: Tensor, before: int) -> None:
+        """Raises DivergedError where training losses, after `before` steps, are not all numbers."""
         if not (finite := losses.isfinite()).all():
-            step, steps = int(finite.int().argmin()), self.trainer.num_training_batches
+            at, steps = int(finite.int().argmin()), self.trainer.num_training_batches
             raise DivergedError(
-                f"{self.prefix}train/loss became {losses[step].item()} in epoch "
-                f"{self.current_epoch + 1}, step {step + 1} of {steps}; "
+                f"{self.prefix}train/loss became {losses[at].item()} in epoch "
+                f"{self.current_epoch + 1}, step {before + at + 1} of {steps}; "
                 f"a smaller learning rate (now {self.optimizer.lr:g}) or "
                 "trainer.gradient_clip_val may keep it finite"
             )

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,19 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab import adapters
-from lora_lab.adapters import Adapter
+from lora_lab.adapters import Adapter, Recipe, Site
 from lora_lab.adapters.count import groups_of
 from lora_lab.adapters.packed import Pack
 from lora_lab.callbacks.checkpoint import Checkpoint
 from lora_lab.callbacks.spectra import SpectraCallback
+from lora_lab.config import Optimizer
 from lora_lab.data import Data
 from lora_lab.modules import READ_EVERY, BaseModule, Batch, DivergedError, LoRAModule, rate_at
+from lora_lab.spectra import SVD
 from lora_lab.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
 CACHED = 2**28
 """Bytes that the runs of one pass keep for backward on a CPU: with more, its caches thrash."""
+
+CUTS = 64
+"""Cuts of ΔW that are measured in one pass, at most."""
 
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-10}
 """How far a run's outputs in a pack may be from those alone, relative; other dtypes: 0.1."""
@@ -63,7 +68,89 @@ class Member:
         return [r.r for r in recipes], [r.dropout for r in recipes], self.setting
 
 
-class PackedModule(BaseModule):
+class Evaluated(BaseModule):
+    """Many runs' validation losses in one pass over the data; `packs` are all of them."""
+
+    def __init__(self, model: nn.Module, data: Data, optimizer: Optimizer):
+        super().__init__(model, data.task, data.sizes["out_features"], optimizer)
+        self.eval_rows = data.eval_rows
+        self.packs: list[Pack] = []
+        self.sums: list[Tensor] = []
+        self.rows = 0
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums."""
+        self.sums, self.rows = [], 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds every run's loss, with no more memory than one run takes."""
+        x, y = batch
+        sums, place = [], 0
+        for pack in self.packs:
+            rows = max(1, self.eval_rows // len(pack.runs))
+            total = torch.zeros(len(pack.runs), dtype=torch.float64)
+            for xs, ys in zip(x.split(rows), y.split(rows), strict=True):
+                outputs = pack(xs)
+                losses = torch.vmap(self.task.loss, (0, None))(outputs, ys)
+                total += losses.double().cpu() * len(xs)
+                self.measure(place, outputs, ys)
+            sums.append(total)
+            place += len(pack.runs)
+        self.sums.append(torch.cat(sums))
+        self.rows += len(x)
+
+    def measure(self, place: int, outputs: Tensor, y: Tensor) -> None:
+        """What else is measured of the runs from `place` on."""
+
+    def means(self) -> Tensor:
+        """The mean losses (runs,)."""
+        return torch.stack(self.sums).sum(0) / self.rows
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs nothing."""
+
+
+class Cuts(Evaluated):
+    """A model with ΔW cut to its best approximations: a run for each of `every` ranks by site.
+
+    `found` are the SVDs of ΔW at all sites, `model` is without adapters. Raises AdapterError where
+    the runs cannot be one pack.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        optimizer: Optimizer,
+        sites: Sequence[Site],
+        found: Mapping[str, SVD],
+        every: Sequence[Mapping[str, int]],
+    ):
+        super().__init__(model, data, optimizer)
+        made = [
+            {s.name: _cut(model, s, found[s.name].first(k[s.name])) for s in sites} for k in every
+        ]
+        self.own = nn.ModuleList(adapter for run in made for adapter in run.values())
+        self.packs = [
+            Pack(model, made[i : i + CUTS], [None] * CUTS) for i in range(0, len(made), CUTS)
+        ]
+        self.stacks = nn.ModuleList(self.packs)
+
+
+def _cut(model: nn.Module, site: Site, svd: SVD) -> Adapter:
+    """The adapter whose ΔW is the product of these singular triples."""
+    layer, r = model.get_submodule(site.layer), max(1, len(svd.S))
+    adapter = adapters.adapter_for(layer)(layer, site.parameter, site.rows, Recipe(r, r))
+    dtype = torch.promote_types(adapter.weight_of(layer).dtype, torch.float32)
+    A, B = svd.Vh.to(dtype), (svd.U * svd.S).to(dtype)
+    if not len(svd.S):
+        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)
+    if (padding := getattr(layer, "padding_idx", None)) is not None:
+        A[:, padding] = 0  # but for rounding it is
+    return adapter.fill({"A": A, "B": B})
+
+
+class PackedModule(Evaluated):
     """The runs of `members` over the one base `model`, each with its own adapters.
 
     Every step is taken in passes of `at_once` runs. The optimizer is torch's own, elementwise, with
@@ -73,17 +160,12 @@ class PackedModule(BaseModule):
     """
 
     def __init__(self, model: nn.Module, data: Data, members: Sequence[Member]):
-        outputs = data.sizes["out_features"]
-        super().__init__(model, data.task, outputs, members[0].module.optimizer)
-        self.eval_rows = data.eval_rows
+        super().__init__(model, data, members[0].module.optimizer)
         self.automatic_optimization = False
         self.members = sorted(members, key=Member.order)
         self.own = nn.ModuleList(member.module for member in self.members)
         self.at_once = len(members)
-        self.packs: list[Pack] = []
         self.clip: tuple[float, str] | None = None
-        self.seen: list[Tensor] = []
-        self.rows = 0
 
     def check(self, batch: Batch, memory: int) -> None:
         """Finds out whether the runs can be packed, and how many of them at once, on a batch.
@@ -234,15 +316,19 @@ class PackedModule(BaseModule):
                 gradient.mul_(share[runs].view(-1, *[1] * (gradient.dim() - 1)))
 
     def _read_losses(self) -> Tensor:
-        losses = torch.stack(self._losses).cpu()  # (steps, runs)
-        for i in (~losses.isfinite().all(0)).nonzero().flatten().tolist()[::-1]:
-            try:
-                self.members[i].module.check_losses(losses[:, i])
-            except DivergedError as error:
-                self.fail(self.members[i], error)
-                losses = torch.cat([losses[:, :i], losses[:, i + 1 :]], 1)
-        self.train_loss = losses[-1].median().item()
-        return losses
+        """(steps, runs); a run whose losses are no numbers any more fails."""
+        before = sum(map(len, self._read))
+        if self._losses:
+            self._read.append(torch.stack(self._losses).cpu())
+            self._losses.clear()
+            new = self._read[-1]
+            for i in (~new.isfinite().all(0)).nonzero().flatten().tolist()[::-1]:
+                try:
+                    self.members[i].module.check_losses(new[:, i], before)
+                except DivergedError as error:
+                    self.fail(self.members[i], error)
+            self.train_loss = self._read[-1][-1].median().item()
+        return torch.cat(self._read)
 
     def fail(self, member: Member, error: Exception) -> None:
         """Takes a run out. Raises its error where it was the last."""
@@ -251,7 +337,9 @@ class PackedModule(BaseModule):
         del self.members[i]
         if not self.members:
             raise error
-        self._losses = [torch.cat([row[:i], row[i + 1 :]]) for row in self._losses]
+        left = [j for j in range(len(self.members) + 1) if j != i]
+        self._losses = [row[left] for row in self._losses]
+        self._read = [rows[:, left] for rows in self._read]
         if self.trainer.optimizers:
             self._rebuild()
         else:
@@ -263,32 +351,15 @@ class PackedModule(BaseModule):
         for member, mean in zip(self.members, means, strict=True):
             self._log(member, {"train/loss": mean})
 
-    def on_validation_epoch_start(self) -> None:
-        """Starts the sums over the validation set."""
-        self.seen, self.rows = [], 0
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Every run's loss and metrics."""
-        x, y = batch
-        sums = []
-        for pack in self.packs:
-            rows = max(1, self.eval_rows // len(pack.runs))  # no more memory than of one run
-            total = torch.zeros(len(pack.runs), dtype=torch.float64)
-            place = sum(map(len, sums))
-            for xs, ys in zip(x.split(rows), y.split(rows), strict=True):
-                outputs = pack(xs)
-                losses = torch.vmap(self.task.loss, (0, None))(outputs, ys)
-                total += losses.double().cpu() * len(xs)
-                for member, output in zip(self.members[place:], outputs, strict=False):
-                    for metric in member.module.metrics.values():
-                        metric.update(output, ys)  # pyright: ignore
-            sums.append(total)
-        self.seen.append(torch.cat(sums))
-        self.rows += len(x)
+    def measure(self, place: int, outputs: Tensor, y: Tensor) -> None:
+        """Every run's metrics."""
+        for member, output in zip(self.members[place:], outputs, strict=False):
+            for metric in member.module.metrics.values():
+                metric.update(output, y)  # pyright: ignore
 
     def on_validation_epoch_end(self) -> None:
         """Logs them."""
-        means = torch.stack(self.seen).sum(0) / self.rows
+        means = self.means()
         for member, mean in zip(list(self.members), means, strict=True):
             found = member.module.metrics.items()
             measured = {f"val/{name}": metric.compute().item() for name, metric in found}  # pyright: ignore

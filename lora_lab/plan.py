@@ -3,12 +3,14 @@
 import hashlib
 import inspect
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -23,6 +25,19 @@ from lora_lab.tracking import Tracking
 OURS = ("logger", "callbacks", "enable_progress_bar", "enable_model_summary")
 OURS += ("enable_checkpointing", "num_sanity_val_steps", "use_distributed_sampler")
 """Arguments of Lightning's Trainer that a run sets itself."""
+
+NOTHING = nullcontext()
+
+
+class Unprofiled(PassThroughProfiler):
+    """No profiler, as Lightning's default, without the generator that stands around every hook.
+
+    Of some 35 hooks a step each costs 0.2 µs in place of 0.9: 7% of Lightning's own cost.
+    """
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # pyright: ignore
+        """Nothing."""
+        return NOTHING
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class Plan:
         arguments = {**self.cfg.trainer.model_dump(), **change}
         if arguments.get("strategy") == "fsdp":
             arguments["strategy"] = ModelParallelStrategy(self.processes, 1, False)
+        arguments["profiler"] = arguments.get("profiler") or Unprofiled()
         return pl.Trainer(
             **arguments,
             logger=tracking.loggers if tracking else False,

@@ -2,12 +2,14 @@
 
 import gc
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from lora_lab import compose
-from lora_lab.config import Config, ConfigError
+from lora_lab.config import ConfigError
 from lora_lab.runs import RunFailedError
 
 if TYPE_CHECKING:
@@ -36,17 +38,17 @@ errors = Console(stderr=True)
 entry = hydra.main(version_base="1.3", config_path="pkg://lora_lab.conf", config_name="train")
 
 
-def job(content: DictConfig, points: Sequence[list[str]] = ()) -> None:
+def job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> None:
     """One job: a single run, or one of a multirun, where it raises so that the rest goes on.
 
-    `points`: the overrides of all runs of a pack, of which this is the first.
+    `pack`: the plans, or overrides, of all runs of a pack, of which this is the first.
     """
     told = HydraConfig.get()
     single = told.mode == RunMode.RUN
     listen()
     try:
-        if points:
-            _pack(points)
+        if pack:
+            _pack(pack)
         else:
             _run(content, single)
     except (ConfigError, RunFailedError) as error:
@@ -71,13 +73,13 @@ def _run(content: DictConfig, single: bool) -> None:
     # Lightning and wandb take seconds to import: after the first checks, not before. The garbage
     # collector finds nothing in what they make, and need never look there again.
     gc.disable()
-    from lora_lab import devices, experiment, report, tracking
+    from lora_lab import devices, experiment, plan, report, tracking
     from lora_lab.runs import Run, RunBusyError, RunFinishedError
 
     gc.enable()
     gc.freeze()
     quiet()
-    planned = _planned(cfg)
+    planned = _with_published(plan.plan(cfg))
     if devices.inside():
         return devices.take_part(planned, console)
     run = Run(planned.path)
@@ -109,11 +111,11 @@ def _run(content: DictConfig, single: bool) -> None:
         report.show(run, console)
 
 
-def _planned(cfg: Config) -> "Plan":
-    """The run's plan; what was published is set beside what is as it was published."""
-    from lora_lab import bases, plan
+def _with_published(planned: "Plan") -> "Plan":
+    """The plan with what was published of it, where base or run are as they were published."""
+    from lora_lab import bases
 
-    planned = plan.plan(cfg)
+    cfg = planned.cfg
     if cfg.published is None:
         return planned
     paper = compose.as_published(HydraConfig.get().runtime.choices["experiment"], cfg)
@@ -122,20 +124,19 @@ def _planned(cfg: Config) -> "Plan":
         "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
     }
     published = cfg.published.model_copy(update=rows)
-    return replace(planned, cfg=planned.cfg.model_copy(update={"published": published}))
+    return replace(planned, cfg=cfg.model_copy(update={"published": published}))
 
 
-def _pack(points: Sequence[list[str]]) -> None:
+def _pack(pack: "Sequence[list[str] | Plan]") -> None:
     """The runs of a pack. Raises RunFailedError where any of them failed."""
-    from lora_lab import experiment, report
+    from lora_lab import experiment, plan, report
     from lora_lab.runs import Run, RunFinishedError
 
     quiet()
-    plans = []
-    for _, cfg in compose.every(points):
-        if isinstance(cfg, ConfigError):
-            raise cfg
-        plans.append(_planned(cfg))
+    plans = [
+        _with_published(plan.plan(compose.composed(one)) if isinstance(one, list) else one)
+        for one in pack
+    ]
     try:
         errors = experiment.run_pack(plans, console)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -176,6 +177,11 @@ def main(every: "list[Job] | None" = None) -> None:
     sys.argv[1:] = compose.prepare(sys.argv[1:])
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
     listen()
+    if {"hydra/launcher=joblib", "hydra/launcher=packed"} & {*sys.argv}:
+        # Every job is forked from a server, which imports what this process does meanwhile.
+        preload = ["lora_lab.experiment", "lora_lab.launcher.processes"]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+        forkserver.ensure_running()
     if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
         from lora_lab import launcher
 
@@ -257,6 +263,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*on epoch level in distributed setting.*")  # equal on all
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")
+    warnings.filterwarnings("ignore", "There is a performance drop because.*batching rule.*")
     # Lightning 2.6 on torch 2.13.
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
 

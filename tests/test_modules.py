@@ -10,7 +10,7 @@ from torch import nn
 from lora_lab import adapters
 from lora_lab.config import Optimizer
 from lora_lab.data.digits import Digits
-from lora_lab.modules import BaseModule, LoRAModule, rate_at
+from lora_lab.modules import READ_EVERY, BaseModule, DivergedError, LoRAModule, rate_at
 
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01, "schedule": "constant", "warmup": 0.0}
 
@@ -22,11 +22,11 @@ def normed() -> nn.Sequential:
     )
 
 
-def fit(module: BaseModule, **trainer) -> pl.Trainer:
+def fit(module: BaseModule, batch_size: int = 64, **trainer) -> pl.Trainer:
     off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
     quiet: dict[str, Any] = dict.fromkeys(off, False)
     fitted = pl.Trainer(max_epochs=2, accelerator="cpu", **quiet, **trainer)
-    fitted.fit(module, Digits("adapt", batch_size=64, seed=0))
+    fitted.fit(module, Digits("adapt", batch_size, seed=0))
     return fitted
 
 
@@ -63,6 +63,39 @@ def test_a_base_in_training_moves_all_of_it():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fit(BaseModule(model, "classification", 10, Optimizer.model_validate(ADAM)))
     assert all(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Seen(BaseModule):
+    """Notes every training loss; that of step `bad` is not finite."""
+
+    bad = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        loss = super().training_step((x / (batch_idx + 1 != self.bad), y), batch_idx)
+        self.seen[batch_idx] = loss.item()
+        return loss
+
+    seen: dict[int, float]
+
+
+def test_the_training_loss_is_the_mean_over_all_steps_of_an_epoch_however_often_it_is_read():
+    module = Seen(normed(), "classification", 10, Optimizer.model_validate(ADAM))
+    module.seen = {}
+    trainer = fit(module, batch_size=8)
+    assert len(module.seen) > 2 * READ_EVERY
+    assert len(module.seen) % READ_EVERY
+    mean = sum(module.seen.values()) / len(module.seen)
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(mean, rel=1e-6)
+    assert module.train_loss == module.seen[len(module.seen) - 1]
+
+
+def test_a_divergence_after_the_first_look_is_told_by_its_step_of_the_epoch():
+    module = Seen(normed(), "classification", 10, Optimizer.model_validate(ADAM))
+    module.seen, module.bad = {}, READ_EVERY + 7
+    with pytest.raises(DivergedError, match=f"in epoch 1, step {module.bad} of"):
+        fit(module, batch_size=8)
+    assert len(module.seen) < 2 * READ_EVERY
 
 
 def test_validation_is_the_mean_over_all_rows():

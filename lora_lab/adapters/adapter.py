@@ -99,6 +99,8 @@ class Adapter(nn.Module, ABC):
         self.shape = self.weight_of(layer).shape
         self.masked: int | None = None
         """The padding token of a table that several layers share: its change is held at zero."""
+        self.tied = False
+        """Whether another layer uses the same weight, with these tensors."""
         # Not a child: the tensors are registered, trained and stored once, with their owner.
         object.__setattr__(self, "source", None)
         self.register_buffer("kept", None, persistent=False)
@@ -179,7 +181,9 @@ class Adapter(nn.Module, ABC):
         """What there is to store."""
         return {name: t.detach() for name in TENSORS if (t := getattr(self, name)) is not None}
 
-    def factors(self) -> tuple[Float[Tensor, "rank rest"], Float[Tensor, "out rank"]]:
+    def factors(
+        self,
+    ) -> tuple[Float[Tensor, "*runs rank rest"], Float[Tensor, "*runs out rank"]]:
         """A and B of one product: ΔW = scale · B A, but for DoRA's magnitude.
 
         Their rank is r, or 2r where ΔW is measured from factors that start from the weight.
@@ -199,7 +203,7 @@ class Adapter(nn.Module, ABC):
             return torch.cat([A, self.A0], -2), torch.cat([B, -self.B0], -1)
         return A, B
 
-    def norms(self, weight: Tensor) -> Float[Tensor, " out"]:
+    def norms(self, weight: Tensor) -> Float[Tensor, "*runs out"]:
         """The norm of every row of the matrix W + scale · B A, without forming it.
 
         The terms cancel, and digits are lost, where a row is thousands of times smaller than W's.
@@ -211,7 +215,7 @@ class Adapter(nn.Module, ABC):
             square = square + 2 * ((W @ A.mT) * B).sum(-1) + ((B @ (A @ A.mT)) * B).sum(-1)
             return square.clamp(min=0).sqrt()
 
-    def gain(self, weight: Tensor) -> Float[Tensor, " out"]:
+    def gain(self, weight: Tensor) -> Float[Tensor, "*runs out"]:
         """What DoRA multiplies every row by; the norm takes no gradient (section 4.3)."""
         assert self.magnitude is not None
         norms = self.norms(weight)
@@ -258,7 +262,7 @@ class FactoredAdapter(Adapter):
         # At the start the gain is 1 and this adds exactly nothing.
         return adapted + (self.along(gain, output) - 1) * linear
 
-    def along(self, values: Float[Tensor, " out"], output: Tensor) -> Tensor:
+    def along(self, values: Float[Tensor, "*runs out"], output: Tensor) -> Tensor:
         """One value for each of the layer's outputs, to be broadcast over `output`."""
         return values
 

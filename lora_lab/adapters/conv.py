@@ -52,7 +52,8 @@ class ConvAdapter(FactoredAdapter):
     def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
         """One convolution for all runs where they share the input; else one for each."""
         conv: Any = layer
-        if shared and conv.groups == 1 and not (self.recipe.dropout and self.training):
+        one = shared and conv.groups == 1 and input.dim() == len(self.shape)
+        if one and not (self.recipe.dropout and self.training):
             filters = A.reshape(-1, *self.shape[1:])  # k · r of them
             hidden = conv._conv_forward(input, filters, None)
             return hidden.unflatten(1, A.shape[:2]).movedim(1, 0)
@@ -70,7 +71,8 @@ class ConvAdapter(FactoredAdapter):
         """One product for each stack, over its runs, their batches and groups."""
         conv: Any = layer
         shape = output.shape if shared else output.shape[1:]  # (batch, out, …)
-        batch, out, groups, places = shape[0], shape[1], conv.groups, math.prod(shape[2:])
+        batch, out, *places = shape if len(shape) == len(self.shape) else (1, *shape)
+        groups, places = conv.groups, math.prod(places)
         results, at = [], 0
         for h, b in zip(hidden, B, strict=True):
             k, r = len(h), b.shape[-1]

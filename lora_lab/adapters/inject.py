@@ -136,6 +136,7 @@ def _shared(
         raise AdapterError(f"'{site.name}' is tied to a transpose or a part of it: exclude it")
     twin.fill({})
     object.__setattr__(twin, "source", adapter)
+    adapter.tied = True
     tokens = (getattr(one, "padding", None) for one in (twin, adapter))
     twin.masked = adapter.masked = next((token for token in tokens if token is not None), None)
     return twin

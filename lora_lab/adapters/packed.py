@@ -1,8 +1,8 @@
 """Many runs' adapters over one base, computed in one pass: torch.func.vmap over the runs."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lora_lab.adapters.adapter import Adapter, AdapterError
 from lora_lab.adapters.inject import freeze, sit
@@ -75,8 +74,8 @@ class Pack(nn.Module):
                 seat.change = change
             return self.base(*inputs)
 
-        which = torch.zeros(len(self.runs), device=self.seats[0].stacks[0].scale.device)
-        with _Attention():
+        which = torch.zeros(len(self.runs), device=next(self.parameters()).device)
+        with _attention():
             return torch.vmap(run, randomness="different")(which, changes)
 
 
@@ -132,17 +131,18 @@ class Seat(nn.Module):
 
         `input` and `output` are (runs, …), or, `shared`, the same for all.
         """
-        hidden, B, gains, at = [], [], [], 0
+        hidden, B, gains = [], [], []
         adapter: Any = None
-        for stack in self.stacks:
+        runs = [len(stack.members) for stack in self.stacks]
+        # Of slices backward would add up as many gradients of the whole; of a split it joins them.
+        inputs = [input] * len(runs) if shared else input.split(runs)
+        for stack, own in zip(self.stacks, inputs, strict=True):
             adapter = stack.adapter
-            own = input if shared else input[at : at + len(stack.members)]
             down, up = adapter.factors()
             hidden.append(adapter.down_stacked(layer, own, down.to(output.dtype), shared))
-            B.append((stack.scale * up).to(output.dtype))
+            B.append((stack.scale.to(up.device) * up).to(output.dtype))
             if adapter.magnitude is not None:
                 gains.append(adapter.gain(adapter.weight_of(layer)))
-            at += len(stack.members)
         adapted = adapter.up_stacked(layer, hidden, B, output, shared)
         if not gains:
             return adapted
@@ -178,16 +178,25 @@ class _Lifted(torch.autograd.Function):
             return seat.lifted(layer, input, output, shared), 0
 
 
-class _Attention(TorchFunctionMode):
-    """Under vmap attention is computed on all runs as one batch: vmap would go run by run."""
+@contextmanager
+def _attention() -> Iterator[None]:
+    """Within it attention under vmap is computed on all runs as one batch, not run by run.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or len(args) < 3:
-            return func(*args, **kwargs)
-        query, key, value, *rest = args
-        mask = rest.pop(0) if rest else kwargs.pop("attn_mask", None)
-        return _Folded.apply(query, key, value, mask, partial(func, **kwargs), rest)
+    torch has no rule for it, and none can be given to an operator of its own; whoever calls it by
+    its name in torch.nn.functional, as that module itself, gets this one. Others get vmap's.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def folded(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **how: Any
+    ) -> Any:
+        return _Folded.apply(query, key, value, attn_mask, partial(plain, **how), rest)
+
+    F.scaled_dot_product_attention = folded
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 class _Folded(torch.autograd.Function):
@@ -236,7 +245,7 @@ def refusal(base: nn.Module, runs: Sequence[Run]) -> str | None:
             same = [[t is None for t in (a.core, a.A0, a.magnitude)] for a in (adapter, first)]
             if adapter.recipe.trains != first.recipe.trains or same[0] != same[1]:
                 return f"at '{site}' different tensors train"
-            if adapter.masked is not None:
+            if adapter.tied:
                 return f"'{site}' is tied to another layer"
         layer: Any = base.get_submodule(layer_path(site, first))
         if getattr(layer, "scale_grad_by_freq", False):

@@ -15,8 +15,8 @@ class Slot(nn.ModuleDict):
     active: str | None = None
     """The adapter that acts; None: the layer is its base."""
 
-    def acting(self) -> list[Adapter]:
-        """The active adapters that are not merged into the weight already."""
+    def acting(self) -> list[Any]:
+        """The active adapters, or a pack's seats, that are not merged into the weight already."""
         if self.active is None:
             return []
         parts: Any = self._modules[self.active]

@@ -87,11 +87,15 @@ def packs(
     return found
 
 
-def together(launcher: Any, jobs: Sequence[Job], pack: list[int]) -> Any:
-    """What the process of a pack does: the launcher's own job, or all the jobs of the pack."""
+def together(launcher: Any, jobs: Sequence[Job], pack: list[int], elsewhere: bool = False) -> Any:
+    """What the process of a pack does: the launcher's own job, or all the jobs of the pack.
+
+    `elsewhere`, on another machine, each is planned anew.
+    """
     if len(pack) == 1:
         return launcher.task_function
-    return partial(launcher.task_function, points=[jobs[i].overrides for i in pack])
+    every = [jobs[i].overrides if elsewhere else jobs[i].plan for i in pack]
+    return partial(launcher.task_function, pack=every)
 
 
 def _ranks(job: Job) -> list[int]:

@@ -62,7 +62,6 @@ class ProcessLauncher(JoblibLauncher):
             n = min(n, len(packs))
         threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_count() // n)))
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["lora_lab.experiment", __name__])
         logs = Path(config.hydra.sweep.dir).absolute()
         state = Singleton.get_state()
 

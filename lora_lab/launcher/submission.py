@@ -76,7 +76,7 @@ class _Launcher(BaseSubmititLauncher):
 
         def submit(pack: list[int]) -> submitit.Job[JobReturn]:
             one, which = copy.copy(self), initial_job_idx + pack[0]
-            one.task_function = together(self, jobs, pack)
+            one.task_function = together(self, jobs, pack, elsewhere=True)
             overrides = jobs[pack[0]].overrides
             return executor.submit(one, overrides, "hydra.sweep.dir", which, "", state)
 
