@@ -75,9 +75,10 @@ def run(plan: Plan, console: Console) -> Run:
         # From here on dropout is the only thing that draws from the global stream.
         own = generator(cfg.seed, "dropout", rank()).initial_seed() if rank() else cfg.seed
         pl.seed_everything(own % 2**32, verbose=False)
-        trial = _trial(plan, model, data, run, tracking, None)
-        if plan.sites and isinstance(cfg.adapter, Lora):
+        if isinstance(cfg.adapter, Lora):
+            plan.attach(model)
             console.print(report.sites(plan.sites))
+        trial = _trial(plan, model, data, run, tracking, None)
         _train(trial, console)
         _conclude(trial, console)
     return run
@@ -111,11 +112,14 @@ def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
             tracking.replay(base.rows)
         model = first.model()
         model.load_state_dict(base.state)
+        models = {i: sharing(model) for i in live}
+        for i, own in models.items():  # all of them before the weights get another dtype
+            plans[i].attach(own)
         state: dict[str, Tensor] | None = None
         trials: dict[int, Trial] = {}
         for i, (_, own, tracking) in live.items():
-            plan = plans[i]
-            trials[i] = _trial(plan, sharing(model), plan.data("adapt"), own, tracking, state)
+            data = plans[i].data("adapt")
+            trials[i] = _trial(plans[i], models[i], data, own, tracking, state)
             state = trials[i].base
         by_epoch: dict[int, list[int]] = {}
         for i, trial in trials.items():
@@ -181,10 +185,9 @@ def _trial(
     tracking: Tracking,
     base: dict[str, Tensor] | None,
 ) -> Trial:
-    """The run's model with its adapter. `base`: its weights, where another run has copied them."""
+    """The run of an adapted model. `base`: its weights, where another run has copied them."""
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     if isinstance(cfg.adapter, Lora):
-        plan.attach(model)
         ratio = cfg.adapter.lr_ratio
         module = LoRAModule(model, data.task, outputs, cfg.optimizer, lr_ratio=ratio)
     else:
@@ -252,8 +255,9 @@ def _train_packed(
         module = PackedModule(model, data, list(members.values()))
         data.setup("fit")
         batch = next(iter(data.train_dataloader()))
-        batch = plan.alone(None, []).precision_plugin.convert_input(batch)
-        module.check(batch, packing.room())
+        precision = plan.alone(None, []).precision_plugin
+        with precision.forward_context():
+            module.check(precision.convert_input(batch), packing.room())
     except UnpackableError as error:
         if len(members) > 1:
             log.warning("not packed: %s", error)

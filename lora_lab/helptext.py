@@ -37,8 +37,8 @@ file with one. The same command again goes on: finished runs are not repeated.
 OVERRIDES are those of `lora-lab train`, and come before what the file says: one value fixes a
 parameter, several (adapter.r=1,2) are swept instead of the file's. The file's tracking=online is
 for W&B's agents: here runs are tracked offline unless you say tracking=online. A launcher runs
-several at once: hydra/launcher=joblib. Every point of a grid, and of a distribution both ends, is
-checked before anything runs.
+several at once: hydra/launcher=joblib, or packed. Every point of a grid, and of a distribution both
+ends, is checked before anything runs.
 """
 
 SWEEPS = """\
@@ -82,7 +82,9 @@ settings:
   sweep.fail_fast=false  true ends a multirun with its first failure
   hydra.launcher.n_jobs=4    runs at once, with -m and hydra/launcher=joblib; hydra.launcher.KEY
                          sets what the launcher's YAML has. Without one (basic) they run one after
-                         another in this process, and end with it if it is killed
+                         another in this process, and end with it if it is killed. packed: those
+                         that differ in r, alpha, scaling, init, dropout, optimizer settings or
+                         seed alone are trained together, in one pass over the base they share
   overwrite=false        true repeats a finished run
   checkpoint_every=60    seconds that an interrupted run may have to repeat; 0: less than an epoch
   figures=null           drawn after a single run; true: after each run of -m, which takes seconds;
@@ -94,6 +96,7 @@ examples:
   lora-lab train experiment=digits target='body.*' tracking=online
   lora-lab train -m experiment=digits adapter.r=1,2,4,8 seed=0,1,2
   lora-lab train -m adapter.r=1,2,4 seed=0,1 hydra/launcher=joblib
+  lora-lab train -m adapter.r=1,2,4,8 seed=range(8) hydra/launcher=packed
   lora-lab train -m adapter.r=1,2,4 hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
   lora-lab train experiment=digits adapter=full
 """

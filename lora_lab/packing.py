@@ -91,13 +91,17 @@ class Evaluated(BaseModule):
             total = torch.zeros(len(pack.runs), dtype=torch.float64)
             for xs, ys in zip(x.split(rows), y.split(rows), strict=True):
                 outputs = pack(xs)
-                losses = torch.vmap(self.task.loss, (0, None))(outputs, ys)
+                losses = self.losses(outputs, ys)
                 total += losses.double().cpu() * len(xs)
                 self.measure(place, outputs, ys)
             sums.append(total)
             place += len(pack.runs)
         self.sums.append(torch.cat(sums))
         self.rows += len(x)
+
+    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Every run's loss: one by one, which vmap would do in several passes over all outputs."""
+        return torch.stack([self.task.loss(output, y) for output in outputs])
 
     def measure(self, place: int, outputs: Tensor, y: Tensor) -> None:
         """What else is measured of the runs from `place` on."""
@@ -207,10 +211,11 @@ class PackedModule(Evaluated):
 
     def _build(self) -> None:
         settings, n = self._settings(), self.at_once
-        self.packs = [
-            Pack(self.model, [m.adapters for m in self.members[i : i + n]], settings[i : i + n])
-            for i in range(0, len(self.members), n)
-        ]
+        with torch.inference_mode(False):  # they are trained after a validation, too
+            self.packs = [
+                Pack(self.model, [m.adapters for m in self.members[i : i + n]], settings[i : i + n])
+                for i in range(0, len(self.members), n)
+            ]
 
     def setup(self, stage: str) -> None:
         """Says to every run's own module what they are trained by."""
@@ -259,8 +264,8 @@ class PackedModule(Evaluated):
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # pyright: ignore
         """A step of every run."""
         optimizer: Any = self.optimizers()
-        self._set_rates(optimizer.optimizer)
         losses = self._backward(optimizer, batch)
+        self._set_rates(optimizer.optimizer)
         if self.clip is not None:
             self._clip(*self.clip)
         optimizer.step()
@@ -290,7 +295,7 @@ class PackedModule(Evaluated):
             self._rebuild()
 
     def _losses_of(self, pack: Pack, x: Tensor, y: Tensor) -> Tensor:
-        return torch.vmap(self.task.loss, (0, None))(pack(x), y)
+        return self.losses(pack(x), y)
 
     def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """The rates of the step to come, of each run's own schedule."""
@@ -395,8 +400,11 @@ class PackedModule(Evaluated):
                     }
             about = group_of[id(places[id(group["params"][0])][0])]
             rest = {k: v for k, v in about.items() if k not in ("params", "schedule")}
-            if about["schedule"]:
-                rest["initial_lr"] = about["schedule"][0]
+            if about["schedule"]:  # alone the rate of the step to come is set already
+                base, kind, warmup = about["schedule"]
+                steps = int(self.trainer.estimated_stepping_batches)
+                rate = base * rate_at(kind, warmup * steps, steps, self.global_step)
+                rest |= {"initial_lr": base, "lr": rate}
             groups.append({**rest, "params": numbers})
         return {"state": state, "param_groups": groups}
 
@@ -511,6 +519,7 @@ class PackedCheckpoint(Checkpoint):
     def __init__(self, members: Sequence[Member]):
         first = members[0].checkpoint
         super().__init__(first.path.parent, "", first.every, members[0].tracking)
+        self.what = "pack"
         self.contents = [
             torch.load(member.kept, "cpu", weights_only=True) for member in members if member.kept
         ]

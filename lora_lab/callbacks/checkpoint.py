@@ -50,6 +50,7 @@ class Checkpoint(pl.Callback):
     ):
         self.path = directory / "last.ckpt"
         self.identity, self.every, self.tracking, self.base = identity, every, tracking, base
+        self.what = "base" if base is None else "run"
         self.epochs = 0
         """Whole epochs that are kept."""
         self.due = 0.0
@@ -132,8 +133,7 @@ class Checkpoint(pl.Callback):
         self.epochs = kept["epochs"]
         # Another number of processes than before has no streams of its own.
         self.streams = kept["streams"][trainer.global_rank % len(kept["streams"])]
-        what = "base" if self.base is None else "run"
-        log.info("%s resumed from epoch %d of %s", what, self.epochs, trainer.max_epochs)
+        log.info("%s resumed from epoch %d of %s", self.what, self.epochs, trainer.max_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The time runs from here."""

@@ -42,10 +42,16 @@ class ProcessLauncher(JoblibLauncher):
         return [] if self.config.trainer.accelerator == "cpu" else visible_gpus()
 
     @property
-    def at_once(self) -> int:
-        """How many jobs run side by side."""
+    def processes(self) -> int:
+        """How many jobs, or packs of them, run side by side."""
         assert self.config is not None
         return at_once(self.joblib["n_jobs"], len(self.gpus), self.config.trainer.devices)
+
+    @property
+    def at_once(self) -> int:
+        """How many jobs a search is asked for: as many as run side by side, in packs too."""
+        own = self.joblib
+        return self.processes * ((own.get("max_runs") or 8) if own.get("pack") else 1)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -56,7 +62,7 @@ class ProcessLauncher(JoblibLauncher):
         assert config is not None
         jobs = [multirun.job(overrides) for overrides in job_overrides]
         wanted = [i for i, job in enumerate(jobs) if to_do(job, config)]
-        gpus, n, packs = self.gpus, self.at_once, [[i] for i in wanted]
+        gpus, n, packs = self.gpus, self.processes, [[i] for i in wanted]
         if self.joblib["pack"] and wanted:
             packs = packed(jobs, wanted, n, self.joblib["max_runs"])
             n = min(n, len(packs))
