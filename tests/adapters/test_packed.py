@@ -1,0 +1,470 @@
+"""Runs that are computed in one pass must be what each is on a model of its own."""
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification
+
+from lora_lab import adapters
+from lora_lab.adapters.packed import Pack, refusal, sharing
+from lora_lab.models.cnn import CNN
+from lora_lab.models.mlp import MLP
+from lora_lab.models.transformer import Transformer
+from tests.adapters.cases import CASES, Case, cases_where, move, seeded
+from tests.adapters.test_works_under import NO_VMAP
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+"""Which layers vmap goes through run by run."""
+
+EXACT = 1e-10
+
+DRAWN = (
+    {"r": 1, "alpha": 1.0, "init": "kaiming"},
+    {"r": 2, "alpha": 5.0, "init": "gaussian", "scaling": "alpha/sqrt(r)"},
+    {"r": 2, "alpha": 0.5, "init": "kaiming"},
+    {"r": 1, "alpha": 3.0, "init": "orthogonal", "scaling": "alpha"},
+)
+"""Four runs that may be packed: two ranks, not in order; no scale twice, nor a seed."""
+FROM_WEIGHT = tuple(
+    {**run, "init": init}
+    for run, init in zip(DRAWN, ("pissa", "svd", "olora", "pissa"), strict=True)
+)
+
+
+def four(how: dict[str, Any]) -> list[dict[str, Any]]:
+    """Four runs of one variant."""
+    starts = FROM_WEIGHT if how.get("init") in ("pissa", "olora", "svd") else DRAWN
+    rest = {k: v for k, v in how.items() if k in ("trains", "dora", "dropout")}
+    return [{**start, **rest, "seed": seed} for seed, start in enumerate(starts)]
+
+
+def models(
+    base: nn.Module, runs: Sequence[dict[str, Any]], target: Any = "all", far: float = 1.0
+) -> list[nn.Module]:
+    """A model for each run, of the base's own weights, moved as training could, so far."""
+    made = [sharing(base) for _ in runs]
+    for i, (model, run) in enumerate(zip(made, runs, strict=True)):
+        adapters.attach(model, target, **run)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        move(model, seed=10 + i)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.lerp_(start[name], 1 - far)
+    return made
+
+
+def pack(base: nn.Module, made: Sequence[nn.Module]) -> Pack:
+    return Pack(base, [adapters.attached(model) for model in made], [None] * len(made))
+
+
+def gradient(pack: Pack, own: Tensor) -> Tensor:
+    """That of one run's tensor, of which the pack's parameter must hold the memory."""
+    for parameter in pack.parameters():
+        whole = parameter.untyped_storage()
+        if parameter.requires_grad and whole.data_ptr() == own.untyped_storage().data_ptr():
+            assert parameter.grad is not None
+            laid = torch.empty_like(parameter).copy_(parameter.grad)  # in the same memory layout
+            at = own.storage_offset() - parameter.storage_offset()
+            return laid.detach().as_strided(own.shape, own.stride(), at)
+    raise AssertionError("a run's tensor is no view of the pack's")
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return ((one - other).norm() / other.norm().clamp(min=1e-30)).item()
+
+
+def as_each_alone(
+    base: nn.Module, made: Sequence[nn.Module], *inputs: Tensor, exact: float = EXACT
+) -> None:
+    """The pack's outputs and gradients, beside those of every run's own model."""
+    alone = [copy.deepcopy(model) for model in made]
+    packed = pack(base, made)
+    outputs = packed(*inputs)
+    assert len(outputs) == len(made)
+    wanted = [model(*inputs) for model in alone]
+    weights = torch.randn_like(wanted[0])
+    (outputs * weights).sum().backward()
+    for i, (model, want) in enumerate(zip(alone, wanted, strict=True)):
+        assert apart(outputs[i], want) <= exact, i
+        (want * weights).sum().backward()
+        own = dict(made[i].named_parameters())
+        trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert trains
+        for name, parameter in trains.items():
+            assert parameter.grad is not None
+            got = gradient(packed, own[name])
+            assert apart(got, parameter.grad) <= exact or parameter.grad.norm() < 1e-12, (i, name)
+    assert not [p for p in packed.base.parameters() if p.requires_grad and p.grad is None]
+    # No run is what another is: were one computed in another's place, it would have been seen.
+    assert all(apart(a, b) > 1e-6 for i, a in enumerate(wanted) for b in wanted[:i] if b.norm() > 0)
+
+
+def no_pass(case: Case) -> str | None:
+    """Why a case cannot be packed: in words that the error has."""
+    if case.layer.name in NO_VMAP:
+        return "Batching rule not implemented"
+    if case.layer.name == "embedding-freq":
+        return "scales its gradient by frequency"
+    if case.layer.name == "embedding-padding" and case.how.get("dora"):
+        return "has a padding token, and DoRA"
+    return None
+
+
+@cases_where(lambda case: no_pass(case) is None)
+def test_each_is_what_it_is_alone(case: Case):
+    base = case.plain()
+    as_each_alone(base, models(base, four(case.how)), *case.inputs())
+
+
+@cases_where(lambda case: no_pass(case) is not None)
+def test_or_it_says_why_it_cannot_be(case: Case):
+    base, why = case.plain(), no_pass(case)
+    made = models(base, four(case.how))
+    error = RuntimeError if case.layer.name in NO_VMAP else adapters.AdapterError
+    with pytest.raises(error, match=why):
+        pack(base, made)(*case.inputs())
+
+
+def test_most_cases_are_packed():
+    assert sum(no_pass(case) is None for case in CASES) > len(CASES) * 0.85
+
+
+def test_what_does_not_belong_together_is_refused():
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)).double()
+
+    def why(*runs: dict[str, Any]) -> str | None:
+        made = []
+        for run in runs:
+            made.append(sharing(base))
+            target = run.pop("target", "linear")
+            adapters.attach(made[-1], target, **{"r": 2, "alpha": 1.0, **run})
+        return refusal(base, [adapters.attached(model) for model in made])
+
+    first = {"target": {"some": adapters.Target(match="0")}}
+    assert why({}, {"r": 3, "alpha": 2.0, "seed": 4, "init": "gaussian"}) is None
+    assert why({}, first) == "their adapters sit on different sites"
+    assert "different tensors train" in str(why({}, {"trains": "zero"}))
+    assert "different tensors train" in str(why({}, {"dora": True}))
+    assert "different tensors train" in str(why({}, {"init": "pissa"}))
+    assert "different tensors train" in str(why({"init": "svd"}, {"init": "svd", "trains": "core"}))
+
+
+class Tied(nn.Module):
+    """One matrix for the vectors of tokens and for what they are read by."""
+
+    def __init__(self):
+        super().__init__()
+        self.vectors, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.vectors.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.vectors(x))
+
+
+def test_adapters_that_are_tied_are_refused():
+    seeded(0)
+    base = Tied().double()
+    made = models(base, four({}), {"both": adapters.Target(tied=True)})
+    with pytest.raises(adapters.AdapterError, match="tied"):
+        pack(base, made)
+
+
+class Masked(nn.Module):
+    """BERT, told which tokens are there."""
+
+    def __init__(self, attention: str):
+        super().__init__()
+        settings: dict[str, Any] = {
+            **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+            **{"intermediate_size": 24, "vocab_size": 20, "num_labels": 3},
+            **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        }
+        config = BertConfig(**settings, attn_implementation=attention)
+        self.bert = BertForSequenceClassification(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bert(input_ids=x, attention_mask=(x > 3).long()).logits
+
+
+class Attending(nn.Module):
+    """Self-attention, causal, by torch's own layer."""
+
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        return self.head(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+TOKENS = torch.arange(24).view(3, 8) % 19
+MODELS: dict[str, tuple[Any, Tensor, tuple[str, ...]]] = {
+    "mlp": (lambda: MLP(64, 10, [12, 8]), torch.rand(5, 64), ("linear",)),
+    "cnn": (lambda: CNN(10, 8, 17, [4, 6, 8]), torch.rand(3, 64), ("all", "conv", "embedding")),
+    "transformer": (
+        lambda: Transformer(20, 20, 16, 4, 2, 8),
+        TOKENS,
+        ("all", "linear", "attention", "embedding"),
+    ),
+    "encoder": (encoder, torch.randn(3, 5, 8), ("all", "linear", "attention")),
+    "attention": (Attending, torch.randn(3, 5, 8), ("all", "attention")),
+    "bert": (lambda: Masked("sdpa"), TOKENS, ("attention", "linear")),
+    "bert-eager": (lambda: Masked("eager"), TOKENS, ("all",)),
+    "norms": (
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(5, 4)),
+        torch.randn(7, 6),
+        ("linear",),
+    ),
+    "convs": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 8, 3, groups=2, padding=1),
+            nn.MaxPool2d(2),
+            nn.GroupNorm(2, 8),
+            nn.Conv2d(8, 8, 3, groups=8, padding="same", padding_mode="circular"),
+            nn.ConvTranspose2d(8, 3, 2),
+            nn.Flatten(),
+            nn.Linear(3 * 16, 4),
+        ),
+        torch.randn(3, 4, 6, 6),
+        ("all", "conv", "weight"),
+    ),
+}
+VARIED: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+    "lora_xs": {"init": "svd", "trains": "core"},
+    "lora_fa": {"trains": "zero"},
+}
+
+
+def whole(name: str) -> tuple[nn.Module, Tensor]:
+    seeded(0)
+    make, x, _ = MODELS[name]
+    return make().double().eval(), x.double() if x.is_floating_point() else x
+
+
+DENSE = {(name, target) for name in ("encoder", "attention") for target in ("all", "attention")}
+DENSE |= {("convs", "all"), ("convs", "weight")}
+"""Targets with a weight that no DoRA is for."""
+WHOLE = [
+    (name, target, how)
+    for name, (*_, every) in MODELS.items()
+    for target in every
+    for how in VARIED
+    if how != "dora" or (name, target) not in {*DENSE, ("bert-eager", "all")}
+]
+
+
+@pytest.mark.parametrize(("name", "target", "how"), WHOLE)
+def test_whole_models(name: str, target: str, how: str):
+    base, x = whole(name)
+    as_each_alone(base, models(base, four(VARIED[how]), target, far=0.1), x)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "encoder"])
+def test_in_single_precision(name: str):
+    base, x = whole(name)
+    base, x = base.float(), x.float() if x.is_floating_point() else x
+    as_each_alone(base, models(base, four({}), far=0.1), x, exact=1e-4)
+
+
+def test_runs_of_many_ranks_and_of_one_run():
+    base, x = whole("mlp")
+    ranks = (8, 1, 1, 3, 1, 8, 8, 2)
+    runs = [{"r": r, "alpha": 1.0 + i, "seed": i} for i, r in enumerate(ranks)]
+    as_each_alone(base, models(base, runs), x)
+    as_each_alone(base, models(base, runs[3:4]), x)
+
+
+def test_a_rank_of_its_own_at_every_site():
+    base, x = whole("mlp")
+    first, *_, last = adapters.attached(models(base, four({}))[0])
+    runs = four({})
+    runs[0]["rank_pattern"], runs[1]["alpha_pattern"] = {first: 4}, {last: 7.0}
+    as_each_alone(base, models(base, runs), x)
+
+
+@cases_where(lambda c: c.variant in ("lora", "pissa", "dora") and no_pass(c) is None)
+def test_at_the_start_every_run_gives_what_the_base_gives(case: Case):
+    base, x = case.plain(), case.inputs()
+    wanted = base(*x)
+    outputs = pack(base, models(base, four(case.how), far=0.0))(*x)
+    for output in outputs:
+        torch.testing.assert_close(output, wanted, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer", "encoder"])
+def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str):
+    """Three steps of SGD on the pack's parameters, beside three on each run's own."""
+    base, x = whole(name)
+    made = models(base, four({}), far=0.1)
+    alone = [copy.deepcopy(model) for model in made]
+    packed = pack(base, made)
+    optimizer = torch.optim.SGD([p for p in packed.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        packed(x).square().flatten(1).mean(1).sum().backward()
+        optimizer.step()
+    for model in alone:
+        own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(3):
+            own.zero_grad()
+            model(x).square().mean().backward()
+            own.step()
+    outputs = packed(x)
+    for i, (model, other) in enumerate(zip(made, alone, strict=True)):
+        assert apart(model(x), other(x)) <= EXACT
+        assert apart(outputs[i], other(x)) <= EXACT
+        changes = zip(adapters.deltas(model).values(), adapters.deltas(other).values(), strict=True)
+        assert all(apart(a, b) <= EXACT for a, b in changes)
+
+
+def test_the_base_has_no_gradient_and_stays():
+    base, x = whole("mlp")
+    before = copy.deepcopy(base.state_dict())
+    made = models(base, four({}))
+    packed = pack(sharing(base), made)
+    packed(x).sum().backward()
+    own = [p for name, p in packed.base.named_parameters() if "lora" not in name.split(".")]
+    assert len(own) == len(before)
+    assert not any(p.requires_grad or p.grad is not None for p in own)
+    assert all(torch.equal(base.state_dict()[key], value) for key, value in before.items())
+    # No weight is there twice.
+    assert {p.data_ptr() for p in own} == {p.data_ptr() for p in base.parameters()}
+
+
+def flops(packed: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        packed(x)
+    return counter.get_total_flops()
+
+
+def test_what_precedes_the_first_adapter_is_computed_once():
+    """And each product of an adapter costs its own rank: none is padded to another's."""
+    rows, widths, ranks = 8, (16, 32, 24, 10), (1, 2, 2, 5)
+    layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
+    base = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).double()
+    x = torch.randn(rows, widths[0]).double()
+    runs = [{"r": r, "alpha": 1.0, "seed": i} for i, r in enumerate(ranks)]
+
+    def dense(i: int) -> int:
+        return 2 * rows * widths[i] * widths[i + 1]
+
+    def thin(i: int) -> int:
+        return 2 * rows * sum(ranks) * (widths[i] + widths[i + 1])
+
+    def cost(match: list[str]) -> int:
+        made = models(base, runs, {"some": adapters.Target(match=match)})
+        return flops(pack(sharing(base), made), x)
+
+    n = len(ranks)
+    assert cost(["4"]) == dense(0) + dense(1) + dense(2) + thin(2)
+    assert cost(["2"]) == dense(0) + dense(1) + n * dense(2) + thin(1)
+    assert cost(["0", "2", "4"]) == dense(0) + n * (dense(1) + dense(2)) + thin(0) + thin(1) + thin(
+        2
+    )
+
+
+def test_the_shared_part_of_a_language_model_is_computed_once():
+    """With adapters on the head alone it costs less than two models, whatever the runs."""
+    base, x = whole("transformer")
+    runs = [{"r": 1, "alpha": 1.0, "seed": i} for i in range(8)]
+    last = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)][-1]
+    target = {"head": adapters.Target(match=last)}
+    made = models(base, runs, target)
+    with torch.no_grad():
+        alone, all_runs = flops(made[0], x), flops(pack(sharing(base), made), x)
+    assert all_runs < 2 * alone
+
+
+class Ones(nn.Module):
+    """A layer that an adapter can turn into its input under dropout: W = 0, ΔW = 1."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        nn.init.zeros_(cast(Tensor, layer.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+DROPPING: dict[str, tuple[Any, Tensor]] = {
+    "linear": (lambda: nn.Linear(16, 16, bias=False), torch.ones(50, 16)),
+    "conv": (lambda: nn.Conv2d(16, 16, 1, bias=False), torch.ones(5, 16, 3, 3)),
+    "grouped": (lambda: nn.Conv1d(16, 16, 1, groups=2, bias=False), torch.ones(5, 16, 10)),
+    "embedding": (lambda: nn.Embedding(16, 16), torch.arange(16).repeat(5)),
+}
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+@pytest.mark.parametrize("p", [0.25, 0.5])
+def test_every_run_drops_its_own(kind: str, p: float):
+    """With ΔW = 1 on ones, what comes out is the mask: 0, or 1/(1−p); the mean is 1."""
+    make, x = DROPPING[kind]
+    x = x.double() if x.is_floating_point() else x
+    base = Ones(make()).double()
+    weight = cast(Any, base.layer).weight
+    r = weight[0].numel()
+    runs = [{"r": r, "alpha": 1.0, "scaling": "alpha", "dropout": p, "seed": 0}] * 4
+    made = models(base, runs, far=0.0)
+    for model in made:
+        (adapter,) = adapters.attached(model).values()
+        adapter.A.data.copy_(torch.eye(r))
+        adapter.B.data.copy_(torch.eye(r).repeat(adapter.B.shape[0] // r, 1))
+    packed = pack(base, made)
+    seeded(0)
+    outputs = packed.train()(x)
+    assert all(apart(a, b) > 0.1 for i, a in enumerate(outputs) for b in outputs[:i])
+    if kind == "embedding":  # the numbers looked up: one column each
+        outputs = outputs.diagonal(dim1=-2, dim2=-1) if outputs.dim() == 4 else outputs
+        outputs = torch.stack([output[torch.arange(len(x)), x] for output in outputs])
+    kept = outputs != 0
+    torch.testing.assert_close(outputs[kept], torch.full_like(outputs[kept], 1 / (1 - p)))
+    for mask in kept:
+        n = mask.numel()
+        assert abs(mask.double().mean() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5
+    again = packed(x)
+    assert apart(again.flatten(), packed(x).flatten()) > 0.1  # another mask in every pass
+    still = packed.eval()(x)
+    assert torch.equal(still, packed(x))
+    assert all(torch.equal(output, still[0]) for output in still)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped", "embedding", "weight"])
+def test_a_run_without_dropout_is_untouched_by_the_others(kind: str):
+    seeded(0)
+    case = {"weight": "bilinear", "grouped": "conv2d-grouped", "conv": "conv1d"}.get(kind, kind)
+    (case,) = (c for c in CASES if c.layer.name == case and c.variant == "lora")
+    base, x = case.plain(), case.inputs()
+    runs = four({})
+    runs[0]["dropout"] = runs[2]["dropout"] = 0.5
+    made = models(base, runs)
+    alone = [copy.deepcopy(model).train()(*x) for model in made]
+    outputs = pack(base, made).train()(*x)
+    assert apart(outputs[1], alone[1]) <= EXACT
+    assert apart(outputs[3], alone[3]) <= EXACT
+
+
+def test_dropout_upstream_is_the_runs_own_too():
+    """Behind the first adapter runs share nothing: with the same seed they still differ."""
+    base, x = whole("mlp")
+    made = models(base, [{"r": 2, "alpha": 2.0, "dropout": 0.5, "seed": 1}] * 3, far=0.0)
+    for model in made:
+        move(model, seed=1)
+    outputs = pack(base, made).train()(x)
+    assert all(apart(a, b) > 1e-3 for i, a in enumerate(outputs) for b in outputs[:i])
