@@ -209,7 +209,7 @@ class PackedModule(Evaluated):
         each = sum(size for place, size in kept.items() if place not in known)
         if memory == CACHED and each > FULL:
             raise UnpackableError(
-                f"a run keeps {each / 2**20:.0f} MB for backward, which a CPU takes quicker one by one"
+                f"a run keeps {each / 2**20:.0f} MB for backward: a CPU is quicker run by run"
             )
         self.at_once = max(1, min(len(self.members), memory // max(each, 1)))
 
