@@ -526,7 +526,7 @@ class PackedCheckpoint(Checkpoint):
     def __init__(self, members: Sequence[Member]):
         first = members[0].checkpoint
         super().__init__(first.path.parent, "", first.every, members[0].tracking)
-        self.what = "pack"
+        self.what = "run"
         self.contents = [
             torch.load(member.kept, "cpu", weights_only=True) for member in members if member.kept
         ]

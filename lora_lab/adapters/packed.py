@@ -182,8 +182,9 @@ class _Lifted(torch.autograd.Function):
 def _attention() -> Iterator[None]:
     """Within it attention under vmap is computed on all runs as one batch, not run by run.
 
-    torch has no rule for it, and none can be given to an operator of its own; whoever calls it by
-    its name in torch.nn.functional, as that module itself, gets this one. Others get vmap's.
+    vmap has no rule for it, and none can be given to an operator of torch's own; whoever calls it
+    by its name in torch.nn.functional, as that module itself, gets this one. The path without
+    gradients is off that nn.TransformerEncoderLayer takes where it sees none.
     """
     plain = F.scaled_dot_product_attention
 
@@ -192,11 +193,14 @@ def _attention() -> Iterator[None]:
     ) -> Any:
         return _Folded.apply(query, key, value, attn_mask, partial(plain, **how), rest)
 
+    quick = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     F.scaled_dot_product_attention = folded
     try:
         yield
     finally:
         F.scaled_dot_product_attention = plain
+        torch.backends.mha.set_fastpath_enabled(quick)
 
 
 class _Folded(torch.autograd.Function):
