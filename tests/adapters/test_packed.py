@@ -185,7 +185,8 @@ class Masked(nn.Module):
             **{"intermediate_size": 24, "vocab_size": 20, "num_labels": 3},
             **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         }
-        config = BertConfig(**settings, attn_implementation=attention)
+        settings["attn_implementation"] = attention
+        config = BertConfig(**settings)
         self.bert = BertForSequenceClassification(config)
 
     def forward(self, x: Tensor) -> Tensor:
