@@ -469,3 +469,14 @@ def test_dropout_upstream_is_the_runs_own_too():
         move(model, seed=1)
     outputs = pack(base, made).train()(x)
     assert all(apart(a, b) > 1e-3 for i, a in enumerate(outputs) for b in outputs[:i])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_models_own_dropout_is_drawn_for_each_run(before: bool):
+    """Before the first adapter as behind it."""
+    seeded(0)
+    layers = [nn.Dropout(0.5), nn.Linear(8, 8)]
+    base = nn.Sequential(*(layers if before else layers[::-1])).double()
+    made = models(base, [{"r": 2, "alpha": 2.0}] * 3, far=0.0)
+    outputs = pack(base, made).train()(torch.randn(6, 8).double())
+    assert all(apart(a, b) > 0.1 for i, a in enumerate(outputs) for b in outputs[:i])
