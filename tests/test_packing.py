@@ -607,6 +607,13 @@ def test_several_passes_give_the_same(
         same(run, other, 1e-10)
 
 
+@pytest.mark.parametrize("name", ["shift", "digits", "planted_embedding", "planted_conv"])
+def test_nothing_is_dropped_where_the_loss_is_measured(name: str):
+    """The last loss of a run that drops is that of its merged model, which cannot."""
+    for run in together(name, [["adapter.dropout=0.5"], ["adapter.dropout=0.3"]], *LESS):
+        assert run.last("val/loss") == pytest.approx(run.last("merged/val/loss"), rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shift", "digits", "planted_embedding", "planted_conv"])
 def test_dropout_is_what_it_is_alone_in_the_mean(name: str):
