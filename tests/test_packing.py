@@ -457,7 +457,7 @@ GOES_ON = {
     "pissa": ["adapter=pissa"],
     "lora_plus": ["adapter=lora_plus"],
 }
-MIXED = [["adapter.r=1"], ["adapter.r=2", "optimizer.lr=0.02"], ["adapter.r=2", "seed=1"]]
+MIXED = [["adapter.r=2", "optimizer.lr=0.02"], ["adapter.r=1"], ["adapter.r=2", "seed=1"]]
 EPOCH = 8  # steps
 
 
