@@ -223,6 +223,8 @@ class PackedModule(Evaluated):
                 Pack(self.model, [m.adapters for m in self.members[i : i + n]], settings[i : i + n])
                 for i in range(0, len(self.members), n)
             ]
+        for pack in self.packs:
+            pack.train(self.training)
 
     def setup(self, stage: str) -> None:
         """Says to every run's own module what they are trained by."""
@@ -230,9 +232,16 @@ class PackedModule(Evaluated):
             member.module.trainer = self.trainer
 
     def on_validation_start(self) -> None:
-        """Before the first step there are no passes yet."""
+        """Nothing is dropped. Before the first step there are no passes yet."""
         if not self.packs:
             self._build()
+        for pack in self.packs:
+            pack.eval()
+
+    def on_validation_end(self) -> None:
+        """What follows is training again."""
+        for pack in self.packs:
+            pack.train()
 
     def teardown(self, stage: str) -> None:
         """The weights may move to another device now, each on its own."""
