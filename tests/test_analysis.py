@@ -272,7 +272,7 @@ def test_one_site_is_all_sites(lab: Lab):
     assert run.last("spectra_of/kind/linear/frobenius") is None
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_analyze_finds_what_the_run_found(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str
 ):

@@ -58,6 +58,7 @@ def test_a_damaged_base_is_trained_again_and_said(lab: Lab, damage):
     assert "base found" in (find_runs(Path("runs"))[2].path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_runs_at_once_train_their_base_once():
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
     command.append("base.epochs=200")

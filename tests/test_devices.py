@@ -140,6 +140,7 @@ def test_a_process_that_dies_fails_the_run_and_the_multirun_goes_on():
     assert states == {1000000: "failed", 2: "finished"}
 
 
+@pytest.mark.slow
 def test_another_command_leaves_it_alone_and_ctrl_c_ends_every_process():
     process = start("trainer.max_epochs=1000000", "checkpoint_every=0")
     until(in_training)
@@ -169,6 +170,7 @@ def test_no_process_outlives_the_one_that_started_it(signum: signal.Signals):
     until(lambda: not ranks() and only_run().status["state"] == "interrupted")
 
 
+@pytest.mark.slow
 def test_a_run_that_another_command_has_finished_stays_so(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ):
@@ -200,6 +202,7 @@ def test_each_process_has_its_share_of_every_batch():
     assert whole == [a + b for a, b in zip(*parts, strict=True)]
 
 
+@pytest.mark.slow
 def test_what_is_made_of_a_finished_run_takes_one_process(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -710,6 +710,7 @@ def test_a_pack_whose_process_is_killed_goes_on(lab: Lab, capsys: pytest.Capture
         assert_equal(run, whole[name])
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_pack():
     process = start(*PACKED, "hydra.launcher.max_runs=2")
     process.send_signal(signal.SIGINT)

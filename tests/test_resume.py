@@ -429,6 +429,7 @@ def kill_and_continue(settings: list[str], kills: int, count: int) -> list[Run]:
     return runs
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on():
     settings = ["adapter.r=1,2", "seed=0,1", "adapter.dropout=0.3", "trainer.max_epochs=40"]
     runs = kill_and_continue(settings, kills=1, count=4)

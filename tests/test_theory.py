@@ -14,11 +14,14 @@ def test_every_known_experiment_is_in_both_tables():
     assert list(SMALL) == list(MULTIRUNS)
 
 
-# Its trained parts have their formulas in test_theory_formulas.py.
-SLOW = pytest.param("what_trains", marks=pytest.mark.slow)
+SLOW = ("what_trains", "planted_conv", "planted_embedding", "group_shift", "subspace")
+"""Their formulas are in test_theory_formulas.py; others go the same way from end to end."""
 
 
-@pytest.mark.parametrize("experiment", [*(name for name in SMALL if name != "what_trains"), SLOW])
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SMALL],
+)
 def test_theory_holds(monkeypatch: pytest.MonkeyPatch, experiment: str):
     for arguments in commands({experiment: SMALL[experiment]}):
         assert command(monkeypatch, "train", *arguments) == 0
