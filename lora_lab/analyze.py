@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_lab import analysis, spectra
 from lora_lab.config import Spectra
-from lora_lab.experiment import cut_losses
+from lora_lab.cuts import cut_losses
 from lora_lab.modules import BaseModule
 from lora_lab.report import Pair
 from lora_lab.restore import restore

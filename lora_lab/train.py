@@ -129,7 +129,7 @@ def _with_published(planned: "Plan") -> "Plan":
 
 def _pack(pack: "Sequence[list[str] | Plan]") -> None:
     """The runs of a pack. Raises RunFailedError where any of them failed."""
-    from lora_lab import experiment, plan, report
+    from lora_lab import packing, plan, report
     from lora_lab.runs import Run, RunFinishedError
 
     quiet()
@@ -138,7 +138,7 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
         for one in pack
     ]
     try:
-        errors = experiment.run_pack(plans, console)
+        errors = packing.run(plans, console)
     except (KeyboardInterrupt, SystemExit) as stop:
         if "SUBMITIT_EXECUTOR" in os.environ:
             raise  # its code tells submitit whether the job was queued again
@@ -179,7 +179,7 @@ def main(every: "list[Job] | None" = None) -> None:
     listen()
     if {"hydra/launcher=joblib", "hydra/launcher=packed"} & {*sys.argv}:
         # Every job is forked from a server, which imports what this process does meanwhile.
-        preload = ["lora_lab.experiment", "lora_lab.launcher.processes"]
+        preload = ["lora_lab.packing", "lora_lab.launcher.processes"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
         forkserver.ensure_running()
     if any(argument.startswith("hydra/launcher=") for argument in sys.argv):

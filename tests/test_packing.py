@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lora_lab import compose, experiment, multirun, packing, train
+from lora_lab import compose, experiment, multirun, packed, packing, train
 from lora_lab.adapters.packed import Pack
 from lora_lab.launcher.packs import packs
 from lora_lab.plan import Plan, plan
@@ -53,7 +53,7 @@ def plans(name: str, points: Points, *overrides: str) -> list[Plan]:
 def together(name: str, points: Points, *overrides: str) -> list[Run]:
     """The runs, trained in a pack, of which none fails."""
     made = plans(name, points, *overrides)
-    assert experiment.run_pack(made, Console(quiet=True)) == [None] * len(made)
+    assert packing.run(made, Console(quiet=True)) == [None] * len(made)
     return [Run(one.path) for one in made]
 
 
@@ -287,7 +287,7 @@ def test_a_run_that_diverges_fails_alone(how: str, place: int):
     points = [["adapter.r=2"], ["adapter.r=3", "optimizer.lr=0.003"]]
     points.insert(place, ["adapter.r=2", "seed=5", *DIVERGES[how]])
     made = plans("shift", points, *settings, "tracking=offline")
-    errors = experiment.run_pack(made, Console(quiet=True))
+    errors = packing.run(made, Console(quiet=True))
     runs = [Run(one.path) for one in made]
     (bad,) = plans("shift", [points[place]], *settings, "runs_dir=alone")
     with pytest.raises(type(errors[place])) as raised:  # pyright: ignore
@@ -317,7 +317,7 @@ def same_rows(run: Run, other: Run, within: float) -> None:
 def test_where_all_diverge_all_fail():
     points = [["adapter.r=1", "optimizer.lr=1e30"], ["adapter.r=2", "optimizer.lr=1e29"]]
     made = plans("shift", points, "optimizer=sgd")
-    errors = experiment.run_pack(made, Console(quiet=True))
+    errors = packing.run(made, Console(quiet=True))
     assert [type(error).__name__ for error in errors] == ["DivergedError"] * 2
     assert [Run(one.path).status["state"] for one in made] == ["failed"] * 2
     for one, error in zip(made, errors, strict=True):
@@ -440,10 +440,10 @@ def stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        what = what or "lora_lab.packing:PackedModule.training_step"
+        what = what or "lora_lab.packed:PackedModule.training_step"
         patch.setattr(*killed.at(what, call, "before", stop))
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            experiment.run_pack(made, Console(quiet=True))
+            packing.run(made, Console(quiet=True))
     for one in made:
         assert Run(one.path).status["state"] == "interrupted"
 
@@ -536,7 +536,7 @@ def test_runs_that_are_at_different_epochs_go_on(
 def test_what_is_finished_is_not_repeated_and_what_is_busy_is_told():
     made = plans("shift", r(1, 2, 3))
     first = experiment.run(made[1], Console(quiet=True)).status
-    errors = experiment.run_pack(made, Console(quiet=True))
+    errors = packing.run(made, Console(quiet=True))
     assert [type(error).__name__ for error in errors] == [
         "NoneType",
         "RunFinishedError",
@@ -545,7 +545,7 @@ def test_what_is_finished_is_not_repeated_and_what_is_busy_is_told():
     assert Run(made[1].path).status == first
     assert [Run(one.path).status.get("packed") for one in made] == [2, None, 2]
     twice = plans("shift", [["adapter.r=1", "seed=9"]] * 2)
-    errors = experiment.run_pack(twice, Console(quiet=True))
+    errors = packing.run(twice, Console(quiet=True))
     assert [type(error).__name__ for error in errors] == ["NoneType", "RunBusyError"]
 
 
@@ -598,7 +598,7 @@ def test_several_passes_give_the_same(
     settings = [*LESS, "trainer.precision=64-true"]
     points = r(1, 2, 4, seeds=2)
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "CACHED", 1)
+        patch.setattr(packed, "CACHED", 1)
         runs = together(small, points, *settings, "trainer.accelerator=cpu")
     assert "packed: 6 runs, 1 at once" in caplog.text
     once = together(small, points, *settings, "trainer.accelerator=cpu", "runs_dir=once")

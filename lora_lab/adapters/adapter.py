@@ -23,6 +23,10 @@ TENSORS = ("A", "B", "core", "A0", "B0", "magnitude")
 """What an adapter may hold: all of it, and nothing else, is stored."""
 
 
+Stacks = Sequence[Tensor]
+"""What belongs to all runs of a `Pack`, a tensor (k, …) for each k of them in one stack."""
+
+
 class AdapterError(ValueError):
     """An adapter that cannot be made, loaded, merged or switched as asked."""
 
@@ -275,19 +279,12 @@ class FactoredAdapter(Adapter):
         """`output` + scale · B on what `down` gave."""
 
     @abstractmethod
-    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
-        """`down` of k runs: A (k, r, rest), `input` (k, …) or, `shared`, one for all → (k, …)."""
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+        """`down` of k runs: A (k, r, rest), `input` (k, …) or, shared, (1, …) → (k, …)."""
 
     @abstractmethod
-    def up_stacked(
-        self,
-        layer: nn.Module,
-        hidden: Sequence[Tensor],
-        B: Sequence[Tensor],
-        output: Tensor,
-        shared: bool,
-    ) -> Tensor:
+    def up_stacked(self, layer: nn.Module, hidden: Stacks, B: Stacks, output: Tensor) -> Tensor:
         """`up` of all runs, stack by stack in `hidden` and in B, which has the scale in it.
 
-        `output` is (runs, …) or, `shared`, one for all; gives (runs, …).
+        `output` is (runs, …) or, shared, (1, …); gives (runs, …).
         """

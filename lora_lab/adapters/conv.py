@@ -1,13 +1,12 @@
 """The factored adapter of convolutions."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import FactoredAdapter
+from lora_lab.adapters.adapter import FactoredAdapter, Stacks
 
 
 class ConvAdapter(FactoredAdapter):
@@ -49,40 +48,31 @@ class ConvAdapter(FactoredAdapter):
         onto, hidden = output.reshape(blocks, rows, places), hidden.reshape(blocks, r, places)
         return torch.baddbmm(onto, B, hidden, alpha=self.scale).view(output.shape)
 
-    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
         """One convolution for all runs where they share the input; else one for each."""
         conv: Any = layer
-        one = shared and conv.groups == 1 and input.dim() == len(self.shape)
+        one = len(input) == 1 and conv.groups == 1 and input.dim() == 1 + len(self.shape)
         if one and not (self.recipe.dropout and self.training):
             filters = A.reshape(-1, *self.shape[1:])  # k · r of them
-            hidden = conv._conv_forward(input, filters, None)
+            hidden = conv._conv_forward(input[0], filters, None)
             return hidden.unflatten(1, A.shape[:2]).movedim(1, 0)
-        inputs = [input] * len(A) if shared else input
+        inputs = input.expand(len(A), *input.shape[1:])
         return torch.stack([self.down(layer, x, a) for x, a in zip(inputs, A, strict=True)])
 
-    def up_stacked(
-        self,
-        layer: nn.Module,
-        hidden: Sequence[Tensor],
-        B: Sequence[Tensor],
-        output: Tensor,
-        shared: bool,
-    ) -> Tensor:
+    def up_stacked(self, layer: nn.Module, hidden: Stacks, B: Stacks, output: Tensor) -> Tensor:
         """One product for each stack, over its runs, their batches and groups."""
         conv: Any = layer
-        shape = output.shape if shared else output.shape[1:]  # (batch, out, …)
+        shape, runs = output.shape[1:], [len(h) for h in hidden]  # (batch, out, …)
         batch, out, *places = shape if len(shape) == len(self.shape) else (1, *shape)
         groups, places = conv.groups, math.prod(places)
-        results, at = [], 0
-        for h, b in zip(hidden, B, strict=True):
-            k, r = len(h), b.shape[-1]
-            onto = output.expand(k, *shape) if shared else output[at : at + k]
-            b = b.view(k, 1, groups, -1, r).expand(-1, batch, -1, -1, -1)
+        results = []
+        for h, b, onto in zip(hidden, B, output.expand(sum(runs), *shape).split(runs), strict=True):
+            r = b.shape[-1]
+            b = b.view(len(h), 1, groups, -1, r).expand(-1, batch, -1, -1, -1)
             result = torch.baddbmm(
                 onto.reshape(-1, out // groups, places),
                 b.reshape(-1, out // groups, r),
                 h.reshape(-1, r, places),
             )
-            results.append(result.view(k, *shape))
-            at += k
+            results.append(result.view(len(h), *shape))
         return results[0] if len(results) == 1 else torch.cat(results)

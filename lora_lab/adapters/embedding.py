@@ -95,10 +95,10 @@ class EmbeddingAdapter(LinearAdapter):
         assert isinstance(layer, nn.Embedding)
         return self.dropped(F.embedding(input, A.T, layer.padding_idx))
 
-    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
         """One lookup for all runs where they share the tokens; else one for each."""
         assert isinstance(layer, nn.Embedding)
-        if not shared:
+        if len(input) > 1:
             return torch.stack([self.down(layer, x, a) for x, a in zip(input, A, strict=True)])
-        hidden = F.embedding(input, A.flatten(0, 1).T, layer.padding_idx)
+        hidden = F.embedding(input[0], A.flatten(0, 1).T, layer.padding_idx)
         return self.dropped(hidden.unflatten(-1, A.shape[:2]).movedim(-2, 0))

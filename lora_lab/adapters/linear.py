@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import FactoredAdapter
+from lora_lab.adapters.adapter import FactoredAdapter, Stacks
 
 
 class LinearAdapter(FactoredAdapter):
@@ -47,28 +47,19 @@ class LinearAdapter(FactoredAdapter):
         across = B.T.contiguous()[None]
         return torch.baddbmm(rows, hidden, across, alpha=self.scale).view(output.shape)
 
-    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor, shared: bool) -> Tensor:
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
         """One product for all runs where they share the input, and none drops its own of it."""
-        if shared and not (self.recipe.dropout and self.training):
-            return F.linear(input, A.flatten(0, 1)).unflatten(-1, A.shape[:2]).movedim(-2, 0)
-        input = self.dropped(input.expand(len(A), *input.shape) if shared else input)
+        if len(input) == 1 and not (self.recipe.dropout and self.training):
+            return F.linear(input[0], A.flatten(0, 1)).unflatten(-1, A.shape[:2]).movedim(-2, 0)
+        input = self.dropped(input.expand(len(A), *input.shape[1:]))
         hidden: Any = _Lowered.apply(input.reshape(len(A), -1, input.shape[-1]), A)
         return hidden.view(*input.shape[:-1], A.shape[1])
 
-    def up_stacked(
-        self,
-        layer: nn.Module,
-        hidden: Sequence[Tensor],
-        B: Sequence[Tensor],
-        output: Tensor,
-        shared: bool,
-    ) -> Tensor:
+    def up_stacked(self, layer: nn.Module, hidden: Stacks, B: Stacks, output: Tensor) -> Tensor:
         """One product for each stack, all into one result: no copy to join them."""
-        shape = output.shape if shared else output.shape[1:]
-        onto = output.reshape(1 if shared else len(output), -1, shape[-1])
-        hidden = [h.reshape(len(h), -1, h.shape[-1]) for h in hidden]
+        onto, *hidden = (t.reshape(len(t), -1, t.shape[-1]) for t in (output, *hidden))
         added: Any = _Added.apply(onto, len(B), *hidden, *B)
-        return added.view(-1, *shape)
+        return added.view(-1, *output.shape[1:])
 
 
 class _Lowered(torch.autograd.Function):

@@ -126,24 +126,24 @@ class Seat(nn.Module):
         lifted: Any = _Lifted.apply(input, output, self.which, layer, self)
         return lifted
 
-    def lifted(self, layer: nn.Module, input: Tensor, output: Tensor, shared: bool) -> Tensor:
+    def lifted(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
         """All runs' outputs of the layer, from theirs of the base: (runs, …).
 
-        `input` and `output` are (runs, …), or, `shared`, the same for all.
+        `input` and `output` are (runs, …), or (1, …): the same for all.
         """
         hidden, B, gains = [], [], []
         adapter: Any = None
         runs = [len(stack.members) for stack in self.stacks]
         # Of slices backward would add up as many gradients of the whole; of a split it joins them.
-        inputs = [input] * len(runs) if shared or len(runs) == 1 else input.split(runs)
+        inputs = [input] * len(runs) if 1 in (len(input), len(runs)) else input.split(runs)
         for stack, own in zip(self.stacks, inputs, strict=True):
             adapter = stack.adapter
             down, up = adapter.factors()
-            hidden.append(adapter.down_stacked(layer, own, down.to(output.dtype), shared))
+            hidden.append(adapter.down_stacked(layer, own, down.to(output.dtype)))
             B.append((stack.scale.to(up.device) * up).to(output.dtype))
             if adapter.magnitude is not None:
                 gains.append(adapter.gain(adapter.weight_of(layer)))
-        adapted = adapter.up_stacked(layer, hidden, B, output, shared)
+        adapted = adapter.up_stacked(layer, hidden, B, output)
         if not gains:
             return adapted
         bias = getattr(layer, "bias", None)
@@ -167,15 +167,17 @@ class _Lifted(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         input, output, _, layer, seat = args
-        if not (shared := in_dims[0] is None and in_dims[1] is None):
-            input, output = (
-                t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-                for t, dim in zip((input, output), in_dims[:2], strict=True)
-            )
+        shared = in_dims[0] is None and in_dims[1] is None
+        input, output = (
+            t.movedim(dim, 0)
+            if dim is not None
+            else t.expand(1 if shared else info.batch_size, *t.shape)
+            for t, dim in zip((input, output), in_dims[:2], strict=True)
+        )
         # Autocast leaves an embedding's lookups as they are.
         plain = torch.autocast(output.device.type, enabled=False)
         with plain if seat.kind == "embedding" else nullcontext():
-            return seat.lifted(layer, input, output, shared), 0
+            return seat.lifted(layer, input, output), 0
 
 
 @contextmanager

@@ -91,11 +91,9 @@ class Checkpoint(pl.Callback):
         return self.path
 
     def kept_epochs(self) -> int:
-        """The epochs that are kept, as far as the file can be read."""
-        try:
-            return torch.load(self.path, "cpu", weights_only=True)["lora_lab"]["epochs"]
-        except (OSError, EOFError, UnpicklingError, RuntimeError, LookupError, TypeError):
-            return 0
+        """How many epochs there are to go on from, their rows logged again."""
+        kept = self.kept()
+        return torch.load(kept, "cpu", weights_only=True)["lora_lab"]["epochs"] if kept else 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets weights be loaded that are the adapters' alone."""

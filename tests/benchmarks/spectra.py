@@ -54,7 +54,7 @@ def factors(ranks: list[int], repeats: int) -> Table:
 def share(experiment: str, *overrides: str) -> tuple[float, float]:
     """Seconds that SpectraCallback takes of a run's training, and that training's seconds."""
     spent = {"measuring": 0.0, "training": 0.0}
-    measure, fit = SpectraCallback._measure, runner._fit
+    measure, fit = SpectraCallback._measure, runner.fit
 
     def timed(key: str, call: Callable) -> Callable:
         def timed_call(*arguments: object) -> None:
@@ -62,13 +62,13 @@ def share(experiment: str, *overrides: str) -> tuple[float, float]:
 
         return timed_call
 
-    SpectraCallback._measure, runner._fit = timed("measuring", measure), timed("training", fit)
+    SpectraCallback._measure, runner.fit = timed("measuring", measure), timed("training", fit)
     sys.argv[1:] = [f"experiment={experiment}", *overrides]
     try:
         with redirect_stdout(io.StringIO()):
             train.main()
     finally:
-        SpectraCallback._measure, runner._fit = measure, fit
+        SpectraCallback._measure, runner.fit = measure, fit
     return spent["measuring"], spent["training"]
 
 
