@@ -89,9 +89,7 @@ class Cuts(Evaluated):
             {s.name: _cut(model, s, found[s.name].first(k[s.name])) for s in sites} for k in every
         ]
         self.own = nn.ModuleList(adapter for run in made for adapter in run.values())
-        self.packs = [
-            Pack(model, made[i : i + CUTS], [None] * CUTS) for i in range(0, len(made), CUTS)
-        ]
+        self.packs = [Pack(model, made[i : i + CUTS]) for i in range(0, len(made), CUTS)]
         self.stacks = nn.ModuleList(self.packs)
 
 
@@ -136,7 +134,7 @@ def cut_losses(
             yield from cuts.means().tolist()
             return
         except (RuntimeError, ValueError, TypeError) as error:
-            log.debug("cut one by one: %s", error)
+            log.info("ΔW is cut to one rank after another: %s", error)
     with updates.cutting(found) as cut:
         for ranks in every:
             cut(ranks)

@@ -94,7 +94,7 @@ class PackedModule(Evaluated):
         some = x[: max(1, min(len(x), 4))]
         try:
             with torch.random.fork_rng():
-                alone = Pack(self.model, [self.members[-1].adapters], [None]).train()
+                alone = Pack(self.model, [self.members[-1].adapters]).train()
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                     self._losses_of(alone, x, y).sum()
                 together = Pack(self.model, [m.adapters for m in self.members], self._settings())

@@ -67,6 +67,7 @@ def test_the_truncation_curve_is_a_plain_loops(lab: Lab, adapter: str):
             for k, value in zip(*own, strict=True):
                 by_hand = cut_by_hand(base, deltas, {**dict.fromkeys(deltas, 99), site: int(k)})
                 assert value == pytest.approx(by_hand, rel=1e-5)
+        assert "one rank after another" not in (run.path / "log.txt").read_text()
         assert ranks[0] == 0
         assert arrays["truncation/loss"][0] == pytest.approx(run.curve("val/loss")[0], rel=1e-5)
         assert arrays["truncation/loss"][-1] == pytest.approx(run.last("val/loss"), rel=1e-5)

@@ -34,7 +34,7 @@ class Pack(nn.Module):
     `refusal` refuses.
     """
 
-    def __init__(self, base: nn.Module, runs: Sequence[Run], settings: Sequence[object]):
+    def __init__(self, base: nn.Module, runs: Sequence[Run], settings: Sequence[object] = ()):
         super().__init__()
         if cause := refusal(base, runs):
             raise AdapterError(cause)
@@ -44,9 +44,8 @@ class Pack(nn.Module):
         self.stacks: list[tuple[int, Stack]] = []
         """Every site's, each with the place of its first run."""
         for site, first in runs[0].items():
-            keys = [
-                (r[site].r, r[site].recipe.dropout, s) for r, s in zip(runs, settings, strict=True)
-            ]
+            own = settings or [None] * len(runs)
+            keys = [(r[site].r, r[site].recipe.dropout, s) for r, s in zip(runs, own, strict=True)]
             at, stacks = 0, []
             for key, same in groupby(keys):
                 members = [run[site] for run in runs[at : at + len([*same])]]

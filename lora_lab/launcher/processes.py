@@ -66,7 +66,7 @@ class ProcessLauncher(JoblibLauncher):
         if self.joblib["pack"] and wanted:
             packs = packed(jobs, wanted, n, self.joblib["max_runs"])
             n = min(n, len(packs))
-        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_count() // n)))
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpu_count() // n))
         server = multiprocessing.get_context("forkserver")
         logs = Path(config.hydra.sweep.dir).absolute()
         state = Singleton.get_state()

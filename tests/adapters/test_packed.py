@@ -60,7 +60,7 @@ def models(
 
 
 def pack(base: nn.Module, made: Sequence[nn.Module]) -> Pack:
-    return Pack(base, [adapters.attached(model) for model in made], [None] * len(made))
+    return Pack(base, [adapters.attached(model) for model in made])
 
 
 def gradient(pack: Pack, own: Tensor) -> Tensor:

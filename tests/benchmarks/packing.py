@@ -300,7 +300,7 @@ def step_ms(what: Growing, runs: int, r: int) -> float:
         return nan
     base, (x, y) = what.make(), what.batch()
     models = [adapted(copy.deepcopy(base), what, r, seed) for seed in range(runs)]
-    pack = Pack(base, [adapters.attached(model) for model in models], [None] * runs)
+    pack = Pack(base, [adapters.attached(model) for model in models])
     adam = torch.optim.Adam([p for p in pack.parameters() if p.requires_grad], fused=True)
 
     def step() -> None:
