@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
+threads: int | None = None
+"""With how many a base is trained here, where other runs on these cores wait for it."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -86,11 +89,15 @@ def obtain(
             replay(base.rows)
             return base
         started, checkpoints = time.time(), file.with_suffix(".checkpoints")
+        own = torch.get_num_threads()
+        torch.set_num_threads(threads or own)
         try:
             model, rows = train(checkpoints)
         except Exception:
             shutil.rmtree(checkpoints, ignore_errors=True)
             raise
+        finally:
+            torch.set_num_threads(own)
         content = save(
             {
                 k: v.detach().cpu().clone(memory_format=torch.contiguous_format)

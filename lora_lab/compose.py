@@ -1,5 +1,6 @@
 """Hydra's grammar and composition: what is said on the command line → typed configs."""
 
+import copy
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -76,11 +78,36 @@ def every(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | Con
     with nullcontext() if ready else start():
         for overrides in points:
             try:
-                yield overrides, composed(overrides)
+                yield overrides, _near(overrides)
             except ConfigError as error:
                 yield overrides, error
             except (HydraException, OmegaConfBaseException) as error:
                 yield overrides, ConfigError(explain(error))
+
+
+def _near(overrides: list[str]) -> Config:
+    """What `composed` gives, of points that differ in values: their choices are composed once.
+
+    Values are set on a copy as Hydra sets them, in 1 ms where it takes 100 for the whole.
+    """
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    choices = [o for o in parsed if o.package is not None or o.key_or_group in options()]
+    values = [o for o in parsed if o not in choices]
+    if any(o.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) for o in values):
+        return composed(overrides)
+    config = copy.deepcopy(_chosen(tuple(str(o.input_line) for o in choices)))
+    try:
+        for o in values:
+            added = o.is_force_add()
+            OmegaConf.update(config, o.key_or_group, o.value(), merge=True, force_add=added)
+    except OmegaConfBaseException:
+        return composed(overrides)  # raises the same in Hydra's words
+    return typed(config, overrides)
+
+
+@cache
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
+    return hydra.compose("train", list(choices))
 
 
 def as_published(experiment: str, cfg: Config) -> Config:

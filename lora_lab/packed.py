@@ -96,7 +96,7 @@ class PackedModule(Evaluated):
             with torch.random.fork_rng():
                 alone = Pack(self.model, [self.members[-1].adapters]).train()
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    self._losses_of(alone, x, y).sum()
+                    self.losses(alone(x), y).sum()
                 together = Pack(self.model, [m.adapters for m in self.members], self._settings())
                 with torch.no_grad():
                     outputs = together.eval()(some)
@@ -183,11 +183,13 @@ class PackedModule(Evaluated):
             optimizer.zero_grad()
             try:
                 found = []
+                x, y = batch
                 for pack in self.packs:
-                    losses = self._losses_of(pack, *batch)
-                    with torch.autocast(losses.device.type, enabled=False):
-                        self.manual_backward(losses.sum())
-                    found.append(losses.detach())
+                    outputs = pack(x)
+                    losses, gradients = self._gradients(outputs.detach(), y)
+                    with torch.autocast(outputs.device.type, enabled=False):
+                        self.manual_backward(outputs, gradient=gradients)
+                    found.append(losses)
                 return torch.cat(found)
             except RuntimeError as error:  # CUDA's is one, too
                 if self.at_once == 1 or not out_of_memory(error):
@@ -198,8 +200,18 @@ class PackedModule(Evaluated):
                 torch.cuda.empty_cache()
             self._rebuild()
 
-    def _losses_of(self, pack: Pack, x: Tensor, y: Tensor) -> Tensor:
-        return self.losses(pack(x), y)
+    def _gradients(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses (runs,), and the gradient of each by its run's outputs, (runs, …).
+
+        Run by run, while what it reads is in the caches.
+        """
+        losses, gradients = [], torch.empty_like(outputs)
+        for output, gradient in zip(outputs, gradients, strict=True):
+            loss = self.task.loss(output.requires_grad_(), y)
+            with torch.autocast(output.device.type, enabled=False):
+                gradient.copy_(torch.autograd.grad(loss, output)[0])
+            losses.append(loss.detach())
+        return torch.stack(losses), gradients
 
     def _clip(self, most: float, by: str) -> None:
         """Clips every run's gradient as if it were alone: by its norm, or by value."""

@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -70,14 +71,10 @@ def job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> None:
 
 def _run(content: DictConfig, single: bool) -> None:
     cfg = compose.typed(content, HydraConfig.get().overrides.task)
-    # Lightning and wandb take seconds to import: after the first checks, not before. The garbage
-    # collector finds nothing in what they make, and need never look there again.
-    gc.disable()
-    from lora_lab import devices, experiment, plan, report, tracking
-    from lora_lab.runs import Run, RunBusyError, RunFinishedError
-
-    gc.enable()
-    gc.freeze()
+    # Lightning and wandb take seconds to import: after the first checks, not before.
+    with importing():
+        from lora_lab import devices, experiment, plan, report, tracking
+        from lora_lab.runs import Run, RunBusyError, RunFinishedError
     quiet()
     planned = _with_published(plan.plan(cfg))
     if devices.inside():
@@ -156,6 +153,15 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
         raise RunFailedError(f"{len(failed)} of {len(plans)} runs of the pack; {failed[0]}")
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """What is imported within it is never garbage, and need not be looked at again, nor at exit."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.freeze()
+
+
 def stopped(by: BaseException) -> int:
     """The exit code of what was stopped: 143 by SIGTERM, 130 by Ctrl-C.
 
@@ -179,8 +185,9 @@ def main(every: "list[Job] | None" = None) -> None:
     listen()
     if {"hydra/launcher=joblib", "hydra/launcher=packed"} & {*sys.argv}:
         # Every job is forked from a server, which imports what this process does meanwhile.
-        preload = ["lora_lab.packing", "lora_lab.launcher.processes"]
-        multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+        server = multiprocessing.get_context("forkserver")
+        # The first is what W&B imports as a run begins, a second in every job.
+        server.set_forkserver_preload(["wandb.sdk.launch", "lora_lab.launcher.preload"])
         forkserver.ensure_running()
     if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
         from lora_lab import launcher
@@ -212,7 +219,8 @@ def _multirun(arguments: list[str]) -> "list[Job]":
     """The jobs of a multirun, said in one line before the first begins; [] of a single run."""
     if not {"-m", "--multirun"} & set(arguments):
         return []
-    from lora_lab import multirun, sweeper
+    with importing():
+        from lora_lab import multirun, sweeper
 
     quiet()
     every = multirun.jobs(compose.points(arguments))

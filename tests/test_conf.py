@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from lora_lab import bases, launcher
+from lora_lab import compose as compose_module
 from lora_lab.checks import check
 from lora_lab.compose import prepare
 from lora_lab.config import Config, ConfigError
@@ -72,6 +74,39 @@ def test_no_experiment_sets_what_an_adapter_is():
     for path in (conf / "experiment").glob("*.yaml"):
         said = set(yaml.safe_load(path.read_text()).get("adapter", {}))
         assert not said & (defining - {"defaults"}), path
+
+
+def by_hydra(overrides: list[str]) -> Config | str:
+    """What it makes of a whole command line: the config, or why there is none."""
+    try:
+        return composed(*overrides)
+    except ConfigError as error:
+        return str(error)
+    except HydraException as error:
+        return compose_module.explain(error)
+
+
+@pytest.mark.parametrize(
+    "swept",
+    [
+        ["experiment=digits", "adapter.r=1,2", "adapter=lora,dora", "optimizer.lr=1e-3,0.01"],
+        ["experiment=digits", "target=*.fc*,conv", "adapter.rank_pattern={*fc1:2},{}", "seed=0,1"],
+        [
+            "experiment=shift",
+            "spectra={keep:0.9},{keep:0.8}",
+            "optimizer={lr:0.3}",
+            "data.seed=1,2",
+        ],
+        ["adapter.r=1,0", "seed=0,no", "adapter.rr=1,2"],
+        ["target.linear.match=a,b", "model.arguments=1,2", "+target.linear.r=2,3"],
+        ["experiment=digits,no_such", "~published", "base.epochs=${trainer.max_epochs},3"],
+    ],
+)
+def test_the_points_of_a_multirun_are_what_hydra_composes_of_each(swept: list[str]):
+    points = compose_module.points(prepare(["-m", *swept])[1:])
+    assert len(points) >= 4
+    for overrides, cfg in list(compose_module.every(points)):
+        assert (cfg if isinstance(cfg, Config) else str(cfg)) == by_hydra(overrides)
 
 
 def test_every_group_is_there():

@@ -14,6 +14,7 @@ import torch
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from lora_lab.launcher import processes
 from lora_lab.launcher.processes import ProcessLauncher, at_once, share
 from lora_lab.launcher.submission import LocalLauncher, SlurmLauncher
 from lora_lab.runs import Run, find_runs
@@ -246,6 +247,18 @@ def test_a_job_has_its_gpu_and_its_threads(lab: Lab, monkeypatch: pytest.MonkeyP
     target = "model._target_=tests.dying.Told"
     assert lab("shift", target, "adapter.r=1,2", *JOBLIB) == 0
     assert sorted(Path("told").read_text().split()) == ["5:3", "7:3"]
+
+
+@pytest.mark.parametrize(("swept", "threads"), [("seed=0,1", "48"), ("data.seed=0,1", "44")])
+def test_a_base_is_trained_by_the_cores_of_all_that_wait_for_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, swept: str, threads: str
+):
+    """A process tells what it trains first: a run with its share of the cores, or a base."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(processes, "cpu_count", lambda: 8)
+    assert lab("shift", "model._target_=tests.dying.Told", swept, *JOBLIB) == 0
+    assert sorted(Path("told").read_text().split()) == [f":{n}" for n in threads]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from hydra_plugins.hydra_joblib_launcher._core import execute_job
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from joblib import cpu_count
 
-from lora_lab import multirun
+from lora_lab import bases, multirun
 from lora_lab.config import ConfigError
 from lora_lab.launcher.gather import LostError, gather, to_do
 from lora_lab.launcher.packs import packs as packed
@@ -66,7 +66,13 @@ class ProcessLauncher(JoblibLauncher):
         if self.joblib["pack"] and wanted:
             packs = packed(jobs, wanted, n, self.joblib["max_runs"])
             n = min(n, len(packs))
-        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpu_count() // n))
+        told = os.environ.get("OMP_NUM_THREADS")
+        # Where runs wait for a base, the one that trains it has their cores.
+        trained = {bases.key(job.plan.cfg) for job in jobs if job.plan}
+        threads = [
+            int(told or max(1, cpu_count() // min(n, at_work)))
+            for at_work in (n, len(trained) or 1)
+        ]
         server = multiprocessing.get_context("forkserver")
         logs = Path(config.hydra.sweep.dir).absolute()
         state = Singleton.get_state()
@@ -141,16 +147,20 @@ class Process:
         self.process.kill()
 
 
-def _job(gpus: list[str], threads: int, log: Path, sent: bytes) -> None:
-    """What a job's process does. Exits with 0: finished, 1: failed, 2: config error."""
+def _job(gpus: list[str], threads: list[int], log: Path, sent: bytes) -> None:
+    """What a job's process does. Exits with 0: finished, 1: failed, 2: config error.
+
+    `threads`: of the run, and of its base where it trains one.
+    """
     os.setpgrp()  # the terminal's Ctrl-C is for the launcher, which tells its jobs
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads[0])
+    torch.set_num_threads(threads[0])
+    bases.threads = threads[1]
     threading.Thread(target=_follow, daemon=True).start()
     result = execute_job(*cloudpickle.loads(sent))
     if result.status != JobStatus.COMPLETED:
