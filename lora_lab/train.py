@@ -156,10 +156,12 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
 @contextmanager
 def importing() -> Iterator[None]:
     """What is imported within it is never garbage, and need not be looked at again, nor at exit."""
+    known = len(sys.modules)
     gc.disable()
     yield
     gc.enable()
-    gc.freeze()
+    if len(sys.modules) > known:  # not again in a later job: what others left is garbage
+        gc.freeze()
 
 
 def stopped(by: BaseException) -> int:

@@ -1,5 +1,6 @@
 """The main job end to end, small: what it leaves, what it says of bad input, how it goes on."""
 
+import gc
 import json
 import os
 import shutil
@@ -138,6 +139,14 @@ def test_again_shows_the_finished_run_and_overwrite_repeats_it_bit_for_bit(
     shutil.rmtree("bases")
     assert lab("shift", "adapter.dropout=0.3", "overwrite=true") == 0
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_what_a_job_leaves_can_be_freed(lab: Lab):
+    """A multirun's jobs are in one process by default."""
+    assert lab("shift", "-m", "seed=0,1") == 0
+    kept = gc.get_freeze_count()
+    assert lab("shift", "-m", "seed=2,3") == 0
+    assert gc.get_freeze_count() <= kept
 
 
 def test_runs_of_one_cell_share_base_and_data_and_differ_in_their_adapters(lab: Lab):
