@@ -68,7 +68,7 @@ class ProcessLauncher(JoblibLauncher):
             n = min(n, len(packs))
         told = os.environ.get("OMP_NUM_THREADS")
         # Where runs wait for a base, the one that trains it has their cores.
-        trained = {bases.key(job.plan.cfg) for job in jobs if job.plan}
+        trained = {bases.key(plan.cfg) for i in wanted if (plan := jobs[i].plan)}
         threads = [
             int(told or max(1, cpu_count() // min(n, at_work)))
             for at_work in (n, len(trained) or 1)
