@@ -78,14 +78,14 @@ def every(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | Con
     with nullcontext() if ready else start():
         for overrides in points:
             try:
-                yield overrides, _near(overrides)
+                yield overrides, _point(overrides)
             except ConfigError as error:
                 yield overrides, error
             except (HydraException, OmegaConfBaseException) as error:
                 yield overrides, ConfigError(explain(error))
 
 
-def _near(overrides: list[str]) -> Config:
+def _point(overrides: list[str]) -> Config:
     """What `composed` gives, of points that differ in values: their choices are composed once.
 
     Values are set on a copy as Hydra sets them, in 1 ms where it takes 100 for the whole.
