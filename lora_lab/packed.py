@@ -75,10 +75,10 @@ class PackedModule(Evaluated):
         self.at_once = len(members)
         self.clip: tuple[float, str] | None = None
 
-    def check(self, batch: Batch, memory: int) -> None:
+    def check(self, batch: Batch, gpu: bool) -> None:
         """Finds out whether the runs can be packed, and how many of them at once, on a batch.
 
-        One pass keeps no more than `memory` bytes for backward.
+        A pass keeps for backward half of a GPU's free memory at most; of a CPU's, CACHED.
         """
         if len(self.members) == 1:
             raise UnpackableError("it is one run")
@@ -110,11 +110,12 @@ class PackedModule(Evaluated):
         if not apart <= CLOSE.get(outputs.dtype, 0.1):
             raise UnpackableError(f"outputs in a pack differ from those alone by {apart:.2g}")
         each = sum(size for place, size in kept.items() if place not in known)
-        if memory == CACHED and each > FULL:
+        if not gpu and each > FULL:
             raise UnpackableError(
                 f"a run keeps {each / 2**20:.0f} MB for backward: a CPU is quicker run by run"
             )
-        self.at_once = max(1, min(len(self.members), memory // max(each, 1)))
+        most = torch.cuda.mem_get_info()[0] // 2 if gpu else CACHED
+        self.at_once = max(1, min(len(self.members), most // max(each, 1)))
 
     def _settings(self) -> list[str]:
         return [member.setting for member in self.members]
@@ -186,9 +187,9 @@ class PackedModule(Evaluated):
                 x, y = batch
                 for pack in self.packs:
                     outputs = pack(x)
-                    losses, gradients = self._gradients(outputs.detach(), y)
+                    losses, by_outputs = gradients(self.task.loss, outputs.detach(), y)
                     with torch.autocast(outputs.device.type, enabled=False):
-                        self.manual_backward(outputs, gradient=gradients)
+                        self.manual_backward(outputs, gradient=by_outputs)
                     found.append(losses)
                 return torch.cat(found)
             except RuntimeError as error:  # CUDA's is one, too
@@ -199,19 +200,6 @@ class PackedModule(Evaluated):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._rebuild()
-
-    def _gradients(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses (runs,), and the gradient of each by its run's outputs, (runs, …).
-
-        Run by run, while what it reads is in the caches.
-        """
-        losses, gradients = [], torch.empty_like(outputs)
-        for output, gradient in zip(outputs, gradients, strict=True):
-            loss = self.task.loss(output.requires_grad_(), y)
-            with torch.autocast(output.device.type, enabled=False):
-                gradient.copy_(torch.autograd.grad(loss, output)[0])
-            losses.append(loss.detach())
-        return torch.stack(losses), gradients
 
     def _clip(self, most: float, by: str) -> None:
         """Clips every run's gradient as if it were alone: by its norm, or by value."""
@@ -287,9 +275,20 @@ class PackedModule(Evaluated):
         member.tracking.log({**row, "epoch": date["epoch"]}, int(date["step"]))
 
 
-def room() -> int:
-    """Bytes that a pass may keep for backward: half of a GPU's free memory, a CPU's caches."""
-    return torch.cuda.mem_get_info()[0] // 2 if torch.cuda.is_available() else CACHED
+def gradients(
+    loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The losses (runs,), and the gradient of each by its run's outputs, (runs, …).
+
+    Run by run, while what it reads is in the caches.
+    """
+    losses, found = [], torch.empty_like(outputs)
+    for output, gradient in zip(outputs, found, strict=True):
+        own = loss(output.requires_grad_(), y)
+        with torch.autocast(output.device.type, enabled=False):
+            gradient.copy_(torch.autograd.grad(own, output)[0])
+        losses.append(own.detach())
+    return torch.stack(losses), found
 
 
 def out_of_memory(error: RuntimeError) -> bool:

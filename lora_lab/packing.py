@@ -15,7 +15,7 @@ from lora_lab.callbacks.packed import EachRun, PackedCheckpoint
 from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.experiment import Trial
 from lora_lab.modules import DivergedError, LoRAModule
-from lora_lab.packed import Member, PackedModule, UnpackableError, room
+from lora_lab.packed import Member, PackedModule, UnpackableError
 from lora_lab.plan import Plan
 from lora_lab.runs import Run, RunBusyError, RunFinishedError, logged_alone
 from lora_lab.seeding import generator
@@ -109,10 +109,10 @@ def _train(
     module = PackedModule(model, data, list(members))
     try:
         data.setup("fit")
-        precision = plan.alone(None, []).precision_plugin
-        batch = precision.convert_input(next(iter(data.train_dataloader())))
-        with precision.forward_context():
-            module.check(batch, room())
+        quiet = plan.alone(None, [])
+        batch = quiet.precision_plugin.convert_input(next(iter(data.train_dataloader())))
+        with quiet.precision_plugin.forward_context():
+            module.check(batch, quiet.strategy.root_device.type == "cuda")
     except UnpackableError as error:
         log.warning("not packed: %s", error)
         for i, trial in trials.items():
