@@ -16,6 +16,7 @@ from lora_lab.cuts import Evaluated
 from lora_lab.data import Data
 from lora_lab.modules import READ_EVERY, Batch, DivergedError, LoRAModule
 from lora_lab.packed_optimizer import PackedOptimizer
+from lora_lab.recorded import CLOSE, Recorded
 from lora_lab.tracking import Tracking
 
 log = logging.getLogger(__name__)
@@ -25,9 +26,6 @@ CACHED = 2**28
 
 FULL = 2**24
 """Bytes from which one run keeps a CPU busy: what is computed for several is no quicker."""
-
-CLOSE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""How far a run's outputs in a pack may be from those alone, relative; other dtypes: 0.1."""
 
 
 class UnpackableError(RuntimeError):
@@ -127,6 +125,7 @@ class PackedModule(Evaluated):
                 Pack(self.model, [m.adapters for m in self.members[i : i + n]], settings[i : i + n])
                 for i in range(0, len(self.members), n)
             ]
+        self.steps = [Recorded(pack, self.task.loss) for pack in self.packs]
         for pack in self.packs:
             pack.train(self.training)
 
@@ -149,7 +148,7 @@ class PackedModule(Evaluated):
 
     def teardown(self, stage: str) -> None:
         """The weights may move to another device now, each on its own."""
-        self.packs = []
+        self.packs, self.steps = [], []
 
     def configure_optimizers(self) -> Any:
         """One optimizer for all runs. Their rates are set step by step."""
@@ -169,7 +168,7 @@ class PackedModule(Evaluated):
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # pyright: ignore
         """A step of every run."""
         optimizer: Any = self.optimizers()
-        losses = self._backward(optimizer, batch)
+        losses = self._backward(batch)
         self.packed_optimizer.set_rates(self.global_step)
         if self.clip is not None:
             self._clip(*self.clip)
@@ -178,20 +177,11 @@ class PackedModule(Evaluated):
         if len(self._losses) % READ_EVERY == 0 or self.trainer.is_last_batch:
             self._read_losses()
 
-    def _backward(self, optimizer: Any, batch: Batch) -> Tensor:
+    def _backward(self, batch: Batch) -> Tensor:
         """The losses (runs,), and their gradients. Out of memory: again, half as many at once."""
         while True:
-            optimizer.zero_grad()
             try:
-                found = []
-                x, y = batch
-                for pack in self.packs:
-                    outputs = pack(x)
-                    losses, by_outputs = gradients(self.task.loss, outputs.detach(), y)
-                    with torch.autocast(outputs.device.type, enabled=False):
-                        self.manual_backward(outputs, gradient=by_outputs)
-                    found.append(losses)
-                return torch.cat(found)
+                return torch.cat([step(*batch) for step in self.steps])
             except RuntimeError as error:  # CUDA's is one, too
                 if self.at_once == 1 or not out_of_memory(error):
                     raise
@@ -273,22 +263,6 @@ class PackedModule(Evaluated):
     def _log(self, member: Member, row: dict[str, float]) -> None:
         date = self.now()
         member.tracking.log({**row, "epoch": date["epoch"]}, int(date["step"]))
-
-
-def gradients(
-    loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The losses (runs,), and the gradient of each by its run's outputs, (runs, …).
-
-    Run by run, while what it reads is in the caches.
-    """
-    losses, found = [], torch.empty_like(outputs)
-    for output, gradient in zip(outputs, found, strict=True):
-        own = loss(output.requires_grad_(), y)
-        with torch.autocast(output.device.type, enabled=False):
-            gradient.copy_(torch.autograd.grad(own, output)[0])
-        losses.append(own.detach())
-    return torch.stack(losses), found
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -82,8 +82,8 @@ def _trials(
         plans[i].attach(own)
     state: dict[str, Tensor] | None = None
     trials: dict[int, Trial] = {}
+    data = plans[first].data("adapt")  # in the memory once: its order is by its own seed
     for i, (run, tracking) in live.items():
-        data = plans[i].data("adapt")
         trials[i] = experiment.trial_of(plans[i], models[i], data, run, tracking, state)
         state = trials[i].base
     return model, trials

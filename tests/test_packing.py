@@ -17,6 +17,7 @@ from lora_lab import compose, experiment, multirun, packed, packing, train
 from lora_lab.adapters.packed import Pack
 from lora_lab.launcher.packs import packs
 from lora_lab.plan import Plan, plan
+from lora_lab.recorded import Recorded
 from lora_lab.runs import Run, find_runs
 from tests import killed
 from tests.conftest import SMALL, Lab
@@ -575,19 +576,20 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch):
     """What the optimizer knew of each run stays with it."""
     settings = [*LESS, "trainer.precision=64-true", "optimizer.schedule=cosine"]
     points = [*r(1, 2, seeds=2), ["adapter.r=2", "optimizer.lr=0.02", "adapter=lora_plus"]]
-    real, calls = Pack.forward, []
+    real, calls = Recorded.__call__, []
 
-    def forward(pack: Pack, *inputs: torch.Tensor) -> torch.Tensor:
-        if len(pack.runs) > 2 and pack.training and torch.is_grad_enabled():
-            calls.append(1)
+    def step(self: Recorded, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if len(self.pack.runs) > 2:
+            calls.append(self.checked)
             if len(calls) == EPOCH + 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(pack, *inputs)
+        return real(self, x, y)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pack, "forward", forward)
+        patch.setattr(Recorded, "__call__", step)
         runs = together("shift", points, *settings)
-    assert len(calls) > EPOCH + 4
+    assert calls[: EPOCH + 6] == [False, False, *[True] * (EPOCH + 2), False, False]
+    assert len(calls) > EPOCH + 6
     all_same(runs, alone("shift", points, *settings), 1e-10)
 
 

@@ -37,7 +37,7 @@ from lora_lab import adapters
 from lora_lab.adapters.packed import Pack
 from lora_lab.models.linear import Linear
 from lora_lab.models.mlp import MLP
-from lora_lab.packed import gradients
+from lora_lab.recorded import Recorded
 from lora_lab.report.figures import log_scale, style
 from tests.conftest import SMALL
 
@@ -296,11 +296,10 @@ def step_ms(what: Growing, runs: int, r: int) -> float:
     pack = Pack(base, [adapters.attached(model) for model in models])
     adam = torch.optim.Adam([p for p in pack.parameters() if p.requires_grad], fused=True)
 
+    recorded = Recorded(pack, what.loss)
+
     def step() -> None:
-        adam.zero_grad()
-        outputs = pack(x)
-        _, by_outputs = gradients(what.loss, outputs.detach(), y)
-        outputs.backward(by_outputs)
+        recorded(x, y)
         adam.step()
 
     return median_ms(step)
