@@ -71,6 +71,7 @@ class PackedModule(Evaluated):
         self.members = sorted(members, key=Member.order)
         self.own = nn.ModuleList(member.module for member in self.members)
         self.at_once = len(members)
+        self.recorded: list[Recorded] = []
         self.clip: tuple[float, str] | None = None
 
     def check(self, batch: Batch, gpu: bool) -> None:
@@ -125,7 +126,7 @@ class PackedModule(Evaluated):
                 Pack(self.model, [m.adapters for m in self.members[i : i + n]], settings[i : i + n])
                 for i in range(0, len(self.members), n)
             ]
-        self.steps = [Recorded(pack, self.task.loss) for pack in self.packs]
+        self.recorded = [Recorded(pack, self.task.loss) for pack in self.packs]
         for pack in self.packs:
             pack.train(self.training)
 
@@ -148,7 +149,7 @@ class PackedModule(Evaluated):
 
     def teardown(self, stage: str) -> None:
         """The weights may move to another device now, each on its own."""
-        self.packs, self.steps = [], []
+        self.packs, self.recorded = [], []
 
     def configure_optimizers(self) -> Any:
         """One optimizer for all runs. Their rates are set step by step."""
@@ -181,7 +182,7 @@ class PackedModule(Evaluated):
         """The losses (runs,), and their gradients. Out of memory: again, half as many at once."""
         while True:
             try:
-                return torch.cat([step(*batch) for step in self.steps])
+                return torch.cat([step(*batch) for step in self.recorded])
             except RuntimeError as error:  # CUDA's is one, too
                 if self.at_once == 1 or not out_of_memory(error):
                     raise
