@@ -593,7 +593,7 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch):
     all_same(runs, alone("shift", points, *settings), 1e-10)
 
 
-@pytest.mark.parametrize("small", ["digits", "bytes_lm"])
+@pytest.mark.parametrize("small", ["digits", pytest.param("bytes_lm", marks=pytest.mark.slow)])
 def test_several_passes_give_the_same(
     small: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -17,7 +17,7 @@ from lora_lab.recorded import Recorded
 from tests.adapters.cases import Case, cases_where, seeded
 from tests.adapters.test_packed import (
     EXACT,
-    WHOLE,
+    MODELS,
     apart,
     four,
     gradient,
@@ -31,10 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
 def as_each_alone(base: nn.Module, made: list[nn.Module], x: Tensor, exact: float = EXACT) -> None:
-    """Four batches, of which the last two are played: losses and gradients of every run's model."""
+    """Three batches, of which the last is played: losses and gradients of every run's model."""
     alone, packed = [copy.deepcopy(model) for model in made], pack(base, made)
     step = Recorded(packed, F.mse_loss)
-    for batch in range(4):
+    for batch in range(3):
         x = x.roll(1, 0) * (0.9 if x.is_floating_point() else 1)
         y = torch.randn_like(made[0](x))
         losses = step(x, y)
@@ -64,7 +64,7 @@ def as_each_alone(base: nn.Module, made: list[nn.Module], x: Tensor, exact: floa
 
 @cases_where(
     lambda case: (
-        (case.variant == "lora" or case.layer.name == "linear")
+        case.variant == ("dora" if case.layer.name == "linear" else "lora")
         and no_pass(case) is None
         and len(case.inputs()) == 1
     )
@@ -76,7 +76,8 @@ def test_each_is_what_it_is_alone(case: Case):
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [(n, t) for n, t, how in WHOLE if how == "lora" and "bert" not in n]
+    ("name", "target"),
+    [(name, targets[0]) for name, (*_, targets) in MODELS.items() if "bert" not in name],
 )
 def test_whole_models(name: str, target: str):
     base, x = whole(name)
