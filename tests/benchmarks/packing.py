@@ -295,7 +295,6 @@ def step_ms(what: Growing, runs: int, r: int) -> float:
     models = [adapted(copy.deepcopy(base), what, r, seed) for seed in range(runs)]
     pack = Pack(base, [adapters.attached(model) for model in models])
     adam = torch.optim.Adam([p for p in pack.parameters() if p.requires_grad], fused=True)
-
     recorded = Recorded(pack, what.loss)
 
     def step() -> None:
