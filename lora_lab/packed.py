@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Adapter
-from lora_lab.adapters.packed import Pack
+from lora_lab.adapters.packed import Pack, separate
 from lora_lab.cuts import Evaluated
 from lora_lab.data import Data
 from lora_lab.modules import READ_EVERY, Batch, DivergedError, LoRAModule
@@ -104,6 +104,7 @@ class PackedModule(Evaluated):
             says = str(error).partition("\n")[0]
             raise UnpackableError(f"the model cannot be computed for many runs: {says}") from error
         finally:
+            self._separate()
             self.train()
         apart = (outputs - wanted).double().norm() / wanted.double().norm().clamp(min=1e-30)
         if not apart <= CLOSE.get(outputs.dtype, 0.1):
@@ -150,6 +151,11 @@ class PackedModule(Evaluated):
     def teardown(self, stage: str) -> None:
         """The weights may move to another device now, each on its own."""
         self.packs, self.recorded = [], []
+        self._separate()
+
+    def _separate(self) -> None:
+        for member in self.members:
+            separate(member.adapters)
 
     def configure_optimizers(self) -> Any:
         """One optimizer for all runs. Their rates are set step by step."""

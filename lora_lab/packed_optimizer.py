@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.count import groups_of
-from lora_lab.adapters.packed import Pack
+from lora_lab.adapters.packed import Pack, Stack
 from lora_lab.modules import LoRAModule, rate_at
 
 
@@ -84,7 +84,10 @@ class PackedOptimizer:
                 stacked, i = self.places[id(own)]
                 if held := self.torch.state.get(stacked):
                     state[number] = {
-                        key: value[i].clone() if _of_runs(value, stacked.shape) else value
+                        # Laid out as a parameter is alone.
+                        key: Stack.part(value, i, own).clone(memory_format=torch.contiguous_format)
+                        if _of_runs(value, stacked.shape)
+                        else value
                         for key, value in held.items()
                     }
                 number += 1
@@ -97,18 +100,18 @@ class PackedOptimizer:
 
     def load(self, modules: Sequence[LoRAModule], states: Sequence[dict[str, Any]]) -> None:
         """Gives every run the state that its optimizer had, alone or in a pack."""
-        parts: dict[nn.Parameter, list[dict[str, Any]]] = {}
         for module, state in zip(modules, states, strict=True):
             every = [own for group in module.groups() for own in group["params"]]
             for number, held in state["state"].items():
-                parts.setdefault(self.places[id(every[number])][0], []).append(held)
-        for stacked, held in parts.items():
-            self.torch.state[stacked] = {
-                key: torch.stack([h[key] for h in held]).to(stacked.device)
-                if _of_runs(value, stacked.shape[1:])
-                else value
-                for key, value in held[0].items()
-            }
+                stacked, i = self.places[id(every[number])]
+                whole = self.torch.state[stacked]
+                for key, value in held.items():
+                    if not _of_runs(value, every[number].shape):
+                        whole[key] = value
+                        continue
+                    if key not in whole:
+                        whole[key] = torch.zeros_like(stacked, dtype=value.dtype)
+                    Stack.part(whole[key], i, value).copy_(value)
 
     def schedulers(self, module: LoRAModule, step: int) -> list[dict[str, Any]]:
         """The states of the schedulers that a run would have alone."""

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lora_lab.adapters.files import is_adapter_key
 from lora_lab.callbacks.checkpoint import Checkpoint
 from lora_lab.callbacks.spectra import SpectraCallback
 from lora_lab.modules import DivergedError
@@ -105,7 +106,12 @@ class PackedCheckpoint(Checkpoint):
                 "epoch": trainer.current_epoch,
                 "global_step": trainer.global_step,
                 "pytorch-lightning_version": version("lightning"),
-                "state_dict": member.module.state_dict(),
+                "state_dict": {
+                    # Of its own: a view would be written with the tensors of all runs.
+                    key: value.clone(memory_format=torch.contiguous_format)
+                    for key, value in member.module.state_dict().items()
+                    if is_adapter_key(key)
+                },
                 "loops": None,
                 "callbacks": {spectral.state_key: spectral.state_dict()},
                 "optimizer_states": [module.packed_optimizer.state(*of)],

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -12,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
 from lora_lab import adapters
+from lora_lab.adapters import packed as packed_module
 from lora_lab.adapters.packed import Pack, refusal, sharing
+from lora_lab.launcher.packs import ELEMENTWISE
 from lora_lab.models.cnn import CNN
 from lora_lab.models.mlp import MLP
 from lora_lab.models.transformer import Transformer
@@ -283,12 +286,19 @@ def test_in_single_precision(name: str):
     as_each_alone(base, models(base, four({}), far=0.1), x, exact=1e-4)
 
 
-def test_runs_of_many_ranks_and_of_one_run():
-    base, x = whole("mlp")
-    ranks = (8, 1, 1, 3, 1, 8, 8, 2)
-    runs = [{"r": r, "alpha": 1.0 + i, "seed": i} for i, r in enumerate(ranks)]
-    as_each_alone(base, models(base, runs), x)
-    as_each_alone(base, models(base, runs[3:4]), x)
+@pytest.mark.parametrize("zeros", [0, 50, 10**9])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "encoder", "convs"])
+def test_runs_of_many_ranks_and_of_one_run(name: str, zeros: int, monkeypatch: pytest.MonkeyPatch):
+    """In a stack for each rank, in some, and in one that is padded."""
+    monkeypatch.setattr(packed_module, "PADDED", zeros)
+    base, x = whole(name)
+    ranks = (3, 1, 1, 2, 1, 3, 3, 2)
+    runs = [{"r": r, "alpha": 1.0 + i / 8, "seed": i} for i, r in enumerate(ranks)]
+    made = models(base, runs, far=0.1)  # far away attention is all on one place, and rounding
+    as_each_alone(base, made, x)
+    stacks = [len(seat.stacks) for seat in pack(base, made).seats]
+    assert {0: min(stacks) == 6, 50: 1 <= min(stacks) < 6, 10**9: max(stacks) == 1}[zeros]
+    as_each_alone(base, models(base, runs[3:4], far=0.1), x)
 
 
 def test_a_rank_of_its_own_at_every_site():
@@ -308,20 +318,24 @@ def test_at_the_start_every_run_gives_what_the_base_gives(case: Case):
         torch.testing.assert_close(output, wanted, rtol=EXACT, atol=EXACT)
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer", "encoder"])
-def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str):
-    """Three steps of SGD on the pack's parameters, beside three on each run's own."""
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [*(("mlp", by) for by in ELEMENTWISE), ("transformer", "SGD"), ("encoder", "SGD")],
+)
+def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str, by: str):
+    """Three steps on the pack's parameters, beside three on each run's own. Padding stays zero."""
     base, x = whole(name)
     made = models(base, four({}), far=0.1)
     alone = [copy.deepcopy(model) for model in made]
-    packed = pack(base, made)
-    optimizer = torch.optim.SGD([p for p in packed.parameters() if p.requires_grad], lr=0.01)
+    packed, make = pack(base, made), partial(getattr(torch.optim, by), lr=0.01)
+    make = make if by == "Rprop" else partial(make, weight_decay=0.01)
+    optimizer = make([p for p in packed.parameters() if p.requires_grad])
     for _ in range(3):
         optimizer.zero_grad()
         packed(x).square().flatten(1).mean(1).sum().backward()
         optimizer.step()
     for model in alone:
-        own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        own = make([p for p in model.parameters() if p.requires_grad])
         for _ in range(3):
             own.zero_grad()
             model(x).square().mean().backward()
@@ -332,6 +346,10 @@ def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str):
         assert apart(outputs[i], other(x)) <= EXACT
         changes = zip(adapters.deltas(model).values(), adapters.deltas(other).values(), strict=True)
         assert all(apart(a, b) <= EXACT for a, b in changes)
+    for _, stack in packed.stacks:
+        for name, tensor in stack.adapter.tensors().items():
+            own = sum(member.tensors()[name].abs().sum().item() for member in stack.members)
+            assert tensor.abs().sum().item() == pytest.approx(own, rel=1e-12)
 
 
 def test_the_base_has_no_gradient_and_stays():
@@ -354,25 +372,30 @@ def flops(packed: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def test_what_precedes_the_first_adapter_is_computed_once():
-    """And each product of an adapter costs its own rank: none is padded to another's."""
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_precedes_the_first_adapter_is_computed_once(
+    padded: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """And each product of an adapter costs its own rank, or the one it is padded to."""
+    monkeypatch.setattr(packed_module, "PADDED", 10**9 if padded else 0)
     rows, widths, ranks = 8, (16, 32, 24, 10), (1, 2, 2, 5)
     layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
     base = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).double()
     x = torch.randn(rows, widths[0]).double()
     runs = [{"r": r, "alpha": 1.0, "seed": i} for i, r in enumerate(ranks)]
 
+    n = len(ranks)
+
     def dense(i: int) -> int:
         return 2 * rows * widths[i] * widths[i + 1]
 
     def thin(i: int) -> int:
-        return 2 * rows * sum(ranks) * (widths[i] + widths[i + 1])
+        return 2 * rows * (n * max(ranks) if padded else sum(ranks)) * (widths[i] + widths[i + 1])
 
     def cost(match: list[str]) -> int:
         made = models(base, runs, {"some": adapters.Target(match=match)})
         return flops(pack(sharing(base), made), x)
 
-    n = len(ranks)
     assert cost(["4"]) == dense(0) + dense(1) + dense(2) + thin(2)
     assert cost(["2"]) == dense(0) + dense(1) + n * dense(2) + thin(1)
     assert cost(["0", "2", "4"]) == dense(0) + n * (dense(1) + dense(2)) + thin(0) + thin(1) + thin(
