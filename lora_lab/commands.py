@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_lab import server
 from lora_lab.helptext import train_help
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def train(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(train_help())
         return
+    server.begin(arguments)
     from lora_lab import train
 
     sys.argv[1:] = arguments
@@ -40,6 +42,7 @@ def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_ru
     """Runs a W&B sweep file here."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
+    server.begin(overrides)
     from lora_lab import sweep
 
     sweep.run(file, overrides, count, seed, dry_run)

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import multiprocessing
 import os
 import sys
 import warnings
@@ -10,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +22,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from lora_lab import compose
+from lora_lab import compose, server
 from lora_lab.config import ConfigError
 from lora_lab.runs import RunFailedError
 
@@ -185,12 +183,7 @@ def main(every: "list[Job] | None" = None) -> None:
     sys.argv[1:] = compose.prepare(sys.argv[1:])
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
     listen()
-    if {"hydra/launcher=joblib", "hydra/launcher=packed"} & {*sys.argv}:
-        # Every job is forked from a server, which imports what this process does meanwhile.
-        server = multiprocessing.get_context("forkserver")
-        # The first is what W&B imports as a run begins, a second in every job.
-        server.set_forkserver_preload(["wandb.sdk.launch", "lora_lab.launcher.preload"])
-        forkserver.ensure_running()
+    server.begin(sys.argv)
     if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
         from lora_lab import launcher
 
