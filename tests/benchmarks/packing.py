@@ -61,18 +61,37 @@ class Case:
     """All but packed are measured on some of the runs, and `usual` too."""
 
 
-BERT = (
-    *("experiment=digits", "name=bert", "model=linear", "optimizer.lr=0.002"),
-    *("data._target_=tests.benchmarks.bert.Tokens", "data.batch_size=16", "+data.samples=1024"),
-    "model._target_=tests.benchmarks.bert.Bert",
-    "target=['*.attention.self.query','*.attention.self.value']",
-    *("base.epochs=3", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=1"),
-)
+def digits(seeds: int) -> Case:
+    """Four ranks."""
+    title = "digits, MLP 64→128→128→10"
+    return Case(title, ("experiment=digits",), (1, 2, 4, 8), seeds, SMALL["digits"])
+
+
+def of_bytes(rows: int) -> Case:
+    """Batches of so many × 64 tokens."""
+    settings = ("experiment=bytes_lm", "data.size=60000", f"data.batch_size={rows}")
+    title = f"bytes, a transformer of 2 layers, data.size=60000, batches of {rows} × 64 tokens"
+    return Case(title, settings, (1, 2, 4, 8), 2, SMALL["bytes_lm"])
+
+
+def bert(rows: int) -> Case:
+    """Batches of so many × 32 tokens, in 3 epochs of 1024 rows."""
+    settings = (
+        *("experiment=digits", "name=bert", "model=linear", "optimizer.lr=0.002"),
+        *("data._target_=tests.benchmarks.bert.Tokens", "+data.samples=1024"),
+        *(f"data.batch_size={rows}", "model._target_=tests.benchmarks.bert.Bert"),
+        "target=['*.attention.self.query','*.attention.self.value']",
+        *("base.epochs=3", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=1"),
+    )
+    title = f"BERT-tiny of Hugging Face's, query and value, batches of {rows} × 32 tokens"
+    small = ("data.samples=64", "base.epochs=1", "trainer.max_epochs=1")
+    return Case(title, settings, (1, 2, 4, 8), 4, small)
+
+
 CASES = {
     "shift": Case("shift", ("experiment=shift",), (1, 2, 4, 8, 16, 32), 4, SMALL["shift"], True),
-    "digits": Case(
-        "digits, MLP 64→128→128→10", ("experiment=digits",), (1, 2, 4, 8), 6, SMALL["digits"]
-    ),
+    "digits": digits(6),
+    "digits-48": digits(12),
     "conv": Case(
         "digits, a CNN's convolutions",
         ("experiment=digits_targets", "target=[conv]"),
@@ -80,21 +99,12 @@ CASES = {
         4,
         SMALL["digits_targets"],
     ),
-    "bytes": Case(
-        "bytes, a transformer of 2 layers, data.size=60000",
-        ("experiment=bytes_lm", "data.size=60000"),
-        (1, 2, 4, 8),
-        2,
-        SMALL["bytes_lm"],
-    ),
-    "bert": Case(
-        "BERT-tiny of Hugging Face's, query and value, batches of 16 × 32 tokens, 192 steps",
-        BERT,
-        (1, 2, 4, 8),
-        4,
-        ("data.samples=64", "base.epochs=1", "trainer.max_epochs=1"),
-    ),
+    "bytes": of_bytes(32),
+    "bytes-256": of_bytes(4),
+    "bert": bert(16),
+    "bert-128": bert(4),
 }
+"""The language models also with fewer tokens a batch, of which one run does not fill a core."""
 LAUNCHERS = {
     "packed": ("hydra/launcher=packed",),
     "basic": ("hydra/launcher=basic",),
