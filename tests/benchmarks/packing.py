@@ -61,12 +61,6 @@ class Case:
     """All but packed are measured on some of the runs, and `usual` too."""
 
 
-def digits(seeds: int) -> Case:
-    """Four ranks."""
-    title = "digits, MLP 64→128→128→10"
-    return Case(title, ("experiment=digits",), (1, 2, 4, 8), seeds, SMALL["digits"])
-
-
 def of_bytes(rows: int) -> Case:
     """Batches of so many × 64 tokens."""
     settings = ("experiment=bytes_lm", "data.size=60000", f"data.batch_size={rows}")
@@ -90,8 +84,9 @@ def bert(rows: int) -> Case:
 
 CASES = {
     "shift": Case("shift", ("experiment=shift",), (1, 2, 4, 8, 16, 32), 4, SMALL["shift"], True),
-    "digits": digits(6),
-    "digits-48": digits(12),
+    "digits": Case(
+        "digits, MLP 64→128→128→10", ("experiment=digits",), (1, 2, 4, 8), 6, SMALL["digits"]
+    ),
     "conv": Case(
         "digits, a CNN's convolutions",
         ("experiment=digits_targets", "target=[conv]"),
