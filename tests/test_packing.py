@@ -470,7 +470,14 @@ def test_a_pack_goes_on_bit_for_bit(
     made = plans("shift", MIXED, *settings)
     whole = together("shift", MIXED, *settings, "runs_dir=whole")
     stopped(monkeypatch, made, 2 * EPOCH + 3)
-    assert all((one.path / "checkpoints" / "last.ckpt").exists() for one in made)
+    for one in made:
+        kept = torch.load(one.path / "checkpoints" / "last.ckpt", "cpu", weights_only=True)
+        state = kept["optimizer_states"][0]["state"].values()
+        held = [*kept["state_dict"].values(), *(t for of in state for t in of.values())]
+        tensors = [t for t in held if isinstance(t, torch.Tensor)]
+        # Laid out as alone, and with no other run's beside them in the memory that is written.
+        assert all(t.is_contiguous() for t in tensors)
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
     caplog.clear()
     runs = together("shift", MIXED, *settings)
     assert "run resumed from epoch 2 of 4" in caplog.text
