@@ -8,8 +8,9 @@ BIN := .venv/bin
 run: .venv/.run
 	$(BIN)/lora-lab train $(ARGS)
 
+# With bytecode, even where it is told off: tests start hundreds of processes.
 test: .venv/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
 theory: .venv/.test
 	$(BIN)/python -m tests.theory $(ARGS)
