@@ -124,8 +124,7 @@ def plan(cfg: Config) -> Plan:
             f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes "
             f"that share every batch (trainer.devices={cfg.trainer.devices})"
         )
-    with torch.device("meta"):
-        model = _call("model", cfg, **sizes)
+    model = _skeleton(cfg, sizes)
     sites = []
     if cfg.adapter.method != "none":
         try:
@@ -148,6 +147,22 @@ def plan(cfg: Config) -> Plan:
         found = _check_checkpoint(cfg.base, model)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": found})})
     return Plan(cfg, sites, processes)
+
+
+_last: tuple[Any, nn.Module] | None = None
+
+
+def _skeleton(cfg: Config, sizes: dict[str, int]) -> nn.Module:
+    """The model on the meta device: that of the plan before, where it is made of the same.
+
+    A large one takes a second, and a multirun plans each of its points.
+    """
+    global _last
+    made_of = cfg.model.callee, repr((cfg.model.arguments, sizes))
+    if _last is None or _last[0] != made_of:
+        with torch.device("meta"):
+            _last = made_of, _call("model", cfg, **sizes)
+    return _last[1]
 
 
 def _targets(cfg: Config) -> dict[str, Target]:

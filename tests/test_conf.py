@@ -15,6 +15,7 @@ from lora_lab.checks import check
 from lora_lab.compose import prepare
 from lora_lab.config import Config, ConfigError
 from lora_lab.helptext import train_help
+from lora_lab.models.mlp import MLP
 from lora_lab.options import options
 from lora_lab.plan import plan
 from tests.conftest import SMALL, Lab, only_run
@@ -118,6 +119,22 @@ def test_every_group_is_there():
 @pytest.mark.parametrize(("data", "model"), [*product(options()["data"], options()["model"])])
 def test_every_model_fits_every_data_set(data: str, model: str):
     assert plan(composed(f"data={data}", f"model={model}", "target=all")).sites
+
+
+def test_plans_share_a_model_that_is_made_of_the_same(monkeypatch: pytest.MonkeyPatch):
+    made: list[int] = []
+
+    class Counted(MLP):
+        def __init__(self, in_features: int, out_features: int, hidden: list[int]):
+            super().__init__(in_features, out_features, hidden)
+            made.append(hidden[0])
+
+    monkeypatch.setattr("lora_lab.models.mlp.MLP", Counted)
+    for hidden, r in ((96, 1), (96, 2), (32, 1), (96, 1)):
+        cfg = composed("experiment=digits", f"model.hidden=[{hidden}]", f"adapter.r={r}")
+        shapes = [site.shape for site in plan(cfg).sites]
+        assert shapes == [(hidden, 64), (10, hidden)]
+    assert made == [96, 32, 96]
 
 
 def test_a_rank_of_full_is_full_fine_tuning():
