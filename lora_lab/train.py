@@ -156,8 +156,10 @@ def importing() -> Iterator[None]:
     """What is imported within it is never garbage, and need not be looked at again, nor at exit."""
     known = len(sys.modules)
     gc.disable()
-    yield
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.enable()
     if len(sys.modules) > known:  # not again in a later job: what others left is garbage
         gc.freeze()
 
