@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lab import adapters
+from lora_lab.adapters import Target
 from lora_lab.adapters.packed import Pack
 from lora_lab.recorded import Recorded
 from tests.adapters.cases import Case, cases_where, seeded
@@ -73,6 +74,17 @@ def test_each_is_what_it_is_alone(case: Case):
     base = case.plain()
     (x,) = case.inputs()
     as_each_alone(base, models(base, four(case.how)), x)
+
+
+def test_a_linear_layers_bias_is_part_of_its_product():
+    """Adapted or not: vmap's own rule reads and writes all outputs again for it."""
+    base = nn.Sequential(*(nn.Linear(width, width + 1) for width in (5, 6, 7))).double()
+    made = models(base, four({}), {"first": Target(kind="linear", match=["0", "1"])})
+    step = Recorded(pack(base, made), F.mse_loss)
+    step(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64))
+    assert step.record is not None
+    products = [str(node.target) for node in step.record.graph.nodes]
+    assert products.count("aten.addmm.default") == len(base)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,9 @@ class Pack(nn.Module):
             self.seats.append(seat := Seat(layer, first, stacks))
             sit(layer, "pack", site, seat)
             layer.lora.active = "pack"  # pyright: ignore
+        for layer in self.base.modules():
+            if type(layer) is nn.Linear:  # none whose weight an adapter changes: that is each run's
+                layer.forward = partial(_linear, layer.forward)
         # So that they are in the mode, and among the parameters, of the pack.
         self.stacked = nn.ModuleList(stack.adapter for _, stack in self.stacks)
 
@@ -154,6 +157,27 @@ class _Lifted(torch.autograd.Function):
         plain = torch.autocast(output.device.type, enabled=False)
         with plain if seat.kind == "embedding" else nullcontext():
             return seat.lifted(layer, input, output), 0
+
+
+def _linear(plain: Callable[[Tensor], Tensor], input: Tensor) -> Any:
+    return _Linear.apply(input, plain)
+
+
+class _Linear(torch.autograd.Function):
+    """A frozen linear layer under vmap, whose own rule adds the bias in a pass over the output."""
+
+    @staticmethod
+    def forward(input: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        return plain(input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        input, plain = args
+        return plain(input.movedim(in_dims[0], 0)), 0
 
 
 @contextmanager
