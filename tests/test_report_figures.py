@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lora_lab.report import against, tradeoffs
 from lora_lab.report.cells import Result, cells_of, read
-from lora_lab.report.figures import style
+from lora_lab.report.figures import heat, style
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, only_run, small
 from tests.copies import copies
@@ -47,6 +48,16 @@ def by(results: list[Result], key: str, metric: str) -> dict[Any, list[float]]:
 
 def lines(axes: Axes) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in line.get_xydata()] for line in axes.lines]  # pyright: ignore
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (2, 3), (64, 1)])
+def test_directions_are_counted_in_whole_numbers(shape: tuple[int, int]):
+    axes = (figure := Figure()).subplots()
+    heat(figure, axes, np.full(shape, 0.5))
+    for axis, count in zip((axes.yaxis, axes.xaxis), shape, strict=True):
+        shown = [tick for tick in axis.get_ticklocs() if 0.5 <= tick <= count + 0.5]
+        assert shown
+        assert all(tick == round(tick) for tick in shown)
 
 
 @pytest.mark.parametrize("metric", ["val/loss", "val/accuracy"])

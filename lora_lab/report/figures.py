@@ -167,7 +167,7 @@ def heat(figure: Figure, panel: Axes, phi: np.ndarray) -> None:
     i, j = phi.shape
     extent = (0.5, j + 0.5, i + 0.5, 0.5)
     image = panel.imshow(phi, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
-    panel.locator_params(integer=True)
+    panel.locator_params(integer=True, min_n_ticks=1)
     figure.colorbar(image, ax=panel, label="φ(i, j)")
 
 
