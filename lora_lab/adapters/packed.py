@@ -160,6 +160,7 @@ class _Lifted(torch.autograd.Function):
 
 
 def _linear(plain: Callable[[Tensor], Tensor], input: Tensor) -> Any:
+    """As a module's forward is called: `apply` takes nothing by its name."""
     return _Linear.apply(input, plain)
 
 

@@ -214,6 +214,18 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 2)
 
 
+class ByName(nn.Module):
+    """Gives its layers their input by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.fc = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 6) → (B, 4)."""
+        return self.fc(input=torch.relu(self.attn(input=x)))
+
+
 TOKENS = torch.arange(24).view(3, 8) % 19
 MODELS: dict[str, tuple[Any, Tensor, tuple[str, ...]]] = {
     "mlp": (lambda: MLP(64, 10, [12, 8]), torch.rand(5, 64), ("linear",)),
@@ -232,6 +244,7 @@ MODELS: dict[str, tuple[Any, Tensor, tuple[str, ...]]] = {
         torch.randn(7, 6),
         ("linear",),
     ),
+    "by name": (ByName, torch.randn(7, 6), ("linear", "attention")),
     "convs": (
         lambda: nn.Sequential(
             nn.Conv2d(4, 8, 3, groups=2, padding=1),
