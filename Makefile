@@ -8,7 +8,7 @@ BIN := .venv/bin
 run: .venv/.run
 	$(BIN)/lora-lab train $(ARGS)
 
-# With bytecode, even where it is told off: tests start hundreds of processes.
+# Bytecode is kept even where the environment says not to: tests start hundreds of processes.
 test: .venv/.test
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
