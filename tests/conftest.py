@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import cli, train
+from lora_lab import train
+from lora_lab.cli import main as cli
 from lora_lab.runs import Run, find_runs
 from lora_lab.tracking import Tracking
 

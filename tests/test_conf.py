@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from lora_lab import bases, launcher
 from lora_lab import compose as compose_module
 from lora_lab.checks import check
+from lora_lab.cli.help_text import train_help
 from lora_lab.compose import prepare
 from lora_lab.config import Config, ConfigError
-from lora_lab.helptext import train_help
 from lora_lab.models.mlp import MLP
 from lora_lab.options import options
 from lora_lab.plan import plan

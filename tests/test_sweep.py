@@ -17,7 +17,8 @@ import yaml
 from filelock import FileLock
 from scipy import stats
 
-from lora_lab import experiment, search, sweep
+from lora_lab import experiment, search
+from lora_lab.cli import sweep
 from lora_lab.compose import prepare
 from lora_lab.config import ConfigError
 from lora_lab.plan import plan

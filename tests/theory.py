@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lora_lab import theory
-from lora_lab.analyze import between
+from lora_lab.cli.analyze import between
 from lora_lab.report.theory import Held, held
 from lora_lab.runs import Run, find_runs
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 from lora_lab import __version__
-from lora_lab import commands as do
-from lora_lab.helptext import EPILOG, SWEEP, SWEEPS
+from lora_lab.cli import commands as do
+from lora_lab.cli.help_text import EPILOG, SWEEP, SWEEPS
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged")
 
@@ -153,6 +153,3 @@ def _tolerance(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text} must be at least 0 and finite")
     return tolerance
 
-
-if __name__ == "__main__":
-    main()

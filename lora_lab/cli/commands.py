@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab import server
-from lora_lab.helptext import train_help
+from lora_lab.cli.help_text import train_help
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_ru
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     server.begin(overrides)
-    from lora_lab import sweep
+    from lora_lab.cli import sweep
 
     sweep.run(file, overrides, count, seed, dry_run)
 
@@ -54,7 +54,8 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
     from lora_lab.runs import named_run
 
     runs = [named_run(path) for path in paths]
-    from lora_lab import analyze, train
+    from lora_lab import train
+    from lora_lab.cli import analyze
 
     train.quiet()
     if len(runs) > 1:
@@ -74,7 +75,7 @@ def export(path: Path, directory: Path, format: str) -> None:
     from lora_lab.runs import named_run
 
     run = named_run(path)
-    from lora_lab.export import export
+    from lora_lab.cli.export import export
     from lora_lab.train import quiet
 
     quiet()
@@ -87,7 +88,8 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
     from lora_lab.runs import RunFailedError, named_run
 
     run = named_run(path)
-    from lora_lab import reproduce, train
+    from lora_lab import train
+    from lora_lab.cli import reproduce
 
     train.quiet()
     try:
