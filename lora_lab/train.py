@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from lora_lab import compose, server
+from lora_lab import compose
 from lora_lab.config import ConfigError
 from lora_lab.runs import RunFailedError
+from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
-    from lora_lab.multirun import Job
     from lora_lab.plan import Plan
+    from lora_lab.sweeps.multirun import Job
 
 log = logging.getLogger(__name__)
 # Piped, a line is a line: paths are not broken to fit 80 columns.
@@ -60,7 +61,7 @@ def job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> None:
         raise
     finally:
         if not single:
-            from lora_lab import multirun
+            from lora_lab.sweeps import multirun
 
             multirun.keeps(Path(told.sweep.dir))
             if line := multirun.progress():
@@ -185,11 +186,11 @@ def main(every: "list[Job] | None" = None) -> None:
     sys.argv[1:] = compose.prepare(sys.argv[1:])
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
     listen()
-    server.begin(sys.argv)
+    fork_server.begin(sys.argv)
     if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
-        from lora_lab import launcher
+        from lora_lab.sweeps.launchers.register import register
 
-        launcher.register()
+        register()
     try:
         every = _multirun(sys.argv[1:]) if every is None else every
         try:
@@ -217,7 +218,7 @@ def _multirun(arguments: list[str]) -> "list[Job]":
     if not {"-m", "--multirun"} & set(arguments):
         return []
     with importing():
-        from lora_lab import multirun, sweeper
+        from lora_lab.sweeps import multirun, sweeper
 
     quiet()
     every = multirun.jobs(compose.points(arguments))
@@ -230,7 +231,7 @@ def _multirun(arguments: list[str]) -> "list[Job]":
 
 def begin(every: "list[Job]", total: int = 0) -> None:
     """Says in one line what the multirun is made of, of `total` runs if not all are known."""
-    from lora_lab import multirun
+    from lora_lab.sweeps import multirun
 
     multirun.begin(every, total)
     states = Counter(job.state for job in every)
@@ -244,7 +245,8 @@ def begin(every: "list[Job]", total: int = 0) -> None:
 
 def _ended(every: "list[Job]") -> None:
     """The table of all jobs, and of those that failed the causes."""
-    from lora_lab import multirun, report
+    from lora_lab import report
+    from lora_lab.sweeps import multirun
 
     left = multirun.end()
     console.print(report.jobs([(job.overrides, job.path, job.state, job.cause) for job in every]))

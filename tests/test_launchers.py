@@ -14,10 +14,10 @@ import torch
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from lora_lab.launcher import processes
-from lora_lab.launcher.processes import ProcessLauncher, at_once, share
-from lora_lab.launcher.submission import LocalLauncher, SlurmLauncher
 from lora_lab.runs import Run, find_runs
+from lora_lab.sweeps.launchers import processes
+from lora_lab.sweeps.launchers.processes import ProcessLauncher, at_once, share
+from lora_lab.sweeps.launchers.submission import LocalLauncher, SlurmLauncher
 from tests.conftest import SMALL, Lab
 
 ROOT = Path(__file__).parents[1]

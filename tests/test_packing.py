@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lora_lab import compose, experiment, multirun, packed, packing, train
+from lora_lab import compose, experiment, packed, packing, train
 from lora_lab.adapters.packed import Pack
-from lora_lab.launcher.packs import packs
 from lora_lab.plan import Plan, plan
 from lora_lab.recorded import Recorded
 from lora_lab.runs import Run, find_runs
+from lora_lab.sweeps import multirun
+from lora_lab.sweeps.packs import packs
 from tests import killed
 from tests.conftest import SMALL, Lab
 from tests.test_launchers import LOCAL, here, start, wait_for

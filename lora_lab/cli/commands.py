@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_lab import server
 from lora_lab.cli.help_text import train_help
+from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +18,7 @@ def train(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(train_help())
         return
-    server.begin(arguments)
+    fork_server.begin(arguments)
     from lora_lab import train
 
     sys.argv[1:] = arguments
@@ -42,7 +42,7 @@ def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_ru
     """Runs a W&B sweep file here."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    server.begin(overrides)
+    fork_server.begin(overrides)
     from lora_lab.cli import sweep
 
     sweep.run(file, overrides, count, seed, dry_run)

@@ -152,4 +152,3 @@ def _tolerance(text: str) -> float:
     if not 0 <= (tolerance := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be at least 0 and finite")
     return tolerance
-

@@ -15,10 +15,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from lora_lab import adapters
 from lora_lab.adapters import stacks
 from lora_lab.adapters.packed import Pack, refusal, sharing
-from lora_lab.launcher.packs import ELEMENTWISE
 from lora_lab.models.cnn import CNN
 from lora_lab.models.mlp import MLP
 from lora_lab.models.transformer import Transformer
+from lora_lab.sweeps.packs import ELEMENTWISE
 from tests.adapters.cases import CASES, Case, cases_where, move, seeded
 from tests.adapters.test_works_under import NO_VMAP
 

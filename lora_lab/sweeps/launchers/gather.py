@@ -13,10 +13,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lora_lab import multirun
 from lora_lab.config import ConfigError
-from lora_lab.multirun import Job
 from lora_lab.runs import RunFailedError
+from lora_lab.sweeps import multirun
+from lora_lab.sweeps.multirun import Job
 
 SLOW = 1.0
 """Seconds between two looks from which on the start of a job is told, too."""

@@ -10,7 +10,7 @@ import yaml
 
 from lora_lab import compose
 from lora_lab.config import ConfigError, nearest
-from lora_lab.space import Parameter, parameter
+from lora_lab.sweeps.search_space import Parameter, parameter
 
 Goal = Literal["minimize", "maximize"]
 

@@ -20,10 +20,10 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmitit
 from omegaconf import OmegaConf
 from submitit.core.utils import UncompletedJobError
 
-from lora_lab import multirun
-from lora_lab.launcher.gather import LostError, Worker, gather, to_do
-from lora_lab.launcher.packs import packs as packed
-from lora_lab.launcher.packs import together
+from lora_lab.sweeps import multirun
+from lora_lab.sweeps.launchers.gather import LostError, Worker, gather, to_do
+from lora_lab.sweeps.packs import packs as packed
+from lora_lab.sweeps.packs import together
 
 MISSING = 30
 """Seconds for which SLURM's queue does not have a job, and no result is there: it was lost."""

@@ -10,8 +10,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from lora_lab import multirun
-from lora_lab.multirun import Job
+from lora_lab.sweeps import multirun
+from lora_lab.sweeps.multirun import Job
 
 
 class Asked(Protocol):

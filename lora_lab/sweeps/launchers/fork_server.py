@@ -19,5 +19,5 @@ def begin(arguments: Sequence[str]) -> None:
             os.environ.setdefault(name, value)  # read as the server's process starts
         context = multiprocessing.get_context("forkserver")
         # The first is what W&B imports as a run begins, a second in every job.
-        context.set_forkserver_preload(["wandb.sdk.launch", "lora_lab.launcher.preload"])
+        context.set_forkserver_preload(["wandb.sdk.launch", "lora_lab.sweeps.launchers.preload"])
         forkserver.ensure_running()

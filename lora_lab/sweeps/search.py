@@ -9,12 +9,12 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_lab import multirun
-from lora_lab.multirun import Job
 from lora_lab.runs import Run
 from lora_lab.seeding import generator
-from lora_lab.space import Parameter
-from lora_lab.sweepfile import Goal
+from lora_lab.sweeps import multirun
+from lora_lab.sweeps.multirun import Job
+from lora_lab.sweeps.search_space import Parameter
+from lora_lab.sweeps.sweep_file import Goal
 
 Space = dict[str, Parameter]
 Point = Callable[[dict[str, Any]], list[str]]

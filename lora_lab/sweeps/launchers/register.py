@@ -1,10 +1,10 @@
-"""How a multirun's jobs are spread over processes, of this machine or of a cluster."""
+"""Makes the launchers of conf/hydra/launcher known to Hydra."""
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
-from lora_lab.launcher.processes import ProcessLauncher
-from lora_lab.launcher.submission import LocalLauncher, SlurmLauncher
+from lora_lab.sweeps.launchers.processes import ProcessLauncher
+from lora_lab.sweeps.launchers.submission import LocalLauncher, SlurmLauncher
 
 
 def register() -> None:

@@ -1,0 +1,1 @@
+"""How a multirun's jobs are spread over processes, of this machine or of a cluster."""
