@@ -125,7 +125,8 @@ def _with_published(planned: "Plan") -> "Plan":
 
 def _pack(pack: "Sequence[list[str] | Plan]") -> None:
     """The runs of a pack. Raises RunFailedError where any of them failed."""
-    from lora_lab import packing, plan, report
+    from lora_lab import plan, report
+    from lora_lab.packing import runs as packing
     from lora_lab.runs import Run, RunFinishedError
 
     quiet()

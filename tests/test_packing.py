@@ -13,10 +13,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lora_lab import compose, experiment, packed, packing, train
+from lora_lab import compose, experiment, train
 from lora_lab.adapters.packed import Pack
+from lora_lab.packing import module as packed
+from lora_lab.packing import runs as packing
+from lora_lab.packing.recorded import Recorded
 from lora_lab.plan import Plan, plan
-from lora_lab.recorded import Recorded
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.packs import packs
@@ -442,7 +444,7 @@ def stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        what = what or "lora_lab.packed:PackedModule.training_step"
+        what = what or "lora_lab.packing.module:PackedModule.training_step"
         patch.setattr(*killed.at(what, call, "before", stop))
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             packing.run(made, Console(quiet=True))

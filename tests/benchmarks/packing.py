@@ -37,7 +37,7 @@ from lora_lab import adapters
 from lora_lab.adapters.packed import Pack
 from lora_lab.models.linear import Linear
 from lora_lab.models.mlp import MLP
-from lora_lab.recorded import Recorded
+from lora_lab.packing.recorded import Recorded
 from lora_lab.report.figures import log_scale, style
 from tests.conftest import SMALL
 

@@ -2,7 +2,6 @@
 
 import gc
 
-from lora_lab import packing as packing
 from lora_lab.sweeps.launchers import processes as processes
 
 gc.freeze()  # none of it is ever garbage: neither jobs nor the server's own end look at it again

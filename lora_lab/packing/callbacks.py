@@ -11,7 +11,7 @@ from lora_lab.adapters.files import is_adapter_key
 from lora_lab.callbacks.checkpoint import Checkpoint
 from lora_lab.callbacks.spectra import SpectraCallback
 from lora_lab.modules import DivergedError
-from lora_lab.packed import Member, PackedModule
+from lora_lab.packing.module import Member, PackedModule
 
 
 class EachRun(pl.Callback):

@@ -16,8 +16,8 @@ from lora_lab.adapters.stacks import separate
 from lora_lab.cuts import Evaluated
 from lora_lab.data import Data
 from lora_lab.modules import READ_EVERY, Batch, DivergedError, LoRAModule
-from lora_lab.packed_optimizer import PackedOptimizer
-from lora_lab.recorded import CLOSE, Recorded
+from lora_lab.packing.optimizer import PackedOptimizer
+from lora_lab.packing.recorded import CLOSE, Recorded
 from lora_lab.tracking import Tracking
 
 log = logging.getLogger(__name__)
