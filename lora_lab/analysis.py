@@ -12,10 +12,11 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from lora_lab import bases, spectra
+from lora_lab import spectra
 from lora_lab.config import Spectra
 from lora_lab.runs import write_atomic
 from lora_lab.spectra import SVD, Spectrum
+from lora_lab.training import bases
 from lora_lab.updates import Updates
 
 TRIPLES = 64

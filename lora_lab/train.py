@@ -28,8 +28,8 @@ from lora_lab.runs import RunFailedError
 from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
-    from lora_lab.plan import Plan
     from lora_lab.sweeps.multirun import Job
+    from lora_lab.training.plan import Plan
 
 log = logging.getLogger(__name__)
 # Piped, a line is a line: paths are not broken to fit 80 columns.
@@ -72,8 +72,9 @@ def _run(content: DictConfig, single: bool) -> None:
     cfg = compose.typed(content, HydraConfig.get().overrides.task)
     # Lightning and wandb take seconds to import: after the first checks, not before.
     with importing():
-        from lora_lab import devices, experiment, plan, report, tracking
+        from lora_lab import report, tracking
         from lora_lab.runs import Run, RunBusyError, RunFinishedError
+        from lora_lab.training import devices, experiment, plan
     quiet()
     planned = _with_published(plan.plan(cfg))
     if devices.inside():
@@ -109,7 +110,7 @@ def _run(content: DictConfig, single: bool) -> None:
 
 def _with_published(planned: "Plan") -> "Plan":
     """The plan with what was published of it, where base or run are as they were published."""
-    from lora_lab import bases
+    from lora_lab.training import bases
 
     cfg = planned.cfg
     if cfg.published is None:
@@ -125,9 +126,10 @@ def _with_published(planned: "Plan") -> "Plan":
 
 def _pack(pack: "Sequence[list[str] | Plan]") -> None:
     """The runs of a pack. Raises RunFailedError where any of them failed."""
-    from lora_lab import plan, report
+    from lora_lab import report
     from lora_lab.packing import runs as packing
     from lora_lab.runs import Run, RunFinishedError
+    from lora_lab.training import plan
 
     quiet()
     plans = [

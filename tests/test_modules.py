@@ -10,7 +10,7 @@ from torch import nn
 from lora_lab import adapters
 from lora_lab.config import Optimizer
 from lora_lab.data.digits import Digits
-from lora_lab.modules import READ_EVERY, BaseModule, DivergedError, LoRAModule, rate_at
+from lora_lab.training.modules import READ_EVERY, BaseModule, DivergedError, LoRAModule, rate_at
 
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01, "schedule": "constant", "warmup": 0.0}
 

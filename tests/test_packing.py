@@ -13,15 +13,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lora_lab import compose, experiment, train
+from lora_lab import compose, train
 from lora_lab.adapters.packed import Pack
 from lora_lab.packing import module as packed
 from lora_lab.packing import runs as packing
 from lora_lab.packing.recorded import Recorded
-from lora_lab.plan import Plan, plan
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.packs import packs
+from lora_lab.training import experiment
+from lora_lab.training.plan import Plan, plan
 from tests import killed
 from tests.conftest import SMALL, Lab
 from tests.test_launchers import LOCAL, here, start, wait_for
@@ -506,7 +507,7 @@ def test_a_run_of_a_pack_goes_on_alone_and_a_run_alone_in_a_pack(
     assert caplog.text.count("run resumed from epoch 2 of 4") == 3
     made = plans("shift", MIXED, *settings, "runs_dir=back")
     for one in made:
-        step = "lora_lab.modules:BaseModule.training_step"
+        step = "lora_lab.training.modules:BaseModule.training_step"
         with monkeypatch.context() as patch:
             patch.setattr(*killed.at(step, 2 * EPOCH + 3, "before", interrupt))
             with pytest.raises((KeyboardInterrupt, SystemExit)):

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lab.callbacks import checkpoint
-from lora_lab.modules import BaseModule
 from lora_lab.runs import Run, find_runs
+from lora_lab.training.callbacks import checkpoint
+from lora_lab.training.modules import BaseModule
 from tests import killed
 from tests.conftest import SMALL, Lab, only_run
 from tests.test_tracking import as_ours, environment, held
@@ -144,21 +144,25 @@ def ctrl_c(
         assert lab("shift", EVERY, *settings) == 130
 
 
-STEP = "lora_lab.modules:BaseModule.training_step"
+STEP = "lora_lab.training.modules:BaseModule.training_step"
 SAVE = "lightning.pytorch:Trainer.save_checkpoint"
 # 4 epochs of 8 steps each, first of the base, then of the adapter; three checkpoints and, at the
 # end, a fourth of each.
 MOMENTS = {
     "in the base's third epoch": (STEP, {"call": 20, "by": "SIGKILL"}, 16 + 32),
     "between the base's last checkpoint and its name": (SAVE, {"call": 4, "when": "after"}, 40),
-    "before the base is kept": ("lora_lab.bases:save", {}, 32),
+    "before the base is kept": ("lora_lab.training.bases:save", {}, 32),
     "in the first epoch": (STEP, {"call": 32 + 5}, 32),
     "in the third epoch": (STEP, {"call": 32 + 20, "by": "SIGKILL"}, 16),
     "in the third epoch, asked to": (STEP, {"call": 32 + 20, "by": "SIGTERM"}, 16),
     "between the rows and their checkpoint": (SAVE, {"call": 4 + 2}, 24),
     "between a checkpoint and its name": (SAVE, {"call": 6, "when": "after", "by": "SIGKILL"}, 24),
-    "after the last epoch": ("lora_lab.callbacks.spectra:SpectraCallback.on_train_end", {}, 8),
-    "after the last checkpoint": ("lora_lab.experiment:_keep", {}, 0),
+    "after the last epoch": (
+        "lora_lab.training.callbacks.spectra:SpectraCallback.on_train_end",
+        {},
+        8,
+    ),
+    "after the last checkpoint": ("lora_lab.training.experiment:_keep", {}, 0),
     "in the analysis": ("lora_lab.analysis:analyze", {"by": "SIGKILL"}, 0),
     "in the report": ("lora_lab.report:write", {}, 0),
 }

@@ -17,14 +17,14 @@ import yaml
 from filelock import FileLock
 from scipy import stats
 
-from lora_lab import experiment
 from lora_lab.cli import sweep
 from lora_lab.compose import prepare
 from lora_lab.config import ConfigError
-from lora_lab.plan import plan
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import search
 from lora_lab.sweeps.search_space import parameter
+from lora_lab.training import experiment
+from lora_lab.training.plan import plan
 from tests.conftest import SMALL, Lab, command, only_run
 from tests.test_conf import composed
 from tests.wandb_server import WandbServer

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lora_lab import analysis, spectra
 from lora_lab.config import Spectra
-from lora_lab.cuts import cut_losses
-from lora_lab.modules import BaseModule
 from lora_lab.report import Pair
-from lora_lab.restore import restore
 from lora_lab.runs import Run
 from lora_lab.spectra import SVD, svd_of_matrix
+from lora_lab.training.cuts import cut_losses
+from lora_lab.training.modules import BaseModule
+from lora_lab.training.restore import restore
 from lora_lab.updates import Updates
 
 

@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
-from lora_lab.restore import restore
 from lora_lab.runs import Run
+from lora_lab.training.restore import restore
 
 FORMATS = {
     "peft": "adapter_model.safetensors",

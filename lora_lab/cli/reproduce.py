@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from lora_lab import adapters, bases, experiment, train
+from lora_lab import adapters, train
 from lora_lab.checks import check
 from lora_lab.config import CheckpointBase, Lora
-from lora_lab.plan import Plan, on_one_device, plan
 from lora_lab.report.cells import flat
 from lora_lab.report.run import spectrum
 from lora_lab.report.tables import Rows, markdown
 from lora_lab.runs import Run, RunFailedError, write_atomic
+from lora_lab.training import bases, experiment
+from lora_lab.training.plan import Plan, on_one_device, plan
 
 SAID = "reproduction.md"
 """What was found, in the new directory: a directory that has it may be run over again."""

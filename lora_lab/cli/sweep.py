@@ -11,15 +11,15 @@ import torch
 from filelock import FileLock, Timeout
 
 from lora_lab import compose, train
-from lora_lab.callbacks.spectra import groups
 from lora_lab.config import ConfigError, TrainedBase, content_hash, nearest
-from lora_lab.modules import TASKS
-from lora_lab.plan import Plan
 from lora_lab.spectra import Spectrum
 from lora_lab.sweeps import sweeper
 from lora_lab.sweeps.multirun import Job, possible
 from lora_lab.sweeps.search import Bayes, at_random, startup
 from lora_lab.sweeps.sweep_file import Sweep, read
+from lora_lab.training.callbacks.spectra import groups
+from lora_lab.training.modules import TASKS
+from lora_lab.training.plan import Plan
 
 AGAINST_BASE = ("directions", "projection", "amplification", "intruders", "intruders_among")
 """What analysis.py measures of ΔW beside W, where it is asked to."""

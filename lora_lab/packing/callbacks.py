@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 import torch
 
 from lora_lab.adapters.files import is_adapter_key
-from lora_lab.callbacks.checkpoint import Checkpoint
-from lora_lab.callbacks.spectra import SpectraCallback
-from lora_lab.modules import DivergedError
 from lora_lab.packing.module import Member, PackedModule
+from lora_lab.training.callbacks.checkpoint import Checkpoint
+from lora_lab.training.callbacks.spectra import SpectraCallback
+from lora_lab.training.modules import DivergedError
 
 
 class EachRun(pl.Callback):

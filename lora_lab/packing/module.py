@@ -13,12 +13,12 @@ from lora_lab import adapters
 from lora_lab.adapters import Adapter
 from lora_lab.adapters.packed import Pack
 from lora_lab.adapters.stacks import separate
-from lora_lab.cuts import Evaluated
 from lora_lab.data import Data
-from lora_lab.modules import READ_EVERY, Batch, DivergedError, LoRAModule
 from lora_lab.packing.optimizer import PackedOptimizer
 from lora_lab.packing.recorded import CLOSE, Recorded
 from lora_lab.tracking import Tracking
+from lora_lab.training.cuts import Evaluated
+from lora_lab.training.modules import READ_EVERY, Batch, DivergedError, LoRAModule
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.count import groups_of
 from lora_lab.adapters.packed import Pack
 from lora_lab.adapters.stacks import Stack
-from lora_lab.modules import LoRAModule, rate_at
+from lora_lab.training.modules import LoRAModule, rate_at
 
 
 class PackedOptimizer:

@@ -9,17 +9,17 @@ import lightning.pytorch as pl
 from rich.console import Console
 from torch import Tensor, nn
 
-from lora_lab import experiment
 from lora_lab.adapters.packed import sharing
-from lora_lab.callbacks.progress import ProgressBar
-from lora_lab.experiment import Trial
-from lora_lab.modules import DivergedError, LoRAModule
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.module import Member, PackedModule, UnpackableError
-from lora_lab.plan import Plan
 from lora_lab.runs import Run, RunBusyError, RunFinishedError, logged_alone
 from lora_lab.seeding import generator
 from lora_lab.tracking import Tracking
+from lora_lab.training import experiment
+from lora_lab.training.callbacks.progress import ProgressBar
+from lora_lab.training.experiment import Trial
+from lora_lab.training.modules import DivergedError, LoRAModule
+from lora_lab.training.plan import Plan
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from filelock import FileLock
 
 from lora_lab import compose
 from lora_lab.config import Config, ConfigError
-from lora_lab.plan import Plan, plan
 from lora_lab.runs import PLANNED, Run, planned, write_atomic
+from lora_lab.training.plan import Plan, plan
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from lora_lab.adapters import INITS
 from lora_lab.config import Config, Lora, content_hash
-from lora_lab.plan import Plan
 from lora_lab.runs import NO_MATTER
 from lora_lab.sweeps.multirun import Job
+from lora_lab.training.plan import Plan
 
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam")
 ELEMENTWISE += ("RMSprop", "Rprop", "SGD")

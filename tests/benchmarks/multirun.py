@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab import bases, compose, experiment, plan, report, train
+from lora_lab import compose, report, train
 from lora_lab.tracking import Tracking
+from lora_lab.training import bases, experiment, plan
 from tests.conftest import SMALL
 
 PARTS: dict[str, list[tuple[Any, str]]] = {

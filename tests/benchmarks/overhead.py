@@ -28,10 +28,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from lora_lab import compose, experiment, train
+from lora_lab import compose, train
 from lora_lab.data import Data, Phase
 from lora_lab.data.shift import Shift
-from lora_lab.plan import Plan, plan
+from lora_lab.training import experiment
+from lora_lab.training.plan import Plan, plan
 
 BOUND = 100.0
 """Microseconds a step of ours on top of Lightning's."""

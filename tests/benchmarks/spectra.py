@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab import experiment as runner
 from lora_lab import spectra, train
-from lora_lab.callbacks.spectra import SpectraCallback
+from lora_lab.training import experiment as runner
+from lora_lab.training.callbacks.spectra import SpectraCallback
 
 SIZE = 4096
 

@@ -24,13 +24,13 @@ from hydra_plugins.hydra_joblib_launcher._core import execute_job
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from joblib import cpu_count
 
-from lora_lab import bases
 from lora_lab.config import ConfigError
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.launchers.gather import LostError, gather, to_do
 from lora_lab.sweeps.packs import packs as packed
 from lora_lab.sweeps.packs import together
+from lora_lab.training import bases
 
 
 class ProcessLauncher(JoblibLauncher):

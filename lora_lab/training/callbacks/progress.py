@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lora_lab.modules import READ_EVERY, BaseModule
+from lora_lab.training.modules import READ_EVERY, BaseModule
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from lora_lab.adapters import Adapter, Recipe, Site
 from lora_lab.adapters.packed import Pack, sharing
 from lora_lab.config import Optimizer
 from lora_lab.data import Data
-from lora_lab.modules import BaseModule, Batch
 from lora_lab.spectra import SVD
+from lora_lab.training.modules import BaseModule, Batch
 from lora_lab.updates import Updates
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lora_lab.modules import BaseModule, Batch
 from lora_lab.tracking import Tracking
+from lora_lab.training.modules import BaseModule, Batch
 from lora_lab.updates import Updates
 
 

@@ -13,20 +13,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lora_lab import adapters, analysis, bases, report
+from lora_lab import adapters, analysis, report
 from lora_lab.adapters import AdapterError
-from lora_lab.callbacks.checkpoint import Checkpoint
-from lora_lab.callbacks.first_step import FirstStep
-from lora_lab.callbacks.progress import ProgressBar
-from lora_lab.callbacks.spectra import SpectraCallback
 from lora_lab.config import Lora, TrainedBase
-from lora_lab.cuts import cut_losses
 from lora_lab.data import Data
-from lora_lab.modules import BaseModule, LoRAModule
-from lora_lab.plan import Plan
 from lora_lab.runs import CHECKPOINTS, Run, rank, record
 from lora_lab.seeding import generator
 from lora_lab.tracking import Tracking
+from lora_lab.training import bases
+from lora_lab.training.callbacks.checkpoint import Checkpoint
+from lora_lab.training.callbacks.first_step import FirstStep
+from lora_lab.training.callbacks.progress import ProgressBar
+from lora_lab.training.callbacks.spectra import SpectraCallback
+from lora_lab.training.cuts import cut_losses
+from lora_lab.training.modules import BaseModule, LoRAModule
+from lora_lab.training.plan import Plan
 from lora_lab.updates import Updates, whole
 
 

@@ -19,9 +19,9 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lora_lab import experiment
-from lora_lab.plan import Plan
 from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, rank
+from lora_lab.training import experiment
+from lora_lab.training.plan import Plan
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent ends."""
