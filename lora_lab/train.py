@@ -72,8 +72,9 @@ def _run(content: DictConfig, single: bool) -> None:
     cfg = compose.typed(content, HydraConfig.get().overrides.task)
     # Lightning and wandb take seconds to import: after the first checks, not before.
     with importing():
-        from lora_lab import report, tracking
+        from lora_lab import report
         from lora_lab.runs import Run, RunBusyError, RunFinishedError
+        from lora_lab.tracking import tracking
         from lora_lab.training import devices, experiment, plan
     quiet()
     planned = _with_published(plan.plan(cfg))

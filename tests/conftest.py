@@ -11,7 +11,7 @@ import pytest
 from lora_lab import train
 from lora_lab.cli import main as cli
 from lora_lab.runs import Run, find_runs
-from lora_lab.tracking import Tracking
+from lora_lab.tracking.tracking import Tracking
 
 SMALL = {
     "shift": [

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lora_lab import dashboard
 from lora_lab.runs import Run
+from lora_lab.tracking import dashboard
 from tests.conftest import Lab, command, only_run
 from tests.test_tracking import environment
 from tests.wandb_server import ServedRun, WandbServer

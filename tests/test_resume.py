@@ -195,7 +195,7 @@ def test_interrupted_again_and_again_it_says_so(
 ):
     for call in (32 + 10, 10, 4):
         ctrl_c(lab, monkeypatch, STEP, call=call)
-    kill("lora_lab.tracking:Tracking.replay", call=2)  # 1: the base's rows
+    kill("lora_lab.tracking.tracking:Tracking.replay", call=2)  # 1: the base's rows
     run = only_run()
     last = run.path / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["lora_lab"]["epochs"] == 2

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import tracking
 from lora_lab.runs import Run, find_runs
-from lora_lab.tracking import read_back
+from lora_lab.tracking import tracking
+from lora_lab.tracking.tracking import read_back
 from tests.conftest import Lab, only_run
 from tests.wandb_server import ServedRun, WandbServer
 

@@ -107,7 +107,7 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
         raise ValueError(
             f"{project} is no project's name: {name} --entity {owner} says whose it is"
         )
-    from lora_lab import dashboard
+    from lora_lab.tracking import dashboard
 
     if not dry_run and dashboard.logged_in():
         try:

@@ -16,7 +16,7 @@ from lora_lab.adapters.stacks import separate
 from lora_lab.data import Data
 from lora_lab.packing.optimizer import PackedOptimizer
 from lora_lab.packing.recorded import CLOSE, Recorded
-from lora_lab.tracking import Tracking
+from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.cuts import Evaluated
 from lora_lab.training.modules import READ_EVERY, Batch, DivergedError, LoRAModule
 

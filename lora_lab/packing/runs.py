@@ -14,7 +14,7 @@ from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.module import Member, PackedModule, UnpackableError
 from lora_lab.runs import Run, RunBusyError, RunFinishedError, logged_alone
 from lora_lab.seeding import generator
-from lora_lab.tracking import Tracking
+from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment
 from lora_lab.training.callbacks.progress import ProgressBar
 from lora_lab.training.experiment import Trial

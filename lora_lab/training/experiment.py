@@ -19,7 +19,7 @@ from lora_lab.config import Lora, TrainedBase
 from lora_lab.data import Data
 from lora_lab.runs import CHECKPOINTS, Run, rank, record
 from lora_lab.seeding import generator
-from lora_lab.tracking import Tracking
+from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.first_step import FirstStep

@@ -20,7 +20,7 @@ from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, Tar
 from lora_lab.checks import bind, fits, imported
 from lora_lab.config import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
 from lora_lab.data import Data, Phase
-from lora_lab.tracking import Tracking
+from lora_lab.tracking.tracking import Tracking
 
 OURS = ("logger", "callbacks", "enable_progress_bar", "enable_model_summary")
 OURS += ("enable_checkpointing", "num_sanity_val_steps", "use_distributed_sampler")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_lab import adapters
 from lora_lab.adapters.files import is_adapter_key
-from lora_lab.tracking import Tracking
+from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from lora_lab.adapters import Site
 from lora_lab.config import Spectra
 from lora_lab.spectra import Spectrum, together
-from lora_lab.tracking import Tracking
+from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule, DivergedError
 from lora_lab.updates import Updates
 

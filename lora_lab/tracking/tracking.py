@@ -18,9 +18,9 @@ from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
 from lora_lab.config import Config
-from lora_lab.rows import JsonlLogger
 from lora_lab.runs import Run, rank
 from lora_lab.spectra import Spectrum
+from lora_lab.tracking.rows import JsonlLogger
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Where numbers go: metrics.jsonl, W&B, and a dashboard there."""
