@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lora_lab import spectra
-from lora_lab.config import Spectra
+from lora_lab.config.schema import Spectra
 from lora_lab.runs import write_atomic
 from lora_lab.spectra import SVD, Spectrum
 from lora_lab.training import bases

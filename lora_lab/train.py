@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from lora_lab import compose
-from lora_lab.config import ConfigError
+from lora_lab.config import compose
+from lora_lab.config.schema import ConfigError
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps.launchers import fork_server
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lora_lab.checks import check
+from lora_lab.config.checks import check
 from lora_lab.runs import Run
 
 Point = dict[str, Any]

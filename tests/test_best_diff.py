@@ -9,9 +9,9 @@ from statistics import mean, stdev
 import hydra
 import pytest
 
-from lora_lab import compose
-from lora_lab.checks import check
-from lora_lab.config import Config
+from lora_lab.config import compose
+from lora_lab.config.checks import check
+from lora_lab.config.schema import Config
 from lora_lab.report import best, difference
 from lora_lab.report.cells import goal
 from lora_lab.report.tables import deviating

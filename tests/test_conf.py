@@ -9,13 +9,13 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from lora_lab import compose as compose_module
-from lora_lab.checks import check
 from lora_lab.cli.help_text import train_help
-from lora_lab.compose import prepare
-from lora_lab.config import Config, ConfigError
+from lora_lab.config import compose as compose_module
+from lora_lab.config.checks import check
+from lora_lab.config.compose import prepare
+from lora_lab.config.options import options
+from lora_lab.config.schema import Config, ConfigError
 from lora_lab.models.mlp import MLP
-from lora_lab.options import options
 from lora_lab.sweeps.launchers.register import register
 from lora_lab.training import bases
 from lora_lab.training.plan import plan

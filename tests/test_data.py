@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_lab import adapters
+from lora_lab.config.options import options
 from lora_lab.data import Batches, Data
 from lora_lab.data.bytes import Bytes
 from lora_lab.data.digits import Digits
@@ -23,7 +24,6 @@ from lora_lab.models.conv import Conv
 from lora_lab.models.embedding import Embedding
 from lora_lab.models.linear import Linear
 from lora_lab.models.transformer import Transformer
-from lora_lab.options import options
 
 small_shift = partial(
     Shift, samples=64, in_features=6, out_features=5, shift=2.0, batch_size=10, seed=0

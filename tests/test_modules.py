@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_lab import adapters
-from lora_lab.config import Optimizer
+from lora_lab.config.schema import Optimizer
 from lora_lab.data.digits import Digits
 from lora_lab.training.modules import READ_EVERY, BaseModule, DivergedError, LoRAModule, rate_at
 

@@ -18,8 +18,8 @@ from filelock import FileLock
 from scipy import stats
 
 from lora_lab.cli import sweep
-from lora_lab.compose import prepare
-from lora_lab.config import ConfigError
+from lora_lab.config.compose import prepare
+from lora_lab.config.schema import ConfigError
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import search
 from lora_lab.sweeps.search_space import parameter

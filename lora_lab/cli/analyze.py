@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_lab import analysis, spectra
-from lora_lab.config import Spectra
+from lora_lab.config.schema import Spectra
 from lora_lab.report import Pair
 from lora_lab.runs import Run
 from lora_lab.spectra import SVD, svd_of_matrix

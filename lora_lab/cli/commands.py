@@ -153,7 +153,8 @@ def ls(root: Path, state: str | None, sort: str) -> None:
 def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
     """Prints the best cells of a folder, and its best run."""
     runs = _runs(root)
-    from lora_lab import compose, report
+    from lora_lab import report
+    from lora_lab.config import compose
 
     for one in report.best(runs, metric, goal):
         _console().print(report.table(f"{one.experiment}: {one.goal} {metric}", one.rows(shown)))

@@ -1,6 +1,6 @@
 """What `lora-lab`, `lora-lab train` and `lora-lab sweep` say of themselves."""
 
-from lora_lab.options import options
+from lora_lab.config.options import options
 
 EPILOG = """\
 examples:

@@ -15,8 +15,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from lora_lab import adapters, train
-from lora_lab.checks import check
-from lora_lab.config import CheckpointBase, Lora
+from lora_lab.config.checks import check
+from lora_lab.config.schema import CheckpointBase, Lora
 from lora_lab.report.cells import flat
 from lora_lab.report.run import spectrum
 from lora_lab.report.tables import Rows, markdown

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from lora_lab import compose, train
-from lora_lab.config import ConfigError, TrainedBase, content_hash, nearest
+from lora_lab import train
+from lora_lab.config import compose
+from lora_lab.config.schema import ConfigError, TrainedBase, content_hash, nearest
 from lora_lab.spectra import Spectrum
 from lora_lab.sweeps import sweeper
 from lora_lab.sweeps.multirun import Job, possible

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lora_lab import adapters
-from lora_lab.config import Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data import Data, Phase
 from lora_lab.theory import Expected
 

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
-from lora_lab.config import Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data import Data, Phase
 
 

@@ -6,7 +6,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lora_lab.config import Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data import Phase, Planted
 from lora_lab.seeding import generator
 

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from lora_lab import theory
 from lora_lab.adapters import INITS, Adapter, attached
-from lora_lab.config import Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data import Phase, Planted, orthonormal, planted
 from lora_lab.seeding import generator
 from lora_lab.theory import Expected

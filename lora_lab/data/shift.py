@@ -4,7 +4,7 @@ import torch
 from pydantic import FiniteFloat, PositiveInt
 from torch.utils.data import TensorDataset
 
-from lora_lab.config import Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data import Data, Phase
 from lora_lab.seeding import generator
 

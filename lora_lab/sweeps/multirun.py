@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lora_lab import compose
-from lora_lab.config import Config, ConfigError
+from lora_lab.config import compose
+from lora_lab.config.schema import Config, ConfigError
 from lora_lab.runs import PLANNED, Run, planned, write_atomic
 from lora_lab.training.plan import Plan, plan
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_lab.adapters import INITS
-from lora_lab.config import Config, Lora, content_hash
+from lora_lab.config.schema import Config, Lora, content_hash
 from lora_lab.runs import NO_MATTER
 from lora_lab.sweeps.multirun import Job
 from lora_lab.training.plan import Plan

@@ -15,7 +15,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from lora_lab.config import ConfigError, nearest
+from lora_lab.config.schema import ConfigError, nearest
 
 TAIL = 0.001
 """The share of a normal distribution that is not drawn, at each of its two ends."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
-from lora_lab import compose
-from lora_lab.config import ConfigError, nearest
+from lora_lab.config import compose
+from lora_lab.config.schema import ConfigError, nearest
 from lora_lab.sweeps.search_space import Parameter, parameter
 
 Goal = Literal["minimize", "maximize"]

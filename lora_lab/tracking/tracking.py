@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
-from lora_lab.config import Config
+from lora_lab.config.schema import Config
 from lora_lab.runs import Run, rank
 from lora_lab.spectra import Spectrum
 from lora_lab.tracking.rows import JsonlLogger

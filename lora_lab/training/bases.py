@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from lora_lab import data, seeding
-from lora_lab.config import Config, TrainedBase, content_hash
+from lora_lab.config.schema import Config, TrainedBase, content_hash
 from lora_lab.runs import DEVICES, write_atomic
 from lora_lab.spectra import SVD, svd_of_matrix
 from lora_lab.training import modules

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lab import adapters
 from lora_lab.adapters import Adapter, Recipe, Site
 from lora_lab.adapters.packed import Pack, sharing
-from lora_lab.config import Optimizer
+from lora_lab.config.schema import Optimizer
 from lora_lab.data import Data
 from lora_lab.spectra import SVD
 from lora_lab.training.modules import BaseModule, Batch

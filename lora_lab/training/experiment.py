@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_lab import adapters, analysis, report
 from lora_lab.adapters import AdapterError
-from lora_lab.config import Lora, TrainedBase
+from lora_lab.config.schema import Lora, TrainedBase
 from lora_lab.data import Data
 from lora_lab.runs import CHECKPOINTS, Run, rank, record
 from lora_lab.seeding import generator

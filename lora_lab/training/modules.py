@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lab.adapters import parameter_groups
-from lora_lab.config import Optimizer
+from lora_lab.config.schema import Optimizer
 
 Batch = tuple[Tensor, Tensor]
 

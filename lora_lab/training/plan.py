@@ -17,8 +17,8 @@ from torch import nn
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, TargetError
-from lora_lab.checks import bind, fits, imported
-from lora_lab.config import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
+from lora_lab.config.checks import bind, fits, imported
+from lora_lab.config.schema import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
 

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_lab import adapters
-from lora_lab.checks import check
-from lora_lab.config import CheckpointBase, Config, Full, Lora
+from lora_lab.config.checks import check
+from lora_lab.config.schema import CheckpointBase, Config, Full, Lora
 from lora_lab.runs import Run
 from lora_lab.training import bases
 from lora_lab.training.plan import Plan, on_one_device, plan

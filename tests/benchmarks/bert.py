@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from lora_lab.config import Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data import Data, Phase
 from lora_lab.seeding import generator
 

@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab import compose, report, train
+from lora_lab import report, train
+from lora_lab.config import compose
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, experiment, plan
 from tests.conftest import SMALL

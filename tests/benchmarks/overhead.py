@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from lora_lab import compose, train
+from lora_lab import train
+from lora_lab.config import compose
 from lora_lab.data import Data, Phase
 from lora_lab.data.shift import Shift
 from lora_lab.training import experiment

@@ -24,7 +24,7 @@ from hydra_plugins.hydra_joblib_launcher._core import execute_job
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from joblib import cpu_count
 
-from lora_lab.config import ConfigError
+from lora_lab.config.schema import ConfigError
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.launchers.gather import LostError, gather, to_do

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lora_lab.adapters import Site
-from lora_lab.config import Spectra
+from lora_lab.config.schema import Spectra
 from lora_lab.spectra import Spectrum, together
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule, DivergedError

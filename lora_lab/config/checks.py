@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from lora_lab.config import (
+from lora_lab.config.schema import (
     CheckpointBase,
     Component,
     Config,

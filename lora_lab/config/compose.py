@@ -24,9 +24,9 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from lora_lab.checks import check
-from lora_lab.config import Config, ConfigError, nearest
-from lora_lab.options import options
+from lora_lab.config.checks import check
+from lora_lab.config.options import options
+from lora_lab.config.schema import Config, ConfigError, nearest
 from lora_lab.runs import NO_MATTER
 
 HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: 'KEY="a value"'"""
