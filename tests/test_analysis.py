@@ -2,6 +2,7 @@
 
 import csv
 import shlex
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
-from lora_lab.analysis import Advice, Curve, advise, steps
+from lora_lab.analysis.advice import Advice, advise
+from lora_lab.analysis.spectra import intruders, svd_of_factors, svd_of_matrix
+from lora_lab.analysis.truncation import Curve, Truncation, ranks_to_measure
 from lora_lab.data.digits import Digits
 from lora_lab.models.mlp import MLP
 from lora_lab.runs import Run, find_runs
-from lora_lab.spectra import intruders, svd_of_factors, svd_of_matrix
 from tests.conftest import Lab, command, only_run
 
 
@@ -115,33 +117,34 @@ def test_advice_halves_the_loss_a_site_may_cost_until_all_together_are_within():
     curve = Curve([0, 1, 2, 3], [10.0, 1.05, 1.02, 1.0])
     sites, whole = {"a": curve, "b": curve}, Curve([0, 1, 2, 3], [10.0, 1.3, 1.1, 1.0])
 
-    def together(ranks: dict[str, int]) -> float:
+    def together(ranks: Mapping[str, int]) -> float:
         return sum(curve.losses[k] for k in ranks.values()) - 1.0 + 0.05 * (min(ranks.values()) < 2)
 
-    advice = advise(whole, sites, 0.99, together)  # 9 won: 0.09 may be lost
+    advice = advise(Truncation(whole, sites, together), 0.99)  # 9 won: 0.09 may be lost
     assert advice is not None
     assert advice.ranks == {"a": 2, "b": 2}
     assert advice.share == pytest.approx((10 - 1.04) / 9)
-    assert advise(Curve([0, 3], [1.0, 1.0]), sites, 0.99, together) is None, "nothing was won"
+    assert advise(Truncation(Curve([0, 3], [1.0, 1.0]), sites, together), 0.99) is None, (
+        "nothing was won"
+    )
     # What may be lost is met exactly, at rank 0: an adapter has at least rank 1.
     flat = Curve([0, 1, 2], [1.25, 1.25, 1.0])
-    least = advise(
-        Curve([0, 2], [1.25, 1.0]), {"a": flat}, 0.0, lambda ranks: flat.losses[ranks["a"]]
-    )
+    all_at_once = Curve([0, 2], [1.25, 1.0])
+    least = advise(Truncation(all_at_once, {"a": flat}, lambda ranks: flat.losses[ranks["a"]]), 0.0)
     assert least is not None
     assert least.ranks == {"a": 1}
     # Where not even a 2048th of the loss a site may cost will do together, nothing is cut.
-    hopeless = advise(whole, sites, 0.99, lambda ranks: 5.0)
+    hopeless = advise(Truncation(whole, sites, lambda ranks: 5.0), 0.99)
     assert hopeless is not None
     assert (hopeless.ranks, hopeless.share) == ({"a": 3, "b": 3}, 1.0)
 
 
 def test_curves_are_measured_at_every_low_rank_and_sparser_above():
-    assert steps(4) == [0, 1, 2, 3, 4]
-    assert steps(20) == [*range(21)]
-    assert steps(300) == [*range(33), 45, 64, 91, 128, 181, 256, 300]
-    assert steps(1000)[-1] == 1000
-    assert len(steps(1000)) < 50
+    assert ranks_to_measure(4) == [0, 1, 2, 3, 4]
+    assert ranks_to_measure(20) == [*range(21)]
+    assert ranks_to_measure(300) == [*range(33), 45, 64, 91, 128, 181, 256, 300]
+    assert ranks_to_measure(1000)[-1] == 1000
+    assert len(ranks_to_measure(1000)) < 50
 
 
 def test_against_the_base_is_what_numpy_finds(lab: Lab):
@@ -241,13 +244,13 @@ def test_other_precisions_start_at_no_update_and_are_analyzed(
 
 def test_directions_are_those_that_a_weight_has():
     W = torch.zeros(12, 16, dtype=torch.float64)
-    assert len(svd_of_matrix(W).seen().S) == 0
+    assert len(svd_of_matrix(W).above_rounding().S) == 0
     torch.manual_seed(0)
     delta = svd_of_factors(torch.randn(4, 16), torch.randn(12, 4))
-    after = svd_of_matrix(W + delta.cut(4)).seen()
-    assert intruders(svd_of_matrix(W).seen().U, after.U) == 4
+    after = svd_of_matrix(W + delta.cut(4)).above_rounding()
+    assert intruders(svd_of_matrix(W).above_rounding().U, after.U) == 4
     W[0, 0] = 1.0
-    assert len(svd_of_matrix(W).seen().S) == 1
+    assert len(svd_of_matrix(W).above_rounding().S) == 1
 
 
 def test_several_sites_are_measured_as_one_too(lab: Lab):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lab.spectra import (
+from lora_lab.analysis.spectra import (
     SVD,
     Spectrum,
     amplification,

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_lab import theory
-from lora_lab.theory import Expected
+from lora_lab.analysis import theory
+from lora_lab.analysis.theory import Expected
 
 
 def draws(seed: int = 0) -> torch.Generator:

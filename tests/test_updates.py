@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Target
-from lora_lab.updates import Updates
+from lora_lab.analysis.updates import Updates
 from tests.adapters.cases import CASES, Case, changed_weights, every_case, move
 from tests.everything import Everything
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lora_lab import theory
+from lora_lab.analysis import theory
 from lora_lab.cli.analyze import between
 from lora_lab.report.theory import Held, held
 from lora_lab.runs import Run, find_runs

@@ -12,18 +12,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_lab import analysis, spectra
+from lora_lab.analysis import findings, spectra
+from lora_lab.analysis.spectra import SVD, svd_of_matrix
+from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Spectra
 from lora_lab.report import Pair
 from lora_lab.runs import Run
-from lora_lab.spectra import SVD, svd_of_matrix
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.restore import restore
-from lora_lab.updates import Updates
 
 
-def again(run: Run, console: Console, **change: Any) -> analysis.Findings:
+def again(run: Run, console: Console, **change: Any) -> findings.Findings:
     """Analyzes a finished run's ΔW with its `spectra` settings changed by `change`.
 
     Its spectra.npz and advice.yaml are written anew, its metrics have one row more; what was
@@ -36,12 +36,12 @@ def again(run: Run, console: Console, **change: Any) -> analysis.Findings:
     pl.seed_everything(cfg.seed, verbose=False)
     losses = partial(cut_losses, found.plan.alone(None, []), module, data, updates)
     asked = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
-    said = analysis.analyze(updates, losses, asked, cfg.bases_dir, console)
+    learned = findings.analyze(updates, losses, asked, cfg.bases_dir, console)
     with np.load(run.path / "spectra.npz") as arrays:
         kept = dict(arrays)
-    analysis.write(run.path, {**kept, **said.arrays}, said.advice)
-    run.append({"step": run.rows()[-1]["step"], **said.metrics})
-    return said
+    findings.write(run.path, {**kept, **learned.arrays}, learned.advice)
+    run.append({"step": run.rows()[-1]["step"], **learned.metrics})
+    return learned
 
 
 def between(runs: Sequence[Run]) -> list[Pair]:
@@ -80,7 +80,7 @@ def _spans(run: Run) -> dict[tuple[str, str], Tensor]:
         sites = [key.removesuffix("/S") for key in arrays.files if key.endswith("/S")]
         for site in sites:
             U, S, Vh = (torch.from_numpy(arrays[f"{site}/{name}"]) for name in ("U", "S", "Vh"))
-            seen = SVD(U.double(), S.double(), Vh.double()).seen()
+            seen = SVD(U.double(), S.double(), Vh.double()).above_rounding()
             if len(seen.S):
                 found[site, "input"] = _orthonormal(seen.Vh.T)
                 found[site, "output"] = _orthonormal(seen.U)
@@ -88,7 +88,7 @@ def _spans(run: Run) -> dict[tuple[str, str], Tensor]:
     for key, A in (load_file(factors) if factors.exists() else {}).items():
         site, _, name = key.rpartition(".")
         if name == "A":
-            seen = svd_of_matrix(A).seen()
+            seen = svd_of_matrix(A).above_rounding()
             if len(seen.S):
                 found[site, "A"] = seen.Vh.T
     return found

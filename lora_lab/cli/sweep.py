@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from lora_lab import train
+from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError, TrainedBase, content_hash, nearest
-from lora_lab.spectra import Spectrum
 from lora_lab.sweeps import sweeper
 from lora_lab.sweeps.multirun import Job, possible
 from lora_lab.sweeps.search import Bayes, at_random, startup

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from lora_lab import theory
 from lora_lab.adapters import INITS, adapter_for, attached
+from lora_lab.analysis import theory
+from lora_lab.analysis.theory import Expected, Fit
 from lora_lab.seeding import generator
-from lora_lab.theory import Expected, Fit
 
 Phase = Literal["base", "adapt"]
 

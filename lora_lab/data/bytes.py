@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lora_lab import adapters
+from lora_lab.analysis.theory import Expected
 from lora_lab.config.schema import Seed
 from lora_lab.data import Data, Phase
-from lora_lab.theory import Expected
 
 FILES = (
     *("argparse", "ast", "bdb", "calendar", "codecs", "configparser", "contextlib", "dataclasses"),

@@ -7,12 +7,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lora_lab import theory
 from lora_lab.adapters import INITS, Adapter, attached
+from lora_lab.analysis import theory
+from lora_lab.analysis.theory import Expected
 from lora_lab.config.schema import Seed
 from lora_lab.data import Phase, Planted, orthonormal, planted
 from lora_lab.seeding import generator
-from lora_lab.theory import Expected
 
 
 class PlantedLinear(Planted):

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
+from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config.schema import Config
 from lora_lab.runs import Run, rank
-from lora_lab.spectra import Spectrum
 from lora_lab.tracking.rows import JsonlLogger
 
 log = logging.getLogger(__name__)

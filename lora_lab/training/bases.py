@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from lora_lab import data, seeding
 from lora_lab.config.schema import Config, TrainedBase, content_hash
 from lora_lab.runs import DEVICES, write_atomic
-from lora_lab.spectra import SVD, svd_of_matrix
 from lora_lab.training import modules
 
 log = logging.getLogger(__name__)
@@ -127,22 +126,6 @@ def wait(cfg: Config) -> Base:
     while not path(cfg).with_suffix(".json").exists() or not (base := _kept(path(cfg))):
         time.sleep(0.2)
     return base
-
-
-def decomposed(W: Tensor, directory: Path) -> SVD:
-    """The SVD of a base's weight as a matrix, computed once and kept by the weight's content."""
-    content = W.detach().cpu().contiguous()
-    name = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:16]
-    path = directory / "svd" / f"{'x'.join(map(str, W.shape))}-{name}.safetensors"
-    try:
-        kept = load_file(path)
-        return SVD(*(kept[key].to(W.device, torch.float64) for key in ("U", "S", "Vh")))
-    except (OSError, KeyError, SafetensorError):
-        made = svd_of_matrix(W)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"U": made.U, "S": made.S, "Vh": made.Vh}
-        write_atomic(path, save({k: t.cpu().contiguous() for k, t in tensors.items()}))
-        return made
 
 
 def _kept(path: Path) -> Base | None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lora_lab import adapters
 from lora_lab.adapters import Adapter, Recipe, Site
 from lora_lab.adapters.packed import Pack, sharing
+from lora_lab.analysis.spectra import SVD
+from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Optimizer
 from lora_lab.data import Data
-from lora_lab.spectra import SVD
 from lora_lab.training.modules import BaseModule, Batch
-from lora_lab.updates import Updates
 
 log = logging.getLogger(__name__)
 

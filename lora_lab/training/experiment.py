@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lora_lab import adapters, analysis, report
+from lora_lab import adapters, report
 from lora_lab.adapters import AdapterError
+from lora_lab.analysis import findings
+from lora_lab.analysis.updates import Updates, whole
 from lora_lab.config.schema import Lora, TrainedBase
 from lora_lab.data import Data
 from lora_lab.runs import CHECKPOINTS, Run, rank, record
@@ -28,7 +30,6 @@ from lora_lab.training.callbacks.spectra import SpectraCallback
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.modules import BaseModule, LoRAModule
 from lora_lab.training.plan import Plan
-from lora_lab.updates import Updates, whole
 
 
 @dataclass
@@ -169,13 +170,13 @@ def conclude(trial: Trial, console: Console) -> None:
     quiet = plan.alone(None, [], **change)
     _keep(plan.alone(tracking, [], **change), module, data, base, run, tracking)
     arrays = spectral.arrays()
-    analysis.write(run.path, arrays, None)  # whatever comes of the rest
+    findings.write(run.path, arrays, None)  # whatever comes of the rest
     module.prefix = ""
     losses = partial(cut_losses, quiet, module, data, updates)
-    said = analysis.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
-    analysis.write(run.path, {**arrays, **said.arrays}, said.advice)
+    learned = findings.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
+    findings.write(run.path, {**arrays, **learned.arrays}, learned.advice)
     assert module.end is not None
-    tracking.log_findings(said.metrics, said.arrays, int(module.end["step"]))
+    tracking.log_findings(learned.metrics, learned.arrays, int(module.end["step"]))
 
 
 def _gather(plan: Plan, module: BaseModule) -> nn.Module:

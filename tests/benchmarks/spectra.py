@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab import spectra, train
+from lora_lab import train
+from lora_lab.analysis import spectra
 from lora_lab.training import experiment as runner
 from lora_lab.training.callbacks.spectra import SpectraCallback
 

@@ -4,9 +4,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lora_lab.analysis.updates import Updates
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule, Batch
-from lora_lab.updates import Updates
 
 
 class FirstStep(pl.Callback):

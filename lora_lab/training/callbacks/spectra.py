@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from lora_lab.adapters import Site
+from lora_lab.analysis.spectra import Spectrum, together
+from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Spectra
-from lora_lab.spectra import Spectrum, together
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule, DivergedError
-from lora_lab.updates import Updates
 
 CORNER = 64
 """Rows and columns of ΔW that spectra.npz keeps for its picture."""

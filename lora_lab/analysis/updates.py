@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lora_lab import adapters, spectra
+from lora_lab import adapters
 from lora_lab.adapters import Adapter, Site, adapter_for
-from lora_lab.spectra import SVD, Spectrum
+from lora_lab.analysis import spectra
+from lora_lab.analysis.spectra import SVD, Spectrum
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class SVD:
         """The first k triples."""
         return SVD(self.U[:, :k], self.S[:k], self.Vh[:k])
 
-    def seen(self) -> "SVD":
+    def above_rounding(self) -> "SVD":
         """The triples above rounding in single precision: the directions that are the matrix's."""
         size = max(self.U.shape[0], self.Vh.shape[1]) * torch.finfo(torch.float32).eps
         return self.first(int((self.S[:1] * size < self.S).sum()))

@@ -1,0 +1,105 @@
+"""What is asked of a finished ΔW: its directions, how they lie to W's, and what each rank buys."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from lora_lab.analysis import spectra
+from lora_lab.analysis.advice import Advice, advise
+from lora_lab.analysis.spectra import SVD, Spectrum
+from lora_lab.analysis.truncation import CutLosses, truncate
+from lora_lab.analysis.updates import Updates
+from lora_lab.analysis.weight_svd import svd_of_weight
+from lora_lab.config.schema import Spectra
+from lora_lab.runs import write_atomic
+
+TRIPLES = 64
+"""Singular triples of every site that spectra.npz keeps, at most."""
+
+INTRUDERS_AMONG = 10
+"""How many of the first left singular vectors of W + ΔW are compared with W's for intruders."""
+
+
+@dataclass
+class Findings:
+    """What an analysis gives: numbers by metric, arrays for spectra.npz, and the advice."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    advice: Advice | None = None
+
+
+def analyze(
+    updates: Updates, losses: CutLosses, cfg: Spectra, bases_dir: str, console: Console
+) -> Findings:
+    """Analyzes a trained model's ΔW.
+
+    The singular triples are always among the findings; the comparison with the base, the
+    truncation curve and the advice as `cfg` asks for them. `losses` measures the validation loss
+    with ΔW cut; `bases_dir` keeps the SVDs of the base's weights.
+    """
+    svds = {site: updates.svd(site) for site in updates.sites}
+    findings = Findings()
+    for site, svd in svds.items():
+        first = svd.first(TRIPLES)
+        for name, tensor in (("U", first.U), ("S", first.S), ("Vh", first.Vh)):
+            findings.arrays[f"{site}/{name}"] = tensor.cpu().float().numpy()
+    if cfg.against_base:
+        for site, svd in svds.items():
+            _compare_with_base(updates, site, svd, Path(bases_dir), findings)
+    if cfg.truncation != "none":
+        truncation = truncate(svds, losses, cfg.truncation, console)
+        if cfg.truncation == "sites" and (advice := advise(truncation, cfg.keep)):
+            findings.advice = advice
+            findings.metrics |= {"advice/loss": advice.loss, "advice/share": advice.share}
+        curves = {f"{site}/truncation": curve for site, curve in truncation.sites.items()}
+        for prefix, curve in {"truncation": truncation.model, **curves}.items():
+            findings.arrays[f"{prefix}/ranks"] = np.array(curve.ranks)
+            findings.arrays[f"{prefix}/loss"] = np.array(curve.losses)
+    return findings
+
+
+def _compare_with_base(
+    updates: Updates, site: str, svd: SVD, directory: Path, findings: Findings
+) -> None:
+    """How ΔW's directions lie to W's (Hu et al. 2021, section 7.3), and which are new in W + ΔW.
+
+    ΔW's directions are, of a product B A, all above rounding. Of a dense ΔW the smallest are noise:
+    there they are the first that hold 90% of its energy.
+    """
+    W = updates.before(site).to(svd.S)
+    of_base, of_delta = svd_of_weight(W, directory).above_rounding(), svd.above_rounding()
+    if not updates.is_product(site):
+        spectrum = Spectrum(of_delta.S.cpu(), (W.shape[0], W.shape[1]), 0)
+        of_delta = of_delta.first(spectrum.energy_90)
+    adapted = spectra.svd_of_matrix(W + svd.cut(len(svd.S)))
+    of_adapted = adapted.above_rounding().first(INTRUDERS_AMONG)
+    metrics = {
+        "directions": len(of_delta.S),
+        "projection": spectra.projection(W, of_delta),
+        "amplification": spectra.amplification(W, of_delta),
+        "intruders": spectra.intruders(of_base.U, of_adapted.U),
+        "intruders_among": len(of_adapted.S),
+    }
+    findings.metrics |= {
+        f"spectra/{site}/{name}": float(value)
+        for name, value in metrics.items()
+        if np.isfinite(value)
+    }
+    if len(of_delta.S) and len(of_base.S):
+        phi = spectra.similarity(of_delta.first(TRIPLES).U, of_base.first(TRIPLES).U)
+        findings.arrays[f"{site}/phi_base"] = phi.cpu().float().numpy()
+
+
+def write(directory: Path, arrays: Mapping[str, np.ndarray], advice: Advice | None) -> None:
+    """Writes spectra.npz and, where there is advice, advice.yaml; older advice is removed."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
+    write_atomic(directory / "spectra.npz", content.getvalue())
+    (directory / "advice.yaml").unlink(missing_ok=True)
+    if advice is not None:
+        write_atomic(directory / "advice.yaml", advice.text())
