@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lora_lab import train
-from lora_lab.adapters.packed import Pack
+from lora_lab.adapters.pack import Pack
 from lora_lab.config import compose
 from lora_lab.packing import module as packed
 from lora_lab.packing import runs as packing

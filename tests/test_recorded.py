@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Target
-from lora_lab.adapters.packed import Pack
+from lora_lab.adapters.pack import Pack
 from lora_lab.packing.recorded import Recorded
 from tests.adapters.cases import Case, cases_where, seeded
 from tests.adapters.test_packed import (

@@ -1,7 +1,7 @@
 """LoRA itself: `from lora_lab import adapters; adapters.attach(model, r=8, alpha=16)`."""
 
 from lora_lab.adapters.adapter import TRAINS, Adapter, AdapterError, Recipe
-from lora_lab.adapters.count import Count, count, parameter_groups
+from lora_lab.adapters.count import Count, count
 from lora_lab.adapters.files import (
     adapter_state_dict,
     base_state_dict,
@@ -13,6 +13,7 @@ from lora_lab.adapters.files import (
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.inject import attach, detach
 from lora_lab.adapters.merge import combine, deltas, merge, merged, unmerge
+from lora_lab.adapters.optimizer_groups import parameter_groups
 from lora_lab.adapters.peft import load_peft, save_peft
 from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import KINDS, Site, adapter_for

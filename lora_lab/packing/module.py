@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Adapter
-from lora_lab.adapters.packed import Pack
+from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import separate
 from lora_lab.data import Data
 from lora_lab.packing.optimizer import PackedOptimizer

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.count import groups_of
-from lora_lab.adapters.packed import Pack
+from lora_lab.adapters.optimizer_groups import groups_of
+from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import Stack
 from lora_lab.training.modules import LoRAModule, rate_at
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lora_lab.adapters.packed import Pack, Seat
+from lora_lab.adapters.pack import Pack, Seat
 
 log = logging.getLogger(__name__)
 

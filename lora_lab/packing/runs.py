@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from torch import Tensor, nn
 
-from lora_lab.adapters.packed import sharing
+from lora_lab.adapters.pack import sharing
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.module import Member, PackedModule, UnpackableError
 from lora_lab.runs import Run, RunBusyError, RunFinishedError, logged_alone

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Adapter, Recipe, Site
-from lora_lab.adapters.packed import Pack, sharing
+from lora_lab.adapters.pack import Pack, sharing
 from lora_lab.analysis.spectra import SVD
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Optimizer

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lora_lab import adapters
 from lora_lab.adapters import stacks
-from lora_lab.adapters.packed import Pack, refusal, sharing
+from lora_lab.adapters.pack import Pack, refusal, sharing
 from lora_lab.models.cnn import CNN
 from lora_lab.models.mlp import MLP
 from lora_lab.models.transformer import Transformer

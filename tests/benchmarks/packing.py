@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lab import adapters
-from lora_lab.adapters.packed import Pack
+from lora_lab.adapters.pack import Pack
 from lora_lab.models.linear import Linear
 from lora_lab.models.mlp import MLP
 from lora_lab.packing.recorded import Recorded
