@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from lora_lab import adapters
 from lora_lab.config.options import options
-from lora_lab.data import Batches, Data
 from lora_lab.data.bytes import Bytes
 from lora_lab.data.digits import Digits
 from lora_lab.data.group_shift import GroupShift
+from lora_lab.data.module import Batches, Data
 from lora_lab.data.planted_conv import PlantedConv
 from lora_lab.data.planted_embedding import PlantedEmbedding
 from lora_lab.data.planted_linear import PlantedLinear

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from lora_lab.data import Batches
+from lora_lab.data.module import Batches
 from lora_lab.runs import Run, find_runs
 from tests.conftest import SMALL, Lab, command, only_run
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lora_lab.config.schema import Seed
-from lora_lab.data import Phase, Planted
+from lora_lab.data.module import Phase
+from lora_lab.data.planted import Planted
 from lora_lab.seeding import generator
 
 

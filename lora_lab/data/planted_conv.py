@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lora_lab.config.schema import Seed
-from lora_lab.data import Phase, Planted, orthonormal, planted
+from lora_lab.data.module import Phase
+from lora_lab.data.planted import Planted, orthonormal, planted_matrix
 from lora_lab.seeding import generator
 
 
@@ -41,7 +42,7 @@ class PlantedConv(Planted):
         self.samples, self.in_features, self.out_features = samples, in_features, out_features
         self.kernel_size, self.size, self.whiten, self.noise = kernel_size, size, whiten, noise
         rest = in_features * kernel_size**2
-        self.delta = planted(out_features, rest, sigma, generator(seed, "delta"))
+        self.delta = planted_matrix(out_features, rest, sigma, generator(seed, "delta"))
 
     @property
     def sizes(self) -> dict[str, int]:

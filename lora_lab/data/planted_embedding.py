@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lora_lab.config.schema import Seed
-from lora_lab.data import Phase, Planted, planted
+from lora_lab.data.module import Phase
+from lora_lab.data.planted import Planted, planted_matrix
 from lora_lab.seeding import generator
 
 
@@ -34,7 +35,7 @@ class PlantedEmbedding(Planted):
         super().__init__(phase, steps, seed)
         self.samples, self.zipf, self.noise = samples, zipf, noise
         self.in_features, self.out_features = in_features, out_features
-        self.delta = planted(in_features, out_features, sigma, generator(seed, "delta"))
+        self.delta = planted_matrix(in_features, out_features, sigma, generator(seed, "delta"))
 
     @property
     def sizes(self) -> dict[str, int]:

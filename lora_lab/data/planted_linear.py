@@ -11,7 +11,8 @@ from lora_lab.adapters import INITS, Adapter, attached
 from lora_lab.analysis import theory
 from lora_lab.analysis.theory import Expected
 from lora_lab.config.schema import Seed
-from lora_lab.data import Phase, Planted, orthonormal, planted
+from lora_lab.data.module import Phase
+from lora_lab.data.planted import Planted, orthonormal, planted_matrix
 from lora_lab.seeding import generator
 
 
@@ -45,7 +46,7 @@ class PlantedLinear(Planted):
         self.samples, self.in_features, self.out_features = samples, in_features, out_features
         self.spread, self.correlation, self.whiten = spread, correlation, whiten
         self.noise, self.sigma, self.expects = noise, sigma, expects
-        self.delta = planted(out_features, in_features, sigma, generator(seed, "delta"))
+        self.delta = planted_matrix(out_features, in_features, sigma, generator(seed, "delta"))
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -8,19 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lora_lab.report.cells import Cell, said, setting, swept, why_not
+from lora_lab.report.sections import Section, Sweep
 from lora_lab.report.tables import Rows, bare, marked, number, numeric
 from lora_lab.report.theory import GAP
 from lora_lab.runs import Run, write_atomic
-
-if TYPE_CHECKING:
-    from lora_lab.report.sweep import Section, Sweep
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged", "missing", "NO")
 CAPTIONS = {
@@ -58,7 +56,7 @@ class Table:
         return "num" if numeric(texts) else ""
 
 
-def of_sweep(sweep: "Sweep") -> Path:
+def of_sweep(sweep: Sweep) -> Path:
     """The page of a folder of runs."""
     to = sweep.directory / "report"
     several = len(sweep.sections) > 1
@@ -78,7 +76,7 @@ def of_sweep(sweep: "Sweep") -> Path:
     )
 
 
-def _section(section: "Section", several: bool, to: Path) -> dict[str, Any]:
+def _section(section: Section, several: bool, to: Path) -> dict[str, Any]:
     notes = section.notes
     tables = [Table(title, rows, notes[title]) for title, rows in section.tables.items()]
     differ = swept(section.cells)
@@ -111,7 +109,7 @@ def _few(cells: Sequence[Cell], key: str) -> str:
     return ", ".join(values[:LISTED]) + more
 
 
-def _not_finished(sweep: "Sweep", to: Path) -> list[Table]:
+def _not_finished(sweep: Sweep, to: Path) -> list[Table]:
     if len(sweep.not_finished) < 2:
         return []
     paths = {result.run.path.name: result.run.path for result in sweep.results}
@@ -124,7 +122,7 @@ def _not_finished(sweep: "Sweep", to: Path) -> list[Table]:
     return [Table("not finished", rows, note)]
 
 
-def _runs(sweep: "Sweep", to: Path) -> Table:
+def _runs(sweep: Sweep, to: Path) -> Table:
     rows: list[list[Any]] = [["run", "status", "seed", "val/loss", "seconds", "files"]]
     for result in sweep.results:
         page, seconds = result.run.path / "report" / "index.html", result.status.get("seconds")

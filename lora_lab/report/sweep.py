@@ -1,8 +1,6 @@
 """Many runs at once: their cells, theory, figures, and what is not finished, by experiment."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,48 +13,13 @@ from lora_lab.report import against, page, summary, tradeoffs
 from lora_lab.report.cells import Cell, Result, cells_of, goal, read, validation, why_not
 from lora_lab.report.figures import save
 from lora_lab.report.run import drawn
+from lora_lab.report.sections import Section, Sweep
 from lora_lab.report.series import over
 from lora_lab.report.tables import Rows, bare, csv_of, latex, markdown, marked, number, numeric
 from lora_lab.report.theory import GAP
 from lora_lab.runs import Run, write_atomic
 
 NONE = "none yet: those against r need finished runs of two ranks"
-
-
-@dataclass(frozen=True)
-class Section:
-    """One experiment of a sweep: its tables, by name, and its figures' captions, by file."""
-
-    name: str
-    directory: Path
-    cells: list[Cell]
-    tables: dict[str, Rows]
-    notes: dict[str, str]
-    """A word under a table, by its name."""
-    figures: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a report says of a folder of runs."""
-
-    directory: Path
-    results: list[Result]
-    sections: list[Section]
-    not_finished: Rows
-    """Under the head experiment, run, status, cause; with the missing ones, which have no run."""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Runs by state, finished first."""
-        states = Counter(r.state for r in self.results if r.done)
-        states.update(row[2] for row in self.not_finished[1:])
-        return dict(states)
-
-    @property
-    def told(self) -> str:
-        """The counts in a line."""
-        return ", ".join(f"{n} {state}" for state, n in self.counts.items())
 
 
 def write(runs: Sequence[Run], directory: Path) -> Sweep:
@@ -73,7 +36,7 @@ def write(runs: Sequence[Run], directory: Path) -> Sweep:
         sections.append(_section(name, own, to / name if len(names) > 1 else to))
     sweep = Sweep(directory, results, sections, summary.not_finished(results, directory))
     to.mkdir(exist_ok=True)
-    parts = [f"# {directory.resolve().name}: {len(results)} runs", sweep.told]
+    parts = [f"# {directory.resolve().name}: {len(results)} runs", sweep.summary]
     for section in sections:
         parts += [f"# {section.name}"] if len(sections) > 1 else []
         for title, rows in section.tables.items():
@@ -180,7 +143,7 @@ def show(sweep: Sweep, console: Console) -> None:
             console.print(f"{section.notes[title]}\n", highlight=False)
     if len(sweep.not_finished) > 1:
         console.print(table("not finished", sweep.not_finished))
-    console.print(f"runs     {sweep.told}", highlight=False)
+    console.print(f"runs     {sweep.summary}", highlight=False)
     for section in sweep.sections:
         console.print(drawn(section.directory, NONE), soft_wrap=True, highlight=False)
     page = sweep.directory / "report" / "index.html"

@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from lora_lab import data, seeding
+from lora_lab import seeding
 from lora_lab.config.schema import Config, TrainedBase, content_hash
+from lora_lab.data import module as data
+from lora_lab.data import planted
 from lora_lab.runs import DEVICES, write_atomic
 from lora_lab.training import modules
 
@@ -48,7 +50,7 @@ def key(cfg: Config) -> str:
     for other in (*DEVICES, "max_epochs"):
         trainer.pop(other, None)
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
-    sources = [inspect.getsource(code) for code in (*callees, data, modules, seeding)]
+    sources = [inspect.getsource(code) for code in (*callees, data, planted, modules, seeding)]
     nodes = [node.model_dump(by_alias=True) for node in (cfg.base, cfg.data, cfg.model)]
     # Python's too: the bytes that `bytes` learns are its own library's.
     return content_hash([*nodes, trainer, sources, torch.__version__, platform.python_version()])
