@@ -26,12 +26,12 @@ from lora_lab.training import experiment
 from lora_lab.training.plan import Plan, plan
 from tests import killed
 from tests.conftest import SMALL, Lab
-from tests.test_launchers import LOCAL, here, start, wait_for
-from tests.test_launchers import alike as alike
-from tests.test_resume import assert_equal, quick
-from tests.test_sweep import RATE, Sweep, file, rates
-from tests.test_sweep import run_sweep as run_sweep
-from tests.test_tracking import as_ours, held
+from tests.sweeps.test_launchers import LOCAL, here, start, wait_for
+from tests.sweeps.test_launchers import alike as alike
+from tests.sweeps.test_sweep import RATE, Sweep, file, rates
+from tests.sweeps.test_sweep import run_sweep as run_sweep
+from tests.tracking.test_tracking import as_ours, held
+from tests.training.test_resume import assert_equal, quick
 
 pytestmark = pytest.mark.usefixtures("alike")
 Points = Sequence[Sequence[str]]

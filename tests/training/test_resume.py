@@ -24,7 +24,7 @@ from lora_lab.training.callbacks import checkpoint
 from lora_lab.training.modules import BaseModule
 from tests import killed
 from tests.conftest import SMALL, Lab, only_run
-from tests.test_tracking import as_ours, environment, held
+from tests.tracking.test_tracking import as_ours, environment, held
 from tests.wandb_server import WandbServer
 
 EVERY = "checkpoint_every=0"

@@ -66,7 +66,7 @@ def test_every_target_trains(lab: Lab, target: str):
 
 def test_no_experiment_sets_what_an_adapter_is():
     """adapter=pissa must not be undone by the experiment it is tried in."""
-    conf = Path(__file__).parents[1] / "conf"
+    conf = Path(__file__).parents[2] / "conf"
     defining = {
         key
         for path in (conf / "adapter").glob("*.yaml")

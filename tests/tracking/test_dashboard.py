@@ -10,7 +10,7 @@ import pytest
 from lora_lab.runs import Run
 from lora_lab.tracking import dashboard
 from tests.conftest import Lab, command, only_run
-from tests.test_tracking import environment
+from tests.tracking.test_tracking import environment
 from tests.wandb_server import ServedRun, WandbServer
 
 PANELS = {

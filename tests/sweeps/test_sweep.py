@@ -25,11 +25,11 @@ from lora_lab.sweeps import search
 from lora_lab.sweeps.search_space import parameter
 from lora_lab.training import experiment
 from lora_lab.training.plan import plan
+from tests.config.test_conf import composed
 from tests.conftest import SMALL, Lab, command, only_run
-from tests.test_conf import composed
 from tests.wandb_server import WandbServer
 
-SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
 GRIDS = [path for path in SWEEPS if yaml.safe_load(path.read_text())["method"] == "grid"]
 QUICK = ["tracking=off", "figures=false", "spectra.truncation=none", "spectra.against_base=false"]
 

@@ -17,7 +17,7 @@ from lora_lab.seeding import generator
 from lora_lab.train import main
 from tests.conftest import only_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PUBLISHED = yaml.safe_load((ROOT / "conf/experiment/shift.yaml").read_text())["published"]
 
 pytestmark = pytest.mark.slow

@@ -20,8 +20,8 @@ from lora_lab.sweeps.launchers.processes import ProcessLauncher, at_once, share
 from lora_lab.sweeps.launchers.submission import LocalLauncher, SlurmLauncher
 from tests.conftest import SMALL, Lab
 
-ROOT = Path(__file__).parents[1]
-SLURM = ROOT / "tests" / "slurm" / "slurm.sh"
+ROOT = Path(__file__).parents[2]
+SLURM = Path(__file__).with_name("slurm") / "slurm.sh"
 JOBLIB = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 LOCAL = ["-m", "hydra/launcher=submitit_local", "hydra.launcher.array_parallelism=3"]
 ON_SLURM = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1"]
