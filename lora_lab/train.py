@@ -128,7 +128,7 @@ def _with_published(planned: "Plan") -> "Plan":
 def _pack(pack: "Sequence[list[str] | Plan]") -> None:
     """The runs of a pack. Raises RunFailedError where any of them failed."""
     from lora_lab import report
-    from lora_lab.packing import runs as packing
+    from lora_lab.packing.runs import run_pack
     from lora_lab.runs import Run, RunFinishedError
     from lora_lab.training import plan
 
@@ -138,7 +138,7 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
         for one in pack
     ]
     try:
-        errors = packing.run(plans, console)
+        errors = run_pack(plans, console)
     except (KeyboardInterrupt, SystemExit) as stop:
         if "SUBMITIT_EXECUTOR" in os.environ:
             raise  # its code tells submitit whether the job was queued again

@@ -15,17 +15,17 @@ from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import separate
 from lora_lab.data import Data
 from lora_lab.packing.optimizer import PackedOptimizer
-from lora_lab.packing.recorded import CLOSE, Recorded
+from lora_lab.packing.recorded_step import RELATIVE_TOLERANCE, RecordedStep
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.cuts import Evaluated
 from lora_lab.training.modules import READ_EVERY, Batch, DivergedError, LoRAModule
 
 log = logging.getLogger(__name__)
 
-CACHED = 2**28
+MAX_SAVED_BYTES_ON_CPU = 2**28
 """Bytes that the runs of one pass keep for backward on a CPU: with more, its caches thrash."""
 
-FULL = 2**24
+BUSY_BYTES_ON_CPU = 2**24
 """Bytes from which one run keeps a CPU busy: what is computed for several is no quicker."""
 
 
@@ -72,13 +72,14 @@ class PackedModule(Evaluated):
         self.members = sorted(members, key=Member.order)
         self.own = nn.ModuleList(member.module for member in self.members)
         self.at_once = len(members)
-        self.recorded: list[Recorded] = []
+        self.recorded: list[RecordedStep] = []
         self.clip: tuple[float, str] | None = None
 
     def check(self, batch: Batch, gpu: bool) -> None:
         """Finds out whether the runs can be packed, and how many of them at once, on a batch.
 
-        A pass keeps for backward half of a GPU's free memory at most; of a CPU's, CACHED.
+        A pass keeps for backward half of a GPU's free memory at most, or on a CPU
+        MAX_SAVED_BYTES_ON_CPU.
         """
         if len(self.members) == 1:
             raise UnpackableError("it is one run")
@@ -108,14 +109,14 @@ class PackedModule(Evaluated):
             self._separate()
             self.train()
         apart = (outputs - wanted).double().norm() / wanted.double().norm().clamp(min=1e-30)
-        if not apart <= CLOSE.get(outputs.dtype, 0.1):
+        if not apart <= RELATIVE_TOLERANCE.get(outputs.dtype, 0.1):
             raise UnpackableError(f"outputs in a pack differ from those alone by {apart:.2g}")
         each = sum(size for place, size in kept.items() if place not in known)
-        if not gpu and each > FULL:
+        if not gpu and each > BUSY_BYTES_ON_CPU:
             raise UnpackableError(
                 f"a run keeps {each / 2**20:.0f} MB for backward: a CPU is quicker run by run"
             )
-        most = torch.cuda.mem_get_info()[0] // 2 if gpu else CACHED
+        most = torch.cuda.mem_get_info()[0] // 2 if gpu else MAX_SAVED_BYTES_ON_CPU
         self.at_once = max(1, min(len(self.members), most // max(each, 1)))
 
     def _settings(self) -> list[str]:
@@ -128,7 +129,7 @@ class PackedModule(Evaluated):
                 Pack(self.model, [m.adapters for m in self.members[i : i + n]], settings[i : i + n])
                 for i in range(0, len(self.members), n)
             ]
-        self.recorded = [Recorded(pack, self.task.loss) for pack in self.packs]
+        self.recorded = [RecordedStep(pack, self.task.loss) for pack in self.packs]
         for pack in self.packs:
             pack.train(self.training)
 

@@ -24,7 +24,7 @@ from lora_lab.training.plan import Plan
 log = logging.getLogger(__name__)
 
 
-def run(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
+def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
     """Runs plans that differ in their adapters' settings, optimizers' and seeds alone, in one pass.
 
     Gives what each raised, by place: a run that fails leaves the others alone.

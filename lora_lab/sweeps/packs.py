@@ -13,15 +13,17 @@ from lora_lab.runs import NO_MATTER
 from lora_lab.sweeps.multirun import Job
 from lora_lab.training.plan import Plan
 
-ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam")
-ELEMENTWISE += ("RMSprop", "Rprop", "SGD")
+ELEMENTWISE_OPTIMIZERS = (
+    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"),
+    *("RMSprop", "Rprop", "SGD"),
+)
 """Optimizers of torch that move every number by its own gradient alone."""
 
 OWN = ("r", "alpha", "dropout", "init")
 """What of a target's sites may be different in each run of a pack."""
 
 
-def alone(plan: Plan) -> str | None:
+def reason_to_run_alone(plan: Plan) -> str | None:
     """Why a run cannot share a pass with any other; None where it can."""
     cfg, trainer = plan.cfg, plan.cfg.trainer.model_dump()
     where, _, name = cfg.optimizer.target.rpartition(".")
@@ -31,7 +33,7 @@ def alone(plan: Plan) -> str | None:
         return "spectra.first_step asks for the dense gradients"
     if any(site.tied for site in plan.sites):
         return "its adapters are tied"
-    if not (where.startswith("torch.optim") and name in ELEMENTWISE):
+    if not (where.startswith("torch.optim") and name in ELEMENTWISE_OPTIMIZERS):
         return f"optimizer {cfg.optimizer.target} is not known to be elementwise"
     if plan.processes > 1:
         return f"it takes {plan.processes} devices"
@@ -42,7 +44,7 @@ def alone(plan: Plan) -> str | None:
     return None
 
 
-def key(cfg: Config) -> str:
+def pack_key(cfg: Config) -> str:
     """The hash of what the runs of a pack have in common: all but adapters' numbers and draws."""
     assert isinstance(cfg.adapter, Lora)
     content = cfg.model_dump(by_alias=True, exclude={*NO_MATTER, "seed", "optimizer"})
@@ -55,7 +57,7 @@ def key(cfg: Config) -> str:
     return content_hash([content, *kinds, adapter["dora"], cfg.optimizer.target])
 
 
-def packs(
+def group_into_packs(
     jobs: Sequence[Job], wanted: Sequence[int], at_once: int, most: int | None
 ) -> list[list[int]]:
     """The places of `wanted` jobs in packs of at most `most` runs, `at_once` of them if it can be.
@@ -66,9 +68,9 @@ def packs(
     for i in wanted:
         plan = jobs[i].plan
         assert plan is not None
-        if reason := alone(plan):
+        if reason := reason_to_run_alone(plan):
             reasons[reason] += 1
-        groups.setdefault(f"alone {i}" if reason else key(plan.cfg), []).append(i)
+        groups.setdefault(f"alone {i}" if reason else pack_key(plan.cfg), []).append(i)
     found = []
     for group in groups.values():
         # Each pack has its share of every rank, so that they end together.
@@ -87,7 +89,7 @@ def packs(
     return found
 
 
-def together(launcher: Any, jobs: Sequence[Job], pack: list[int], elsewhere: bool = False) -> Any:
+def pack_task(launcher: Any, jobs: Sequence[Job], pack: list[int], elsewhere: bool = False) -> Any:
     """What the process of a pack does: the launcher's own job, or all the jobs of the pack.
 
     `elsewhere`, on another machine, each is planned anew.

@@ -18,7 +18,7 @@ from lora_lab.adapters.pack import Pack, refusal, sharing
 from lora_lab.models.cnn import CNN
 from lora_lab.models.mlp import MLP
 from lora_lab.models.transformer import Transformer
-from lora_lab.sweeps.packs import ELEMENTWISE
+from lora_lab.sweeps.packs import ELEMENTWISE_OPTIMIZERS
 from tests.adapters.cases import CASES, Case, cases_where, move, seeded
 from tests.adapters.test_works_under import NO_VMAP
 
@@ -335,7 +335,7 @@ def test_at_the_start_every_run_gives_what_the_base_gives(case: Case):
 
 @pytest.mark.parametrize(
     ("name", "by"),
-    [*(("mlp", by) for by in ELEMENTWISE), ("transformer", "SGD"), ("encoder", "SGD")],
+    [*(("mlp", by) for by in ELEMENTWISE_OPTIMIZERS), ("transformer", "SGD"), ("encoder", "SGD")],
 )
 def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str, by: str):
     """Three steps on the pack's parameters, beside three on each run's own. Padding stays zero."""

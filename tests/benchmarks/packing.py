@@ -37,7 +37,7 @@ from lora_lab import adapters
 from lora_lab.adapters.pack import Pack
 from lora_lab.models.linear import Linear
 from lora_lab.models.mlp import MLP
-from lora_lab.packing.recorded import Recorded
+from lora_lab.packing.recorded_step import RecordedStep
 from lora_lab.report.figures import log_scale, style
 from tests.conftest import SMALL
 
@@ -302,7 +302,7 @@ def step_ms(what: Growing, runs: int, r: int) -> float:
     models = [adapted(copy.deepcopy(base), what, r, seed) for seed in range(runs)]
     pack = Pack(base, [adapters.attached(model) for model in models])
     adam = torch.optim.Adam([p for p in pack.parameters() if p.requires_grad], fused=True)
-    recorded = Recorded(pack, what.loss)
+    recorded = RecordedStep(pack, what.loss)
 
     def step() -> None:
         recorded(x, y)

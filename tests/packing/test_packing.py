@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from lora_lab import train
 from lora_lab.adapters.pack import Pack
 from lora_lab.config import compose
-from lora_lab.packing import module as packed
-from lora_lab.packing import runs as packing
-from lora_lab.packing.recorded import Recorded
+from lora_lab.packing.recorded_step import RecordedStep
+from lora_lab.packing.runs import run_pack
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import multirun
-from lora_lab.sweeps.packs import packs
+from lora_lab.sweeps.packs import group_into_packs
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan, plan
 from tests import killed
@@ -59,7 +58,7 @@ def plans(name: str, points: Points, *overrides: str) -> list[Plan]:
 def together(name: str, points: Points, *overrides: str) -> list[Run]:
     """The runs, trained in a pack, of which none fails."""
     made = plans(name, points, *overrides)
-    assert packing.run(made, Console(quiet=True)) == [None] * len(made)
+    assert run_pack(made, Console(quiet=True)) == [None] * len(made)
     return [Run(one.path) for one in made]
 
 
@@ -293,7 +292,7 @@ def test_a_run_that_diverges_fails_alone(how: str, place: int):
     points = [["adapter.r=2"], ["adapter.r=3", "optimizer.lr=0.003"]]
     points.insert(place, ["adapter.r=2", "seed=5", *DIVERGES[how]])
     made = plans("shift", points, *settings, "tracking=offline")
-    errors = packing.run(made, Console(quiet=True))
+    errors = run_pack(made, Console(quiet=True))
     runs = [Run(one.path) for one in made]
     (bad,) = plans("shift", [points[place]], *settings, "runs_dir=alone")
     with pytest.raises(type(errors[place])) as raised:  # pyright: ignore
@@ -323,7 +322,7 @@ def same_rows(run: Run, other: Run, within: float) -> None:
 def test_where_all_diverge_all_fail():
     points = [["adapter.r=1", "optimizer.lr=1e30"], ["adapter.r=2", "optimizer.lr=1e29"]]
     made = plans("shift", points, "optimizer=sgd")
-    errors = packing.run(made, Console(quiet=True))
+    errors = run_pack(made, Console(quiet=True))
     assert [type(error).__name__ for error in errors] == ["DivergedError"] * 2
     assert [Run(one.path).status["state"] for one in made] == ["failed"] * 2
     for one, error in zip(made, errors, strict=True):
@@ -346,7 +345,7 @@ def packs_of(capsys: pytest.CaptureFixture[str], *points: str, **how: Any) -> tu
     jobs = multirun.jobs(compose.points([*fixed, *points]))
     assert not [job.error for job in jobs if job.error]
     capsys.readouterr()
-    found = packs(jobs, range(len(jobs)), how.get("at_once", 1), how.get("most"))
+    found = group_into_packs(jobs, range(len(jobs)), how.get("at_once", 1), how.get("most"))
     assert sorted(i for pack in found for i in pack) == list(range(len(jobs)))
     return sorted(map(sorted, found)), capsys.readouterr().out
 
@@ -449,7 +448,7 @@ def stopped(
         what = what or "lora_lab.packing.module:PackedModule.training_step"
         patch.setattr(*killed.at(what, call, "before", stop))
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            packing.run(made, Console(quiet=True))
+            run_pack(made, Console(quiet=True))
     for one in made:
         assert Run(one.path).status["state"] == "interrupted"
 
@@ -549,7 +548,7 @@ def test_runs_that_are_at_different_epochs_go_on(
 def test_what_is_finished_is_not_repeated_and_what_is_busy_is_told():
     made = plans("shift", r(1, 2, 3))
     first = experiment.run(made[1], Console(quiet=True)).status
-    errors = packing.run(made, Console(quiet=True))
+    errors = run_pack(made, Console(quiet=True))
     assert [type(error).__name__ for error in errors] == [
         "NoneType",
         "RunFinishedError",
@@ -558,7 +557,7 @@ def test_what_is_finished_is_not_repeated_and_what_is_busy_is_told():
     assert Run(made[1].path).status == first
     assert [Run(one.path).status.get("packed") for one in made] == [2, None, 2]
     twice = plans("shift", [["adapter.r=1", "seed=9"]] * 2)
-    errors = packing.run(twice, Console(quiet=True))
+    errors = run_pack(twice, Console(quiet=True))
     assert [type(error).__name__ for error in errors] == ["NoneType", "RunBusyError"]
 
 
@@ -588,9 +587,9 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch):
     """What the optimizer knew of each run stays with it."""
     settings = [*LESS, "trainer.precision=64-true", "optimizer.schedule=cosine"]
     points = [*r(1, 2, seeds=2), ["adapter.r=2", "optimizer.lr=0.02", "adapter=lora_plus"]]
-    real, calls = Recorded.__call__, []
+    real, calls = RecordedStep.__call__, []
 
-    def step(self: Recorded, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def step(self: RecordedStep, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if len(self.pack.runs) > 2:
             calls.append(self.checked)
             if len(calls) == EPOCH + 4:
@@ -598,7 +597,7 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch):
         return real(self, x, y)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorded, "__call__", step)
+        patch.setattr(RecordedStep, "__call__", step)
         runs = together("shift", points, *settings)
     assert calls[: EPOCH + 6] == [False, False, *[True] * (EPOCH + 2), False, False]
     assert len(calls) > EPOCH + 6
@@ -612,7 +611,7 @@ def test_several_passes_give_the_same(
     settings = [*LESS, "trainer.precision=64-true"]
     points = r(1, 2, 4, seeds=2)
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "CACHED", 1)
+        patch.setattr("lora_lab.packing.module.MAX_SAVED_BYTES_ON_CPU", 1)
         runs = together(small, points, *settings, "trainer.accelerator=cpu")
     assert "packed: 6 runs, 1 at once" in caplog.text
     once = together(small, points, *settings, "trainer.accelerator=cpu", "runs_dir=once")

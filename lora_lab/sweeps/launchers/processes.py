@@ -28,8 +28,7 @@ from lora_lab.config.schema import ConfigError
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.launchers.gather import LostError, gather, to_do
-from lora_lab.sweeps.packs import packs as packed
-from lora_lab.sweeps.packs import together
+from lora_lab.sweeps.packs import group_into_packs, pack_task
 from lora_lab.training import bases
 
 
@@ -65,7 +64,7 @@ class ProcessLauncher(JoblibLauncher):
         wanted = [i for i, job in enumerate(jobs) if to_do(job, config)]
         gpus, n, packs = self.gpus, self.processes, [[i] for i in wanted]
         if self.joblib["pack"] and wanted:
-            packs = packed(jobs, wanted, n, self.joblib["max_runs"])
+            packs = group_into_packs(jobs, wanted, n, self.joblib["max_runs"])
             n = min(n, len(packs))
         told = os.environ.get("OMP_NUM_THREADS")
         # Where runs wait for a base, the one that trains it has their cores.
@@ -80,7 +79,7 @@ class ProcessLauncher(JoblibLauncher):
 
         def start(pack: list[int], place: int) -> Process:
             job = (initial_job_idx + pack[0], list(job_overrides[pack[0]]))
-            sent = cloudpickle.dumps((*job, context, config, together(self, jobs, pack), state))
+            sent = cloudpickle.dumps((*job, context, config, pack_task(self, jobs, pack), state))
             log = logs / f"{initial_job_idx + pack[0]}.log"
             given = (share(gpus, place, n), threads, log, sent)
             process = server.Process(target=_job, args=given)

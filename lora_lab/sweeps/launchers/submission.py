@@ -22,8 +22,7 @@ from submitit.core.utils import UncompletedJobError
 
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.launchers.gather import LostError, Worker, gather, to_do
-from lora_lab.sweeps.packs import packs as packed
-from lora_lab.sweeps.packs import together
+from lora_lab.sweeps.packs import group_into_packs, pack_task
 
 MISSING = 30
 """Seconds for which SLURM's queue does not have a job, and no result is there: it was lost."""
@@ -76,14 +75,14 @@ class _Launcher(BaseSubmititLauncher):
 
         def submit(pack: list[int]) -> submitit.Job[JobReturn]:
             one, which = copy.copy(self), initial_job_idx + pack[0]
-            one.task_function = together(self, jobs, pack, elsewhere=True)
+            one.task_function = pack_task(self, jobs, pack, elsewhere=True)
             overrides = jobs[pack[0]].overrides
             return executor.submit(one, overrides, "hydra.sweep.dir", which, "", state)
 
         wanted = [index for index, job in enumerate(jobs) if to_do(job, config)]
         packs = [[i] for i in wanted]
         if self.params["pack"] and wanted:
-            packs = packed(jobs, wanted, 1, self.params["max_runs"])
+            packs = group_into_packs(jobs, wanted, 1, self.params["max_runs"])
         returns = gather(jobs, packs, config, *self.workers(executor, submit, packs))
         folder = Path(self.params["submitit_folder"])
         if not [*folder.glob("*_log.out")]:  # no job was lost

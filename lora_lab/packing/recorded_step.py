@@ -19,11 +19,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Step = tuple[Tensor, list[Tensor | None]]
 """The losses (runs,), and the gradients of the parameters."""
 
-CLOSE = {torch.float32: 1e-4, torch.float64: 1e-10}
+RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 """How far what is computed in another way may be from it, relative; other dtypes: 0.1."""
 
 
-class Recorded:
+class RecordedStep:
     """The step of a pack, without the optimizer's: a call sets the gradients and gives the losses.
 
     The first batch is recorded as operations of torch, backward's and those of vmap's rules among
@@ -69,7 +69,7 @@ class Recorded:
         with torch.random.fork_rng():
             losses, found = self._played(x, y)
         computed = self._computed(x, y)
-        close = CLOSE.get(losses.dtype, 0.1)
+        close = RELATIVE_TOLERANCE.get(losses.dtype, 0.1)
         pairs = zip((computed[0], *computed[1]), (losses, *found), strict=True)
         self.checked = all(
             a is b if a is None or b is None else bool((a - b).norm() <= close * a.norm())

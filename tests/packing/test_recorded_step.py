@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_lab import adapters
 from lora_lab.adapters import Target
 from lora_lab.adapters.pack import Pack
-from lora_lab.packing.recorded import Recorded
+from lora_lab.packing.recorded_step import RecordedStep
 from tests.adapters.cases import Case, cases_where, seeded
 from tests.adapters.test_packed import (
     EXACT,
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 def as_each_alone(base: nn.Module, made: list[nn.Module], x: Tensor) -> None:
     """Three batches, of which the last is played: losses and gradients of every run's model."""
     alone, packed = [copy.deepcopy(model) for model in made], pack(base, made)
-    step = Recorded(packed, F.mse_loss)
+    step = RecordedStep(packed, F.mse_loss)
     for batch in range(3):
         x = x.roll(1, 0) * (0.9 if x.is_floating_point() else 1)
         y = torch.randn_like(made[0](x))
@@ -80,7 +80,7 @@ def test_a_linear_layers_bias_is_part_of_its_product():
     """Adapted or not: vmap's own rule reads and writes all outputs again for it."""
     base = nn.Sequential(*(nn.Linear(width, width + 1) for width in (5, 6, 7))).double()
     made = models(base, four({}), {"first": Target(kind="linear", match=["0", "1"])})
-    step = Recorded(pack(base, made), F.mse_loss)
+    step = RecordedStep(pack(base, made), F.mse_loss)
     step(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64))
     assert step.record is not None
     products = [str(node.target) for node in step.record.graph.nodes]
@@ -100,7 +100,7 @@ def test_one_that_looks_into_its_mask_is_computed(caplog: pytest.LogCaptureFixtu
     """Hugging Face's leaves out a mask that masks nothing."""
     base, x = whole("bert")
     made = models(base, four({}), "attention", far=0.1)
-    step, y = Recorded(pack(base, made), F.mse_loss), torch.randn_like(made[0](x))
+    step, y = RecordedStep(pack(base, made), F.mse_loss), torch.randn_like(made[0](x))
     with caplog.at_level(logging.INFO, "lora_lab"):
         losses = [step(x, y) for _ in range(3)][-1]
     assert "not recorded: " in caplog.text
@@ -108,11 +108,11 @@ def test_one_that_looks_into_its_mask_is_computed(caplog: pytest.LogCaptureFixtu
     torch.testing.assert_close(losses, wanted, rtol=EXACT, atol=0)
 
 
-def drops(dropout: float) -> tuple[Pack, Recorded, Tensor]:
+def drops(dropout: float) -> tuple[Pack, RecordedStep, Tensor]:
     base, x = whole("mlp")
     runs = [{"r": 2, "alpha": 2.0, "dropout": dropout, "seed": i} for i in range(3)]
     packed = pack(base, models(base, runs)).train()
-    return packed, Recorded(packed, F.mse_loss), x
+    return packed, RecordedStep(packed, F.mse_loss), x
 
 
 def test_masks_are_drawn_as_they_are_when_computed():
@@ -203,7 +203,7 @@ def test_a_model_that_differs_by_batch_is_computed(how: str, caplog: pytest.LogC
     base = Odd(scale).double()
     made = models(base, four({}))
     packed = Pack(base, [adapters.attached(m) for m in made])
-    step = Recorded(packed, F.mse_loss)
+    step = RecordedStep(packed, F.mse_loss)
     x, y = torch.randn(5, 6).double(), torch.randn(5, 4).double()
     with caplog.at_level(logging.INFO, "lora_lab"):
         for _ in range(4):
