@@ -16,7 +16,7 @@ from lora_lab.analysis import findings, spectra
 from lora_lab.analysis.spectra import SVD, svd_of_matrix
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Spectra
-from lora_lab.report import Pair
+from lora_lab.report import SubspacePair
 from lora_lab.runs import Run
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.modules import BaseModule
@@ -44,7 +44,7 @@ def again(run: Run, console: Console, **change: Any) -> findings.Findings:
     return learned
 
 
-def between(runs: Sequence[Run]) -> list[Pair]:
+def between(runs: Sequence[Run]) -> list[SubspacePair]:
     """Every pair of runs at every site they share, from their files alone.
 
     Raises ValueError where a run is named twice or no two share a site whose weights have one
@@ -53,7 +53,7 @@ def between(runs: Sequence[Run]) -> list[Pair]:
     spans = {str(run.path): _spans(run) for run in runs}
     if len(spans) < len(runs):
         raise ValueError("a run is compared with itself: name each of the runs once")
-    pairs: list[Pair] = []
+    pairs: list[SubspacePair] = []
     for one, other in combinations(spans, 2):
         shared = [key for key in spans[one] if key in spans[other]]
         for site, side in shared:
@@ -62,7 +62,7 @@ def between(runs: Sequence[Run]) -> list[Pair]:
                 k = min(U.shape[1], V.shape[1])
                 distance = spectra.grassmann_distance(U[:, :k], V[:, :k])
                 phi = spectra.similarity(U, V).numpy()
-                pairs.append(Pair(one, other, site, side, phi, distance, len(U)))
+                pairs.append(SubspacePair(one, other, site, side, phi, distance, len(U)))
     if not pairs:
         raise ValueError("the runs share no site: their targets or models differ")
     return pairs

@@ -59,7 +59,7 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
 
     train.quiet()
     if len(runs) > 1:
-        report.pairs(analyze.between(runs), to, _console())
+        report.write_pairs(analyze.between(runs), to, _console())
         return
     asked = {"keep": keep, "truncation": truncation}
     asked = {key: value for key, value in asked.items() if value is not None}

@@ -12,7 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab.report import figures, page
+from lora_lab.report import page
+from lora_lab.report.plotting import MAX_PANELS
+from lora_lab.report.run_figures import largest_updates, write_figures
 from lora_lab.report.tables import Rows, csv_of, markdown, number
 from lora_lab.report.theory import GAP, HEAD, held, line
 from lora_lab.runs import Run, write_atomic
@@ -96,7 +98,7 @@ def _facts(run: Run) -> Rows:
             )
             facts.append([what, f"{_bytes(size)}{beside}"])
     everything = spectrum(run)
-    for site, sigma in figures.largest(everything).items():
+    for site, sigma in largest_updates(everything).items():
         last = ", ".join(number(value) for value in sigma[-1][:4])
         more = ", …" if sigma.shape[1] > 4 else ""
         rank = run.last(f"spectra/{site}/effective_rank")
@@ -110,13 +112,13 @@ def _facts(run: Run) -> Rows:
                 among = run.last(f"spectra/{site}/intruders_among")
                 of = f" of {number(among)}" if name == "intruders" and among else ""
                 facts.append([words, number(value) + of])
-    if (more := len(everything) - figures.PANELS) > 0:
+    if (more := len(everything) - MAX_PANELS) > 0:
         facts.append([f"and {more} sites more", "with a smaller ΔW, in spectra.npz"])
     if (run.path / "advice.yaml").exists():
         advice = yaml.safe_load((run.path / "advice.yaml").read_text())
         ranks = advice["adapter"]["rank_pattern"].items()
-        shown = ", ".join(f"{site} {k}" for site, k in list(ranks)[: figures.PANELS])
-        more = ", …" if len(ranks) > figures.PANELS else ""
+        shown = ", ".join(f"{site} {k}" for site, k in list(ranks)[:MAX_PANELS])
+        more = ", …" if len(ranks) > MAX_PANELS else ""
         kept = f"≥ {100 * advice['keep']:.4g}% of the gain ({advice['share']:.1%})"
         facts.append([f"ranks that keep {kept}", shown + more])
     facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
@@ -161,7 +163,7 @@ def write(run: Run, draw: bool = True) -> Path:
     directory = run.path / "report"
     directory.mkdir(exist_ok=True)
     made = tables(run)
-    drawn = figures.draw(run, spectrum(run), directory) if draw else []
+    drawn = write_figures(run, spectrum(run), directory) if draw else []
     parts = [
         f"# {run.config['name']}: {run.path.name}",
         markdown(made.curves, "r"),

@@ -18,7 +18,7 @@ from lora_lab.report.cells import (
     swept,
     validation,
 )
-from lora_lab.report.series import by_rank, losses_cut, series_of
+from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
 from lora_lab.report.tables import Rows, number
 from lora_lab.report.theory import HEAD, Held, over_runs
 from lora_lab.runs import PLANNED, planned
@@ -144,8 +144,8 @@ def truncation(done: Sequence[Result], digits: bool = False) -> Rows:
     ways = ("trained at r = k", "cut from the largest r")
     one = (lambda way: [way, f"{way} std", f"{way} n"]) if digits else (lambda way: [way, "n"])
     rows = [["series", "k", *(head for way in ways for head in one(way))]]
-    for name, own in series_of(done).items():
-        trained, (cut, _) = by_rank(own, "val/loss"), losses_cut(own)
+    for name, own in lora_runs_by_series(done).items():
+        trained, (cut, _) = values_by_rank(own, "val/loss"), truncation_losses(own)
         if len(trained) > 1 and cut:
             for k in sorted({*trained, *cut}):
                 row = [name or "all", str(k)]

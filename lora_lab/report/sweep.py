@@ -9,14 +9,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_lab.report import against, page, summary, tradeoffs
+from lora_lab.report import page, rank_figures, summary
 from lora_lab.report.cells import Cell, Result, cells_of, goal, read, validation, why_not
-from lora_lab.report.figures import save
+from lora_lab.report.plotting import metric_label, save
+from lora_lab.report.rank_series import differing_seeds
 from lora_lab.report.run import drawn
 from lora_lab.report.sections import Section, Sweep
-from lora_lab.report.series import over
+from lora_lab.report.swept_key_figures import metrics_by_swept_keys
 from lora_lab.report.tables import Rows, bare, csv_of, latex, markdown, marked, number, numeric
 from lora_lab.report.theory import GAP
+from lora_lab.report.tradeoff_figure import metric_by_parameters
 from lora_lab.runs import Run, write_atomic
 
 NONE = "none yet: those against r need finished runs of two ranks"
@@ -73,7 +75,7 @@ def _section(name: str, results: Sequence[Result], to: Path) -> Section:
             old.unlink()
             old.with_suffix(".pdf").unlink(missing_ok=True)
     shown = {title: rows for title, rows in made.items() if len(rows) > 1}
-    kinds = over(done)
+    kinds = differing_seeds(done)
     notes = {
         "cells": f"Mean ± standard deviation (n − 1) over the n finished runs of a cell, at the "
         f"end; bold: the best mean. {summary.still(cells)}".strip(),
@@ -97,34 +99,34 @@ def _figures(cells: Sequence[Cell], done: Sequence[Result]) -> dict[str, tuple[s
     """Every figure by its file's name, with its caption; None where it has nothing to show."""
     every, cells = cells, [cell for cell in cells if cell.done]
     metrics = [m for m in validation(cells) if goal(m)]
-    kinds = over(done)
+    kinds = differing_seeds(done)
     of_each = f"each run, and the mean of each r{f' over {kinds}' if kinds else ''}."
     made: dict[str, tuple[str, Figure | None]] = {}
     for metric in metrics:
-        words = against.words_of(metric)
+        words = metric_label(metric)
         made[f"rank{_suffix(metric)}"] = (
             f"{words.capitalize()} against r: {of_each}",
-            against.metric(done, metric),
+            rank_figures.metric_by_rank(done, metric),
         )
     for metric in metrics:
         made[f"tradeoff{_suffix(metric)}"] = (
-            f"Trained parameters against {against.words_of(metric)}: mean ± standard deviation of "
+            f"Trained parameters against {metric_label(metric)}: mean ± standard deviation of "
             "each cell, and the front.",
-            tradeoffs.parameters(cells, metric),
+            metric_by_parameters(cells, metric),
         )
     made |= {
-        "theory": ("What theory says, and what was measured.", against.theory(done)),
+        "theory": ("What theory says, and what was measured.", rank_figures.theory_by_rank(done)),
         "measures": (
             f"Effective and stable rank of ΔW against r: {of_each}",
-            against.measures(done),
+            rank_figures.update_ranks_by_rank(done),
         ),
         "spectra": (
             "Singular values of ΔW by r: the mean of the runs of each r.",
-            against.spectra(done),
+            rank_figures.spectra_by_rank(done),
         ),
         "swept": (
             "What was swept, and what came of it: the mean of each cell.",
-            tradeoffs.over_keys(every, metrics),
+            metrics_by_swept_keys(every, metrics),
         ),
     }
     return made

@@ -38,7 +38,7 @@ from lora_lab.adapters.pack import Pack
 from lora_lab.models.linear import Linear
 from lora_lab.models.mlp import MLP
 from lora_lab.packing.recorded_step import RecordedStep
-from lora_lab.report.figures import log_scale, style
+from lora_lab.report.plotting import log_scale, series_style
 from tests.conftest import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -359,7 +359,7 @@ def growth(options: argparse.Namespace) -> None:
         for j, (axis, line) in enumerate(lines.items()):
             panel, x = axes[i, j], [point[j] for point in line]
             for k, series in enumerate(SERIES):
-                color, marker = style(k)
+                color, marker = series_style(k)
                 y = [measured[point][k] for point in line]
                 panel.plot(x, y, f"{marker}-", color=color, markersize=4, label=series)
             shown = [v for point in line for v in measured[point] if v == v]

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.report import against, tradeoffs
+from lora_lab.report import rank_figures
 from lora_lab.report.cells import Result, cells_of, read
-from lora_lab.report.figures import heat, style
+from lora_lab.report.phi_heat_map import phi_heat_map
+from lora_lab.report.plotting import series_style
+from lora_lab.report.swept_key_figures import metrics_by_swept_keys
+from lora_lab.report.tradeoff_figure import metric_by_parameters, pareto_front
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, only_run, small
 from tests.copies import copies
@@ -53,7 +56,7 @@ def lines(axes: Axes) -> list[list[tuple[float, float]]]:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 64), (2, 3), (64, 1)])
 def test_directions_are_counted_in_whole_numbers(shape: tuple[int, int]):
     axes = (figure := Figure()).subplots()
-    heat(figure, axes, np.full(shape, 0.5))
+    phi_heat_map(figure, axes, np.full(shape, 0.5))
     for axis, count in zip((axes.yaxis, axes.xaxis), shape, strict=True):
         shown = [tick for tick in axis.get_ticklocs() if 0.5 <= tick <= count + 0.5]
         assert shown
@@ -63,7 +66,7 @@ def test_directions_are_counted_in_whole_numbers(shape: tuple[int, int]):
 @pytest.mark.parametrize("metric", ["val/loss", "val/accuracy"])
 def test_a_metric_against_r(first: Run, metric: str):
     results = sweep(first, adapter__r=RANKS, seed=SEEDS)
-    figure = against.metric(results, metric)
+    figure = rank_figures.metric_by_rank(results, metric)
     assert figure is not None
     (axes,) = figure.axes
     values = by(results, "adapter.r", metric)
@@ -82,7 +85,7 @@ def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
         assert lab("digits", f"adapter={adapter}", f"runs_dir={adapter}") == 0
     results = [read(only_run(adapter)) for adapter in ("full", "none")]
     results += sweep(only_run("lora"), adapter__r=(1, 2))
-    figure = against.metric(results, "val/loss")
+    figure = rank_figures.metric_by_rank(results, "val/loss")
     assert figure is not None
     labels = [text.get_text() for text in figure.legends[0].texts]
     for label, result in zip(("full fine-tuning", "frozen base"), results, strict=False):
@@ -95,7 +98,7 @@ def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, first: Run):
     for lr in (1e-4, 1e-2):
         assert lab("digits", "adapter=full", "runs_dir=full", f"optimizer.lr={lr}") == 0
     full = [read(run) for run in find_runs(Path("full"))]
-    figure = against.metric([*sweep(first, adapter__r=(1, 2)), *full], "val/accuracy")
+    figure = rank_figures.metric_by_rank([*sweep(first, adapter__r=(1, 2)), *full], "val/accuracy")
     assert figure is not None
     best = max(full, key=lambda result: result.finals["val/accuracy"])
     level = best.finals["val/accuracy"]
@@ -107,7 +110,7 @@ def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, first: Run):
 
 def test_ranks_of_the_update_against_r(first: Run):
     results = sweep(first, adapter__r=RANKS, seed=SEEDS)
-    figure = against.measures(results)
+    figure = rank_figures.update_ranks_by_rank(results)
     assert figure is not None
     for axes, measure in zip(figure.axes, ("effective_rank", "stable_rank"), strict=True):
         drawn = lines(axes)
@@ -116,14 +119,14 @@ def test_ranks_of_the_update_against_r(first: Run):
             values = by(results, "adapter.r", f"spectra/{site}/{measure}")
             assert drawn[2 + 2 * i] == [(r, pytest.approx(mean(v))) for r, v in values.items()]
     several = sweep(first, adapter__r=RANKS, adapter__alpha=(2.0, 16.0))
-    figure = against.measures(several)
+    figure = rank_figures.update_ranks_by_rank(several)
     assert figure is not None
     assert [text.get_text() for text in figure.legends[0].texts][1:] == ["alpha=2", "alpha=16"]
 
 
 def test_spectra_by_r(first: Run):
     results = sweep(first, adapter__r=RANKS, seed=SEEDS)
-    figure = against.spectra(results)
+    figure = rank_figures.spectra_by_rank(results)
     assert figure is not None
     for axes in figure.axes:
         site = axes.get_title()
@@ -140,7 +143,7 @@ def test_spectra_by_r(first: Run):
 def test_a_heat_map_of_two_keys_has_the_means_and_leaves_holes(first: Run):
     results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
     results = [r for r in results if (r.rank, r.flat["adapter.alpha"]) != (3, 4.0)]
-    figure = tradeoffs.over_keys(cells_of(results), ["val/loss", "val/accuracy"])
+    figure = metrics_by_swept_keys(cells_of(results), ["val/loss", "val/accuracy"])
     assert figure is not None
     panels = [axes for axes in figure.axes if axes.images]
     for axes, metric in zip(panels, ("val/loss", "val/accuracy"), strict=True):
@@ -158,7 +161,7 @@ def test_a_heat_map_has_a_place_for_full_and_for_what_failed(lab: Lab, first: Ru
     results = sweep(first, adapter__r=(1, 2), optimizer__lr=(0.1, 0.01))
     lost = next(r for r in results if (r.rank, r.flat["optimizer.lr"]) == (2, 0.1))
     lost.status["state"] = "failed"
-    figure = tradeoffs.over_keys(cells_of([*results, full]), ["val/loss"])
+    figure = metrics_by_swept_keys(cells_of([*results, full]), ["val/loss"])
     assert figure is not None
     axes = figure.axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "full"]
@@ -175,7 +178,7 @@ def test_a_key_that_was_drawn_is_an_axis_of_points(first: Run):
     points = ((1, 0.002), (1, 0.03), (2, 0.07), (2, 0.4))
     runs = copies(first, ({"adapter.r": r, "optimizer.lr": lr} for r, lr in points), Path("sweep"))
     results = [read(run) for run in runs]
-    figure = tradeoffs.over_keys(cells_of(results), ["val/loss"])
+    figure = metrics_by_swept_keys(cells_of(results), ["val/loss"])
     assert figure is not None
     (axes,) = figure.axes
     assert not axes.images
@@ -191,11 +194,11 @@ def test_a_key_that_was_drawn_is_an_axis_of_points(first: Run):
 @pytest.mark.parametrize("alphas", [(4.0,), ALPHAS])
 def test_the_front_is_named_by_r_alone_or_by_letters(first: Run, alphas: tuple[float, ...]):
     cells = cells_of(sweep(first, adapter__r=RANKS, adapter__alpha=alphas))
-    figure = tradeoffs.parameters(cells, "val/loss")
+    figure = metric_by_parameters(cells, "val/loss")
     assert figure is not None
     cost = "parameters/trainable"
     points = [(c.metrics[cost].mean, c.metrics["val/loss"].mean) for c in cells]
-    at = [cells[i].results[0] for i in tradeoffs.front(points, "minimize")]
+    at = [cells[i].results[0] for i in pareto_front(points, "minimize")]
     found = [text.get_text() for text in figure.axes[0].texts]
     if len(alphas) == 1:
         assert found == [f"r={result.rank}" for result in at]
@@ -209,7 +212,7 @@ def test_the_front_is_named_by_r_alone_or_by_letters(first: Run, alphas: tuple[f
 def test_parallel_coordinates_of_three_keys(first: Run):
     results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, optimizer__lr=(0.1, 0.01))
     cells = cells_of(results)
-    figure = tradeoffs.over_keys(cells, ["val/loss"])
+    figure = metrics_by_swept_keys(cells, ["val/loss"])
     assert figure is not None
     axes = figure.axes[0]
     drawn = [line for line in lines(axes) if len(line) == 4]
@@ -225,12 +228,12 @@ def test_parallel_coordinates_of_three_keys(first: Run):
 
 def test_nothing_to_show_is_no_figure(first: Run):
     one = [read(first)]
-    assert against.metric(one, "val/loss") is None
-    assert against.measures(one) is None
-    assert against.spectra(one) is None
-    assert against.theory(one) is None
-    assert tradeoffs.parameters(cells_of(one), "val/loss") is None
-    assert tradeoffs.over_keys(cells_of(one), ["val/loss"]) is None
+    assert rank_figures.metric_by_rank(one, "val/loss") is None
+    assert rank_figures.update_ranks_by_rank(one) is None
+    assert rank_figures.spectra_by_rank(one) is None
+    assert rank_figures.theory_by_rank(one) is None
+    assert metric_by_parameters(cells_of(one), "val/loss") is None
+    assert metrics_by_swept_keys(cells_of(one), ["val/loss"]) is None
 
 
 @given(
@@ -245,7 +248,7 @@ def test_the_front_against_brute_force(points: list[tuple[int, int]], goal: str)
         return no_worse and a != b
 
     want = {p for p in points if not any(beats(q, p) for q in points)}
-    found = tradeoffs.front(points, goal)
+    found = pareto_front(points, goal)
     assert {points[i] for i in found} == want
     assert len(found) == sum(p in want for p in points), "equal points are on it together"
     assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
@@ -254,10 +257,10 @@ def test_the_front_against_brute_force(points: list[tuple[int, int]], goal: str)
 def test_the_front_is_marked(first: Run):
     results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
     cells = cells_of(results)
-    figure = tradeoffs.parameters(cells, "val/loss")
+    figure = metric_by_parameters(cells, "val/loss")
     assert figure is not None
     points = [(c.metrics["parameters/trainable"].mean, c.metrics["val/loss"].mean) for c in cells]
-    at = tradeoffs.front(points, "minimize")
+    at = pareto_front(points, "minimize")
     containers = figure.axes[0].containers
     marked = [tuple(map(float, p)) for p in containers[-1].lines[0].get_xydata()]  # pyright: ignore
     assert marked == [pytest.approx(points[i]) for i in at]
@@ -266,4 +269,4 @@ def test_the_front_is_marked(first: Run):
 
 
 def test_styles_of_many_series_differ():
-    assert len({style(i) for i in range(49)}) == 49
+    assert len({series_style(i) for i in range(49)}) == 49

@@ -6,40 +6,26 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from lora_lab.report.phi_heat_map import phi_heat_map
+from lora_lab.report.plotting import MAX_PANELS, log_scale, panels, save
 from lora_lab.runs import Run
 
-# Fonts as text, so that a PDF's labels can be searched and edited.
-matplotlib.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 150})
-SHOWN = 16
+MAX_SINGULAR_VALUES = 16
 """Singular values drawn, at most."""
 
 
-PANELS = 12
-"""Sites drawn, at most: those whose ΔW is largest."""
-
-# Okabe and Ito's colours, which the colour-blind tell apart, without yellow, which paper swallows.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
-def style(i: int) -> tuple[str, str]:
-    """The colour and marker of the i-th series: 49 that differ."""
-    return COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
-
-
-def largest(spectrum: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def largest_updates(spectrum: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The sites with the largest final ‖ΔW‖, in the model's order."""
     by_norm = sorted(spectrum, key=lambda site: -np.linalg.norm(spectrum[site][-1]))
-    return {site: spectrum[site] for site in spectrum if site in by_norm[:PANELS]}
+    return {site: spectrum[site] for site in spectrum if site in by_norm[:MAX_PANELS]}
 
 
-def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str]:
+def write_figures(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str]:
     """Writes every figure the run has the numbers for, and returns their names."""
     made = {"loss": _loss(run)}
-    if (every := len(spectrum)) > PANELS:
-        spectrum = largest(spectrum)
+    if (every := len(spectrum)) > MAX_PANELS:
+        spectrum = largest_updates(spectrum)
     if spectrum:
         with np.load(run.path / "spectra.npz") as arrays:
             made["spectrum"] = _spectrum(arrays["epochs"], spectrum)
@@ -57,32 +43,11 @@ def draw(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str
         if curves:
             made["truncation"] = _truncation(curves)
     for name in ("spectrum", "delta", "phi"):
-        if name in made and every > PANELS:
-            made[name].suptitle(f"{PANELS} of {every} sites, those whose ΔW is largest")
+        if name in made and every > MAX_PANELS:
+            made[name].suptitle(f"{MAX_PANELS} of {every} sites, those whose ΔW is largest")
     for name, figure in made.items():
         save(figure, directory / name)
     return list(made)
-
-
-def log_scale(axes: Axes, low: float, high: float, which: str = "y") -> None:
-    """A log scale of values from `low` to `high`; with plain numbers where they are few decades."""
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    decades = np.log10(high / low)
-    if decades < 1e-3:
-        return  # one value: as wide as matplotlib makes it
-    subs = (1, 2, 5) if decades > 0.7 else range(1, 10)
-    if decades < 3:
-        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axis.set_minor_formatter(NullFormatter())
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure, whose layout has room for all that belongs to it, as PNG and PDF."""
-    figure.savefig(path.with_suffix(".png"))
-    figure.set_layout_engine("none")  # it stays as laid out, and is not laid out again
-    figure.savefig(path.with_suffix(".pdf"))
 
 
 def _loss(run: Run) -> Figure:
@@ -124,10 +89,12 @@ def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
 def _spectrum(epochs: np.ndarray, spectrum: dict[str, np.ndarray]) -> Figure:
     figure, axes = panels(len(spectrum), width=4.5)
     for panel, (site, sigma) in zip(axes, spectrum.items(), strict=True):
-        for i in range(min(sigma.shape[1], SHOWN)):
+        for i in range(min(sigma.shape[1], MAX_SINGULAR_VALUES)):
             # A zero (B before the first step) has no place on a log axis.
             values = np.where(sigma[:, i] > 0, sigma[:, i], np.nan)
-            panel.plot(epochs, values, ".-", color=matplotlib.colormaps["viridis"](i / SHOWN))
+            panel.plot(
+                epochs, values, ".-", color=matplotlib.colormaps["viridis"](i / MAX_SINGULAR_VALUES)
+            )
             panel.annotate(rf"$\sigma_{{{i + 1}}}$", (epochs[-1], values[-1]), fontsize=7)
         panel.set(title=site, xlabel="epoch", ylabel="singular values of ΔW")
         _log(panel)
@@ -157,18 +124,9 @@ def _delta(corners: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -
 def _phi(phi: dict[str, np.ndarray]) -> Figure:
     figure, axes = panels(len(phi), width=4.5)
     for panel, (site, values) in zip(axes, phi.items(), strict=True):
-        heat(figure, panel, values)
+        phi_heat_map(figure, panel, values)
         panel.set(title=site, xlabel="first j directions of W", ylabel="first i directions of ΔW")
     return figure
-
-
-def heat(figure: Figure, panel: Axes, phi: np.ndarray) -> None:
-    """φ(i, j) as a picture, from 0 to 1, counted from 1."""
-    i, j = phi.shape
-    extent = (0.5, j + 0.5, i + 0.5, 0.5)
-    image = panel.imshow(phi, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
-    panel.locator_params(integer=True, min_n_ticks=1)
-    figure.colorbar(image, ax=panel, label="φ(i, j)")
 
 
 def _truncation_key(site: str | None) -> str:
@@ -192,14 +150,3 @@ def _truncation(curves: dict[str | None, tuple[np.ndarray, np.ndarray]]) -> Figu
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
-
-
-def panels(count: int, width: float) -> tuple[Figure, list]:
-    """A figure of `count` panels, three a line."""
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, 4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for unused in axes[count:]:
-        unused.remove()
-    return figure, list(axes[:count])

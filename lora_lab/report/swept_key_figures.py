@@ -1,7 +1,6 @@
 """A sweep's figures over its cells: parameters against metric, and metrics over the swept keys."""
 
 from collections.abc import Sequence
-from string import ascii_lowercase
 from typing import Any
 
 import matplotlib
@@ -10,94 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from lora_lab.report.against import words_of
-from lora_lab.report.cells import Cell, goal, order, said, setting, swept, words
-from lora_lab.report.figures import COLORS, log_scale, panels
+from lora_lab.report.cells import Cell, goal, order, said, setting, swept
+from lora_lab.report.plotting import log_scale, metric_label, panels
 
-NAMED = 16
+MAX_LABELS = 16
 """Cells on the front that are named, at most; values of a key that its axis names."""
 
 
-def front(points: Sequence[tuple[float, float]], goal: str) -> list[int]:
-    """The points (cost, metric) that no other beats in one and equals in the other, by cost."""
-    sign = 1 if goal == "minimize" else -1
-    best, found = np.inf, []
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
-        cost, value = points[i][0], sign * points[i][1]
-        same = bool(found) and (cost, value) == (points[found[-1]][0], best)
-        if value < best or same:
-            found.append(i)
-            best = value
-    return found
-
-
-def parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
-    """Trained parameters against a metric, mean ± deviation of each cell, with the front marked.
-
-    None of fewer than two costs.
-    """
-    cost = "parameters/trainable"
-    cells = [cell for cell in cells if metric in cell.metrics and cost in cell.metrics]
-    cells = [cell for cell in cells if np.isfinite(cell.metrics[metric].mean)]
-    frozen = [c.metrics[metric].mean for c in cells if not c.metrics[cost].mean]
-    cells = [cell for cell in cells if cell.metrics[cost].mean]
-    points = [(cell.metrics[cost].mean, cell.metrics[metric].mean) for cell in cells]
-    direction = goal(metric)
-    if len({c for c, _ in points}) < 2 or direction is None:
-        return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    errors = [cell.metrics[metric].std or 0.0 for cell in cells]
-    at = front(points, direction)
-    bars: dict[str, Any] = {"elinewidth": 0.8, "capsize": 2, "linestyle": "", "zorder": 3}
-    for which, color, label in (
-        ([i for i in range(len(points)) if i not in at], "darkgray", "a cell, ± one deviation"),
-        (at, COLORS[0], "on the front: none is cheaper and better"),
-    ):
-        if which:
-            x, y = zip(*(points[i] for i in which), strict=True)
-            spread = [errors[i] for i in which]
-            axes.errorbar(x, y, spread, fmt="o", color=color, markersize=5, label=label, **bars)
-    axes.step(*zip(*(points[i] for i in at), strict=True), where="post", color=COLORS[0], lw=0.9)
-    keys = swept(cells)
-    legend = {}
-    below = direction == "minimize"  # the front is the lower edge then
-    for letter, i in zip(ascii_lowercase, at[:NAMED], strict=False):
-        text = words(cells[i], keys)
-        if list(keys) != ["adapter.r"]:
-            legend[letter], text = text, letter
-        offset, place = ((5, -5), "top") if below else ((5, 5), "bottom")
-        axes.annotate(
-            text, points[i], offset, textcoords="offset points", fontsize=8, va=place, zorder=4
-        )
-    axes.margins(x=0.12, y=0.14)  # room for the labels
-    log_scale(axes, points[at[0]][0], max(c for c, _ in points), "x")
-    if frozen:
-        axes.axhline(frozen[0], color="gray", linewidth=1.1, linestyle=":", label="frozen base")
-    axes.set(
-        xlabel="trained parameters",
-        ylabel=words_of(metric),
-        title=cells[0].results[0].experiment,
-    )
-    values = [*frozen, *(value for _, value in points)]
-    lowest = min(*frozen, *(v - e for (_, v), e in zip(points, errors, strict=True)), max(values))
-    if metric.endswith("loss") and min(values) > 1e-6 * max(values) and lowest > 0:
-        log_scale(axes, lowest, max(values))
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
-    if legend:
-        labels = [f"{letter}: {text}" for letter, text in legend.items()]
-        marks = [Line2D([], [], linestyle="")] * len(labels)
-        where: dict[str, Any] = {"loc": "outside right upper", "fontsize": 7, "handlelength": 0}
-        figure.legend(marks, labels, title="on the front", title_fontsize=8, **where)
-        figure.set_figwidth(figure.get_figwidth() + 0.5 + 0.06 * max(map(len, labels)))
-    return figure
-
-
-def over_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figure | None:
+def metrics_by_swept_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figure | None:
     """Two swept keys: a heat map of each metric's mean; more: parallel coordinates of the first.
 
     Of the LoRA cells, where there are any: the others have none of the keys. Full fine-tuning has
@@ -147,7 +68,7 @@ def _scatter(cells: Sequence[Cell], keys: dict[str, str], x: str, metrics: Seque
                 if said(setting(cell, other)) == said(level) and metric in cell.metrics
             ]
             label = f"{keys[other]}={said(level)}"
-            label = label if len(levels) <= NAMED or i in (0, len(levels) - 1) else None
+            label = label if len(levels) <= MAX_LABELS or i in (0, len(levels) - 1) else None
             if own:
                 panel.plot(*zip(*own, strict=True), "o", color=color, label=label)
         values = [cell.metrics[metric].mean for cell in cells if metric in cell.metrics]
@@ -158,7 +79,7 @@ def _scatter(cells: Sequence[Cell], keys: dict[str, str], x: str, metrics: Seque
             log_scale(panel, min(at), max(at), "x")
         if metric.endswith("loss") and 0 < 10 * min(values) < max(values) < np.inf:
             log_scale(panel, min(values), max(values))
-        panel.set(xlabel=keys[x], ylabel=words_of(metric))
+        panel.set(xlabel=keys[x], ylabel=metric_label(metric))
         if failed := sum(not cell.done for cell in cells):
             panel.set_title(f"dotted: {failed} not finished", fontsize=9)
         panel.grid(alpha=0.3)
@@ -199,8 +120,8 @@ def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -
             range(len(across)), across, rotation=45 if max(map(len, across)) > 7 else 0
         )
         panel.set_yticks(range(len(down)), down)
-        panel.set(xlabel=names[0], ylabel=names[1], title=f"{words_of(metric)}, mean")
-        if len(across) <= NAMED and len(down) <= NAMED:
+        panel.set(xlabel=names[0], ylabel=names[1], title=f"{metric_label(metric)}, mean")
+        if len(across) <= MAX_LABELS and len(down) <= MAX_LABELS:
             for (i, j), value in np.ndenumerate(grid):
                 shade = colors(norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
                 ink = "white" if np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
@@ -233,7 +154,9 @@ def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figur
         place = _places(levels)
         heights.append([place[said(setting(cell, key))] for cell in cells])
         named = (
-            levels if len(levels) <= NAMED else [levels[0], levels[len(levels) // 2], levels[-1]]
+            levels
+            if len(levels) <= MAX_LABELS
+            else [levels[0], levels[len(levels) // 2], levels[-1]]
         )
         for level in named:
             _label(axes, said(level), x, place[said(level)])
@@ -249,13 +172,13 @@ def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figur
     for height in (0.0, 0.5, 1.0) if high > low else (0.5,):
         value = norm.inverse(low + height * (high - low))
         _label(axes, f"{value:.3g}", len(heights) - 1, height)
-    axes.set_xticks(range(len(heights)), [*keys.values(), words_of(metric)])
+    axes.set_xticks(range(len(heights)), [*keys.values(), metric_label(metric)])
     axes.set_yticks([])
     axes.set(xlim=(-0.15, len(heights) - 0.75), ylim=(-0.06, 1.06))
     axes.set_title(f"{cells[0].results[0].experiment}: {len(cells)} cells")
     for side in ("left", "right", "top", "bottom"):
         axes.spines[side].set_visible(False)
-    figure.colorbar(ScalarMappable(norm, colors), ax=axes, label=f"{words_of(metric)}, mean")
+    figure.colorbar(ScalarMappable(norm, colors), ax=axes, label=f"{metric_label(metric)}, mean")
     return figure
 
 
@@ -269,7 +192,7 @@ def _label(axes: Axes, text: str, x: float, y: float) -> None:
 def _places(levels: Sequence[Any]) -> dict[str, float]:
     """Where each level is on its axis, 0 to 1: evenly if few or words, else as its number says."""
     numbers = all(isinstance(level, int | float) for level in levels)
-    if len(levels) > NAMED and numbers:
+    if len(levels) > MAX_LABELS and numbers:
         at = np.array(levels, float)
         at = np.log(at) if at.min() > 0 and at.max() > 30 * at.min() else at
         spread = (at - at.min()) / (at.max() - at.min())

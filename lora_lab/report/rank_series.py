@@ -13,12 +13,12 @@ FREE = ("adapter.r", "data.seed", "base.seed")
 """What runs of one series may differ in, besides their seed."""
 
 
-def series_of(results: Sequence[Result]) -> dict[str, list[Result]]:
+def lora_runs_by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
     """LoRA runs that differ in r and seeds alone, by what tells one series from another."""
-    return pooled([result for result in results if result.rank is not None])
+    return runs_by_series([result for result in results if result.rank is not None])
 
 
-def pooled(results: Sequence[Result]) -> dict[str, list[Result]]:
+def runs_by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Runs that differ in r and seeds alone, of whatever method, by what tells them apart."""
     members: dict[str, list[Result]] = {}
     for result in results:
@@ -33,7 +33,7 @@ def pooled(results: Sequence[Result]) -> dict[str, list[Result]]:
     return series
 
 
-def over(results: Sequence[Result]) -> str:
+def differing_seeds(results: Sequence[Result]) -> str:
     """The kinds of seeds that differ in these runs: `seeds and data seeds`; "" of none."""
     kinds = {
         "seeds": [result.config["seed"] for result in results],
@@ -43,13 +43,17 @@ def over(results: Sequence[Result]) -> str:
     return " and ".join(kind for kind, seeds in kinds.items() if len({*seeds} - {None}) > 1)
 
 
-def reference(results: Sequence[Result], method: str, metric: str) -> tuple[str, float] | None:
+def best_without_rank(
+    results: Sequence[Result], method: str, metric: str
+) -> tuple[str, float] | None:
     """The best mean of a metric that a method without r reaches, over seeds; and where, in words.
 
     "" where all that was swept comes to the same; None where no run has it.
     """
     own = [r for r in results if r.config["adapter"]["method"] == method and metric in r.finals]
-    means = {name: mean(r.finals[metric] for r in runs) for name, runs in pooled(own).items()}
+    means = {
+        name: mean(r.finals[metric] for r in runs) for name, runs in runs_by_series(own).items()
+    }
     means = {name: value for name, value in means.items() if math.isfinite(value)}
     if not means:
         return None
@@ -61,12 +65,7 @@ def _tells(key: str) -> bool:
     return key not in FREE and key != "cell" and not key.startswith("spectra.")
 
 
-def short(label: str) -> str:
-    """A series' name as a legend has it."""
-    return label if len(label) <= 48 else f"{label[:47]}…"
-
-
-def by_rank(results: Sequence[Result], metric: str) -> dict[int, list[float]]:
+def values_by_rank(results: Sequence[Result], metric: str) -> dict[int, list[float]]:
     """Final values of a metric by r."""
     found: dict[int, list[float]] = {}
     for result in results:
@@ -75,7 +74,7 @@ def by_rank(results: Sequence[Result], metric: str) -> dict[int, list[float]]:
     return dict(sorted(found.items()))
 
 
-def losses_cut(results: Sequence[Result]) -> tuple[dict[int, list[float]], int]:
+def truncation_losses(results: Sequence[Result]) -> tuple[dict[int, list[float]], int]:
     """Losses by k of the runs with the largest r, their ΔW cut to rank k; and that r."""
     top = max((r for result in results if (r := result.rank) is not None), default=0)
     found: dict[int, list[float]] = {}
@@ -90,7 +89,7 @@ def losses_cut(results: Sequence[Result]) -> tuple[dict[int, list[float]], int]:
     return found, top
 
 
-def spectra_by_rank(results: Sequence[Result]) -> dict[str, dict[int, np.ndarray]]:
+def mean_spectra(results: Sequence[Result]) -> dict[str, dict[int, np.ndarray]]:
     """Site → r → the final singular values of ΔW (k,), their mean over the runs of that r."""
     suffix = "/singular_values"
     found: dict[str, dict[int, list[np.ndarray]]] = {}
@@ -113,11 +112,11 @@ def _padded(every: list[np.ndarray]) -> list[np.ndarray]:
     return [np.pad(sigma, (0, k - len(sigma))) for sigma in every]
 
 
-def leading(results: Sequence[Result]) -> tuple[str, list[Result]]:
+def best_series(results: Sequence[Result]) -> tuple[str, list[Result]]:
     """The series with several ranks that reaches the lowest mean loss; ("", []) of none."""
     found = [
         (min(map(mean, losses.values())), name, own)
-        for name, own in series_of(results).items()
-        if len(losses := by_rank(own, "val/loss")) > 1
+        for name, own in lora_runs_by_series(results).items()
+        if len(losses := values_by_rank(own, "val/loss")) > 1
     ]
     return min(found, key=lambda one: one[:2])[1:] if found else ("", [])

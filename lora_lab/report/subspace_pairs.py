@@ -9,13 +9,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab.report.figures import PANELS, heat, panels, save
+from lora_lab.report.phi_heat_map import phi_heat_map
+from lora_lab.report.plotting import MAX_PANELS, panels, save
 from lora_lab.report.tables import csv_of
 from lora_lab.runs import write_atomic
 
 
 @dataclass(frozen=True)
-class Pair:
+class SubspacePair:
     """How the directions of one site's ΔW lie to each other in two runs.
 
     `side`: the right singular vectors of A, as in Figures 3 and 4 of Hu et al. 2021; or those of ΔW
@@ -43,7 +44,7 @@ random: its mean at the last i, j for random directions; distance: Grassmann's, 
 """
 
 
-def pairs(found: Sequence[Pair], directory: Path, console: Console) -> None:
+def write_pairs(found: Sequence[SubspacePair], directory: Path, console: Console) -> None:
     """Writes pairs.csv, phi.npz and the figures to `directory`, and prints the table."""
     directory.mkdir(parents=True, exist_ok=True)
     names = {name: f"run {i + 1}" for i, name in enumerate(_names(found))}
@@ -69,9 +70,9 @@ def pairs(found: Sequence[Pair], directory: Path, console: Console) -> None:
     console.print(table)
     for side in dict.fromkeys(pair.side for pair in found):
         own = [pair for pair in found if pair.side == side]
-        figure, axes = panels(min(len(own), PANELS), width=4.5)
+        figure, axes = panels(min(len(own), MAX_PANELS), width=4.5)
         for panel, pair in zip(axes, own, strict=False):
-            heat(figure, panel, pair.phi)
+            phi_heat_map(figure, panel, pair.phi)
             panel.set_title(f"{pair.site}: {names[pair.one]}, {names[pair.other]}", fontsize=10)
             panel.set(
                 xlabel=f"first j of {names[pair.other]}", ylabel=f"first i of {names[pair.one]}"
@@ -80,5 +81,5 @@ def pairs(found: Sequence[Pair], directory: Path, console: Console) -> None:
     console.print(f"written  {directory} (pairs.csv, phi.npz, figures)", highlight=False)
 
 
-def _names(found: Sequence[Pair]) -> list[str]:
+def _names(found: Sequence[SubspacePair]) -> list[str]:
     return list(dict.fromkeys(name for pair in found for name in (pair.one, pair.other)))

@@ -1,6 +1,5 @@
 """A sweep's figures against r: metrics, theory, ranks of ΔW, and spectra by r."""
 
-import re
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -13,25 +12,36 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_lab.report.cells import Result
-from lora_lab.report.figures import PANELS, log_scale, panels, style
-from lora_lab.report.series import (
-    by_rank,
-    leading,
-    losses_cut,
-    reference,
-    series_of,
-    short,
-    spectra_by_rank,
+from lora_lab.report.plotting import (
+    MAX_PANELS,
+    legend_label,
+    log_scale,
+    metric_label,
+    panels,
+    rank_axis,
+    series_style,
+)
+from lora_lab.report.rank_series import (
+    best_series,
+    best_without_rank,
+    lora_runs_by_series,
+    mean_spectra,
+    truncation_losses,
+    values_by_rank,
 )
 from lora_lab.report.theory import Held
 
 
-def metric(results: Sequence[Result], name: str) -> Figure | None:
+def metric_by_rank(results: Sequence[Result], name: str) -> Figure | None:
     """A metric against r: runs as points, their mean as a line, ΔW cut, full fine-tuning, the base.
 
     A colour for each series; None where no series has two ranks.
     """
-    series = {k: own for k, own in series_of(results).items() if len(by_rank(own, name)) > 1}
+    series = {
+        k: own
+        for k, own in lora_runs_by_series(results).items()
+        if len(values_by_rank(own, name)) > 1
+    }
     if not series:
         return None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -40,9 +50,9 @@ def metric(results: Sequence[Result], name: str) -> Figure | None:
     ticks: set[int] = set()
     kinds: dict[str, Line2D] = {}
     for i, own in enumerate(series.values()):
-        color, marker = style(i)
-        trained = by_rank(own, name)
-        cut, top = losses_cut(own) if name == "val/loss" else ({}, 0)
+        color, marker = series_style(i)
+        trained = values_by_rank(own, name)
+        cut, top = truncation_losses(own) if name == "val/loss" else ({}, 0)
         points = [(r, value) for r, values in trained.items() for value in values]
         every += [value for _, value in points]
         axes.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
@@ -60,12 +70,12 @@ def metric(results: Sequence[Result], name: str) -> Figure | None:
         ("full", "full fine-tuning", "black"),
         ("none", "frozen base", "gray"),
     ):
-        if found := reference(results, method, name):
+        if found := best_without_rank(results, method, name):
             where, level = found
-            label = f"{words}, {short(where)}" if where else words
+            label = f"{words}, {legend_label(where)}" if where else words
             kinds[label] = axes.axhline(level, color=color, linewidth=1.1, linestyle=":")
             every.append(level)
-    axes.set(xlabel="r", ylabel=words_of(name), title=results[0].experiment)
+    axes.set(xlabel="r", ylabel=metric_label(name), title=results[0].experiment)
     rank_axis(axes, ticks)
     # What rounding leaves of a zero would fill a log axis.
     if name.endswith("loss") and min(every) > 1e-6 * max(every):
@@ -84,10 +94,10 @@ def _legends(figure: Figure, axes: Axes, names: Sequence[str], kinds: dict[str, 
                 kinds[kind] = Line2D([], [], color="dimgray", **style_of)
         marks = []
         for i in range(len(names)):
-            color, marker = style(i)
+            color, marker = series_style(i)
             marks.append(Line2D([], [], color=color, marker=marker, markersize=4))
         columns = 1 + (len(names) - 1) // 18
-        labels = [short(name) for name in names]
+        labels = [legend_label(name) for name in names]
         figure.legend(marks, labels, loc="outside right upper", fontsize=7, ncols=columns)
         figure.set_figwidth(figure.get_figwidth() + columns * (0.6 + 0.06 * max(map(len, labels))))
     dot = Line2D([], [], color="dimgray", marker="o", linestyle="", alpha=0.6, markersize=4)
@@ -97,30 +107,10 @@ def _legends(figure: Figure, axes: Axes, names: Sequence[str], kinds: dict[str, 
     )
 
 
-def words_of(name: str) -> str:
-    """A metric as an axis has it."""
-    name = re.sub(r"sigma_(\d+)", r"$\\sigma_{\1}$", name.removeprefix("spectra/"))
-    name = name.replace("val/", "validation ").replace("/", " ")
-    return re.sub(r"_(?!\{)", " ", name)
-
-
-def rank_axis(axes: Axes, ranks: set[int]) -> None:
-    """A log axis with a tick at every r, labelled where there is room."""
-    axes.set_xscale("log")
-    shown, last = [], 0.0
-    span = max(ranks) / min(ranks)
-    for r in sorted(ranks):
-        if not last or np.log(r / last) > 0.045 * np.log(span):
-            shown.append(r)
-            last = r
-    axes.set_xticks(shown, [str(r) for r in shown], minor=False)
-    axes.minorticks_off()
-
-
-def theory(results: Sequence[Result]) -> Figure | None:
+def theory_by_rank(results: Sequence[Result]) -> Figure | None:
     """Every metric that theory speaks of against r: measured as points, theory as a line."""
     found: dict[str, dict[str, dict[int, list[Held]]]] = {}
-    for name, own in series_of(results).items():
+    for name, own in lora_runs_by_series(results).items():
         for result in own:
             for one in result.held:
                 by_r = found.setdefault(one.metric, {}).setdefault(name, {})
@@ -136,11 +126,11 @@ def theory(results: Sequence[Result]) -> Figure | None:
     for panel, (name, series) in zip(axes, found.items(), strict=True):
         ticks: set[int] = set()
         for i, (label, by_r) in enumerate(series.items()):
-            color, marker = style(i)
+            color, marker = series_style(i)
             ranks = sorted(by_r)
             values = np.array([mean(o.theory for o in by_r[r]) for r in ranks])
             errors = np.array([mean(o.error for o in by_r[r]) for r in ranks])
-            panel.plot(ranks, values, color=color, label=f"theory {short(label)}".strip())
+            panel.plot(ranks, values, color=color, label=f"theory {legend_label(label)}".strip())
             if errors.any():
                 band = (values - 3 * errors, values + 3 * errors)
                 panel.fill_between(ranks, *band, color=color, alpha=0.15, label="± 3 s.e.")
@@ -148,7 +138,7 @@ def theory(results: Sequence[Result]) -> Figure | None:
             marks: dict[str, Any] = {"fillstyle": "none", "color": color, "label": "measured"}
             panel.plot(*zip(*points, strict=True), marker, **marks)
             ticks |= set(ranks)
-        panel.set(title=words_of(name), xlabel="r")
+        panel.set(title=metric_label(name), xlabel="r")
         rank_axis(panel, ticks)
         low, high = panel.get_ylim()
         if (middle := abs(low + high) / 2) and high - low < 0.02 * middle:
@@ -158,12 +148,14 @@ def theory(results: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def measures(results: Sequence[Result]) -> Figure | None:
+def update_ranks_by_rank(results: Sequence[Result]) -> Figure | None:
     """Effective and stable rank of ΔW against r, and the bound r itself.
 
     Of one series a line for each site, of several the mean over a run's sites.
     """
-    series = {k: own for k, own in series_of(results).items() if len({r.rank for r in own}) > 1}
+    series = {
+        k: own for k, own in lora_runs_by_series(results).items() if len({r.rank for r in own}) > 1
+    }
     if not series:
         return None
     figure, axes = panels(2, width=4.5)
@@ -177,12 +169,12 @@ def measures(results: Sequence[Result]) -> Figure | None:
         if not lines:
             return None
         if len(series) == 1:
-            top = sorted(lines, key=lambda site: -max(map(mean, lines[site].values())))[:PANELS]
+            top = sorted(lines, key=lambda site: -max(map(mean, lines[site].values())))[:MAX_PANELS]
             lines = {site: lines[site] for site in lines if site in top}
         ticks = sorted({r for by_r in lines.values() for r in by_r})
         panel.plot(ticks, ticks, ":", color="gray", linewidth=1)
         for i, by_r in enumerate(lines.values()):
-            color, marker = style(i)
+            color, marker = series_style(i)
             by_r = dict(sorted(by_r.items()))
             points = [(r, value) for r, values in by_r.items() for value in values]
             panel.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
@@ -197,9 +189,9 @@ def measures(results: Sequence[Result]) -> Figure | None:
         drawn = list(lines)
     marks = [Line2D([], [], color="gray", linestyle=":", linewidth=1)]
     for i in range(len(drawn)):
-        color, marker = style(i)
+        color, marker = series_style(i)
         marks.append(Line2D([], [], color=color, marker=marker, markersize=4))
-    labels = ["r, the most it can be", *(short(name) for name in drawn)]
+    labels = ["r, the most it can be", *(legend_label(name) for name in drawn)]
     figure.legend(marks, labels, loc="outside right upper", fontsize=8)
     figure.set_figwidth(figure.get_figwidth() + 0.6 + 0.07 * max(map(len, labels)))
     return figure
@@ -215,17 +207,17 @@ def _sites(result: Result, measure: str, mean_only: bool) -> dict[str, float]:
     return {"": mean(found.values())} if mean_only and found else found
 
 
-def spectra(results: Sequence[Result]) -> Figure | None:
+def spectra_by_rank(results: Sequence[Result]) -> Figure | None:
     """σ_i against i for each r, the mean over its runs; a panel for each of the largest sites.
 
     Of several series the one that reaches the lowest loss.
     """
-    name, own = leading(results)
-    every = spectra_by_rank(own)
+    name, own = best_series(results)
+    every = mean_spectra(own)
     if not every:
         return None
     by_norm = sorted(every, key=lambda s: -max(np.linalg.norm(v) for v in every[s].values()))
-    shown = {site: every[site] for site in every if site in by_norm[:PANELS]}
+    shown = {site: every[site] for site in every if site in by_norm[:MAX_PANELS]}
     ranks = sorted({r for by_r in shown.values() for r in by_r})
     colors = {
         r: matplotlib.colormaps["viridis"](0.92 * i / max(1, len(ranks) - 1))
@@ -239,7 +231,7 @@ def spectra(results: Sequence[Result]) -> Figure | None:
             values = np.where(values > 1e-7 * peak, values, np.nan)
             panel.plot(np.arange(1, len(values) + 1), values, ".-", color=colors[r], linewidth=1)
         shown_values = [v for values in by_r.values() for v in values if v > 1e-7 * peak]
-        panel.set(title=short(site), xlabel="i", ylabel=r"$\sigma_i$ of ΔW")
+        panel.set(title=legend_label(site), xlabel="i", ylabel=r"$\sigma_i$ of ΔW")
         log_scale(panel, min(shown_values), peak)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3, which="both")
