@@ -4,8 +4,8 @@ from lora_lab.adapters.adapter import TRAINS, Adapter, AdapterError, Recipe
 from lora_lab.adapters.count import Count, count
 from lora_lab.adapters.files import (
     adapter_state_dict,
+    base_hash,
     base_state_dict,
-    belongs_to,
     load,
     save,
     weights_hash,
@@ -16,9 +16,9 @@ from lora_lab.adapters.merge import combine, deltas, merge, merged, unmerge
 from lora_lab.adapters.optimizer_groups import parameter_groups
 from lora_lab.adapters.peft import load_peft, save_peft
 from lora_lab.adapters.scaling import SCALINGS
-from lora_lab.adapters.sites import KINDS, Site, adapter_for
+from lora_lab.adapters.sites import KINDS, Site, adapter_class
 from lora_lab.adapters.slots import attached, disabled, names, switch
-from lora_lab.adapters.targets import GROUPS, RankError, Target, TargetError, find
+from lora_lab.adapters.targets import GROUPS, RankError, Target, TargetError, find_sites
 
 __all__ = [
     "GROUPS",
@@ -34,18 +34,18 @@ __all__ = [
     "Site",
     "Target",
     "TargetError",
-    "adapter_for",
+    "adapter_class",
     "adapter_state_dict",
     "attach",
     "attached",
+    "base_hash",
     "base_state_dict",
-    "belongs_to",
     "combine",
     "count",
     "deltas",
     "detach",
     "disabled",
-    "find",
+    "find_sites",
     "load",
     "load_peft",
     "merge",

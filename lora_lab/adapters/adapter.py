@@ -78,7 +78,7 @@ class Adapter(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
-    zero: ClassVar[str] = "B"
+    zero_factor: ClassVar[str] = "B"
     """The factor that starts at zero."""
     takes_dora: ClassVar[bool] = True
 
@@ -131,12 +131,12 @@ class Adapter(nn.Module, ABC):
         return weight if self.rows is None else weight[slice(*self.rows)]
 
     @staticmethod
-    def matrix(weight: Tensor) -> Float[Tensor, "out rest"]:
+    def weight_to_matrix(weight: Tensor) -> Float[Tensor, "out rest"]:
         """The weight as the matrix that B A is added to."""
         return weight.flatten(1)
 
     @staticmethod
-    def shaped(matrix: Float[Tensor, "out rest"], shape: Sequence[int]) -> Tensor:
+    def matrix_to_weight(matrix: Float[Tensor, "out rest"], shape: Sequence[int]) -> Tensor:
         """A matrix in its weight's own shape."""
         return matrix.view(*shape)
 
@@ -146,9 +146,9 @@ class Adapter(nn.Module, ABC):
         if weight.is_meta:
             raise AdapterError("the model is on the meta device: attach once it has its weights")
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        W = self.matrix(weight).to(dtype)
+        W = self.weight_to_matrix(weight).to(dtype)
         init = INITS[recipe.init]
-        zero_is_B = self.zero == "B"
+        zero_is_B = self.zero_factor == "B"
         drawn, zero = init.draw(W if zero_is_B else W.T, recipe.r, self.scale, generator)
         drawn, zero = drawn.to(W), zero.to(W)
         if (padding := getattr(layer, "padding_idx", None)) is not None:
@@ -177,7 +177,9 @@ class Adapter(nn.Module, ABC):
 
     def thaw(self, thawed: bool) -> None:
         """Lets what the recipe trains take gradients, or nothing."""
-        trained = {"both": ("A", "B"), "zero": (self.zero,), "core": ("core",)}[self.recipe.trains]
+        trained = {"both": ("A", "B"), "zero": (self.zero_factor,), "core": ("core",)}[
+            self.recipe.trains
+        ]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(thawed and name in (*trained, "magnitude"))
 
@@ -193,12 +195,16 @@ class Adapter(nn.Module, ABC):
         Their rank is r, or 2r where ΔW is measured from factors that start from the weight.
         """
         source = self.source or self
-        A, B = (source.A, source.B) if source.zero == self.zero else (source.B.T, source.A.T)
+        A, B = (
+            (source.A, source.B)
+            if source.zero_factor == self.zero_factor
+            else (source.B.T, source.A.T)
+        )
         if self.masked is not None:
             token = torch.tensor(self.masked, device=A.device)
             A, B = (
                 (A.index_fill(1, token, 0), B)
-                if self.zero == "A"
+                if self.zero_factor == "A"
                 else (A, B.index_fill(0, token, 0))
             )
         if self.core is not None:
@@ -214,7 +220,7 @@ class Adapter(nn.Module, ABC):
         """
         with torch.no_grad():
             A, B = self.factors()
-            W, B = self.matrix(weight).to(A.dtype), self.scale * B
+            W, B = self.weight_to_matrix(weight).to(A.dtype), self.scale * B
             square = torch.linalg.vector_norm(W, dim=1) ** 2
             square = square + 2 * ((W @ A.mT) * B).sum(-1) + ((B @ (A @ A.mT)) * B).sum(-1)
             return square.clamp(min=0).sqrt()
@@ -231,9 +237,9 @@ class Adapter(nn.Module, ABC):
         A, B = self.factors()
         matrix = self.scale * B @ A
         if self.magnitude is not None:
-            W = self.matrix(weight).to(matrix.dtype)
+            W = self.weight_to_matrix(weight).to(matrix.dtype)
             matrix = self.gain(weight)[:, None] * (W + matrix) - W
-        return self.shaped(matrix, self.shape)
+        return self.matrix_to_weight(matrix, self.shape)
 
     def dropped(self, x: Tensor) -> Tensor:
         """`x` under this adapter's dropout."""

@@ -22,7 +22,7 @@ class EmbeddingAdapter(LinearAdapter):
     """
 
     kind = "embedding"
-    zero: ClassVar = "A"
+    zero_factor: ClassVar = "A"
 
     def __init__(
         self, layer: nn.Module, parameter: str, rows: tuple[int, int] | None, recipe: Recipe
@@ -52,12 +52,12 @@ class EmbeddingAdapter(LinearAdapter):
         return None
 
     @staticmethod
-    def matrix(weight: Float[Tensor, "tokens features"]) -> Tensor:
+    def weight_to_matrix(weight: Float[Tensor, "tokens features"]) -> Tensor:
         """features × tokens: the map from one token of all to its vector."""
         return weight.T
 
     @staticmethod
-    def shaped(matrix: Float[Tensor, "features tokens"], shape: Sequence[int]) -> Tensor:
+    def matrix_to_weight(matrix: Float[Tensor, "features tokens"], shape: Sequence[int]) -> Tensor:
         """tokens × features, as the weight."""
         return matrix.T
 

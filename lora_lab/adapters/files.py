@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import TENSORS, Adapter, AdapterError, Recipe
 from lora_lab.adapters.inject import place
-from lora_lab.adapters.sites import Site, adapter_for
+from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import all_adapters, chosen, layer_path
-from lora_lab.adapters.targets import Target, find
+from lora_lab.adapters.targets import Target, find_sites
 
 
 def is_adapter_key(key: str) -> bool:
@@ -102,11 +102,11 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
         prefix = f"{path}." if path else ""
         own = {key: tensors.pop(prefix + key) for key in TENSORS if prefix + key in tensors}
         try:
-            (site,) = find(model, {path: Target(about["kind"], glob.escape(path), tied=True)})
+            (site,) = find_sites(model, {path: Target(about["kind"], glob.escape(path), tied=True)})
             recipe = Recipe(**{key: about[key] for key in Recipe.__dataclass_fields__})
             recipe.check()
             layer = model.get_submodule(site.layer)
-            adapter = adapter_for(layer)(layer, site.parameter, site.rows, recipe)
+            adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
             adapter.scale = about["scale"]  # stored, not derived again
             # A copy is aligned in memory as a tensor made here, and sums in the same order.
             device = adapter.weight_of(layer).device
@@ -120,7 +120,7 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
     place(model, made, name)
 
 
-def belongs_to(directory: str | Path) -> str:
+def base_hash(directory: str | Path) -> str:
     """The hash of the base that the adapter of `directory` was trained on."""
     return _read(Path(directory))[0]
 
@@ -140,7 +140,7 @@ def _check_fit(adapter: Adapter, about: dict[str, Any], tensors: dict[str, Tenso
     if list(adapter.shape) != about["shape"]:
         was = about["shape"]
         raise AdapterError(f"has shape {list(adapter.shape)}, the adapter's was {was}")
-    out, rest = adapter.matrix(torch.empty(adapter.shape, device="meta")).shape
+    out, rest = adapter.weight_to_matrix(torch.empty(adapter.shape, device="meta")).shape
     r, recipe = adapter.r, adapter.recipe
     wanted = {"A": [r, rest], "B": [out, r]}
     if recipe.trains == "core":

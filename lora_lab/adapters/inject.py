@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import weight
 from lora_lab.adapters.adapter import Adapter, AdapterError, Recipe
-from lora_lab.adapters.sites import Site, adapter_for
+from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import Slot, all_adapters, chosen, layer_of, switch
-from lora_lab.adapters.targets import Target, find
+from lora_lab.adapters.targets import Target, find_sites
 from lora_lab.seeding import generator
 
 
@@ -36,8 +36,8 @@ def attach(
     state-dict key; norms that keep running statistics are held in eval mode while they are frozen.
     Each site's factors are drawn from a generator of its own, seeded by (seed, site, r): what else
     is targeted never changes them. A second call with another `name` puts another adapter beside
-    the first. Raises what `find` raises, and AdapterError where a layer has an adapter of that name
-    already.
+    the first. Raises what `find_sites` raises, and AdapterError where a layer has an adapter of
+    that name already.
 
     Load the base before attaching DoRA or an init that starts from the weight: they read it here.
     Code that reads the weight of a Linear, Conv or Embedding without calling the layer, as
@@ -45,12 +45,12 @@ def attach(
     """
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     recipe = Recipe(r, alpha, dropout, init, scaling, trains, dora)
-    sites = find(model, targets, recipe, rank_pattern, alpha_pattern)
+    sites = find_sites(model, targets, recipe, rank_pattern, alpha_pattern)
     made = {}
     for site in sites:
         assert site.recipe is not None
         layer = model.get_submodule(site.layer)
-        adapter = adapter_for(layer)(layer, site.parameter, site.rows, site.recipe)
+        adapter = adapter_class(layer)(layer, site.parameter, site.rows, site.recipe)
         made[site] = adapter.draw(layer, generator(seed, site.name, site.recipe.r))
     place(model, made, name)
     return sites
@@ -76,7 +76,7 @@ def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
     for site, adapter in made.items():
         owner = model.get_submodule(site.layer)
         seats.append((owner, site.name, adapter))
-        for other in site.tied:
+        for other in site.tied_to:
             path, _, parameter = other.rpartition(".")
             layer = model.get_submodule(path)
             if layer is not owner:  # it may be one layer under two names
@@ -123,7 +123,7 @@ def _shared(
     layer: nn.Module, owner: nn.Module, site: Site, parameter: str, adapter: Adapter
 ) -> Adapter:
     """The adapter of another layer that uses the same weight: the very same factors."""
-    twin = adapter_for(layer)(layer, parameter, None, adapter.recipe)
+    twin = adapter_class(layer)(layer, parameter, None, adapter.recipe)
     if adapter.recipe.dora or adapter.core is not None or adapter.A0 is not None:
         raise AdapterError(
             f"'{site.name}' is tied: only plain A and B can be shared; leave it to an adapter "

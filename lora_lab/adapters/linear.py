@@ -126,11 +126,13 @@ class TransposedLinearAdapter(LinearAdapter):
         return (made.__module__, made.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
     @staticmethod
-    def matrix(weight: Float[Tensor, "in out"]) -> Float[Tensor, "out in"]:
+    def weight_to_matrix(weight: Float[Tensor, "in out"]) -> Float[Tensor, "out in"]:
         """out × in, as of any linear layer."""
         return weight.T
 
     @staticmethod
-    def shaped(matrix: Float[Tensor, "out in"], shape: Sequence[int]) -> Float[Tensor, "in out"]:
+    def matrix_to_weight(
+        matrix: Float[Tensor, "out in"], shape: Sequence[int]
+    ) -> Float[Tensor, "in out"]:
         """in × out, as the weight."""
         return matrix.T

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.adapter import Adapter, AdapterError
 from lora_lab.adapters.inject import detach, place, put_back
 from lora_lab.adapters.slots import all_adapters, attached, chosen, layer_of, names
-from lora_lab.adapters.targets import Target, find
+from lora_lab.adapters.targets import Target, find_sites
 
 
 def deltas(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
             parts.setdefault(site, []).append((A, share * adapter.scale * B))
             like.setdefault(site, adapter)
     targets = {site: Target(match=glob.escape(site), tied=True) for site in parts}
-    sites = find(model, targets)
+    sites = find_sites(model, targets)
     if len(sites) < len(parts):
         raise AdapterError("the adapters sit on a tied weight by its different names: attach alike")
     made = {}

@@ -30,7 +30,7 @@ def groups_of(
     for adapter in adapters:
         for name, parameter in adapter.named_parameters():
             if parameter.requires_grad:
-                is_apart = ratio != 1 and name == adapter.zero
+                is_apart = ratio != 1 and name == adapter.zero_factor
                 (starts_at_zero if is_apart else others).append(parameter)
     groups = [(others, lr), (starts_at_zero, lr * ratio)]
     return [

@@ -38,9 +38,9 @@ class Pack(nn.Module):
         super().__init__()
         if cause := refusal(base, runs):
             raise AdapterError(cause)
-        self.base, self.runs = sharing(base), list(runs)
+        self.base, self.runs = copy_sharing_weights(base), list(runs)
         freeze(self.base)
-        self.seats: list[Seat] = []
+        self.seats: list[PackedAdapter] = []
         self.stacks: list[tuple[int, Stack]] = []
         """Every site's, each with the place of its first run."""
         for site, first in runs[0].items():
@@ -53,7 +53,7 @@ class Pack(nn.Module):
                     self.stacks.append((at, stacks[-1]))
                     at += len(members)
             layer = self.base.get_submodule(layer_path(site, first))
-            self.seats.append(seat := Seat(layer, first, stacks))
+            self.seats.append(seat := PackedAdapter(layer, first, stacks))
             sit(layer, "pack", site, seat)
             layer.lora.active = "pack"  # pyright: ignore
         for layer in self.base.modules():
@@ -81,7 +81,7 @@ class Pack(nn.Module):
             return torch.vmap(run, randomness="different")(which, changes)
 
 
-class Seat(nn.Module):
+class PackedAdapter(nn.Module):
     """What acts on a site of a pack's base in the place of an adapter: the stacks of all runs."""
 
     kept = None
@@ -112,7 +112,7 @@ class Seat(nn.Module):
         """
         hidden, B, gains = [], [], []
         adapter: Any = None
-        runs = [len(stack.members) for stack in self.stacks]
+        runs = [len(stack.run_adapters) for stack in self.stacks]
         # Of slices backward would add up as many gradients of the whole; of a split it joins them.
         inputs = [input] * len(runs) if 1 in (len(input), len(runs)) else input.split(runs)
         for stack, own in zip(self.stacks, inputs, strict=True):
@@ -235,7 +235,7 @@ class _Folded(torch.autograd.Function):
         return attention(*folded, *rest).unflatten(0, (runs, first.shape[1])), 0
 
 
-def sharing(model: nn.Module) -> nn.Module:
+def copy_sharing_weights(model: nn.Module) -> nn.Module:
     """A copy of the model whose weights are the same tensors."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 

@@ -19,9 +19,9 @@ from lora_lab.adapters.adapter import Adapter, AdapterError, Recipe
 from lora_lab.adapters.files import base_state_dict
 from lora_lab.adapters.inject import place
 from lora_lab.adapters.linear import TransposedLinearAdapter
-from lora_lab.adapters.sites import Site, adapter_for, candidates
+from lora_lab.adapters.sites import Site, adapter_class, candidates
 from lora_lab.adapters.slots import chosen, layer_of
-from lora_lab.adapters.targets import Target, TargetError, find
+from lora_lab.adapters.targets import Target, TargetError, find_sites
 
 PREFIX = "base_model.model."
 TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -126,7 +126,7 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
             wrong.append(f"'{path}': {why}")
         else:
             try:
-                (site,) = find(model, {path: Target(kind, glob.escape(path))})
+                (site,) = find_sites(model, {path: Target(kind, glob.escape(path))})
                 made |= [_from_peft(site, layers[path], own, config)]
             except TargetError as error:
                 wrong.append(str(error))
@@ -239,7 +239,7 @@ def _from_peft(
         scaling="alpha/sqrt(r)" if rslora else "alpha/r",
         dora=dora,
     )
-    adapter = adapter_for(layer)(layer, site.parameter, site.rows, recipe)
+    adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
     adapter.scale = scale
     return replace(site, recipe=recipe), adapter.fill(tensors)
 

@@ -38,7 +38,7 @@ class Site:
     parameter: str = "weight"
     rows: tuple[int, int] | None = None
     attention: bool = False
-    tied: tuple[str, ...] = ()
+    tied_to: tuple[str, ...] = ()
     """The other parameters that are the same weight."""
 
     @property
@@ -47,7 +47,7 @@ class Site:
         return f"{self.layer}.{self.parameter}" if self.layer else self.parameter
 
     @property
-    def parameters(self) -> int:
+    def trainable_parameters(self) -> int:
         """How many numbers train here."""
         assert self.recipe is not None
         (out, rest), r = self.shape, self.recipe.r
@@ -57,7 +57,7 @@ class Site:
         return factors[self.recipe.trains] + magnitude
 
 
-def adapter_for(layer: nn.Module) -> type[Adapter]:
+def adapter_class(layer: nn.Module) -> type[Adapter]:
     """The adapter class that fits `layer`."""
     return next(Adapter for Adapter in ADAPTERS if Adapter.fits(layer))
 
@@ -76,7 +76,7 @@ def candidates(model: nn.Module) -> Iterator[Site]:
         attention = any(name == a or name.startswith(f"{a}.") for a in inside_attention) or any(
             "attn" in part.lower() or "attention" in part.lower() for part in path
         )
-        kind = adapter_for(layer).kind
+        kind = adapter_class(layer).kind
         if kind != "weight":
             if _adaptable(weight := getattr(layer, "weight", None)):
                 out, rest = weight.flatten(1).shape

@@ -14,10 +14,10 @@ PADDED = 2**13
 """Zeros that cost a step no more than the stack they save, at a few hundred rows on a CPU."""
 
 
-def of_near_rank(members: list[Adapter]) -> list[list[Adapter]]:
+def of_near_rank(run_adapters: list[Adapter]) -> list[list[Adapter]]:
     """The neighbours that share a stack: of one rank, or padded to one by few enough zeros."""
     parts: list[list[Adapter]] = []
-    for r, same in groupby(members, lambda member: member.r):
+    for r, same in groupby(run_adapters, lambda member: member.r):
         more, last = [*same], parts[-1] if parts else []
         widest = max((member.r for member in last), default=0)
         each = more[0].A.shape[-1] + more[0].B.shape[-2]
@@ -36,24 +36,24 @@ class Stack:
     r × out: thin products are several times faster with their long side contiguous.
     """
 
-    def __init__(self, members: list[Adapter], setting: object):
-        self.members, self.setting = members, setting
-        self.adapter = copy.deepcopy(max(members, key=lambda member: member.r))
-        tensors = [member.tensors() for member in members]
+    def __init__(self, run_adapters: list[Adapter], setting: object):
+        self.run_adapters, self.setting = run_adapters, setting
+        self.adapter = copy.deepcopy(max(run_adapters, key=lambda member: member.r))
+        tensors = [member.tensors() for member in run_adapters]
         self.adapter.fill({name: _padded([t[name] for t in tensors]) for name in tensors[0]})
         self.adapter.B.data = self.adapter.B.data.mT.contiguous().mT
-        scales = [member.scale for member in members]
+        scales = [member.scale for member in run_adapters]
         held = next(self.adapter.parameters())
         self.scale = torch.tensor(scales, dtype=held.dtype, device=held.device)[:, None, None]
         self.adapter.scale = self.scale  # pyright: ignore
         for name in tensors[0]:
             stacked = getattr(self.adapter, name).data
-            for i, member in enumerate(members):
+            for i, member in enumerate(run_adapters):
                 own = getattr(member, name)
-                own.data = self.part(stacked, i, own)
+                own.data = self.view_of_run(stacked, i, own)
 
     @staticmethod
-    def part(stacked: Tensor, i: int, own: Tensor) -> Tensor:
+    def view_of_run(stacked: Tensor, i: int, own: Tensor) -> Tensor:
         """What run `i` has of a stacked tensor, or its like; in the shape of the run's `own`."""
         return stacked[i][tuple(map(slice, own.shape))]
 
@@ -63,7 +63,7 @@ class Stack:
         return self.adapter.change(weight)
 
 
-def separate(run: Mapping[str, Adapter]) -> None:
+def unstack(run: Mapping[str, Adapter]) -> None:
     """Gives a run's adapters tensors of their own again, laid out as they are alone."""
     for adapter in run.values():
         for name, tensor in adapter.tensors().items():
@@ -75,5 +75,5 @@ def _padded(tensors: list[Tensor]) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
     stacked = tensors[0].new_zeros(len(tensors), *shape)
     for i, own in enumerate(tensors):
-        Stack.part(stacked, i, own).copy_(own)
+        Stack.view_of_run(stacked, i, own).copy_(own)
     return stacked

@@ -12,7 +12,7 @@ from lora_lab.adapters.sites import (
     ADAPTERS,
     KINDS,
     Site,
-    adapter_for,
+    adapter_class,
     candidates,
     overlap,
     place_in_memory,
@@ -60,7 +60,7 @@ class Target:
         return replace(recipe, **{key: value for key, value in own.items() if value is not None})
 
 
-def find(
+def find_sites(
     model: nn.Module,
     targets: Mapping[str, Target],
     recipe: Recipe | None = None,
@@ -129,7 +129,7 @@ def find(
                 own = replace(own, **{key: fit[0]}) if fit else own
             _check_recipe(site, own, model.get_submodule(site.layer))
             site = replace(site, recipe=own)
-        sites.append(replace(site, tied=tied))
+        sites.append(replace(site, tied_to=tied))
     return sites
 
 
@@ -143,7 +143,7 @@ def _checked(
             f"the weight of '{site.name}' is no parameter but computed from others (a norm or "
             "another parametrization): exclude it by a glob"
         )
-    if why := adapter_for(layer).refusal(layer):
+    if why := adapter_class(layer).refusal(layer):
         raise TargetError(f"'{site.name}' cannot be adapted: {why}, or exclude it by a glob")
     place = place_in_memory(weight)
     names = owners[place]
@@ -172,7 +172,7 @@ def _check_recipe(site: Site, recipe: Recipe, layer: nn.Module) -> None:
             f"r={recipe.r} exceeds the rank of '{site.name}' (weight {out} × {rest}): "
             f"at most {min(site.shape)}"
         )
-    if recipe.dora and not adapter_for(layer).takes_dora:
+    if recipe.dora and not adapter_class(layer).takes_dora:
         able = ", ".join(dict.fromkeys(A.kind for A in ADAPTERS if A.takes_dora))
         raise AdapterError(
             f"dora=true: '{site.name}' is of kind {site.kind}, DoRA is for {able}; "

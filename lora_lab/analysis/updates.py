@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lab import adapters
-from lora_lab.adapters import Adapter, Site, adapter_for
+from lora_lab.adapters import Adapter, Site, adapter_class
 from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import SVD, Spectrum
 
@@ -35,7 +35,7 @@ class Updates:
         where = self.sites[site]
         if adapter := self.adapters.get(site):
             layer = self.model.get_submodule(where.layer)
-            return adapter.matrix(adapter.delta(adapter.weight_of(layer))).detach()
+            return adapter.weight_to_matrix(adapter.delta(adapter.weight_of(layer))).detach()
         weight = whole(self.model.get_parameter(where.key).detach())
         change = weight.double() - self.base[where.key].to(weight.device)
         return self.part(site, change.to(torch.promote_types(weight.dtype, torch.float32)))
@@ -81,7 +81,7 @@ class Updates:
                 if now.get(site) != ranks[site]:
                     part = self._part(site, self._weight(site))
                     W = self.before(site).to(found[site].S) + found[site].cut(ranks[site])
-                    part.copy_(self._kind(site).shaped(W, part.shape))
+                    part.copy_(self._kind(site).matrix_to_weight(W, part.shape))
                     now[site] = ranks[site]
 
         with torch.no_grad(), adapters.disabled(self.model):
@@ -104,8 +104,8 @@ class Updates:
         return weight if rows is None else weight[slice(*rows)]
 
     def _kind(self, site: str) -> type[Adapter]:
-        return adapter_for(self.model.get_submodule(self.sites[site].layer))
+        return adapter_class(self.model.get_submodule(self.sites[site].layer))
 
     def part(self, site: str, weight: Tensor) -> Tensor:
         """What a site has of something in its parameter's shape, as a matrix."""
-        return self._kind(site).matrix(self._part(site, weight))
+        return self._kind(site).weight_to_matrix(self._part(site, weight))

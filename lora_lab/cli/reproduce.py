@@ -116,7 +116,7 @@ def again(run: Run, to: Path, console: Console, fresh: bool = False) -> Reproduc
         how = "found, not trained again" if before == _written(file) else "trained again"
         base = f"{how} ({file})"
     if isinstance(planned.cfg.adapter, Lora):
-        stored, now = (adapters.belongs_to(r.path / "adapter")[:10] for r in (run, new))
+        stored, now = (adapters.base_hash(r.path / "adapter")[:10] for r in (run, new))
         base += f"; its weights' hash: stored {stored}, new {now}"
     return Reproduction(run, new, base)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters import INITS, adapter_for, attached
+from lora_lab.adapters import INITS, adapter_class, attached
 from lora_lab.analysis import theory
 from lora_lab.analysis.theory import Expected, Fit
 from lora_lab.data.module import Data, Phase
@@ -31,7 +31,7 @@ class Planted(Data):
         """X, and what the base leaves of Y, in float64."""
         (site,) = weights(model)
         layer = model.get_submodule(site)
-        W = adapter_for(layer).matrix(weights(model)[site].detach().cpu().double())
+        W = adapter_class(layer).weight_to_matrix(weights(model)[site].detach().cpu().double())
         X, Y = (tensor.double() for tensor in self.design())
         return X, Y - X @ W.T
 
@@ -48,7 +48,7 @@ class Planted(Data):
             return None
         held = {name: t.detach().cpu().double() for name, t in adapter.tensors().items()}
         A, B = held["A"][:, seen], held["B"]
-        match adapter.recipe.trains, adapter.zero:
+        match adapter.recipe.trains, adapter.zero_factor:
             case "both", _ if "A0" in held:
                 start = adapter.scale * held["B0"] @ held["A0"][:, seen]
                 found = theory.fit(X, Y, adapter.r, start=start)

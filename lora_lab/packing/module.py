@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lab import adapters
 from lora_lab.adapters import Adapter
 from lora_lab.adapters.pack import Pack
-from lora_lab.adapters.stacks import separate
+from lora_lab.adapters.stacks import unstack
 from lora_lab.data import Data
 from lora_lab.packing.optimizer import PackedOptimizer
 from lora_lab.packing.recorded_step import RELATIVE_TOLERANCE, RecordedStep
@@ -157,7 +157,7 @@ class PackedModule(Evaluated):
 
     def _separate(self) -> None:
         for member in self.members:
-            separate(member.adapters)
+            unstack(member.adapters)
 
     def configure_optimizers(self) -> Any:
         """One optimizer for all runs. Their rates are set step by step."""

@@ -34,7 +34,7 @@ class PackedOptimizer:
         found: dict[int, tuple[nn.Parameter, int]] = {}
         for pack in packs:
             for _, stack in pack.stacks:
-                for i, own in enumerate(stack.members):
+                for i, own in enumerate(stack.run_adapters):
                     for name, parameter in own.named_parameters():
                         found[id(parameter)] = stack.adapter.get_parameter(name), i
         self.places = found
@@ -86,7 +86,9 @@ class PackedOptimizer:
                 if held := self.torch.state.get(stacked):
                     state[number] = {
                         # Laid out as a parameter is alone.
-                        key: Stack.part(value, i, own).clone(memory_format=torch.contiguous_format)
+                        key: Stack.view_of_run(value, i, own).clone(
+                            memory_format=torch.contiguous_format
+                        )
                         if _of_runs(value, stacked.shape)
                         else value
                         for key, value in held.items()
@@ -112,7 +114,7 @@ class PackedOptimizer:
                         continue
                     if key not in whole:
                         whole[key] = torch.zeros_like(stacked, dtype=value.dtype)
-                    Stack.part(whole[key], i, value).copy_(value)
+                    Stack.view_of_run(whole[key], i, value).copy_(value)
 
     def schedulers(self, module: LoRAModule, step: int) -> list[dict[str, Any]]:
         """The states of the schedulers that a run would have alone."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lora_lab.adapters.pack import Pack, Seat
+from lora_lab.adapters.pack import Pack, PackedAdapter
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class RecordedStep:
 
     def _held(self) -> tuple[list[int], list[object]]:
         """What Python keeps of the model: how much, how often tensors were written to; it."""
-        every = [m for m in self.pack.base.modules() if not isinstance(m, Seat)]
+        every = [m for m in self.pack.base.modules() if not isinstance(m, PackedAdapter)]
         values: list[object] = [
             value for m in every for value in (*vars(m).values(), *m._buffers.values())
         ]

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from torch import Tensor, nn
 
-from lora_lab.adapters.pack import sharing
+from lora_lab.adapters.pack import copy_sharing_weights
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.module import Member, PackedModule, UnpackableError
 from lora_lab.runs import Run, RunBusyError, RunFinishedError, logged_alone
@@ -77,7 +77,7 @@ def _trials(
         tracking.replay(base.rows)
     model = plans[first].model()
     model.load_state_dict(base.state)
-    models = {i: sharing(model) for i in live}
+    models = {i: copy_sharing_weights(model) for i in live}
     for i, own in models.items():  # all of them before the weights get another dtype
         plans[i].attach(own)
     state: dict[str, Tensor] | None = None

@@ -140,11 +140,11 @@ def sites(picked: Iterable[Any]) -> Table:
         weight = " × ".join(map(str, site.shape))
         recipe = site.recipe
         how = (str(recipe.r), f"{recipe.alpha:g}", recipe.init, f"{recipe.dropout:g}")
-        table.add_row(site.name, weight, *how, f"{site.parameters:,}")
+        table.add_row(site.name, weight, *how, f"{site.trainable_parameters:,}")
     if len(picked) > SHOWN:
         table.add_row(f"… and {len(picked) - SHOWN} more")
     table.add_section()
-    total = sum(site.parameters for site in picked)
+    total = sum(site.trainable_parameters for site in picked)
     table.add_row(f"{len(picked)} site{'s' * (len(picked) != 1)}", *[""] * 5, f"{total:,}")
     return table
 

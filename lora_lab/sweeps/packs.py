@@ -31,7 +31,7 @@ def reason_to_run_alone(plan: Plan) -> str | None:
         return f"adapter={cfg.adapter.method} trains no adapter"
     if cfg.spectra.first_step:
         return "spectra.first_step asks for the dense gradients"
-    if any(site.tied for site in plan.sites):
+    if any(site.tied_to for site in plan.sites):
         return "its adapters are tied"
     if not (where.startswith("torch.optim") and name in ELEMENTWISE_OPTIMIZERS):
         return f"optimizer {cfg.optimizer.target} is not known to be elementwise"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Adapter, Recipe, Site
-from lora_lab.adapters.pack import Pack, sharing
+from lora_lab.adapters.pack import Pack, copy_sharing_weights
 from lora_lab.analysis.spectra import SVD
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Optimizer
@@ -96,7 +96,7 @@ class Cuts(Evaluated):
 def _cut(model: nn.Module, site: Site, svd: SVD) -> Adapter:
     """The adapter whose ΔW is the product of these singular triples."""
     layer, r = model.get_submodule(site.layer), max(1, len(svd.S))
-    adapter = adapters.adapter_for(layer)(layer, site.parameter, site.rows, Recipe(r, r))
+    adapter = adapters.adapter_class(layer)(layer, site.parameter, site.rows, Recipe(r, r))
     dtype = torch.promote_types(adapter.weight_of(layer).dtype, torch.float32)
     A, B = svd.Vh.to(dtype), (svd.U * svd.S).to(dtype)
     if not len(svd.S):
@@ -127,7 +127,7 @@ def cut_losses(
     """
     if all(map(updates.is_product, updates.sites)):
         try:
-            bare = sharing(module.model)
+            bare = copy_sharing_weights(module.model)
             adapters.detach(bare)
             cuts = Cuts(bare, data, module.optimizer, list(updates.sites.values()), found, every)
             quiet.validate(cuts, data, verbose=False)

@@ -130,9 +130,9 @@ def plan(cfg: Config) -> Plan:
         try:
             if isinstance(cfg.adapter, Lora):
                 recipe, patterns = _recipe(cfg.adapter)
-                sites = adapters.find(model, _targets(cfg), recipe, **patterns)
+                sites = adapters.find_sites(model, _targets(cfg), recipe, **patterns)
             else:
-                sites = adapters.find(model, _targets(cfg))
+                sites = adapters.find_sites(model, _targets(cfg))
         except RankError as error:
             own = isinstance(cfg.adapter, Lora) and f"r={cfg.adapter.r} " in str(error)
             where = "adapter." if own else "by a target or adapter.rank_pattern, "

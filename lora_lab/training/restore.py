@@ -58,7 +58,7 @@ def _base(cfg: Config, run: Run, model: nn.Module) -> dict[str, Tensor]:
         files = [path] if (path := bases.path(cfg)).exists() else []
     else:
         files = sorted(Path(cfg.bases_dir).glob("*.safetensors"))
-    wanted = adapters.belongs_to(run.path / "adapter") if isinstance(cfg.adapter, Lora) else None
+    wanted = adapters.base_hash(run.path / "adapter") if isinstance(cfg.adapter, Lora) else None
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     for file in files:
         state = load_file(file)

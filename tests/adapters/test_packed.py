@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lora_lab import adapters
 from lora_lab.adapters import stacks
-from lora_lab.adapters.pack import Pack, refusal, sharing
+from lora_lab.adapters.pack import Pack, copy_sharing_weights, refusal
 from lora_lab.models.cnn import CNN
 from lora_lab.models.mlp import MLP
 from lora_lab.models.transformer import Transformer
@@ -51,7 +51,7 @@ def models(
     base: nn.Module, runs: Sequence[dict[str, Any]], target: Any = "all", far: float = 1.0
 ) -> list[nn.Module]:
     """A model for each run, of the base's own weights, moved as training could, so far."""
-    made = [sharing(base) for _ in runs]
+    made = [copy_sharing_weights(base) for _ in runs]
     for i, (model, run) in enumerate(zip(made, runs, strict=True)):
         adapters.attach(model, target, **run)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -144,7 +144,7 @@ def test_what_does_not_belong_together_is_refused():
     def why(*runs: dict[str, Any]) -> str | None:
         made = []
         for run in runs:
-            made.append(sharing(base))
+            made.append(copy_sharing_weights(base))
             target = run.pop("target", "linear")
             adapters.attach(made[-1], target, **{"r": 2, "alpha": 1.0, **run})
         return refusal(base, [adapters.attached(model) for model in made])
@@ -363,7 +363,7 @@ def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str, by: str):
         assert all(apart(a, b) <= EXACT for a, b in changes)
     for _, stack in packed.stacks:
         for name, tensor in stack.adapter.tensors().items():
-            own = sum(member.tensors()[name].abs().sum().item() for member in stack.members)
+            own = sum(member.tensors()[name].abs().sum().item() for member in stack.run_adapters)
             assert tensor.abs().sum().item() == pytest.approx(own, rel=1e-12)
 
 
@@ -371,7 +371,7 @@ def test_the_base_has_no_gradient_and_stays():
     base, x = whole("mlp")
     before = copy.deepcopy(base.state_dict())
     made = models(base, four({}))
-    packed = pack(sharing(base), made)
+    packed = pack(copy_sharing_weights(base), made)
     packed(x).sum().backward()
     own = [p for name, p in packed.base.named_parameters() if "lora" not in name.split(".")]
     assert len(own) == len(before)
@@ -407,7 +407,7 @@ def test_what_precedes_the_first_adapter_is_computed_once(
 
     def cost(match: list[str]) -> int:
         made = models(base, runs, {"some": adapters.Target(match=match)})
-        return flops(pack(sharing(base), made), x)
+        return flops(pack(copy_sharing_weights(base), made), x)
 
     assert cost(["4"]) == dense(0) + dense(1) + dense(2) + thin(2)
     assert cost(["2"]) == dense(0) + dense(1) + n * dense(2) + thin(1)
@@ -424,7 +424,7 @@ def test_the_shared_part_of_a_language_model_is_computed_once():
     target = {"head": adapters.Target(match=last)}
     made = models(base, runs, target)
     with torch.no_grad():
-        alone, all_runs = flops(made[0], x), flops(pack(sharing(base), made), x)
+        alone, all_runs = flops(made[0], x), flops(pack(copy_sharing_weights(base), made), x)
     assert all_runs < 2 * alone
 
 

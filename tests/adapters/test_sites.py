@@ -21,7 +21,7 @@ def model() -> Any:
 
 
 def test_sites_are_in_the_models_order_with_their_matrix():
-    sites = adapters.find(model(), {"linear": Target("linear")})
+    sites = adapters.find_sites(model(), {"linear": Target("linear")})
     assert [(site.name, site.kind, site.shape) for site in sites] == [
         ("fc1", "linear", (8, 6)),
         ("fc2", "linear", (8, 8)),
@@ -31,14 +31,14 @@ def test_sites_are_in_the_models_order_with_their_matrix():
 
 def test_find_works_on_the_meta_device():
     with torch.device("meta"):
-        assert len(adapters.find(model(), {"linear": Target("linear")}, Recipe(3, 1.0))) == 3
+        assert len(adapters.find_sites(model(), {"linear": Target("linear")}, Recipe(3, 1.0))) == 3
 
 
 @pytest.mark.parametrize(
     ("match", "names"), [("fc*", ["fc1", "fc2"]), ("*2", ["fc2"]), ("head", ["head"])]
 )
 def test_globs(match: str, names: list[str]):
-    sites = adapters.find(model(), {match: Target(match=match)})
+    sites = adapters.find_sites(model(), {match: Target(match=match)})
     assert [site.name for site in sites] == names
 
 
@@ -57,26 +57,26 @@ def test_globs(match: str, names: list[str]):
 )
 def test_a_target_that_picks_nothing_is_an_error(target: Target, says: str):
     with pytest.raises(TargetError) as error:
-        adapters.find(model(), {"mine": target})
+        adapters.find_sites(model(), {"mine": target})
     assert says in str(error.value)
 
 
 def test_a_model_without_such_layers_is_an_error():
     with pytest.raises(TargetError, match="the model has no linear weight"):
-        adapters.find(nn.Sequential(nn.ReLU()), {"linear": Target("linear")})
+        adapters.find_sites(nn.Sequential(nn.ReLU()), {"linear": Target("linear")})
 
 
 def test_two_targets_on_one_layer_are_an_error():
     targets = {"linear": Target("linear"), "fc*": Target(match="fc*")}
     with pytest.raises(TargetError, match=r"'linear' and 'fc\*' both pick 'fc1'"):
-        adapters.find(model(), targets)
+        adapters.find_sites(model(), targets)
 
 
 def test_a_tied_weight_is_an_error():
     tied = model()
     tied.fc2.weight = tied.fc1.weight = nn.Parameter(torch.randn(8, 8))
     with pytest.raises(TargetError, match=r"fc1\.weight = fc2\.weight"):
-        adapters.find(tied, {"linear": Target("linear")})
+        adapters.find_sites(tied, {"linear": Target("linear")})
 
 
 @pytest.mark.parametrize("r", [4, 100])
@@ -122,9 +122,9 @@ def test_a_subclass_with_its_own_forward_is_no_plain_linear():
             return 2 * super().forward(input)
 
     subclass = nn.Sequential(Doubled(3, 3))
-    assert [site.kind for site in adapters.find(subclass, {"all": Target()})] == ["weight"]
+    assert [site.kind for site in adapters.find_sites(subclass, {"all": Target()})] == ["weight"]
     with pytest.raises(TargetError):
-        adapters.find(subclass, {"linear": Target("linear")})
+        adapters.find_sites(subclass, {"linear": Target("linear")})
 
 
 def test_weights_tied_by_their_storage_are_an_error():
@@ -132,7 +132,7 @@ def test_weights_tied_by_their_storage_are_an_error():
     tied.fc2 = nn.Linear(6, 8)
     tied.fc2.weight = nn.Parameter(tied.fc1.weight.data)
     with pytest.raises(TargetError, match=r"fc1\.weight = fc2\.weight"):
-        adapters.find(tied, {"linear": Target("linear")})
+        adapters.find_sites(tied, {"linear": Target("linear")})
 
 
 def test_a_merged_model_takes_no_further_adapter():
@@ -171,7 +171,7 @@ def test_an_unknown_variant_is_an_error(how: dict):
 
 
 def names(target: Target, recipe: Recipe | None = None) -> list[str]:
-    return [site.name for site in adapters.find(Everything(5, 3), {"it": target}, recipe)]
+    return [site.name for site in adapters.find_sites(Everything(5, 3), {"it": target}, recipe)]
 
 
 def test_every_kind_and_group_of_sites():
@@ -234,9 +234,9 @@ def test_a_targets_own_settings_and_patterns_over_them():
     assert [a.scale for a in made.values()] == [8 / 5, 2.0, 0.5]
     assert [a.recipe.dropout for a in made.values()] == [0.5, 0.5, 0.0]
     assert [a.recipe.init for a in made.values()] == ["gaussian", "gaussian", "kaiming"]
-    assert [s.parameters for s in sites] == [5 * 14, 4 * 16, 3 * 11]
+    assert [s.trainable_parameters for s in sites] == [5 * 14, 4 * 16, 3 * 11]
     counted = {n: sum(p.numel() for p in a.parameters()) for n, a in made.items()}
-    assert counted == {s.name: s.parameters for s in sites}
+    assert counted == {s.name: s.trainable_parameters for s in sites}
 
 
 @pytest.mark.parametrize("trains", adapters.TRAINS)
@@ -246,7 +246,7 @@ def test_a_site_counts_what_trains(trains: str, dora: bool):
     sites = adapters.attach(one, "all", r=2, alpha=1, init="svd", trains=trains, dora=dora)
     for site in sites:
         made = adapters.attached(one)[site.name].parameters()
-        assert site.parameters == sum(p.numel() for p in made if p.requires_grad), site
+        assert site.trainable_parameters == sum(p.numel() for p in made if p.requires_grad), site
 
 
 def test_a_pattern_that_fits_nothing_is_an_error():
@@ -303,7 +303,7 @@ def test_what_is_no_weight_is_left_alone():
             self.counts = nn.Parameter(torch.arange(12).view(3, 4), requires_grad=False)
             self.table = nn.Parameter(torch.randn(3, 4))
 
-    assert [site.name for site in adapters.find(Odd(), {"all": Target()})] == ["1"]
+    assert [site.name for site in adapters.find_sites(Odd(), {"all": Target()})] == ["1"]
 
 
 def test_a_model_without_its_weights_is_an_error():

@@ -20,7 +20,7 @@ SEEN = 1e-6
 def updates(model: nn.Module) -> Updates:
     base = {k: v.clone() for k, v in adapters.base_state_dict(model).items()}
     names = adapters.attached(model)
-    sites = [s for s in adapters.find(model, {"all": Target(tied=True)}) if s.name in names]
+    sites = [s for s in adapters.find_sites(model, {"all": Target(tied=True)}) if s.name in names]
     return Updates(model, base, sites)
 
 

@@ -35,7 +35,9 @@ class FirstStep(pl.Callback):
         made = self.updates.adapters
         weights = {site: pl_module.model.get_parameter(sites[site].key) for site in sites}
         factors = [
-            made[site].core if made[site].core is not None else getattr(made[site], made[site].zero)
+            made[site].core
+            if made[site].core is not None
+            else getattr(made[site], made[site].zero_factor)
             for site in sites
         ]
         x, y = batch
