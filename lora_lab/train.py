@@ -78,8 +78,8 @@ def _run(content: DictConfig, single: bool) -> None:
         from lora_lab.training import devices, experiment, plan
     quiet()
     planned = _with_published(plan.plan(cfg))
-    if devices.inside():
-        return devices.take_part(planned, console)
+    if devices.is_worker():
+        return devices.run_worker(planned, console)
     run = Run(planned.path)
     try:
         if planned.processes > 1:

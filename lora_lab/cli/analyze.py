@@ -34,7 +34,7 @@ def again(run: Run, console: Console, **change: Any) -> findings.Findings:
     module = BaseModule(found.model, data.task, data.sizes["out_features"], cfg.optimizer)
     updates = Updates(found.model, found.base, found.plan.sites)
     pl.seed_everything(cfg.seed, verbose=False)
-    losses = partial(cut_losses, found.plan.alone(None, []), module, data, updates)
+    losses = partial(cut_losses, found.plan.single_device_trainer(None, []), module, data, updates)
     asked = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
     learned = findings.analyze(updates, losses, asked, cfg.bases_dir, console)
     with np.load(run.path / "spectra.npz") as arrays:

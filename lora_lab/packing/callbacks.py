@@ -63,12 +63,12 @@ class PackedCheckpoint(Checkpoint):
 
     def __init__(self, own: Mapping[Member, tuple[Checkpoint, SpectraCallback]]):
         first, member = next(iter(own.values()))[0], next(iter(own))
-        super().__init__(first.path.parent, "", first.every, member.tracking)
-        self.what, self.own = "run", own
+        super().__init__(first.path.parent, "", first.interval, member.tracking)
+        self.kind, self.own = "run", own
         self.contents: dict[Member, dict[str, Any]] = {}
         for member, (checkpoint, spectral) in own.items():
             member.module.strict_loading = False  # weights that are loaded are the adapters' alone
-            if kept := checkpoint.kept():
+            if kept := checkpoint.resume_path():
                 content = torch.load(kept, "cpu", weights_only=True)
                 member.module.load_state_dict(content["state_dict"], strict=False)
                 spectral.load_state_dict(content["callbacks"][spectral.state_key])
@@ -94,9 +94,9 @@ class PackedCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Nothing: `_write` asks each run's own."""
+        """Nothing: `_save_epoch` asks each run's own."""
 
-    def _write(self, trainer: pl.Trainer) -> None:
+    def _save_epoch(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
         assert isinstance(module, PackedModule)
         for member in module.members:
@@ -118,4 +118,4 @@ class PackedCheckpoint(Checkpoint):
                 "lr_schedulers": module.packed_optimizer.schedulers(*of),
             }
             checkpoint.on_save_checkpoint(trainer, member.module, content)
-            checkpoint.put(content)
+            checkpoint.save(content)

@@ -17,8 +17,8 @@ from lora_lab.data import Data
 from lora_lab.packing.optimizer import PackedOptimizer
 from lora_lab.packing.recorded_step import RELATIVE_TOLERANCE, RecordedStep
 from lora_lab.tracking.tracking import Tracking
-from lora_lab.training.cuts import Evaluated
-from lora_lab.training.modules import READ_EVERY, Batch, DivergedError, LoRAModule
+from lora_lab.training.cuts import PackValidationModule
+from lora_lab.training.modules import LOSS_READ_INTERVAL, Batch, DivergedError, LoRAModule
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Member:
         return [r.r for r in recipes], [r.dropout for r in recipes], self.setting
 
 
-class PackedModule(Evaluated):
+class PackedModule(PackValidationModule):
     """The runs of `members` over the one base `model`, each with its own adapters.
 
     Every step is taken in passes of `at_once` runs. The optimizer is torch's own, elementwise, with
@@ -97,7 +97,7 @@ class PackedModule(Evaluated):
             with torch.random.fork_rng():
                 alone = Pack(self.model, [self.members[-1].adapters]).train()
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    self.losses(alone(x), y).sum()
+                    self.losses_by_run(alone(x), y).sum()
                 together = Pack(self.model, [m.adapters for m in self.members], self._settings())
                 with torch.no_grad():
                     outputs = together.eval()(some)
@@ -183,7 +183,7 @@ class PackedModule(Evaluated):
             self._clip(*self.clip)
         optimizer.step()
         self._losses.append(losses)
-        if len(self._losses) % READ_EVERY == 0 or self.trainer.is_last_batch:
+        if len(self._losses) % LOSS_READ_INTERVAL == 0 or self.trainer.is_last_batch:
             self._read_losses()
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -248,7 +248,7 @@ class PackedModule(Evaluated):
         for member, mean in zip(self.members, means, strict=True):
             self._log(member, {"train/loss": mean})
 
-    def measure(self, place: int, outputs: Tensor, y: Tensor) -> None:
+    def update_metrics(self, place: int, outputs: Tensor, y: Tensor) -> None:
         """Every run's metrics."""
         for member, output in zip(self.members[place:], outputs, strict=False):
             for metric in member.module.metrics.values():
@@ -256,7 +256,7 @@ class PackedModule(Evaluated):
 
     def on_validation_epoch_end(self) -> None:
         """Logs them."""
-        means = self.means()
+        means = self.mean_losses()
         for member, mean in zip(list(self.members), means, strict=True):
             found = member.module.metrics.items()
             measured = {f"val/{name}": metric.compute().item() for name, metric in found}  # pyright: ignore
@@ -270,7 +270,7 @@ class PackedModule(Evaluated):
         self.log("val/loss of the runs, median", means.nanmedian())
 
     def _log(self, member: Member, row: dict[str, float]) -> None:
-        date = self.now()
+        date = self.step_and_epoch()
         member.tracking.log({**row, "epoch": date["epoch"]}, int(date["step"]))
 
 

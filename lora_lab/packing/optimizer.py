@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.optimizer_groups import groups_of
 from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import Stack
-from lora_lab.training.modules import LoRAModule, rate_at
+from lora_lab.training.modules import LoRAModule, lr_factor
 
 
 class PackedOptimizer:
@@ -73,13 +73,13 @@ class PackedOptimizer:
 
     def _rate(self, schedule: tuple[float, str, float], step: int) -> float:
         base, kind, warmup = schedule
-        return base * rate_at(kind, warmup * self.steps, self.steps, step)
+        return base * lr_factor(kind, warmup * self.steps, self.steps, step)
 
     def state(self, module: LoRAModule, step: int) -> dict[str, Any]:
         """The state of a run's optimizer after `step` steps."""
         group_of = {id(p): group for group in self.torch.param_groups for p in group["params"]}
         state, groups, number = {}, [], 0
-        for group in module.groups():
+        for group in module.optimizer_groups():
             first = number
             for own in group["params"]:
                 stacked, i = self.places[id(own)]
@@ -104,7 +104,7 @@ class PackedOptimizer:
     def load(self, modules: Sequence[LoRAModule], states: Sequence[dict[str, Any]]) -> None:
         """Gives every run the state that its optimizer had, alone or in a pack."""
         for module, state in zip(modules, states, strict=True):
-            every = [own for group in module.groups() for own in group["params"]]
+            every = [own for group in module.optimizer_groups() for own in group["params"]]
             for number, held in state["state"].items():
                 stacked, i = self.places[id(every[number])]
                 whole = self.torch.state[stacked]
@@ -121,7 +121,7 @@ class PackedOptimizer:
         about = module.optimizer
         if about.schedule == "constant" and not about.warmup:
             return []
-        bases = [group["lr"] for group in module.groups()]
+        bases = [group["lr"] for group in module.optimizer_groups()]
         rates = [self._rate((lr, about.schedule, about.warmup), step) for lr in bases]
         return [
             {

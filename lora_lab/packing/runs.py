@@ -40,7 +40,7 @@ def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
         for i, plan in enumerate(plans):
             stack = ExitStack()
             try:
-                own = stack.enter_context(experiment.recorded(plan))
+                own = stack.enter_context(experiment.open_run(plan))
                 live[i] = stack, own, stack.enter_context(Tracking(plan.cfg, own, plan.path))
             except (RunBusyError, RunFinishedError) as error:
                 errors[i] = error
@@ -48,13 +48,13 @@ def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
             by_epoch: dict[int, dict[int, Trial]] = {}
             model, trials = _trials(plans, {i: rest for i, (_, *rest) in live.items()}, console)
             for i, trial in trials.items():
-                by_epoch.setdefault(trial.checkpoint.kept_epochs(), {})[i] = trial
+                by_epoch.setdefault(trial.checkpoint.resume_epoch(), {})[i] = trial
             for group in by_epoch.values():
                 _train(model, group, {i: partial(fail, i) for i in group}, console)
                 for i in [i for i in group if i in live]:
                     with logged_alone(trials[i].run.path):
                         try:
-                            experiment.conclude(trials[i], console)
+                            experiment.finish_run(trials[i], console)
                             live[i][0].close()
                             del live[i]
                         except Exception as error:
@@ -72,7 +72,7 @@ def _trials(
 ) -> tuple[nn.Module, dict[int, Trial]]:
     """The base that the runs share, trained or found, and each run with its own adapters on it."""
     (first, (_, tracking)), *others = live.items()
-    base = experiment.train_base(plans[first], tracking, console)
+    base = experiment.obtain_base(plans[first], tracking, console)
     for _, (_, tracking) in others:
         tracking.replay(base.rows)
     model = plans[first].model()
@@ -84,7 +84,7 @@ def _trials(
     trials: dict[int, Trial] = {}
     data = plans[first].data("adapt")  # in the memory once: its order is by its own seed
     for i, (run, tracking) in live.items():
-        trials[i] = experiment.trial_of(plans[i], models[i], data, run, tracking, state)
+        trials[i] = experiment.build_trial(plans[i], models[i], data, run, tracking, state)
         state = trials[i].base
     return model, trials
 
@@ -109,7 +109,7 @@ def _train(
     module = PackedModule(model, data, list(members))
     try:
         data.setup("fit")
-        quiet = plan.alone(None, [])
+        quiet = plan.single_device_trainer(None, [])
         batch = quiet.precision_plugin.convert_input(next(iter(data.train_dataloader())))
         with quiet.precision_plugin.forward_context():
             module.check(batch, quiet.strategy.root_device.type == "cuda")
@@ -118,7 +118,7 @@ def _train(
         for i, trial in trials.items():
             pl.seed_everything(trial.plan.cfg.seed, verbose=False)
             try:
-                experiment.train(trial, console)
+                experiment.adapt_model(trial, console)
             except Exception as alone:
                 fail[i](alone)
         return
@@ -126,8 +126,8 @@ def _train(
     if most := arguments.get("gradient_clip_val"):
         module.clip = most, arguments.get("gradient_clip_algorithm") or "norm"
     log.info("packed: %d runs, %d at once", len(members), module.at_once)
-    spectral = {member: trial.spectral for member, trial in members.items()}
-    checkpoint = PackedCheckpoint({m: (t.checkpoint, t.spectral) for m, t in members.items()})
+    spectral = {member: trial.spectra_callback for member, trial in members.items()}
+    checkpoint = PackedCheckpoint({m: (t.checkpoint, spectral[m]) for m, t in members.items()})
     callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(spectral), checkpoint]
     trainer = plan.trainer(None, callbacks, gradient_clip_val=None)
     try:
@@ -141,5 +141,5 @@ def _train(
             raise
     for member in module.members:
         date = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
-        member.module.end = date
+        member.module.final_step = date
         members[member].run.update(packed=len(members))

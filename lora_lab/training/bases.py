@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-threads: int | None = None
+base_threads: int | None = None
 """With how many a base is trained here, where other runs on these cores wait for it."""
 
 
@@ -92,7 +92,7 @@ def obtain(
             return base
         started, checkpoints = time.time(), file.with_suffix(".checkpoints")
         own = torch.get_num_threads()
-        torch.set_num_threads(threads or own)
+        torch.set_num_threads(base_threads or own)
         try:
             model, rows = train(checkpoints)
         except Exception:

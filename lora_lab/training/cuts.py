@@ -18,11 +18,11 @@ from lora_lab.training.modules import BaseModule, Batch
 
 log = logging.getLogger(__name__)
 
-CUTS = 64
-"""Cuts of ΔW that are measured in one pass, at most."""
+CUTS_PER_PASS = 64
+"""CutsModule of ΔW that are measured in one pass, at most."""
 
 
-class Evaluated(BaseModule):
+class PackValidationModule(BaseModule):
     """Many runs' validation losses in one pass over the data; `packs` are all of them."""
 
     def __init__(self, model: nn.Module, data: Data, optimizer: Optimizer):
@@ -45,22 +45,22 @@ class Evaluated(BaseModule):
             total = torch.zeros(len(pack.runs), dtype=torch.float64)
             for xs, ys in zip(x.split(rows), y.split(rows), strict=True):
                 outputs = pack(xs)
-                losses = self.losses(outputs, ys)
+                losses = self.losses_by_run(outputs, ys)
                 total += losses.double().cpu() * len(xs)
-                self.measure(place, outputs, ys)
+                self.update_metrics(place, outputs, ys)
             sums.append(total)
             place += len(pack.runs)
         self.sums.append(torch.cat(sums))
         self.rows += len(x)
 
-    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+    def losses_by_run(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Every run's loss: one by one, which vmap would do in several passes over all outputs."""
         return torch.stack([self.task.loss(output, y) for output in outputs])
 
-    def measure(self, place: int, outputs: Tensor, y: Tensor) -> None:
+    def update_metrics(self, place: int, outputs: Tensor, y: Tensor) -> None:
         """What else is measured of the runs from `place` on."""
 
-    def means(self) -> Tensor:
+    def mean_losses(self) -> Tensor:
         """The mean losses (runs,)."""
         return torch.stack(self.sums).sum(0) / self.rows
 
@@ -68,7 +68,7 @@ class Evaluated(BaseModule):
         """Logs nothing."""
 
 
-class Cuts(Evaluated):
+class CutsModule(PackValidationModule):
     """A model with ΔW cut to its best approximations: a run for each of `every` ranks by site.
 
     `found` are the SVDs of ΔW at all sites, `model` is without adapters. Raises AdapterError where
@@ -89,7 +89,9 @@ class Cuts(Evaluated):
             {s.name: _cut(model, s, found[s.name].first(k[s.name])) for s in sites} for k in every
         ]
         self.own = nn.ModuleList(adapter for run in made for adapter in run.values())
-        self.packs = [Pack(model, made[i : i + CUTS]) for i in range(0, len(made), CUTS)]
+        self.packs = [
+            Pack(model, made[i : i + CUTS_PER_PASS]) for i in range(0, len(made), CUTS_PER_PASS)
+        ]
         self.stacks = nn.ModuleList(self.packs)
 
 
@@ -129,9 +131,11 @@ def cut_losses(
         try:
             bare = copy_sharing_weights(module.model)
             adapters.detach(bare)
-            cuts = Cuts(bare, data, module.optimizer, list(updates.sites.values()), found, every)
+            cuts = CutsModule(
+                bare, data, module.optimizer, list(updates.sites.values()), found, every
+            )
             quiet.validate(cuts, data, verbose=False)
-            yield from cuts.means().tolist()
+            yield from cuts.mean_losses().tolist()
             return
         except (RuntimeError, ValueError, TypeError) as error:
             log.info("ΔW is cut to one rank after another: %s", error)

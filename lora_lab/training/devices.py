@@ -30,7 +30,7 @@ OTHERS: dict[type[Exception], int] = {RunFinishedError: 3, RunBusyError: 4}
 """Exit codes of a process that found the run to be another command's."""
 
 
-def inside() -> bool:
+def is_worker() -> bool:
     """Whether this process is one of a run's: started by `launch`, or by torchrun."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
@@ -106,7 +106,7 @@ def _held(run: Run) -> Iterator[None]:
         raise RunBusyError(f"{run.path} is being run by another process") from None
 
 
-def take_part(plan: Plan, console: Console) -> None:
+def run_worker(plan: Plan, console: Console) -> None:
     """What each of the processes does. Ends it with 1 where it fails, at once with its parent."""
     if sys.platform == "linux":
         # By the kernel: all at once, so that none takes the others' end for a failure, and also one

@@ -42,7 +42,7 @@ class Trial:
     tracking: Tracking
     module: BaseModule
     base: dict[str, Tensor]
-    spectral: SpectraCallback
+    spectra_callback: SpectraCallback
     checkpoint: Checkpoint
 
 
@@ -53,10 +53,10 @@ def run(plan: Plan, console: Console) -> Run:
     """
     cfg = plan.cfg
     with (
-        nullcontext(Run(plan.path)) if rank() else recorded(plan) as run,
+        nullcontext(Run(plan.path)) if rank() else open_run(plan) as run,
         Tracking(cfg, run, plan.path) as tracking,
     ):
-        base = train_base(plan, tracking, console)
+        base = obtain_base(plan, tracking, console)
         data = plan.data("adapt")
         model = plan.model()
         model.load_state_dict(base.state)
@@ -66,13 +66,13 @@ def run(plan: Plan, console: Console) -> Run:
         if isinstance(cfg.adapter, Lora):
             plan.attach(model)
             console.print(report.sites(plan.sites))
-        trial = trial_of(plan, model, data, run, tracking, None)
-        train(trial, console)
-        conclude(trial, console)
+        trial = build_trial(plan, model, data, run, tracking, None)
+        adapt_model(trial, console)
+        finish_run(trial, console)
     return run
 
 
-def recorded(plan: Plan) -> AbstractContextManager[Run]:
+def open_run(plan: Plan) -> AbstractContextManager[Run]:
     """Within it the run is running; see `record`."""
     cfg = plan.cfg
     # Sums in another order are other bits.
@@ -80,13 +80,13 @@ def recorded(plan: Plan) -> AbstractContextManager[Run]:
     return record(plan.path, cfg.plain(), overwrite=cfg.overwrite, **about)
 
 
-def train_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
+def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
     """The frozen base of a run: found, or trained here, its rows logged either way."""
     cfg = plan.cfg
     if rank():
         return bases.wait(cfg)
 
-    def train(checkpoints: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
+    def train_base(checkpoints: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
         assert isinstance(cfg.base, TrainedBase)
         pl.seed_everything(cfg.base.seed, verbose=False)
         data, model = plan.data("base"), plan.model()
@@ -95,11 +95,11 @@ def train_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
         first = len(tracking.rows)
         checkpoint = Checkpoint(checkpoints, bases.key(cfg), cfg.checkpoint_every, tracking)
         callbacks = [ProgressBar("base", console), checkpoint]
-        trainer = plan.alone(tracking, callbacks, max_epochs=cfg.base.epochs)
-        fit(trainer, module, data, checkpoint.kept())
+        trainer = plan.single_device_trainer(tracking, callbacks, max_epochs=cfg.base.epochs)
+        fit(trainer, module, data, checkpoint.resume_path())
         return model, tracking.rows[first:]
 
-    return bases.obtain(cfg, train, tracking.replay)
+    return bases.obtain(cfg, train_base, tracking.replay)
 
 
 def fit(trainer: pl.Trainer, module: BaseModule, data: Data, kept: Path | None) -> None:
@@ -109,7 +109,7 @@ def fit(trainer: pl.Trainer, module: BaseModule, data: Data, kept: Path | None) 
         trainer.validate(module, data, verbose=False)
 
 
-def trial_of(
+def build_trial(
     plan: Plan,
     model: nn.Module,
     data: Data,
@@ -125,58 +125,63 @@ def trial_of(
     else:
         module = BaseModule(model, data.task, outputs, cfg.optimizer)
     # In the dtypes it is trained in, which need not be the file's.
-    plan.alone(None, []).precision_plugin.convert_module(module)
+    plan.single_device_trainer(None, []).precision_plugin.convert_module(module)
     if base is None:
         base = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
-    spectral = SpectraCallback(Updates(model, base, plan.sites), cfg.spectra, tracking)
+    spectra_callback = SpectraCallback(Updates(model, base, plan.sites), cfg.spectra, tracking)
     folder = run.path / CHECKPOINTS
     checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
-    return Trial(plan, data, run, tracking, module, base, spectral, checkpoint)
+    return Trial(plan, data, run, tracking, module, base, spectra_callback, checkpoint)
 
 
-def train(trial: Trial, console: Console) -> None:
+def adapt_model(trial: Trial, console: Console) -> None:
     """Trains one run."""
     plan, module, data, tracking = trial.plan, trial.module, trial.data, trial.tracking
     cfg = plan.cfg
-    callbacks = [ProgressBar(cfg.adapter.method, console), trial.spectral]
+    callbacks = [ProgressBar(cfg.adapter.method, console), trial.spectra_callback]
     if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
-        callbacks.append(FirstStep(trial.spectral.updates, tracking))
+        callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))
     trainer = plan.trainer(tracking, [*callbacks, trial.checkpoint])
-    if (kept := trial.checkpoint.kept()) is None:
+    if (kept := trial.checkpoint.resume_path()) is None:
         if cfg.adapter.method != "none":
             log_theory(data, module.model, tracking)
         trainer.validate(module, data, verbose=False)
     if cfg.adapter.method != "none":
         fit(trainer, module, data, kept)
-        module.end = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
+        module.final_step = {
+            "step": float(trainer.global_step),
+            "epoch": float(trainer.current_epoch),
+        }
 
 
-def conclude(trial: Trial, console: Console) -> None:
+def finish_run(trial: Trial, console: Console) -> None:
     """What follows the last step: files, the check of the merge, what ΔW is worth."""
     plan, module, data, tracking = trial.plan, trial.module, trial.data, trial.tracking
-    cfg, base, spectral, run = plan.cfg, trial.base, trial.spectral, trial.run
+    cfg, base, spectra_callback, run = plan.cfg, trial.base, trial.spectra_callback, trial.run
     if cfg.adapter.method == "none":
         whole = adapters.count(module.model).frozen
         tracking.log({"parameters/trainable": 0, "parameters/base": whole}, 0)
         return
-    updates, change = spectral.updates, {}
+    updates, change = spectra_callback.updates, {}
     if isinstance(module.model, FSDPModule):
-        spectral.updates = updates = Updates(_gather(plan, module), base, plan.sites)
+        spectra_callback.updates = updates = Updates(_gather(plan, module), base, plan.sites)
         change = {"accelerator": "cpu"}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if rank():
         return
-    quiet = plan.alone(None, [], **change)
-    _keep(plan.alone(tracking, [], **change), module, data, base, run, tracking)
-    arrays = spectral.arrays()
+    quiet = plan.single_device_trainer(None, [], **change)
+    _save_trained(
+        plan.single_device_trainer(tracking, [], **change), module, data, base, run, tracking
+    )
+    arrays = spectra_callback.arrays()
     findings.write(run.path, arrays, None)  # whatever comes of the rest
     module.prefix = ""
     losses = partial(cut_losses, quiet, module, data, updates)
     learned = findings.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
     findings.write(run.path, {**arrays, **learned.arrays}, learned.advice)
-    assert module.end is not None
-    tracking.log_findings(learned.metrics, learned.arrays, int(module.end["step"]))
+    assert module.final_step is not None
+    tracking.log_findings(learned.metrics, learned.arrays, int(module.final_step["step"]))
 
 
 def _gather(plan: Plan, module: BaseModule) -> nn.Module:
@@ -186,12 +191,12 @@ def _gather(plan: Plan, module: BaseModule) -> nn.Module:
     if isinstance(plan.cfg.adapter, Lora):
         plan.attach(model)
     module.model = model
-    plan.alone(None, []).precision_plugin.convert_module(module)
+    plan.single_device_trainer(None, []).precision_plugin.convert_module(module)
     model.load_state_dict(state)
     return model
 
 
-def _keep(
+def _save_trained(
     trainer: pl.Trainer,
     module: BaseModule,
     data: Data,
@@ -218,7 +223,7 @@ def _keep(
         state = {key: value.clone() for key, value in model.state_dict().items()}
         save_file(state, run.path / "model" / "model.safetensors")
         tracking.artifact(run.path / "model", "model")
-    tracking.log(costs, int(module.now()["step"]))
+    tracking.log(costs, int(module.step_and_epoch()["step"]))
 
 
 def log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:

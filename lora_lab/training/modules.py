@@ -23,7 +23,7 @@ from lora_lab.config.schema import Optimizer
 
 Batch = tuple[Tensor, Tensor]
 
-READ_EVERY = 50
+LOSS_READ_INTERVAL = 50
 """Steps between two looks at the training loss: reading one waits for the device."""
 
 
@@ -76,7 +76,7 @@ class BaseModule(pl.LightningModule):
         super().__init__()
         self.model, self.task, self.optimizer, self.prefix = model, TASKS[task], optimizer, prefix
         self.metrics = nn.ModuleDict({n: make(outputs) for n, make in self.task.metrics.items()})
-        self.end: dict[str, float] | None = None
+        self.final_step: dict[str, float] | None = None
         """The date of the last step, once it is taken."""
         self.train_loss: float | None = None
         """The last training loss that was looked at."""
@@ -110,7 +110,7 @@ class BaseModule(pl.LightningModule):
         """The model's output."""
         return self.model(x)
 
-    def groups(self) -> list[dict[str, Any]]:
+    def optimizer_groups(self) -> list[dict[str, Any]]:
         """What the optimizer moves, in its groups: every parameter."""
         return [{"params": list(self.model.parameters())}]
 
@@ -119,9 +119,12 @@ class BaseModule(pl.LightningModule):
         """Whole epochs behind us; within fit every measurement is made at an epoch's end."""
         return self.current_epoch + (self.trainer.state.fn == TrainerFn.FITTING)
 
-    def now(self) -> dict[str, float]:
+    def step_and_epoch(self) -> dict[str, float]:
         """The date of a row: steps and whole epochs taken. Lightning's own count is one behind."""
-        return self.end or {"step": float(self.global_step), "epoch": float(self.epochs_done)}
+        return self.final_step or {
+            "step": float(self.global_step),
+            "epoch": float(self.epochs_done),
+        }
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's list of losses."""
@@ -133,7 +136,7 @@ class BaseModule(pl.LightningModule):
         x, y = batch
         loss = self.task.loss(self.model(x), y)
         self._losses.append(loss.detach())
-        if len(self._losses) == READ_EVERY or self.trainer.is_last_batch:
+        if len(self._losses) == LOSS_READ_INTERVAL or self.trainer.is_last_batch:
             self._read_losses()
         return loss
 
@@ -165,7 +168,7 @@ class BaseModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's mean training loss."""
         mean = self._read_losses().double().mean()
-        self.log_dict({f"{self.prefix}train/loss": mean, **self.now()})
+        self.log_dict({f"{self.prefix}train/loss": mean, **self.step_and_epoch()})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The task's loss and metrics, logged as means over the whole validation set."""
@@ -194,19 +197,19 @@ class BaseModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Dates the row."""
-        self.log_dict(self.now())
+        self.log_dict(self.step_and_epoch())
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer over what trains, its rate scheduled over all steps."""
-        optimizer = self.optimizer.callee(self.groups(), **self.optimizer.arguments)
+        optimizer = self.optimizer.callee(self.optimizer_groups(), **self.optimizer.arguments)
         if self.optimizer.schedule == "constant" and not self.optimizer.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        rate = partial(rate_at, self.optimizer.schedule, self.optimizer.warmup * steps, steps)
+        rate = partial(lr_factor, self.optimizer.schedule, self.optimizer.warmup * steps, steps)
         return [optimizer], [{"scheduler": LambdaLR(optimizer, rate), "interval": "step"}]
 
 
-def rate_at(schedule: str, warmup: float, steps: int, step: int) -> float:
+def lr_factor(schedule: str, warmup: float, steps: int, step: int) -> float:
     """The share of the learning rate at `step` of `steps`: up over `warmup` steps, then down."""
     if step < warmup:
         return step / warmup
@@ -234,7 +237,7 @@ class LoRAModule(BaseModule):
         super().__init__(model, task, outputs, optimizer, prefix)
         self.lr_ratio = lr_ratio
 
-    def groups(self) -> list[dict[str, Any]]:
+    def optimizer_groups(self) -> list[dict[str, Any]]:
         """The adapters' parameters, with the factor that starts at zero apart where it must be."""
         decay = self.optimizer.arguments.get("weight_decay", 0.0)
         return parameter_groups(self.model, self.optimizer.lr, self.lr_ratio, decay)

@@ -22,8 +22,10 @@ from lora_lab.config.schema import CheckpointBase, Config, ConfigError, Lora, Op
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
 
-OURS = ("logger", "callbacks", "enable_progress_bar", "enable_model_summary")
-OURS += ("enable_checkpointing", "num_sanity_val_steps", "use_distributed_sampler")
+RESERVED_TRAINER_ARGUMENTS = (
+    *("logger", "callbacks", "enable_progress_bar", "enable_model_summary"),
+    *("enable_checkpointing", "num_sanity_val_steps", "use_distributed_sampler"),
+)
 """Arguments of Lightning's Trainer that a run sets itself."""
 
 NOTHING = nullcontext()
@@ -71,7 +73,7 @@ class Plan:
         how = {**asdict(recipe), **patterns, "seed": self.cfg.seed}
         adapters.attach(model, _targets(self.cfg), **how)
 
-    def alone(
+    def single_device_trainer(
         self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
     ) -> pl.Trainer:
         """The Trainer of what one process does: a base, and whatever comes after the last step."""
@@ -205,8 +207,8 @@ def _check_optimizer(key: str, optimizer: Optimizer) -> None:
 def _check_trainer(cfg: Config) -> int:
     """The number of processes that the Trainer wants."""
     arguments = cfg.trainer.model_dump()
-    if ours := [name for name in arguments if name in OURS]:
-        raise ConfigError(f"trainer.{ours[0]}: a run sets this itself")
+    if reserved := [name for name in arguments if name in RESERVED_TRAINER_ARGUMENTS]:
+        raise ConfigError(f"trainer.{reserved[0]}: a run sets this itself")
     accelerator, devices = cfg.trainer.accelerator, cfg.trainer.devices
     asked = len(devices) if isinstance(devices, list) else devices
     there = torch.cuda.device_count()

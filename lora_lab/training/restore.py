@@ -40,7 +40,7 @@ def restore(run: Run) -> Restored:
     if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     model = planned.model()
-    planned.alone(None, []).precision_plugin.convert_module(model)
+    planned.single_device_trainer(None, []).precision_plugin.convert_module(model)
     model.load_state_dict(_base(cfg, run, model))
     base = {key: value.clone() for key, value in model.state_dict().items()}
     if isinstance(cfg.adapter, Lora):

@@ -26,7 +26,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "checking": [(plan, "plan")],
     "W&B's start and end": [(Tracking, "__init__"), (Tracking, "__exit__")],
     "base": [(bases, "obtain")],
-    "training": [(experiment, "_fit")],
+    "training": [(experiment, "fit")],
     "report": [(report, "write")],
 }
 """What is timed within the whole; the rest is Hydra's, validation, spectra and files."""

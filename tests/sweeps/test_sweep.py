@@ -149,7 +149,7 @@ def test_a_grid_goes_on_and_its_failure_is_told(
 
 def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> None:
     """The run of that number, from 1, ends with `error` when it is in the middle."""
-    real, real_keep, begun = experiment.run, experiment._keep, []
+    real, real_keep, begun = experiment.run, experiment._save_trained, []
 
     def run(*arguments: Any) -> Run:
         begun.append(1)
@@ -161,7 +161,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> Non
         real_keep(*arguments)
 
     monkeypatch.setattr(experiment, "run", run)
-    monkeypatch.setattr(experiment, "_keep", keep)
+    monkeypatch.setattr(experiment, "_save_trained", keep)
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])

@@ -10,7 +10,13 @@ from torch import nn
 from lora_lab import adapters
 from lora_lab.config.schema import Optimizer
 from lora_lab.data.digits import Digits
-from lora_lab.training.modules import READ_EVERY, BaseModule, DivergedError, LoRAModule, rate_at
+from lora_lab.training.modules import (
+    LOSS_READ_INTERVAL,
+    BaseModule,
+    DivergedError,
+    LoRAModule,
+    lr_factor,
+)
 
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01, "schedule": "constant", "warmup": 0.0}
 
@@ -83,8 +89,8 @@ def test_the_training_loss_is_the_mean_over_all_steps_of_an_epoch_however_often_
     module = Seen(normed(), "classification", 10, Optimizer.model_validate(ADAM))
     module.seen = {}
     trainer = fit(module, batch_size=8)
-    assert len(module.seen) > 2 * READ_EVERY
-    assert len(module.seen) % READ_EVERY
+    assert len(module.seen) > 2 * LOSS_READ_INTERVAL
+    assert len(module.seen) % LOSS_READ_INTERVAL
     mean = sum(module.seen.values()) / len(module.seen)
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(mean, rel=1e-6)
     assert module.train_loss == module.seen[len(module.seen) - 1]
@@ -92,10 +98,10 @@ def test_the_training_loss_is_the_mean_over_all_steps_of_an_epoch_however_often_
 
 def test_a_divergence_after_the_first_look_is_told_by_its_step_of_the_epoch():
     module = Seen(normed(), "classification", 10, Optimizer.model_validate(ADAM))
-    module.seen, module.bad = {}, READ_EVERY + 7
+    module.seen, module.bad = {}, LOSS_READ_INTERVAL + 7
     with pytest.raises(DivergedError, match=f"in epoch 1, step {module.bad} of"):
         fit(module, batch_size=8)
-    assert len(module.seen) < 2 * READ_EVERY
+    assert len(module.seen) < 2 * LOSS_READ_INTERVAL
 
 
 def test_validation_is_the_mean_over_all_rows():
@@ -124,7 +130,7 @@ def test_validation_is_the_mean_over_all_rows():
     ],
 )
 def test_rates(schedule: str, warmup: float, rates: list[float]):
-    assert [rate_at(schedule, warmup, 4, step) for step in range(5)] == pytest.approx(rates)
+    assert [lr_factor(schedule, warmup, 4, step) for step in range(5)] == pytest.approx(rates)
 
 
 def test_the_rate_that_is_used_is_the_schedules():
@@ -137,5 +143,5 @@ def test_the_rate_that_is_used_is_the_schedules():
     optimizer = Optimizer.model_validate({**ADAM, "schedule": "linear", "warmup": 0.25})
     fit(BaseModule(normed(), "classification", 10, optimizer), callbacks=[Watch()])
     steps = 2 * (1437 // 64)
-    expected = [0.01 * rate_at("linear", steps / 4, steps, step) for step in range(steps)]
+    expected = [0.01 * lr_factor("linear", steps / 4, steps, step) for step in range(steps)]
     assert seen == pytest.approx(expected)

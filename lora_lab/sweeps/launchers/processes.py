@@ -160,7 +160,7 @@ def _job(gpus: list[str], threads: list[int], log: Path, sent: bytes) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     os.environ["OMP_NUM_THREADS"] = str(threads[0])
     torch.set_num_threads(threads[0])
-    bases.threads = threads[1]
+    bases.base_threads = threads[1]
     threading.Thread(target=_follow, daemon=True).start()
     result = execute_job(*cloudpickle.loads(sent))
     if result.status != JobStatus.COMPLETED:

@@ -36,7 +36,7 @@ class Checkpoint(pl.Callback):
     An epoch is whole once its last row is logged, which is after Lightning's own hooks for its
     end: it is kept as the next one starts. With it go the optimizer, its schedule, what callbacks
     have measured, the random streams and every row so far; of the weights the adapters', where
-    there are any, and the hash of the `base` they fit. `every` 0 keeps each epoch. `identity` is
+    there are any, and the hash of the `base` they fit. `interval` 0 keeps each epoch. `identity` is
     of all that can change the training. Comes last of a Trainer's callbacks.
     """
 
@@ -44,14 +44,14 @@ class Checkpoint(pl.Callback):
         self,
         directory: Path,
         identity: str,
-        every: float,
+        interval: float,
         tracking: Tracking,
         base: Mapping[str, Tensor] | None = None,
     ):
         self.path = directory / "last.ckpt"
-        self.identity, self.every, self.tracking, self.base = identity, every, tracking, base
-        self.what = "base" if base is None else "run"
-        self.epochs = 0
+        self.identity, self.interval, self.tracking, self.base = identity, interval, tracking, base
+        self.kind = "base" if base is None else "run"
+        self.saved_epochs = 0
         """Whole epochs that are kept."""
         self.due = 0.0
         self.streams: dict[str, Any] | None = None
@@ -66,7 +66,7 @@ class Checkpoint(pl.Callback):
             "version of lightning": version("lightning"),
         }
 
-    def kept(self) -> Path | None:
+    def resume_path(self) -> Path | None:
         """The checkpoint to go on from, its rows logged again; None where there is none to use."""
         if not self.path.exists():
             return None
@@ -90,9 +90,9 @@ class Checkpoint(pl.Callback):
         self.tracking.replay(rows[len(self.tracking.rows) :], histograms)
         return self.path
 
-    def kept_epochs(self) -> int:
+    def resume_epoch(self) -> int:
         """How many epochs there are to go on from, their rows logged again."""
-        kept = self.kept()
+        kept = self.resume_path()
         return torch.load(kept, "cpu", weights_only=True)["lora_lab"]["epochs"] if kept else 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -128,43 +128,43 @@ class Checkpoint(pl.Callback):
             of.automatic_optimization.optim_progress.optimizer.step.increment_by(kept["steps"])
         else:
             of.manual_optimization.optim_step_progress.increment_by(kept["steps"])
-        self.epochs = kept["epochs"]
+        self.saved_epochs = kept["epochs"]
         # Another number of processes than before has no streams of its own.
         self.streams = kept["streams"][trainer.global_rank % len(kept["streams"])]
-        log.info("%s resumed from epoch %d of %s", self.what, self.epochs, trainer.max_epochs)
+        log.info("%s resumed from epoch %d of %s", self.kind, self.saved_epochs, trainer.max_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The time runs from here."""
-        self.due = time.monotonic() + self.every
+        self.due = time.monotonic() + self.interval
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the epochs that are whole; of a resumed training, puts the random streams back."""
         if self.streams is not None:
             _set_streams(self.streams, pl_module.device)
             self.streams = None
-        self._keep(trainer)
+        self._save_if_due(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the last epoch: what comes after a training can be long too."""
-        self._keep(trainer)
+        self._save_if_due(trainer)
 
-    def _keep(self, trainer: pl.Trainer) -> None:
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
         began = time.monotonic()
-        due = trainer.current_epoch > self.epochs and began >= self.due
+        due = trainer.current_epoch > self.saved_epochs and began >= self.due
         if not trainer.strategy.broadcast(due):
             return
-        self._write(trainer)
-        self.epochs, now = trainer.current_epoch, time.monotonic()
-        self.due = now + max(self.every, (now - began) / SHARE) if self.every else now
+        self._save_epoch(trainer)
+        self.saved_epochs, now = trainer.current_epoch, time.monotonic()
+        self.due = now + max(self.interval, (now - began) / SHARE) if self.interval else now
 
-    def _write(self, trainer: pl.Trainer) -> None:
-        self._put(lambda part: trainer.save_checkpoint(part, weights_only=False), trainer)
+    def _save_epoch(self, trainer: pl.Trainer) -> None:
+        self._replace(lambda part: trainer.save_checkpoint(part, weights_only=False), trainer)
 
-    def put(self, content: dict[str, Any]) -> None:
+    def save(self, content: dict[str, Any]) -> None:
         """Makes `content` the checkpoint that is kept."""
-        self._put(lambda part: torch.save(content, part))
+        self._replace(lambda part: torch.save(content, part))
 
-    def _put(self, write: Callable[[Path], None], trainer: pl.Trainer | None = None) -> None:
+    def _replace(self, write: Callable[[Path], None], trainer: pl.Trainer | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         write(part)

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lora_lab.training.modules import READ_EVERY, BaseModule
+from lora_lab.training.modules import LOSS_READ_INTERVAL, BaseModule
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ProgressBar(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Moves the bar whenever a loss has been read."""
-        if (batch_idx + 1) % READ_EVERY == 0:
+        if (batch_idx + 1) % LOSS_READ_INTERVAL == 0:
             part = (batch_idx + 1) / trainer.num_training_batches
             self._show(pl_module, trainer.current_epoch + part)
 
