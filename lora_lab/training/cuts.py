@@ -19,7 +19,7 @@ from lora_lab.training.modules import BaseModule, Batch
 log = logging.getLogger(__name__)
 
 CUTS_PER_PASS = 64
-"""CutsModule of ΔW that are measured in one pass, at most."""
+"""Cuts of ΔW that are measured in one pass, at most."""
 
 
 class PackValidationModule(BaseModule):
@@ -85,13 +85,12 @@ class CutsModule(PackValidationModule):
         every: Sequence[Mapping[str, int]],
     ):
         super().__init__(model, data, optimizer)
-        made = [
+        runs = [
             {s.name: _cut(model, s, found[s.name].first(k[s.name])) for s in sites} for k in every
         ]
-        self.own = nn.ModuleList(adapter for run in made for adapter in run.values())
-        self.packs = [
-            Pack(model, made[i : i + CUTS_PER_PASS]) for i in range(0, len(made), CUTS_PER_PASS)
-        ]
+        self.own = nn.ModuleList(adapter for run in runs for adapter in run.values())
+        first = range(0, len(runs), CUTS_PER_PASS)
+        self.packs = [Pack(model, runs[i : i + CUTS_PER_PASS]) for i in first]
         self.stacks = nn.ModuleList(self.packs)
 
 
@@ -131,9 +130,8 @@ def cut_losses(
         try:
             bare = copy_sharing_weights(module.model)
             adapters.detach(bare)
-            cuts = CutsModule(
-                bare, data, module.optimizer, list(updates.sites.values()), found, every
-            )
+            sites = list(updates.sites.values())
+            cuts = CutsModule(bare, data, module.optimizer, sites, found, every)
             quiet.validate(cuts, data, verbose=False)
             yield from cuts.mean_losses().tolist()
             return

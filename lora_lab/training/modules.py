@@ -77,7 +77,7 @@ class BaseModule(pl.LightningModule):
         self.model, self.task, self.optimizer, self.prefix = model, TASKS[task], optimizer, prefix
         self.metrics = nn.ModuleDict({n: make(outputs) for n, make in self.task.metrics.items()})
         self.final_step: dict[str, float] | None = None
-        """The date of the last step, once it is taken."""
+        """Step and epoch at which training ended; None while it runs."""
         self.train_loss: float | None = None
         """The last training loss that was looked at."""
         self._losses: list[Tensor] = []
@@ -120,11 +120,13 @@ class BaseModule(pl.LightningModule):
         return self.current_epoch + (self.trainer.state.fn == TrainerFn.FITTING)
 
     def step_and_epoch(self) -> dict[str, float]:
-        """The date of a row: steps and whole epochs taken. Lightning's own count is one behind."""
-        return self.final_step or {
-            "step": float(self.global_step),
-            "epoch": float(self.epochs_done),
-        }
+        """Optimizer steps and epochs completed so far, as logged beside metrics.
+
+        Within fit, Lightning's `current_epoch` is one behind when metrics are logged.
+        """
+        if self.final_step is not None:
+            return self.final_step
+        return {"step": float(self.global_step), "epoch": float(self.epochs_done)}
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's list of losses."""
