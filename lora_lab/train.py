@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Piped, a line is a line: paths are not broken to fit 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 200)
-errors = Console(stderr=True)
+error_console = Console(stderr=True)
 entry = hydra.main(version_base="1.3", config_path="pkg://lora_lab.conf", config_name="train")
 
 
-def job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> None:
+def run_job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> None:
     """One job: a single run, or one of a multirun, where it raises so that the rest goes on.
 
     `pack`: the plans, or overrides, of all runs of a pack, of which this is the first.
     """
     told = HydraConfig.get()
     single = told.mode == RunMode.RUN
-    listen()
+    show_log()
     try:
         if pack:
             _pack(pack)
@@ -54,7 +54,7 @@ def job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> None:
     except (ConfigError, RunFailedError) as error:
         wrong = isinstance(error, ConfigError)
         what = "config error" if wrong else "failed"
-        errors.print(f"[red]{what}:[/] {escape(str(error))}", soft_wrap=True)
+        error_console.print(f"[red]{what}:[/] {escape(str(error))}", soft_wrap=True)
         fail_fast = OmegaConf.select(content, "sweep.fail_fast") is True
         if single or (fail_fast and told.launcher._target_.endswith(".BasicLauncher")):
             sys.exit(2 if wrong else 1)
@@ -63,20 +63,20 @@ def job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> None:
         if not single:
             from lora_lab.sweeps import multirun
 
-            multirun.keeps(Path(told.sweep.dir))
-            if line := multirun.progress():
+            multirun.set_directory(Path(told.sweep.dir))
+            if line := multirun.progress_line():
                 console.print(f"[bold]multirun:[/] {line}", highlight=False)
 
 
 def _run(content: DictConfig, single: bool) -> None:
     cfg = compose.typed(content, HydraConfig.get().overrides.task)
     # Lightning and wandb take seconds to import: after the first checks, not before.
-    with importing():
+    with frozen_imports():
         from lora_lab import report
         from lora_lab.runs import Run, RunBusyError, RunFinishedError
         from lora_lab.tracking import tracking
         from lora_lab.training import devices, experiment, plan
-    quiet()
+    silence_lightning()
     planned = _with_published(plan.plan(cfg))
     if devices.is_worker():
         return devices.run_worker(planned, console)
@@ -100,7 +100,7 @@ def _run(content: DictConfig, single: bool) -> None:
         if "SUBMITIT_EXECUTOR" in os.environ:
             raise  # its code tells submitit whether the job was queued again
         console.print(f"interrupted: the same command goes on with it ({run.path})")
-        sys.exit(stopped(stop))
+        sys.exit(interruption_code(stop))
     except Exception as error:
         raise RunFailedError(
             f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
@@ -132,7 +132,7 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
     from lora_lab.runs import Run, RunFinishedError
     from lora_lab.training import plan
 
-    quiet()
+    silence_lightning()
     plans = [
         _with_published(plan.plan(compose.composed(one)) if isinstance(one, list) else one)
         for one in pack
@@ -142,7 +142,7 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if "SUBMITIT_EXECUTOR" in os.environ:
             raise  # its code tells submitit whether the job was queued again
-        sys.exit(stopped(stop))
+        sys.exit(interruption_code(stop))
     failed = []
     for planned, error in zip(plans, errors, strict=True):
         run = Run(planned.path)
@@ -157,7 +157,7 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def frozen_imports() -> Iterator[None]:
     """What is imported within it is never garbage, and need not be looked at again, nor at exit."""
     known = len(sys.modules)
     gc.disable()
@@ -169,7 +169,7 @@ def importing() -> Iterator[None]:
         gc.freeze()
 
 
-def stopped(by: BaseException) -> int:
+def interruption_code(by: BaseException) -> int:
     """The exit code of what was stopped: 143 by SIGTERM, 130 by Ctrl-C.
 
     Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into a kind of its own.
@@ -189,8 +189,8 @@ def main(every: "list[Job] | None" = None) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = compose.prepare(sys.argv[1:])
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
-    listen()
-    fork_server.begin(sys.argv)
+    show_log()
+    fork_server.start(sys.argv)
     if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
         from lora_lab.sweeps.launchers.register import register
 
@@ -201,7 +201,7 @@ def main(every: "list[Job] | None" = None) -> None:
             if not (wrong := any(job.error for job in every)) or "sweep.fail_fast=true" not in map(
                 str.lower, sys.argv
             ):
-                entry(job)()
+                entry(run_job)()
         finally:
             if every:
                 _ended(every)
@@ -211,7 +211,9 @@ def main(every: "list[Job] | None" = None) -> None:
         failed = isinstance(error, RunFailedError) or any(j.state == "failed" for j in every or [])
         sys.exit(1 if failed else 2)
     except (HydraException, OmegaConfBaseException) as error:
-        errors.print(f"[red]config error:[/] {escape(compose.explain(error))}", soft_wrap=True)
+        error_console.print(
+            f"[red]config error:[/] {escape(compose.explain(error))}", soft_wrap=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -221,30 +223,30 @@ def _multirun(arguments: list[str]) -> "list[Job]":
     """The jobs of a multirun, said in one line before the first begins; [] of a single run."""
     if not {"-m", "--multirun"} & set(arguments):
         return []
-    with importing():
+    with frozen_imports():
         from lora_lab.sweeps import multirun, sweeper
 
-    quiet()
-    every = multirun.jobs(compose.points(arguments))
+    silence_lightning()
+    every = multirun.plan_jobs(compose.points(arguments))
     if every:
-        begin(every)
-        sweeper.use(sweeper.Listed(every))
+        announce_multirun(every)
+        sweeper.use_search(sweeper.JobList(every))
         sys.argv.append("hydra/sweeper=points")
     return every
 
 
-def begin(every: "list[Job]", total: int = 0) -> None:
+def announce_multirun(jobs: "list[Job]", total: int = 0) -> None:
     """Says in one line what the multirun is made of, of `total` runs if not all are known."""
     from lora_lab.sweeps import multirun
 
-    multirun.begin(every, total)
-    states = Counter(job.state for job in every)
+    multirun.set_jobs(jobs, total)
+    states = Counter(job.state for job in jobs)
     told = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
     rest = f" ({told})" if told else ""
-    console.print(f"[bold]multirun:[/] {max(total, len(every))} runs{rest}", highlight=False)
-    for cause, n in Counter(job.error for job in every if job.error).items():
+    console.print(f"[bold]multirun:[/] {max(total, len(jobs))} runs{rest}", highlight=False)
+    for cause, n in Counter(job.error for job in jobs if job.error).items():
         of = f" ({n} of the runs)" if n > 1 else ""
-        errors.print(f"[red]config error:[/] {escape(cause)}{of}", soft_wrap=True)
+        error_console.print(f"[red]config error:[/] {escape(cause)}{of}", soft_wrap=True)
 
 
 def _ended(every: "list[Job]") -> None:
@@ -252,20 +254,20 @@ def _ended(every: "list[Job]") -> None:
     from lora_lab import report
     from lora_lab.sweeps import multirun
 
-    left = multirun.end()
+    left = multirun.close()
     console.print(report.jobs([(job.overrides, job.path, job.state, job.cause) for job in every]))
     if left:
         console.print(f"output of jobs that were lost: {left}", soft_wrap=True, highlight=False)
 
 
-def listen(to: Console = console) -> None:
+def show_log(to: Console = console) -> None:
     """Shows what the package logs; a run's log.txt has it besides."""
     handler = RichHandler(console=to, show_path=False, show_level=False, show_time=False)
     logging.getLogger("lora_lab").handlers = [handler]
     logging.getLogger("lora_lab").setLevel(logging.INFO)
 
 
-def quiet() -> None:
+def silence_lightning() -> None:
     """Silences what Lightning says of things that are as we want them."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

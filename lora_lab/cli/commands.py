@@ -18,7 +18,7 @@ def train(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(train_help())
         return
-    fork_server.begin(arguments)
+    fork_server.start(arguments)
     from lora_lab import train
 
     sys.argv[1:] = arguments
@@ -42,7 +42,7 @@ def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_ru
     """Runs a W&B sweep file here."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    fork_server.begin(overrides)
+    fork_server.start(overrides)
     from lora_lab.cli import sweep
 
     sweep.run(file, overrides, count, seed, dry_run)
@@ -57,7 +57,7 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
     from lora_lab import train
     from lora_lab.cli import analyze
 
-    train.quiet()
+    train.silence_lightning()
     if len(runs) > 1:
         report.write_pairs(analyze.between(runs), to, _console())
         return
@@ -76,9 +76,9 @@ def export(path: Path, directory: Path, format: str) -> None:
 
     run = named_run(path)
     from lora_lab.cli.export import export
-    from lora_lab.train import quiet
+    from lora_lab.train import silence_lightning
 
-    quiet()
+    silence_lightning()
 
     print(export(run, format, directory))
 
@@ -91,7 +91,7 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
     from lora_lab import train
     from lora_lab.cli import reproduce
 
-    train.quiet()
+    train.silence_lightning()
     try:
         same = reproduce.show(reproduce.again(run, to, _console(), fresh), tolerance, _console())
     except RunFailedError as error:

@@ -100,12 +100,12 @@ def again(run: Run, to: Path, console: Console, fresh: bool = False) -> Reproduc
     file = bases.path(planned.cfg)
     before = _written(file)
     console.print(f"reproducing {run.path} in {planned.path}", soft_wrap=True, highlight=False)
-    train.listen(console)
+    train.show_log(console)
     try:
         new = experiment.run(planned, console)
     except (KeyboardInterrupt, SystemExit) as stop:
         console.print("interrupted: the same command begins again")
-        sys.exit(train.stopped(stop))
+        sys.exit(train.interruption_code(stop))
     except Exception as error:
         raise RunFailedError(
             f"{type(error).__name__}: {error}\nthe traceback is in {planned.path / 'log.txt'}"

@@ -15,9 +15,9 @@ from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError, TrainedBase, content_hash, nearest
 from lora_lab.sweeps import sweeper
-from lora_lab.sweeps.multirun import Job, possible
-from lora_lab.sweeps.search import Bayes, at_random, startup
-from lora_lab.sweeps.sweep_file import Sweep, read
+from lora_lab.sweeps.multirun import Job, plan_job
+from lora_lab.sweeps.search import BayesSearch, random_points, startup_points
+from lora_lab.sweeps.sweep_file import Sweep, read_sweep
 from lora_lab.training.callbacks.spectra import groups
 from lora_lab.training.modules import TASKS
 from lora_lab.training.plan import Plan
@@ -29,11 +29,15 @@ AGAINST_BASE = ("directions", "projection", "amplification", "intruders", "intru
 def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry: bool) -> None:
     """Runs a sweep file, or prints its commands. Raises ConfigError, before anything is begun."""
     try:
-        sweep = read(path, overrides)
+        sweep = read_sweep(path, overrides)
         total = _total(sweep, count)
-        train.quiet()
-        points = [sweep.point(values) for values in _known(sweep, total, seed)]
-        tried = [] if sweep.method == "grid" else [sweep.point(end) for end in sweep.ends()]
+        train.silence_lightning()
+        points = [sweep.overrides_at(values) for values in _known(sweep, total, seed)]
+        tried = (
+            []
+            if sweep.method == "grid"
+            else [sweep.overrides_at(end) for end in sweep.extreme_points()]
+        )
         plans = _plans([*tried, *points])
         _check_metric(sweep, plans)
     except ConfigError as error:
@@ -46,19 +50,19 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
         if len(points) < total:
             print(f"# {total - len(points)} more, which depend on the results of these")
         return
-    sys.argv[1:] = ["-m", "hydra/sweeper=points", *sweep.hydra, *sweep.fixed]
+    sys.argv[1:] = ["-m", "hydra/sweeper=points", *sweep.hydra_overrides, *sweep.fixed_overrides]
     if sweep.method == "bayes":
         return _bayes(path, sweep, total, seed, plans[0])
     pairs = zip(points, plans[len(tried) :], strict=True)
-    search = sweeper.Listed([Job(point, plan.path, plan=plan) for point, plan in pairs])
-    train.begin(search.jobs)
-    sweeper.use(search)
+    search = sweeper.JobList([Job(point, plan.path, plan=plan) for point, plan in pairs])
+    train.announce_multirun(search.jobs)
+    sweeper.use_search(search)
     train.main(search.jobs)
 
 
 def _bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> None:
     """Runs trial after trial; what they are and gave is kept in the sweep's directory."""
-    space = {key: repr(swept.draws) for key, swept in sweep.space.items()}
+    space = {key: repr(swept.distribution) for key, swept in sweep.space.items()}
     about = [sweep.metric, sweep.goal, space, seed, first.cfg.identity()]
     directory = Path(first.cfg.runs_dir) / ".sweeps" / f"{path.stem}-{content_hash(about)[:10]}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -67,15 +71,13 @@ def _bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> None
         with FileLock(directory / "lock", timeout=0):
             if first.cfg.overwrite:
                 file.unlink(missing_ok=True)
-            assert sweep.metric is not None
-            goal = sweep.goal
-            search = Bayes(sweep.space, sweep.point, sweep.metric, goal, total, seed, file)
-            train.begin(search.jobs, total)
-            sweeper.use(search)
+            search = BayesSearch(sweep, total, seed, file)
+            train.announce_multirun(search.jobs, total)
+            sweeper.use_search(search)
             try:
                 train.main(search.jobs)
             finally:
-                if best := search.best():
+                if best := search.best_run():
                     print(f"best {sweep.metric} {best[1]:.6g}: {best[0].path}")
     except Timeout:
         raise ConfigError(f"{path}: another process is running this sweep ({directory})") from None
@@ -84,9 +86,9 @@ def _bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> None
 def _total(sweep: Sweep, count: int | None) -> int:
     """How many runs there will be."""
     if sweep.method == "grid":
-        size = sum(1 for _ in sweep.grid())
-        return min(size, count or sweep.cap or size)
-    if not (total := count or sweep.cap):
+        size = sum(1 for _ in sweep.grid_points())
+        return min(size, count or sweep.run_cap or size)
+    if not (total := count or sweep.run_cap):
         raise ConfigError(f"run_cap: must be given with {sweep.method}, or --count")
     if not sweep.space:
         raise ConfigError(f"parameters: every one is fixed, {sweep.method} has nothing to draw")
@@ -96,8 +98,8 @@ def _total(sweep: Sweep, count: int | None) -> int:
 def _known(sweep: Sweep, total: int, seed: int) -> Iterable[dict[str, Any]]:
     """The points that no result decides on."""
     if sweep.method == "grid":
-        return islice(sweep.grid(), total)
-    return (at_random if sweep.method == "random" else startup)(sweep.space, total, seed)
+        return islice(sweep.grid_points(), total)
+    return (random_points if sweep.method == "random" else startup_points)(sweep.space, total, seed)
 
 
 def _plans(points: Sequence[list[str]]) -> list[Plan]:
@@ -108,7 +110,7 @@ def _plans(points: Sequence[list[str]]) -> list[Plan]:
         try:
             if isinstance(cfg, ConfigError):
                 raise cfg
-            plans.append(possible(cfg))
+            plans.append(plan_job(cfg))
         except ConfigError as error:
             wrong.setdefault(str(error), []).append(overrides)
     if not wrong:

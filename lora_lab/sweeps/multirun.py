@@ -53,7 +53,7 @@ class Multirun:
 _now: Multirun | None = None
 
 
-def jobs(points: Iterable[list[str]]) -> list[Job]:
+def plan_jobs(points: Iterable[list[str]]) -> list[Job]:
     """Every run of a multirun, each checked as a run of its own."""
     return [_job(*point) for point in compose.every(points)]
 
@@ -62,13 +62,13 @@ def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
     try:
         if isinstance(cfg, ConfigError):
             raise cfg
-        planned = possible(cfg)
+        planned = plan_job(cfg)
         return Job(overrides, planned.path, plan=planned)
     except ConfigError as error:
         return Job(overrides, None, str(error))
 
 
-def possible(cfg: Config) -> Plan:
+def plan_job(cfg: Config) -> Plan:
     """The plan of a job, which checks its devices itself where they are not this machine's.
 
     Devices do not change a run's directory.
@@ -79,14 +79,14 @@ def possible(cfg: Config) -> Plan:
     return plan(cfg)
 
 
-def job(overrides: Sequence[str]) -> Job:
+def find_job(overrides: Sequence[str]) -> Job:
     """The job of these overrides: as it was checked before it began, or now."""
     point = list(overrides)
     known = [one for one in (_now.jobs if _now else ()) if one.overrides == point]
-    return known[0] if known else jobs([point])[0]
+    return known[0] if known else plan_jobs([point])[0]
 
 
-def begin(every: list[Job], total: int = 0) -> None:
+def set_jobs(every: list[Job], total: int = 0) -> None:
     """Tells this process what the multirun is made of, so far.
 
     `total` is how many runs it will have, where not all of them are known yet.
@@ -96,7 +96,7 @@ def begin(every: list[Job], total: int = 0) -> None:
     _now.jobs, _now.total = every, max(total, len({job.path for job in every if job.path}))
 
 
-def keep(every: list[Job]) -> None:
+def record_planned(every: list[Job]) -> None:
     """Adds the runs to the planned.json of their folder, so that a report misses none."""
     folders: dict[Path, dict[str, list[str]]] = {}
     for job in every:
@@ -108,13 +108,13 @@ def keep(every: list[Job]) -> None:
             write_atomic(folder / PLANNED, json.dumps({**planned(folder), **own}, indent=1) + "\n")
 
 
-def keeps(directory: Path) -> None:
+def set_directory(directory: Path) -> None:
     """Names the folder of what the multirun keeps that is no run's."""
     if _now is not None:
         _now.directory = directory
 
 
-def end() -> Path | None:
+def close() -> Path | None:
     """Whatever this process runs next is no part of it. Gives the folder that is left of it.
 
     What Hydra writes there is in every run's directory, too.
@@ -131,7 +131,7 @@ def end() -> Path | None:
     return directory if directory.exists() else None
 
 
-def lost(path: Path, cause: str) -> None:
+def mark_lost(path: Path, cause: str) -> None:
     """Keeps, for a run whose process ended without a word, what became of it."""
     if _now is not None:
         _now.lost.add(path)
@@ -140,7 +140,7 @@ def lost(path: Path, cause: str) -> None:
         Run(path).update(state="interrupted", error=cause)
 
 
-def progress() -> str | None:
+def progress_line() -> str | None:
     """How far the multirun is that this process conducts: done, running, failed, time left."""
     if _now is None:
         return None

@@ -52,13 +52,13 @@ class Parameter:
     `grid` is None where a grid cannot have it, `ends` are its outermost values, or all.
     """
 
-    draws: BaseDistribution
-    value: Callable[[Any], Any]
-    ends: list[Any]
-    grid: list[Any] | None = None
+    distribution: BaseDistribution
+    value_of_draw: Callable[[Any], Any]
+    extremes: list[Any]
+    grid_values: list[Any] | None = None
 
 
-def parameter(said: Any) -> Parameter:
+def parse_parameter(said: Any) -> Parameter:
     """A parameter as W&B writes it. Raises ConfigError, which does not name the parameter."""
     if not isinstance(said, dict):
         raise ConfigError(f"{said}: must say value, values, or min and max")

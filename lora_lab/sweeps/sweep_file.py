@@ -10,7 +10,7 @@ import yaml
 
 from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError, nearest
-from lora_lab.sweeps.search_space import Parameter, parameter
+from lora_lab.sweeps.search_space import Parameter, parse_parameter
 
 Goal = Literal["minimize", "maximize"]
 
@@ -27,33 +27,33 @@ class Sweep:
     method: str
     metric: str | None
     goal: Goal
-    cap: int | None
+    run_cap: int | None
     early_terminate: bool
-    fixed: list[str]
+    fixed_overrides: list[str]
     space: dict[str, Parameter]
     """By name, in the order of the alphabet, which is W&B's."""
-    hydra: list[str]
+    hydra_overrides: list[str]
     """Overrides that are Hydra's own, as hydra/launcher."""
 
-    def point(self, values: Mapping[str, Any]) -> list[str]:
+    def overrides_at(self, values: Mapping[str, Any]) -> list[str]:
         """The overrides of one run."""
         swept = [f"{key}={value}" for key, value in values.items()]
-        return compose.prepare([*self.fixed, *swept])
+        return compose.prepare([*self.fixed_overrides, *swept])
 
-    def ends(self) -> Iterable[dict[str, Any]]:
+    def extreme_points(self) -> Iterable[dict[str, Any]]:
         """Each parameter at its outermost values, the others at their first."""
-        first = {key: swept.ends[0] for key, swept in self.space.items()}
+        first = {key: swept.extremes[0] for key, swept in self.space.items()}
         yield first
         for key, swept in self.space.items():
-            yield from ({**first, key: value} for value in swept.ends[1:])
+            yield from ({**first, key: value} for value in swept.extremes[1:])
 
-    def grid(self) -> Iterable[dict[str, Any]]:
+    def grid_points(self) -> Iterable[dict[str, Any]]:
         """The product of all values, the last parameter's changing first."""
-        for values in product(*(swept.grid or [] for swept in self.space.values())):
+        for values in product(*(swept.grid_values or [] for swept in self.space.values())):
             yield dict(zip(self.space, values, strict=True))
 
 
-def read(path: Path, overrides: Sequence[str]) -> Sweep:
+def read_sweep(path: Path, overrides: Sequence[str]) -> Sweep:
     """The sweep file, its parameters replaced by the overrides of their names.
 
     Raises ConfigError, which does not name the file, and OSError.
@@ -99,8 +99,8 @@ def _parameters(
         if not all(c.isalnum() or c in "_.-" for c in key):
             raise ConfigError(f"parameters.{key}: W&B takes letters, digits and _ . - in a name")
         try:
-            space[key] = parameter(value)
-            for text in (space[key].grid or []) + space[key].ends:
+            space[key] = parse_parameter(value)
+            for text in (space[key].grid_values or []) + space[key].extremes:
                 if isinstance(text, str) and len(_values(f"{key}={text}")) != 1:
                     raise ConfigError(f"{text}: would be read as a list of runs; write one value")
         except ConfigError as error:
@@ -112,16 +112,18 @@ def _parameters(
         key, values = override.partition("=")[0], _values(override)
         space.pop(key.lstrip("+~"), None)
         if len(values) > 1:
-            space[key] = parameter({"values": values})
+            space[key] = parse_parameter({"values": values})
         else:
             given.append(override)
     for key, found in space.items():
-        if method == "grid" and found.grid is None:
+        if method == "grid" and found.grid_values is None:
             raise ConfigError(
                 f"parameters.{key}: a grid takes value, values, int_uniform or q_uniform; "
                 "other distributions are for random and bayes"
             )
-    constant = {key: found.ends[0] for key, found in space.items() if len({*found.ends}) == 1}
+    constant = {
+        key: found.extremes[0] for key, found in space.items() if len({*found.extremes}) == 1
+    }
     fixed = [f"{key}={value}" for key, value in constant.items()] + given
     return fixed, {key: space[key] for key in sorted(space) if key not in constant}
 

@@ -14,7 +14,7 @@ from lora_lab.sweeps import multirun
 from lora_lab.sweeps.multirun import Job
 
 
-class Asked(Protocol):
+class Search(Protocol):
     """What a sweeper asks: which points are next, none at the end; told when they have been run."""
 
     def ask(self, at_once: int) -> list[list[str]]:
@@ -26,7 +26,7 @@ class Asked(Protocol):
         ...
 
 
-class Listed:
+class JobList:
     """Jobs that are all known: those that can be run as one batch."""
 
     def __init__(self, jobs: list[Job]):
@@ -35,7 +35,7 @@ class Listed:
 
     def ask(self, at_once: int) -> list[list[str]]:
         """All of them, once."""
-        multirun.keep(self.jobs)
+        multirun.record_planned(self.jobs)
         batch, self._left = self._left, []
         return batch
 
@@ -46,7 +46,7 @@ class Listed:
 class PointSweeper(Sweeper):
     """Launches what its search asks for, batch by batch, whatever becomes of each job."""
 
-    search: ClassVar[Asked]
+    search: ClassVar[Search]
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -61,7 +61,7 @@ class PointSweeper(Sweeper):
         """Runs all that is asked for. Raises what the first job that failed raised."""
         assert isinstance(self.launcher, Launcher)
         returns = []
-        while batch := self.search.ask(getattr(self.launcher, "at_once", 1)):
+        while batch := self.search.ask(getattr(self.launcher, "jobs_at_once", 1)):
             returns += self.launcher.launch(batch, initial_job_idx=len(returns))
             self.search.tell()
         # Not by its return_value, which says an error once more before it raises it.
@@ -70,7 +70,7 @@ class PointSweeper(Sweeper):
                 raise job._return_value
 
 
-def use(search: Asked) -> None:
+def use_search(search: Search) -> None:
     """Makes `hydra/sweeper=points` run this search."""
     PointSweeper.search = search
     # Hydra wants a plugin named as one of hydra_plugins.

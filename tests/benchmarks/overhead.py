@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=[*SIZES], default=[*SIZES])
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
-    train.quiet()
+    train.silence_lightning()
     torch.set_num_threads(1)
     table = Table(title=f"µs a step: median (least – most) of {arguments.repeats} turns")
     for name in ("about", "time", *LOOPS, "Lightning − plain", "lora_lab − Lightning", "bound"):

@@ -25,14 +25,14 @@ from lora_lab.training import experiment
 from lora_lab.training.plan import Plan, plan
 from tests import killed
 from tests.conftest import SMALL, Lab
-from tests.sweeps.test_launchers import LOCAL, here, start, wait_for
-from tests.sweeps.test_launchers import alike as alike
-from tests.sweeps.test_sweep import RATE, Sweep, file, rates
+from tests.sweeps.test_launchers import LOCAL, processes_here, start_endless, wait_for
+from tests.sweeps.test_launchers import same_environment as same_environment
+from tests.sweeps.test_sweep import RATE, RunSweep, loss_by_rate, sweep_content
 from tests.sweeps.test_sweep import run_sweep as run_sweep
 from tests.tracking.test_tracking import as_ours, held
 from tests.training.test_resume import assert_equal, quick
 
-pytestmark = pytest.mark.usefixtures("alike")
+pytestmark = pytest.mark.usefixtures("same_environment")
 Points = Sequence[Sequence[str]]
 PACKED = ["-m", "hydra/launcher=packed", "hydra.launcher.n_jobs=1"]
 
@@ -40,7 +40,7 @@ PACKED = ["-m", "hydra/launcher=packed", "hydra.launcher.n_jobs=1"]
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture) -> None:
     """What the package says is kept; Lightning says what it must."""
-    train.quiet()
+    train.silence_lightning()
     caplog.set_level(logging.INFO, "lora_lab")
 
 
@@ -342,7 +342,7 @@ def test_a_model_that_vmap_refuses_is_trained_run_by_run(caplog: pytest.LogCaptu
 def packs_of(capsys: pytest.CaptureFixture[str], *points: str, **how: Any) -> tuple[list, str]:
     """How the jobs of a command go together, and what is said."""
     fixed = ["experiment=shift", "tracking=off", "figures=false", *SMALL["shift"], "-m"]
-    jobs = multirun.jobs(compose.points([*fixed, *points]))
+    jobs = multirun.plan_jobs(compose.points([*fixed, *points]))
     assert not [job.error for job in jobs if job.error]
     capsys.readouterr()
     found = group_into_packs(jobs, range(len(jobs)), how.get("at_once", 1), how.get("most"))
@@ -725,23 +725,23 @@ def test_a_pack_whose_process_is_killed_goes_on(lab: Lab, capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_pack():
-    process = start(*PACKED, "hydra.launcher.max_runs=2")
+    process = start_endless(*PACKED, "hydra.launcher.max_runs=2")
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)
     assert process.returncode == 130
-    wait_for(lambda: not here())
+    wait_for(lambda: not processes_here())
     assert [run.status["state"] for run in find_runs(Path("runs"))] == ["interrupted"] * 2
 
 
 @pytest.mark.parametrize("method", ["grid", pytest.param("random", marks=pytest.mark.slow)])
-def test_a_sweep_file_packs(method: str, run_sweep: Sweep, capsys: pytest.CaptureFixture[str]):
+def test_a_sweep_file_packs(method: str, run_sweep: RunSweep, capsys: pytest.CaptureFixture[str]):
     values = {"values": [0.01, 0.1]} if method == "grid" else RATE
     cap = None if method == "grid" else 4
-    content = file(method, cap, optimizer__lr=values, adapter__r={"values": [1, 2]})
+    content = sweep_content(method, cap, optimizer__lr=values, adapter__r={"values": [1, 2]})
     assert run_sweep(content, *PACKED[1:]) == 0
     assert "packed: 4 runs, together 4" in capsys.readouterr().out
     assert all(run.status["packed"] == 4 for run in by_name().values())
     assert run_sweep(content, "runs_dir=basic") == 0
-    assert rates().keys() == rates("basic").keys()
+    assert loss_by_rate().keys() == loss_by_rate("basic").keys()
     for name, run in by_name("basic").items():
         same_rows(by_name()[name], run, 1e-5)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps.launchers import processes
-from lora_lab.sweeps.launchers.processes import ProcessLauncher, at_once, share
+from lora_lab.sweeps.launchers.processes import ProcessLauncher, gpus_of_job, resolve_n_jobs
 from lora_lab.sweeps.launchers.submission import LocalLauncher, SlurmLauncher
 from tests.conftest import SMALL, Lab
 
@@ -29,7 +29,7 @@ ON_SLURM += ["hydra.launcher.mem_gb=1"]
 
 
 @pytest.fixture(autouse=True)
-def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job elsewhere computes as this process would, and finds the tests' models."""
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -165,7 +165,7 @@ def test_a_launcher_that_cannot_be_is_told(lab: Lab, capsys: pytest.CaptureFixtu
     assert not find_runs(Path("runs"))
 
 
-def start(*arguments: str) -> subprocess.Popen[Any]:
+def start_endless(*arguments: str) -> subprocess.Popen[Any]:
     """A multirun whose runs do not end, in a process that hears Ctrl-C, once two are training."""
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
     command += ["figures=false", "adapter.r=1,2,3", "trainer.max_epochs=1000000", *arguments]
@@ -189,7 +189,7 @@ def wait_for(condition, process: subprocess.Popen[Any] | None = None, seconds: f
         time.sleep(0.1)
 
 
-def here() -> list[str]:
+def processes_here() -> list[str]:
     """The processes that work in this test's folder, but for this one."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -206,39 +206,39 @@ SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, *SLOW])
 def test_its_end_is_its_jobs_end(signum: signal.Signals):
-    process = start(*JOBLIB)
+    process = start_endless(*JOBLIB)
     process.send_signal(signum)
     process.wait(timeout=60)
     assert process.returncode == {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[signum.name]
-    wait_for(lambda: not here())
+    wait_for(lambda: not processes_here())
     assert [run.status["state"] for run in find_runs(Path("runs"))] == ["interrupted"] * 2
 
 
 def test_the_gpus_are_shared_out():
     gpus = ["0", "1", "2", "3"]
-    assert [share(gpus, place, 4) for place in range(4)] == [["0"], ["1"], ["2"], ["3"]]
-    assert [share(gpus, place, 2) for place in range(2)] == [["0", "1"], ["2", "3"]]
-    assert [share(gpus, place, 3) for place in range(3)] == [["0"], ["1"], ["2"]]
-    assert [share(["5", "7"], place, 4) for place in range(4)] == [["5"], ["7"]] * 2
-    assert share([], 0, 3) == []
+    assert [gpus_of_job(gpus, place, 4) for place in range(4)] == [["0"], ["1"], ["2"], ["3"]]
+    assert [gpus_of_job(gpus, place, 2) for place in range(2)] == [["0", "1"], ["2", "3"]]
+    assert [gpus_of_job(gpus, place, 3) for place in range(3)] == [["0"], ["1"], ["2"]]
+    assert [gpus_of_job(["5", "7"], place, 4) for place in range(4)] == [["5"], ["7"]] * 2
+    assert gpus_of_job([], 0, 3) == []
 
 
 def test_as_many_jobs_at_once_as_there_are_gpus_or_cores():
-    assert at_once(None, 4, 1) == 4
-    assert at_once(None, 4, 2) == 2
-    assert at_once(None, 1, 2) == 1
-    assert at_once(3, 4, 1) == 3
-    assert at_once(None, 0, 1) == at_once(-1, 0, 1) >= 1
+    assert resolve_n_jobs(None, 4, 1) == 4
+    assert resolve_n_jobs(None, 4, 2) == 2
+    assert resolve_n_jobs(None, 1, 2) == 1
+    assert resolve_n_jobs(3, 4, 1) == 3
+    assert resolve_n_jobs(None, 0, 1) == resolve_n_jobs(-1, 0, 1) >= 1
     with pytest.raises(HydraException, match="n_jobs=-2"):
-        at_once(-2, 0, 1)
+        resolve_n_jobs(-2, 0, 1)
 
 
 def test_a_search_asks_for_as_many_as_run_at_once():
     launcher = ProcessLauncher(n_jobs=3)
     launcher.config = OmegaConf.create({"trainer": {"accelerator": "cpu", "devices": 1}})
-    assert launcher.at_once == 3
+    assert launcher.jobs_at_once == 3
     for kind in (LocalLauncher, SlurmLauncher):
-        assert kind(array_parallelism=4).at_once == 4
+        assert kind(array_parallelism=4).jobs_at_once == 4
 
 
 def test_a_job_has_its_gpu_and_its_threads(lab: Lab, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,8 @@ from lora_lab.config.compose import prepare
 from lora_lab.config.schema import ConfigError
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import search
-from lora_lab.sweeps.search_space import parameter
+from lora_lab.sweeps.search_space import parse_parameter
+from lora_lab.sweeps.sweep_file import read_sweep
 from lora_lab.training import experiment
 from lora_lab.training.plan import plan
 from tests.config.test_conf import composed
@@ -33,11 +34,11 @@ SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
 GRIDS = [path for path in SWEEPS if yaml.safe_load(path.read_text())["method"] == "grid"]
 QUICK = ["tracking=off", "figures=false", "spectra.truncation=none", "spectra.against_base=false"]
 
-Sweep = Callable[..., int]
+RunSweep = Callable[..., int]
 
 
 @pytest.fixture
-def run_sweep(monkeypatch: pytest.MonkeyPatch) -> Sweep:
+def run_sweep(monkeypatch: pytest.MonkeyPatch) -> RunSweep:
     """run_sweep(content or path, "seed=0") runs `lora-lab sweep`, small: its exit code."""
 
     def run(content: dict[str, Any] | Path, *arguments: str, small: str = "shift") -> int:
@@ -55,7 +56,9 @@ def of_size(path: Path, small: str = "shift") -> list[str]:
     return [*QUICK, *(o for o in SMALL[small] if o.partition("=")[0] not in said)]
 
 
-def file(method: str = "grid", cap: int | None = None, **parameters: Any) -> dict[str, Any]:
+def sweep_content(
+    method: str = "grid", cap: int | None = None, **parameters: Any
+) -> dict[str, Any]:
     """A sweep file over `shift`; a parameter's dots are written as underscores twice."""
     content: dict[str, Any] = {"method": method, "metric": {"name": "val/loss"}}
     if cap is not None:
@@ -67,7 +70,7 @@ def file(method: str = "grid", cap: int | None = None, **parameters: Any) -> dic
 RATE = {"distribution": "log_uniform_values", "min": 0.001, "max": 1.0}
 
 
-def rates(root: str = "runs") -> dict[float, float | None]:
+def loss_by_rate(root: str = "runs") -> dict[float, float | None]:
     """Each finished run's learning rate, and its loss."""
     runs = [run for run in find_runs(Path(root)) if run.finished]
     return {run.config["optimizer"]["lr"]: run.last("val/loss") for run in runs}
@@ -79,10 +82,10 @@ def test_every_point_of_every_file_can_be_run(path: Path):
     assert content["command"][-1] == "${args_no_hyphens}"
     for start in ("lora-lab sweep", "wandb sweep"):
         assert f"{start} sweeps/{path.name}" in path.read_text()
-    read = sweep.read(path, [])
+    read = read_sweep(path, [])
     if content["method"] != "grid":
-        points = [read.point(values) for values in read.ends()]
-        points += [read.point(values) for values in search.at_random(read.space, 5, 0)]
+        points = [read.overrides_at(values) for values in read.extreme_points()]
+        points += [read.overrides_at(values) for values in search.random_points(read.space, 5, 0)]
     else:
         listed = [
             [f"{key}={value}" for value in said.get("values", [said.get("value")])]
@@ -90,14 +93,14 @@ def test_every_point_of_every_file_can_be_run(path: Path):
         ]
         points = [prepare(list(point)) for point in product(*listed)]
         without = [{o for o in point if not o.startswith("tracking")} for point in points]
-        ours = [set(read.point(values)) for values in read.grid()]
+        ours = [set(read.overrides_at(values)) for values in read.grid_points()]
         assert sorted(map(sorted, ours)) == sorted(map(sorted, without))
     for point in points:
         assert plan(composed(*point)).sites
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_every_grid_file_runs(run_sweep: Sweep, path: Path):
+def test_every_grid_file_runs(run_sweep: RunSweep, path: Path):
     name = yaml.safe_load(path.read_text())["parameters"]["experiment"]["value"]
     fewer = ["adapter.r=2,full"] if path.stem == "rank_vs_full" else []
     assert run_sweep(path, "seed=0", "--count", "2", *fewer, small=name) == 0
@@ -108,9 +111,9 @@ def test_every_grid_file_runs(run_sweep: Sweep, path: Path):
 
 
 def test_a_grid_is_in_the_order_of_its_names_and_its_commands_can_be_pasted(
-    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    content = file(
+    content = sweep_content(
         seed={"values": [0, 1]},
         adapter__scaling={"values": ["alpha/sqrt(r)", "alpha"]},
         target={"value": "*near"},
@@ -130,10 +133,10 @@ def test_a_grid_is_in_the_order_of_its_names_and_its_commands_can_be_pasted(
 
 
 def test_a_grid_goes_on_and_its_failure_is_told(
-    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     fails(monkeypatch, RuntimeError("on purpose"), at=2)
-    content = file(seed={"values": [0, 1, 2]})
+    content = sweep_content(seed={"values": [0, 1, 2]})
     assert run_sweep(content) == 1
     out = capsys.readouterr().out
     assert "multirun: 3 runs" in out
@@ -166,27 +169,27 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> Non
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
-    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, method: str
+    run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, method: str
 ):
-    monkeypatch.setattr(search, "STARTUP", 3)
-    content = file(method, 5, optimizer__lr=RATE, adapter__r={"values": [1, 2]})
+    monkeypatch.setattr(search, "STARTUP_TRIALS", 3)
+    content = sweep_content(method, 5, optimizer__lr=RATE, adapter__r={"values": [1, 2]})
     assert run_sweep(content, "runs_dir=whole") == 0
-    assert len(rates("whole")) == 5
+    assert len(loss_by_rate("whole")) == 5
     with monkeypatch.context() as patch:
         fails(patch, KeyboardInterrupt(), at=4)
         assert run_sweep(content) == 130
-    assert len(rates()) == 3
+    assert len(loss_by_rate()) == 3
     started = {run.path: run.status["started"] for run in find_runs(Path("runs")) if run.finished}
     assert run_sweep(content) == 0
-    assert rates() == rates("whole")
+    assert loss_by_rate() == loss_by_rate("whole")
     assert all(Run(path).status["started"] == at for path, at in started.items())
     assert run_sweep(content, "--count", "6") == 0
-    assert len(rates()) == 6
-    assert rates().items() > rates("whole").items()
+    assert len(loss_by_rate()) == 6
+    assert loss_by_rate().items() > loss_by_rate("whole").items()
 
 
-def test_another_seed_draws_other_points(run_sweep: Sweep, capsys: pytest.CaptureFixture[str]):
-    content = file("random", 3, optimizer__lr=RATE)
+def test_another_seed_draws_other_points(run_sweep: RunSweep, capsys: pytest.CaptureFixture[str]):
+    content = sweep_content("random", 3, optimizer__lr=RATE)
     drawn = []
     for seed in ("0", "0", "1"):
         assert run_sweep(content, "--dry-run", "--seed", seed) == 0
@@ -197,23 +200,23 @@ def test_another_seed_draws_other_points(run_sweep: Sweep, capsys: pytest.Captur
 
 
 def test_bayes_shows_beforehand_what_no_result_decides_on(
-    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(search, "STARTUP", 2)
-    content = file("bayes", 3, optimizer__lr=RATE)
+    monkeypatch.setattr(search, "STARTUP_TRIALS", 2)
+    content = sweep_content("bayes", 3, optimizer__lr=RATE)
     assert run_sweep(content, "--dry-run") == 0
     *commands, more = capsys.readouterr().out.splitlines()
     assert len(commands) == 2
     assert more == "# 1 more, which depend on the results of these"
     assert run_sweep(content) == 0
     told = [float(c.rpartition("optimizer.lr=")[2]) for c in commands]
-    assert set(told) < rates().keys()
+    assert set(told) < loss_by_rate().keys()
 
 
 def test_a_failed_trial_is_tried_again_at_the_same_point(
-    run_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    content = file("bayes", 3, optimizer__lr=RATE)
+    content = sweep_content("bayes", 3, optimizer__lr=RATE)
     with monkeypatch.context() as patch:
         fails(patch, RuntimeError("on purpose"), at=2)
         assert run_sweep(content) == 1
@@ -221,16 +224,16 @@ def test_a_failed_trial_is_tried_again_at_the_same_point(
     (failed,) = [run for run in find_runs(Path("runs")) if not run.finished]
     assert run_sweep(content) == 0
     assert failed.finished
-    assert len(rates()) == 3
-    best = min((loss, rate) for rate, loss in rates().items() if loss is not None)
+    assert len(loss_by_rate()) == 3
+    best = min((loss, rate) for rate, loss in loss_by_rate().items() if loss is not None)
     said = capsys.readouterr().out
     assert f"best val/loss {best[0]:.6g}: runs/shift/" in said
     assert run_sweep(content, "overwrite=true") == 0
     assert "multirun: 3 runs\n" in capsys.readouterr().out  # none is known any more
 
 
-def test_a_bayes_sweep_runs_once_at_a_time(run_sweep: Sweep, capsys: pytest.CaptureFixture[str]):
-    content = file("bayes", 1, optimizer__lr=RATE)
+def test_a_bayes_sweep_runs_once_at_a_time(run_sweep: RunSweep, capsys: pytest.CaptureFixture[str]):
+    content = sweep_content("bayes", 1, optimizer__lr=RATE)
     assert run_sweep(content) == 0
     (lock,) = Path("runs/.sweeps").glob("sweep-*/lock")
     with FileLock(lock):
@@ -239,14 +242,14 @@ def test_a_bayes_sweep_runs_once_at_a_time(run_sweep: Sweep, capsys: pytest.Capt
 
 
 @pytest.mark.slow
-def test_bayes_finds_the_learning_rate_that_is_known(run_sweep: Sweep):
+def test_bayes_finds_the_learning_rate_that_is_known(run_sweep: RunSweep):
     """One step of gradient descent on a quadratic: the loss is a parabola in the rate."""
     rate = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e4}
-    content = file("bayes", 30, optimizer__lr=rate)
+    content = sweep_content("bayes", 30, optimizer__lr=rate)
     content["parameters"]["experiment"] = {"value": "planted_linear"}
     one = ["adapter=full", "optimizer=sgd", "data.steps=1", "trainer.max_epochs=1"]
     assert run_sweep(content, *one, small="planted_linear") == 0
-    found = [(rate, loss) for rate, loss in rates().items() if loss is not None]
+    found = [(rate, loss) for rate, loss in loss_by_rate().items() if loss is not None]
     before = find_runs(Path("runs"))[0].curve("val/loss")[0]
     # Through the loss before, and those of the two rates that moved it most without leaving.
     (x, y), (u, v) = sorted(found, key=lambda pair: abs(math.log(pair[1] / before)))[-2:]
@@ -256,19 +259,19 @@ def test_bayes_finds_the_learning_rate_that_is_known(run_sweep: Sweep):
 
 
 @pytest.mark.slow
-def test_a_search_that_is_killed_goes_on(run_sweep: Sweep):
-    content = file("bayes", 14, optimizer__lr=RATE)
+def test_a_search_that_is_killed_goes_on(run_sweep: RunSweep):
+    content = sweep_content("bayes", 14, optimizer__lr=RATE)
     assert run_sweep(content, "runs_dir=whole") == 0
     lab = [str(Path(sys.executable).with_name("lora-lab")), "sweep", "sweep.yaml"]
     for done in (3, 12):
         process = subprocess.Popen([*lab, *of_size(Path("sweep.yaml"))], stdout=subprocess.DEVNULL)
         until = time.monotonic() + 300
-        while len(rates()) < done and process.poll() is None and time.monotonic() < until:
+        while len(loss_by_rate()) < done and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert run_sweep(content) == 0
-    assert rates() == rates("whole")
+    assert loss_by_rate() == loss_by_rate("whole")
 
 
 BAD = {
@@ -316,13 +319,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file(run_sweep: Sweep, capsys: pytest.CaptureFixture[str], case: str):
+def test_a_bad_file(run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], case: str):
     change, says = BAD[case]
-    refused(run_sweep, capsys, change(file(adapter__r={"values": [1, 2]})), says)
+    refused(run_sweep, capsys, change(sweep_content(adapter__r={"values": [1, 2]})), says)
 
 
 def refused(
-    run_sweep: Sweep, capsys: pytest.CaptureFixture[str], content: dict[str, Any], says: str
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], content: dict[str, Any], says: str
 ) -> None:
     assert run_sweep(content) == 2
     said = capsys.readouterr()
@@ -352,9 +355,9 @@ def refused(
     ],
 )
 def test_a_bad_parameter(
-    run_sweep: Sweep, capsys: pytest.CaptureFixture[str], key: str, said: Any, says: str
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], key: str, said: Any, says: str
 ):
-    content = file()
+    content = sweep_content()
     content["parameters"][key] = said
     assert run_sweep(content) == 2
     err = capsys.readouterr().err
@@ -378,17 +381,19 @@ def test_a_bad_parameter(
     ],
 )
 def test_a_bad_distribution(
-    run_sweep: Sweep, capsys: pytest.CaptureFixture[str], said: dict[str, Any], says: str
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], said: dict[str, Any], says: str
 ):
-    assert run_sweep(file("random", 3, optimizer__lr=said)) == 2
+    assert run_sweep(sweep_content("random", 3, optimizer__lr=said)) == 2
     assert says in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
 def test_early_terminate_is_said_to_be_left_out(
-    run_sweep: Sweep, capsys: pytest.CaptureFixture[str]
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str]
 ):
-    content = file(seed={"value": 3}) | {"early_terminate": {"type": "hyperband", "min_iter": 3}}
+    content = sweep_content(seed={"value": 3}) | {
+        "early_terminate": {"type": "hyperband", "min_iter": 3}
+    }
     assert run_sweep(content, "--dry-run") == 0
     said, dry = capsys.readouterr().out.splitlines()
     assert "every run goes to its end" in said
@@ -408,7 +413,7 @@ DISTRIBUTIONS = {
 
 
 def drawn(said: dict[str, Any], count: int = 300) -> list[Any]:
-    return [values["x"] for values in search.at_random({"x": parameter(said)}, count, 0)]
+    return [values["x"] for values in search.random_points({"x": parse_parameter(said)}, count, 0)]
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -416,7 +421,7 @@ def test_distributions_are_wandbs(name: str):
     said, truth = DISTRIBUTIONS[name]
     values = drawn(said)
     assert stats.kstest(values, truth.cdf).pvalue > 0.01
-    low, high = parameter(said).ends
+    low, high = parse_parameter(said).extremes
     assert low <= min(values) < max(values) <= high
 
 
@@ -426,9 +431,9 @@ def test_steps_are_whole_multiples_as_near_as_can_be():
     assert sum(shares) == 1
     assert shares == pytest.approx([0.125, 0.25, 0.25, 0.25, 0.125], abs=0.08)
     assert {type(x) for x in drawn({"distribution": "q_normal", "sigma": 4}, 9)} == {int}
-    fifths = parameter({"distribution": "q_uniform", "min": 0.1, "max": 0.7, "q": 0.2})
-    assert fifths.grid == [0.1, 0.3, 0.5]  # W&B leaves out the last
-    assert parameter({"min": 1, "max": 4}).grid == [1, 2, 3, 4]
+    fifths = parse_parameter({"distribution": "q_uniform", "min": 0.1, "max": 0.7, "q": 0.2})
+    assert fifths.grid_values == [0.1, 0.3, 0.5]  # W&B leaves out the last
+    assert parse_parameter({"min": 1, "max": 4}).grid_values == [1, 2, 3, 4]
 
 
 def test_lists_are_drawn_evenly_or_by_their_probabilities():
@@ -442,7 +447,7 @@ def test_lists_are_drawn_evenly_or_by_their_probabilities():
 
 def test_a_parameter_that_names_no_form_is_refused():
     with pytest.raises(ConfigError, match="must say value"):
-        parameter({})
+        parse_parameter({})
 
 
 @pytest.mark.parametrize(

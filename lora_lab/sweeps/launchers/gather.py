@@ -49,7 +49,7 @@ class LostError(RunFailedError):
     """A job whose process ended without a word: killed, cancelled, out of memory."""
 
 
-def to_do(job: Job, config: DictConfig) -> bool:
+def needs_process(job: Job, config: DictConfig) -> bool:
     """Whether a job needs a process: its config can be, and it is not done already."""
     if job.path is None:
         return False
@@ -72,7 +72,7 @@ def gather(
     exception, it first ends what runs.
     """
     Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-    multirun.keeps(Path(config.hydra.sweep.dir))
+    multirun.set_directory(Path(config.hydra.sweep.dir))
     waiting, wanted = deque(packs), {i for pack in packs for i in pack}
     errors: dict[int, Exception | None] = {
         i: ConfigError(job.error) if job.error else None
@@ -98,13 +98,13 @@ def gather(
                             errors[i] = _own(jobs[i], error, len(pack))
                             path = jobs[i].path
                             if path and isinstance(errors[i], LostError):
-                                multirun.lost(path, str(error))
+                                multirun.mark_lost(path, str(error))
                         if error and config.sweep.fail_fast:
                             waiting.clear()
                             for others, pending in live.values():
                                 if all(jobs[i].state == "none" for i in others):
                                     pending.stop()
-                if line := multirun.progress():
+                if line := multirun.progress_line():
                     counts, _, _ = line.partition(", about")
                     if counts != told and (len(errors) > ended or every >= SLOW):
                         console.print(f"[bold]multirun:[/] {line}", highlight=False)

@@ -27,7 +27,7 @@ from joblib import cpu_count
 from lora_lab.config.schema import ConfigError
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
-from lora_lab.sweeps.launchers.gather import LostError, gather, to_do
+from lora_lab.sweeps.launchers.gather import LostError, gather, needs_process
 from lora_lab.sweeps.packs import group_into_packs, pack_task
 from lora_lab.training import bases
 
@@ -45,10 +45,10 @@ class ProcessLauncher(JoblibLauncher):
     def processes(self) -> int:
         """How many jobs, or packs of them, run side by side."""
         assert self.config is not None
-        return at_once(self.joblib["n_jobs"], len(self.gpus), self.config.trainer.devices)
+        return resolve_n_jobs(self.joblib["n_jobs"], len(self.gpus), self.config.trainer.devices)
 
     @property
-    def at_once(self) -> int:
+    def jobs_at_once(self) -> int:
         """How many jobs a search is asked for: as many as run side by side, in packs too."""
         own = self.joblib
         return self.processes * ((own.get("max_runs") or 8) if own.get("pack") else 1)
@@ -60,8 +60,8 @@ class ProcessLauncher(JoblibLauncher):
         context, config = self.hydra_context, self.config
         assert context is not None
         assert config is not None
-        jobs = [multirun.job(overrides) for overrides in job_overrides]
-        wanted = [i for i, job in enumerate(jobs) if to_do(job, config)]
+        jobs = [multirun.find_job(overrides) for overrides in job_overrides]
+        wanted = [i for i, job in enumerate(jobs) if needs_process(job, config)]
         gpus, n, packs = self.gpus, self.processes, [[i] for i in wanted]
         if self.joblib["pack"] and wanted:
             packs = group_into_packs(jobs, wanted, n, self.joblib["max_runs"])
@@ -81,7 +81,7 @@ class ProcessLauncher(JoblibLauncher):
             job = (initial_job_idx + pack[0], list(job_overrides[pack[0]]))
             sent = cloudpickle.dumps((*job, context, config, pack_task(self, jobs, pack), state))
             log = logs / f"{initial_job_idx + pack[0]}.log"
-            given = (share(gpus, place, n), threads, log, sent)
+            given = (gpus_of_job(gpus, place, n), threads, log, sent)
             process = server.Process(target=_job, args=given)
             process.start()
             return Process(process, log)
@@ -89,7 +89,7 @@ class ProcessLauncher(JoblibLauncher):
         return gather(jobs, packs, config, start, n, every=0.2)
 
 
-def at_once(n_jobs: int | None, gpus: int, devices: object) -> int:
+def resolve_n_jobs(n_jobs: int | None, gpus: int, devices: object) -> int:
     """How many jobs run at once: as asked for; else one for each `devices` GPUs, or for each core.
 
     Raises HydraException where it is not a number of jobs.
@@ -108,7 +108,7 @@ def visible_gpus() -> list[str]:
     return list(map(str, range(torch.cuda.device_count())))
 
 
-def share(gpus: list[str], place: int, n: int) -> list[str]:
+def gpus_of_job(gpus: list[str], place: int, n: int) -> list[str]:
     """The GPUs of the job at `place` of `n`: as many for each; one, where there are fewer."""
     each = max(1, len(gpus) // n)
     groups = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)]

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from submitit.core.utils import UncompletedJobError
 
 from lora_lab.sweeps import multirun
-from lora_lab.sweeps.launchers.gather import LostError, Worker, gather, to_do
+from lora_lab.sweeps.launchers.gather import LostError, Worker, gather, needs_process
 from lora_lab.sweeps.packs import group_into_packs, pack_task
 
 MISSING = 30
@@ -35,7 +35,7 @@ class _Launcher(BaseSubmititLauncher):
     """What SLURM's launcher and the local one share."""
 
     @property
-    def at_once(self) -> int:
+    def jobs_at_once(self) -> int:
         """How many jobs run side by side, at most."""
         return self.params["array_parallelism"]
 
@@ -71,7 +71,7 @@ class _Launcher(BaseSubmititLauncher):
         config, state = self.config, Singleton.get_state()
         assert config is not None
         executor = self.executor()
-        jobs = [multirun.job(overrides) for overrides in job_overrides]
+        jobs = [multirun.find_job(overrides) for overrides in job_overrides]
 
         def submit(pack: list[int]) -> submitit.Job[JobReturn]:
             one, which = copy.copy(self), initial_job_idx + pack[0]
@@ -79,7 +79,7 @@ class _Launcher(BaseSubmititLauncher):
             overrides = jobs[pack[0]].overrides
             return executor.submit(one, overrides, "hydra.sweep.dir", which, "", state)
 
-        wanted = [index for index, job in enumerate(jobs) if to_do(job, config)]
+        wanted = [index for index, job in enumerate(jobs) if needs_process(job, config)]
         packs = [[i] for i in wanted]
         if self.params["pack"] and wanted:
             packs = group_into_packs(jobs, wanted, 1, self.params["max_runs"])
@@ -93,7 +93,7 @@ class _Launcher(BaseSubmititLauncher):
         self, executor: submitit.AutoExecutor, submit: Submit, packs: list[list[int]]
     ) -> tuple[Callable[[list[int], int], Worker], int, float]:
         """How a job is started, how many at once, and the seconds between two looks."""
-        return lambda pack, _: Submitted(submit(pack)), self.at_once, 0.2
+        return lambda pack, _: Submitted(submit(pack)), self.jobs_at_once, 0.2
 
 
 class LocalLauncher(_Launcher):
