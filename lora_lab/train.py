@@ -91,7 +91,7 @@ def _run(content: DictConfig, single: bool) -> None:
         again = "overwrite=true repeats it"
         console.print(f"Finished before, not repeated ({again}): {run.path}", soft_wrap=True)
         if "WANDB_SWEEP_ID" in os.environ:  # an agent of W&B waits for a run of its own
-            tracking.again(planned.cfg, run)
+            tracking.copy_to_wandb(planned.cfg, run)
         if not (run.path / "report" / "table.md").exists():
             report.write(run)
     except RunBusyError as error:

@@ -82,7 +82,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
-    monkeypatch.setattr(Tracking, "fell_back", False)
+    monkeypatch.setattr(Tracking, "server_failed", False)
     monkeypatch.setattr(sys, "argv", ["lora-lab"])
     yield
     logging.getLogger("lora_lab").setLevel(logging.NOTSET)

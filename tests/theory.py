@@ -124,7 +124,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
                     said = theory.similarity(i, j, d, SHARED)
                     i_one, i_other = (i, j) if pair.phi.shape[0] == r else (j, i)
                     phi = float(pair.phi[i_one - 1, i_other - 1])
-                    one = Held(f"φ({i}, {j})", phi, said.value, said.error, 1.0)
+                    one = Held(f"φ({i}, {j})", phi, said.value, said.standard_error, 1.0)
                     found.setdefault(("subspace", f"r={r}, {other}", r, one.metric), []).append(one)
     order = list(MULTIRUNS)
     return [Line(*key, found[key]) for key in sorted(found, key=lambda key: order.index(key[0]))]

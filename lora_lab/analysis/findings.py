@@ -71,7 +71,7 @@ def _compare_with_base(
     ΔW's directions are, of a product B A, all above rounding. Of a dense ΔW the smallest are noise:
     there they are the first that hold 90% of its energy.
     """
-    W = updates.before(site).to(svd.S)
+    W = updates.base_matrix(site).to(svd.S)
     of_base, of_delta = svd_of_weight(W, directory).above_rounding(), svd.above_rounding()
     if not updates.is_product(site):
         spectrum = Spectrum(of_delta.S.cpu(), (W.shape[0], W.shape[1]), 0)

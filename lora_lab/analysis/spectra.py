@@ -132,7 +132,7 @@ def _rounding(R_A: Tensor, R_B: Tensor) -> Tensor:
     return 8 * torch.finfo(torch.float64).eps * sizes
 
 
-def from_factors(
+def spectrum_of_factors(
     A: Float[Tensor, "r rest"], B: Float[Tensor, "out r"], scale: float = 1.0
 ) -> Spectrum:
     """The spectrum of scale · B A. Raises as `singular_values` does."""
@@ -140,7 +140,7 @@ def from_factors(
     return Spectrum(sigma.cpu(), (B.shape[0], A.shape[1]), _eps(A))
 
 
-def from_matrix(delta: Float[Tensor, "out rest"]) -> Spectrum:
+def spectrum_of_matrix(delta: Float[Tensor, "out rest"]) -> Spectrum:
     """The spectrum of a dense ΔW. Raises ValueError where it holds NaN or infinity."""
     _check_finite(delta=delta)
     sigma = torch.linalg.svdvals(delta.detach().double())
@@ -151,8 +151,8 @@ Factors = tuple[Tensor, Tensor, float]
 """A, B and scale."""
 
 
-def from_sites(sites: Mapping[str, Factors]) -> dict[str, Spectrum]:
-    """`from_factors` of every site; those of one shape are stacked and decomposed in one call."""
+def spectra_of_sites(sites: Mapping[str, Factors]) -> dict[str, Spectrum]:
+    """The spectrum of each site; sites of one shape are stacked and decomposed in one call."""
     alike: dict[object, list[str]] = {}
     for site, (A, B, _) in sites.items():
         alike.setdefault((A.shape, B.shape, A.dtype, A.device), []).append(site)
@@ -171,7 +171,7 @@ def from_sites(sites: Mapping[str, Factors]) -> dict[str, Spectrum]:
     return {site: found[site] for site in sites}
 
 
-def together(spectra: Iterable[Spectrum]) -> Spectrum:
+def spectrum_of_blocks(spectra: Iterable[Spectrum]) -> Spectrum:
     """The spectrum of several updates as one block-diagonal matrix: all their singular values."""
     every = list(spectra)
     sigma = torch.cat([s.singular_values for s in every]).sort(descending=True).values

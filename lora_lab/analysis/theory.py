@@ -13,36 +13,36 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What theory says a metric will be: `value`, give or take a standard error of `error`.
+class Prediction:
+    """What theory says a metric will be: `value`, give or take a standard error.
 
-    `error` 0: the formula is exact for the very data and adapter at hand.
+    `standard_error` 0: the formula is exact for the very data and adapter at hand.
     """
 
     value: float
-    error: float = 0.0
+    standard_error: float = 0.0
 
 
 @dataclass(frozen=True)
-class Fit:
+class LeastSquaresFit:
     """The ΔW of a class that fits a data set best, and the loss that it leaves.
 
-    `unique`: no other ΔW of the class leaves as little.
+    `is_unique`: no other ΔW of the class leaves as little.
     """
 
     loss: float
     delta: Float64[Tensor, "out d"]
-    unique: bool
+    is_unique: bool
 
 
-def fit(
+def least_squares(
     X: Float[Tensor, "n d"],
     Y: Float[Tensor, "n out"],
     r: int | None = None,
     A: Float[Tensor, "r d"] | None = None,
     B: Float[Tensor, "out r"] | None = None,
     start: Float[Tensor, "out d"] | None = None,
-) -> Fit:
+) -> LeastSquaresFit:
     """The least squares of Y ≈ X ΔWᵀ over all ΔW of rank `r` at most (None: any).
 
     Reduced-rank regression (Izenman 1975): (‖Y‖² − Σ_{i≤r} σ_i²(P_X Y)) / (n · out), with P_X the
@@ -52,7 +52,7 @@ def fit(
     """
     X, Y = X.double(), Y.double()
     if start is not None:
-        of_sum = fit(X, Y + X @ start.double().T, r, A, B)
+        of_sum = least_squares(X, Y + X @ start.double().T, r, A, B)
         return replace(of_sum, delta=of_sum.delta - start)
     features = X if A is None else X @ A.double().T
     U, S, Vh = torch.linalg.svd(features, full_matrices=False)
@@ -68,7 +68,7 @@ def fit(
     # What is cut must be apart from what is kept, or be rounding.
     gap = not len(cut) or cut[0] < (1 - 1e-9) * kept[-1] or cut[0] < 1e-6 * sigma[0]
     loss = (Y - X @ delta.T).square().mean().item()  # of the formula, without its cancellation
-    return Fit(loss, delta, bool(rank == features.shape[1] and gap))
+    return LeastSquaresFit(loss, delta, bool(rank == features.shape[1] and gap))
 
 
 def frozen_share(trains: str, r: int, out: int, d: int) -> float:
@@ -146,7 +146,7 @@ def group_sigma(sizes: Sequence[int], shifts: Float[Tensor, "g d"]) -> Float64[T
     return torch.linalg.svdvals(roots[:, None] * shifts.double())
 
 
-def similarity(i: int, j: int, d: int, k: int = 0) -> Expected:
+def similarity(i: int, j: int, d: int, k: int = 0) -> Prediction:
     """φ = ‖U_iᵀ V_j‖²_F / min(i, j) of two bases of R^d that share their first k directions.
 
     The rest are random: [min(k,i,j) + (i−k)₊(j−k)₊/(d−k)] / min(i,j) in the mean; with none shared,
@@ -156,7 +156,7 @@ def similarity(i: int, j: int, d: int, k: int = 0) -> Expected:
     p, q, D = max(i - k, 0), max(j - k, 0), d - k
     trace = p * q / D if D else 0.0
     variance = 2 * trace * (D - p) * (D - q) / (D * (D - 1) * (D + 2)) if D > 1 else 0.0
-    return Expected((min(k, i, j) + trace) / min(i, j), math.sqrt(variance) / min(i, j))
+    return Prediction((min(k, i, j) + trace) / min(i, j), math.sqrt(variance) / min(i, j))
 
 
 MOMENTS = {"kaiming": (1 / 3, -2 / 15), "gaussian": (1.0, 0.0)}
@@ -168,7 +168,7 @@ def _moments(init: str, d: int) -> tuple[float, float]:
     return (variance / d, cumulant / d**2) if init == "kaiming" else (variance, cumulant)
 
 
-def gradient_ratio(G: Float[Tensor, "out d"], r: int, scale: float, init: str) -> Expected:
+def gradient_ratio(G: Float[Tensor, "out d"], r: int, scale: float, init: str) -> Prediction:
     """‖∇_B‖ / ‖G‖ before the first step, G the loss's gradient to the weight and B zero.
 
     ∇_B = scale · G Aᵀ, so √E of the square is scale · √(r v), v the variance of A's entries:
@@ -178,10 +178,10 @@ def gradient_ratio(G: Float[Tensor, "out d"], r: int, scale: float, init: str) -
     M = G.double().T @ G.double()
     variance = 2 * v**2 * M.square().sum() + cumulant * M.diag().square().sum()  # of aᵀ M a
     value = scale * math.sqrt(r * v)
-    return Expected(value, value / (2 * v * M.trace().item()) * math.sqrt(variance.item() / r))
+    return Prediction(value, value / (2 * v * M.trace().item()) * math.sqrt(variance.item() / r))
 
 
-def descent(G: Float[Tensor, "out d"], r: int, scale: float, init: str) -> Expected:
+def descent(G: Float[Tensor, "out d"], r: int, scale: float, init: str) -> Prediction:
     """⟨−G, ΔW⟩ / (lr Σ_o ‖G_o‖) after Adam's first step, which moves each entry of B by lr.
 
     scale · Σ_oj |G_o · a_j| / Σ_o ‖G_o‖, of mean scale · r √(2v/π): scale · r √(2/π) / √(3d) for
@@ -194,4 +194,4 @@ def descent(G: Float[Tensor, "out d"], r: int, scale: float, init: str) -> Expec
     covariance = 2 / math.pi * (rho * rho.asin() + (1 - rho.square()).sqrt() - 1)
     share = norms / norms.sum()
     error = scale * math.sqrt(r * v * (share @ covariance @ share).item())
-    return Expected(scale * r * math.sqrt(2 * v / math.pi), error)
+    return Prediction(scale * r * math.sqrt(2 * v / math.pi), error)

@@ -13,7 +13,7 @@ from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import SVD, Spectrum
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be spread over processes, on each of them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -22,65 +22,65 @@ class Updates:
     """What changed at each of `sites` of `model`, whose weights were `base` before."""
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor], sites: Sequence[Site]):
-        self.model, self.base = model, base
+        self.model, self.base_weights = model, base
         self.sites = {site.name: site for site in sites}
-        self.adapters = adapters.attached(model)
+        self.adapters_by_site = adapters.attached(model)
 
-    def before(self, site: str) -> Tensor:
+    def base_matrix(self, site: str) -> Tensor:
         """W₀ of a site as a matrix."""
-        return self.part(site, self.base[self.sites[site].key])
+        return self.as_matrix(site, self.base_weights[self.sites[site].key])
 
-    def matrix(self, site: str) -> Tensor:
+    def delta_matrix(self, site: str) -> Tensor:
         """ΔW of a site as a matrix."""
         where = self.sites[site]
-        if adapter := self.adapters.get(site):
+        if adapter := self.adapters_by_site.get(site):
             layer = self.model.get_submodule(where.layer)
             return adapter.weight_to_matrix(adapter.delta(adapter.weight_of(layer))).detach()
-        weight = whole(self.model.get_parameter(where.key).detach())
-        change = weight.double() - self.base[where.key].to(weight.device)
-        return self.part(site, change.to(torch.promote_types(weight.dtype, torch.float32)))
+        weight = full_tensor(self.model.get_parameter(where.key).detach())
+        change = weight.double() - self.base_weights[where.key].to(weight.device)
+        return self.as_matrix(site, change.to(torch.promote_types(weight.dtype, torch.float32)))
 
-    def spectrum(self) -> dict[str, Spectrum]:
+    def spectra_by_site(self) -> dict[str, Spectrum]:
         """The singular values at every site: from the factors, where ΔW is their product."""
         products = {
-            site: (whole(A), whole(B), adapter.scale)
-            for site, adapter in self.adapters.items()
+            site: (full_tensor(A), full_tensor(B), adapter.scale)
+            for site, adapter in self.adapters_by_site.items()
             if self.is_product(site)
             for A, B in [adapter.factors()]
         }
-        found = spectra.from_sites(products)
+        of_products = spectra.spectra_of_sites(products)
         return {
-            site: found[site] if site in found else spectra.from_matrix(self.matrix(site))
+            site: of_products.get(site) or spectra.spectrum_of_matrix(self.delta_matrix(site))
             for site in self.sites
         }
 
     def is_product(self, site: str) -> bool:
         """Whether ΔW is scale · B A: not DoRA's, nor that of full fine-tuning."""
-        adapter = self.adapters.get(site)
+        adapter = self.adapters_by_site.get(site)
         return adapter is not None and adapter.magnitude is None
 
     def svd(self, site: str) -> SVD:
         """The singular values and directions of a site's ΔW."""
         if not self.is_product(site):
-            return spectra.svd_of_matrix(self.matrix(site))
-        adapter = self.adapters[site]
+            return spectra.svd_of_matrix(self.delta_matrix(site))
+        adapter = self.adapters_by_site[site]
         return spectra.svd_of_factors(*adapter.factors(), adapter.scale)
 
     @contextmanager
-    def cutting(self, found: Mapping[str, SVD]) -> Iterator[Callable[[Mapping[str, int]], None]]:
+    def cut_weights(self, svds: Mapping[str, SVD]) -> Iterator[Callable[[Mapping[str, int]], None]]:
         """Within it, a call with ranks by site makes each site's weight W₀ + ΔW cut to its rank.
 
-        ΔW's best approximation is added to W₀ in float64; `found` holds every site's SVD, other
+        ΔW's best approximation is added to W₀ in float64; `svds` holds every site's SVD, other
         weights stay trained. After it the model is what it was, bit for bit.
         """
         kept = {site: self._weight(site).detach().clone() for site in self.sites}
         now: dict[str, int] = {}
 
         def cut(ranks: Mapping[str, int]) -> None:
-            for site in found:
+            for site in svds:
                 if now.get(site) != ranks[site]:
                     part = self._part(site, self._weight(site))
-                    W = self.before(site).to(found[site].S) + found[site].cut(ranks[site])
+                    W = self.base_matrix(site).to(svds[site].S) + svds[site].cut(ranks[site])
                     part.copy_(self._kind(site).matrix_to_weight(W, part.shape))
                     now[site] = ranks[site]
 
@@ -106,6 +106,6 @@ class Updates:
     def _kind(self, site: str) -> type[Adapter]:
         return adapter_class(self.model.get_submodule(self.sites[site].layer))
 
-    def part(self, site: str, weight: Tensor) -> Tensor:
+    def as_matrix(self, site: str, weight: Tensor) -> Tensor:
         """What a site has of something in its parameter's shape, as a matrix."""
         return self._kind(site).weight_to_matrix(self._part(site, weight))

@@ -109,9 +109,9 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
         )
     from lora_lab.tracking import dashboard
 
-    if not dry_run and dashboard.logged_in():
+    if not dry_run and dashboard.has_login():
         try:
-            print("\n".join(dashboard.save(project, entity)))
+            print("\n".join(dashboard.save_report_and_workspace(project, entity)))
         except dashboard.DashboardError as error:
             print(f"failed: {error}", file=sys.stderr)
             sys.exit(1)
@@ -119,7 +119,7 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
     from rich import box
     from rich.table import Table
 
-    head, *rows = dashboard.described()
+    head, *rows = dashboard.panel_table()
     table = Table(*head, box=box.SIMPLE, pad_edge=False)
     for row in rows:
         table.add_row(*row)

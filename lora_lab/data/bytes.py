@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lora_lab import adapters
-from lora_lab.analysis.theory import Expected
+from lora_lab.analysis.theory import Prediction
 from lora_lab.config.schema import Seed
 from lora_lab.data import Data, Phase
 
@@ -71,7 +71,7 @@ class Bytes(Data):
         train = TensorDataset(x[:n], y[:n])
         return train, TensorDataset(x[n:], y[n:]) if self.held_out else train
 
-    def expected(self, model: nn.Module) -> dict[str, Expected]:
+    def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
         """Of a lone table of logits, on its training pairs: H(next | current), neared from above.
 
         Exact where ΔW can be any table on the rows of the bytes that occur: r is at least their
@@ -86,7 +86,7 @@ class Bytes(Data):
         recipes = [adapter.recipe for adapter in adapters.attached(model).values()]
         if any(r.r < occurring or r.trains != "both" or r.dropout for r in recipes):
             return {}
-        return {"val/loss": Expected(conditional_entropy(pairs))}
+        return {"val/loss": Prediction(conditional_entropy(pairs))}
 
 
 def counts(x: Tensor, y: Tensor) -> Tensor:

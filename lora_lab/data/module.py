@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from lora_lab.analysis.theory import Expected
+from lora_lab.analysis.theory import Prediction
 from lora_lab.seeding import generator
 
 Phase = Literal["base", "adapt"]
@@ -47,7 +47,7 @@ class Data(pl.LightningDataModule, ABC):
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
         """The training and the validation set of this phase."""
 
-    def expected(self, model: nn.Module) -> dict[str, Expected]:
+    def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
         """What theory says of an adapted run's metrics at its end, by their names, if anything.
 
         `model` is the base before its first step, with its adapters on it, or none for full

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import INITS, adapter_class, attached
 from lora_lab.analysis import theory
-from lora_lab.analysis.theory import Expected, Fit
+from lora_lab.analysis.theory import LeastSquaresFit, Prediction
 from lora_lab.data.module import Data, Phase
 
 
@@ -29,21 +29,23 @@ class Planted(Data):
 
     def residual(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """X, and what the base leaves of Y, in float64."""
-        (site,) = weights(model)
+        (site,) = base_parameters(model)
         layer = model.get_submodule(site)
-        W = adapter_class(layer).weight_to_matrix(weights(model)[site].detach().cpu().double())
+        W = adapter_class(layer).weight_to_matrix(
+            base_parameters(model)[site].detach().cpu().double()
+        )
         X, Y = (tensor.double() for tensor in self.design())
         return X, Y - X @ W.T
 
-    def best(self, model: nn.Module) -> Fit | None:
+    def best_update(self, model: nn.Module) -> LeastSquaresFit | None:
         """The best ΔW for the adapter on `model`; None for DoRA, under dropout, of many weights."""
-        if len(weights(model)) != 1:
+        if len(base_parameters(model)) != 1:
             return None
-        (site,) = weights(model)
+        (site,) = base_parameters(model)
         X, Y = self.residual(model)
         X = X[:, seen := X.any(0)]  # not an embedding's tokens that never come
         if (adapter := attached(model).get(site)) is None:
-            return theory.fit(X, Y)
+            return theory.least_squares(X, Y)
         if adapter.magnitude is not None or adapter.recipe.dropout:
             return None
         held = {name: t.detach().cpu().double() for name, t in adapter.tensors().items()}
@@ -51,34 +53,34 @@ class Planted(Data):
         match adapter.recipe.trains, adapter.zero_factor:
             case "both", _ if "A0" in held:
                 start = adapter.scale * held["B0"] @ held["A0"][:, seen]
-                found = theory.fit(X, Y, adapter.r, start=start)
+                found = theory.least_squares(X, Y, adapter.r, start=start)
             case "both", _:
-                found = theory.fit(X, Y, adapter.r)
+                found = theory.least_squares(X, Y, adapter.r)
             case "core", _:
-                found = theory.fit(X, Y, A=A, B=B)
+                found = theory.least_squares(X, Y, A=A, B=B)
             case _, "A":
-                found = theory.fit(X, Y, B=B)
+                found = theory.least_squares(X, Y, B=B)
             case _:
-                found = theory.fit(X, Y, A=A)
+                found = theory.least_squares(X, Y, A=A)
         # Factors that start from the weight also move the tokens that never come.
         moved = INITS[adapter.recipe.init].from_weight and not seen.all()
-        return replace(found, unique=found.unique and not moved)
+        return replace(found, is_unique=found.is_unique and not moved)
 
-    def expected(self, model: nn.Module) -> dict[str, Expected]:
+    def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
         """The loss, and the first singular values of ΔW where only one ΔW leaves as little."""
-        if (best := self.best(model)) is None:
+        if (best := self.best_update(model)) is None:
             return {}
-        found = {"val/loss": Expected(best.loss)}
-        if best.unique:
-            (site,) = weights(model)
+        found = {"val/loss": Prediction(best.loss)}
+        if best.is_unique:
+            (site,) = base_parameters(model)
             sigma = torch.linalg.svdvals(best.delta)[:4].tolist()
             for i, value in enumerate(sigma, 1):
                 if value > 1e-3 * sigma[0]:  # the rest is rounding
-                    found[f"spectra/{site}/sigma_{i}"] = Expected(value)
+                    found[f"spectra/{site}/sigma_{i}"] = Prediction(value)
         return found
 
 
-def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's parameters, by the layers that hold them."""
     named = model.named_parameters()
     return {name.rpartition(".")[0]: p for name, p in named if "lora" not in name.split(".")}

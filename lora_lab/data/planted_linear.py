@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from lora_lab.adapters import INITS, Adapter, attached
 from lora_lab.analysis import theory
-from lora_lab.analysis.theory import Expected
+from lora_lab.analysis.theory import Prediction
 from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
 from lora_lab.data.planted import Planted, orthonormal, planted_matrix
@@ -78,22 +78,22 @@ class PlantedLinear(Planted):
         x, y = self.train.tensors
         return x, y
 
-    def expected(self, model: nn.Module) -> dict[str, Expected]:
+    def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
         """As of any planted change, with what is asked beside it; nothing where theory ends."""
         adapter = next(iter(attached(model).values()), None)
         if self.expects == "first_step":
             return {} if adapter is None else self._first_step(model, adapter)
-        found = super().expected(model)
+        found = super().predicted_metrics(model)
         if self.expects == "intruders" and self.noise == 0:
             drawn = adapter is None or not INITS[adapter.recipe.init].from_weight
-            if drawn and (best := self.best(model)) is not None and best.unique:
+            if drawn and (best := self.best_update(model)) is not None and best.is_unique:
                 strengths = torch.linalg.svdvals(best.delta).tolist()
                 shape = (self.out_features, self.in_features, self.spread)
                 if (count := theory.intruders(strengths, *shape)) is not None:
-                    found["spectra/linear/intruders"] = Expected(count)
+                    found["spectra/linear/intruders"] = Prediction(count)
         return found
 
-    def _first_step(self, model: nn.Module, adapter: Adapter) -> dict[str, Expected]:
+    def _first_step(self, model: nn.Module, adapter: Adapter) -> dict[str, Prediction]:
         recipe = adapter.recipe
         if recipe.init not in theory.MOMENTS or recipe.dora or recipe.dropout:
             return {}

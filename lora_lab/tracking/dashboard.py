@@ -145,7 +145,7 @@ def report(project: str, entity: str) -> wr.Report:
     return wr.Report(project, entity, TITLE, description, blocks, "fluid")
 
 
-def described() -> Rows:
+def panel_table() -> Rows:
     """Section, panel and what this shows of the runs, a row for each panel."""
     rows: Rows = [["section", "panel", "shows"]]
     for name, (_, panels) in sections().items():
@@ -179,7 +179,7 @@ def _name(key: Any) -> str:
     return key if isinstance(key, str) else key.name
 
 
-def logged_in() -> bool:
+def has_login() -> bool:
     """Whether W&B's client has a login for its server; it is not asked for."""
     wandb.setup(wandb.Settings(silent=True))
     return wandb.login(prompt=False, verify=False)
@@ -189,7 +189,7 @@ class DashboardError(RuntimeError):
     """W&B's server could not be used."""
 
 
-def save(project: str, entity: str | None) -> list[str]:
+def save_report_and_workspace(project: str, entity: str | None) -> list[str]:
     """Makes both, new ones each time, and gives their addresses.
 
     Raises ValueError where the project is not there, DashboardError where the server cannot be

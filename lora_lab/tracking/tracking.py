@@ -20,7 +20,7 @@ from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config.schema import Config
 from lora_lab.runs import Run, rank
-from lora_lab.tracking.rows import JsonlLogger
+from lora_lab.tracking.metrics_file import JsonlLogger
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Tracking:
     is counted against metrics.jsonl.
     """
 
-    fell_back = False
+    server_failed = False
     """Whether W&B's server could not be used: said once, and not tried again in this process."""
 
     def __init__(self, cfg: Config, run: Run, directory: Path):
@@ -54,7 +54,7 @@ class Tracking:
         self.jsonl = JsonlLogger(directory / "metrics.jsonl" if first else Path(os.devnull))
         self.loggers: list[Logger] = [self.jsonl]
         self.beside = 0  # rows that only W&B has
-        self.histograms: dict[int, Histograms] = {}  # by the number of their row
+        self.histograms_by_row: dict[int, Histograms] = {}  # by the number of their row
         self.wandb = None
         if first and cfg.tracking.mode != "off":
             # A try that was interrupted: this one has its rows again, and takes its place.
@@ -98,7 +98,7 @@ class Tracking:
             return
         row = dict(metrics)
         if beside:
-            self.histograms[len(self.rows) - 1] = beside
+            self.histograms_by_row[len(self.rows) - 1] = beside
             for key, (counts, edges) in beside.items():
                 row[key] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
         self.loggers[-1].log_metrics(row, step)
@@ -131,7 +131,7 @@ class Tracking:
                 histograms[f"spectra/{site}/singular_values"] = counts.tolist(), edges.tolist()
         self.log(row, step, histograms)
 
-    def log_series(
+    def log_line_series(
         self,
         key: str,
         title: str,
@@ -180,15 +180,15 @@ class Tracking:
                 if site != key and np.array_equal(arrays[key], ranks):
                     lines[site] = arrays[f"{site}/truncation/loss"]
             title = "validation loss with ΔW cut to rank k"
-            self.log_series("truncation/chart", title, ranks.tolist(), lines, "k")
+            self.log_line_series("truncation/chart", title, ranks.tolist(), lines, "k")
 
-    def artifact(self, directory: Path, kind: str) -> None:
+    def log_artifact(self, directory: Path, kind: str) -> None:
         """Keeps a directory of the run in W&B, as an artifact of that type."""
         if self.wandb is not None:
             _artifact(self.wandb, directory, kind)
 
 
-def again(cfg: Config, run: Run) -> None:
+def copy_to_wandb(cfg: Config, run: Run) -> None:
     """What a finished run logged, and what it trained, into a new run of W&B's: an agent's."""
     if cfg.tracking.mode == "off":
         return
@@ -209,14 +209,14 @@ def _start(cfg: Config, directory: Path, name: str | None) -> wandb.Run:
     """
     if "WANDB_RUN_ID" in os.environ:
         name = None  # an agent's
-    if cfg.tracking.mode == "online" and not Tracking.fell_back:
+    if cfg.tracking.mode == "online" and not Tracking.server_failed:
         try:
             wandb.setup(wandb.Settings(silent=True))
             if not wandb.login(prompt=False, verify=False):
                 raise WandbError("there is no login: `wandb login` makes one")
             return _init(cfg, directory, "online", name)
         except WandbError as error:
-            Tracking.fell_back = True
+            Tracking.server_failed = True
             log.warning("W&B cannot be used online (%s): tracking offline", error)
     return _init(cfg, directory, "offline", name)
 
@@ -261,7 +261,7 @@ def _count(file: Path, wanted: int) -> int:
     """
     held, until = -1, time.monotonic() + SETTLE
     while held < wanted and time.monotonic() < until:
-        before, held = held, sum(record.HasField("history") for record in read_back(file))
+        before, held = held, sum(record.HasField("history") for record in read_records(file))
         if held > before:
             until = time.monotonic() + SETTLE
         if held < wanted:
@@ -269,7 +269,7 @@ def _count(file: Path, wanted: int) -> int:
     return held
 
 
-def read_back(path: Path) -> Iterator[Record]:
+def read_records(path: Path) -> Iterator[Record]:
     """The records of a .wandb file: W&B's protobufs, framed as in LevelDB's logs.
 
     Blocks of 32 KiB hold chunks of (crc32, length, type, bytes); a record is one chunk (type 1) or

@@ -137,7 +137,7 @@ def cut_losses(
             return
         except (RuntimeError, ValueError, TypeError) as error:
             log.info("ΔW is cut to one rank after another: %s", error)
-    with updates.cutting(found) as cut:
+    with updates.cut_weights(found) as cut:
         for ranks in every:
             cut(ranks)
             yield val_loss(quiet, module, data)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from lora_lab import adapters, report
 from lora_lab.adapters import AdapterError
 from lora_lab.analysis import findings
-from lora_lab.analysis.updates import Updates, whole
+from lora_lab.analysis.updates import Updates, full_tensor
 from lora_lab.config.schema import Lora, TrainedBase
 from lora_lab.data import Data
 from lora_lab.runs import CHECKPOINTS, Run, rank, record
@@ -186,7 +186,7 @@ def finish_run(trial: Trial, console: Console) -> None:
 
 def _gather(plan: Plan, module: BaseModule) -> nn.Module:
     """The model whose weights are spread over the processes, whole and in CPU memory again."""
-    state = {key: whole(value).cpu() for key, value in module.model.state_dict().items()}
+    state = {key: full_tensor(value).cpu() for key, value in module.model.state_dict().items()}
     model = plan.model()
     if isinstance(plan.cfg.adapter, Lora):
         plan.attach(model)
@@ -211,7 +211,7 @@ def _save_trained(
     if adapters.names(model):
         _check_merge(trainer, module, data, base)
         adapters.save(model, run.path / "adapter")
-        tracking.artifact(run.path / "adapter", "adapter")
+        tracking.log_artifact(run.path / "adapter", "adapter")
         costs |= {
             "bytes/adapter": cost.adapter_bytes,
             "bytes/optimizer": cost.optimizer_bytes,
@@ -222,7 +222,7 @@ def _save_trained(
         # Copies: safetensors does not write one memory under two names, as tied weights have.
         state = {key: value.clone() for key, value in model.state_dict().items()}
         save_file(state, run.path / "model" / "model.safetensors")
-        tracking.artifact(run.path / "model", "model")
+        tracking.log_artifact(run.path / "model", "model")
     tracking.log(costs, int(module.step_and_epoch()["step"]))
 
 
@@ -230,8 +230,11 @@ def log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:
     """One row of what the run's metrics should be at its end, where theory says so."""
     data.setup("fit")
     row: dict[str, float] = {}
-    for metric, expected in data.expected(model).items():
-        row |= {f"theory/{metric}": expected.value, f"theory_error/{metric}": expected.error}
+    for metric, expected in data.predicted_metrics(model).items():
+        row |= {
+            f"theory/{metric}": expected.value,
+            f"theory_error/{metric}": expected.standard_error,
+        }
     if row:
         tracking.log(row, 0)
 

@@ -11,17 +11,17 @@ from lora_lab.analysis.spectra import (
     SVD,
     Spectrum,
     amplification,
-    from_factors,
-    from_matrix,
-    from_sites,
     grassmann_distance,
     intruders,
     principal_angles,
     projection,
     similarity,
+    spectra_of_sites,
+    spectrum_of_blocks,
+    spectrum_of_factors,
+    spectrum_of_matrix,
     svd_of_factors,
     svd_of_matrix,
-    together,
 )
 
 
@@ -46,7 +46,7 @@ def factors(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, float]:
 def test_from_factors_is_the_svd_of_the_product(made: tuple[torch.Tensor, torch.Tensor, float]):
     A, B, scale = made
     expected = torch.linalg.svdvals(scale * B.double() @ A.double())[: A.shape[0]]
-    got = from_factors(A, B, scale).singular_values
+    got = spectrum_of_factors(A, B, scale).singular_values
     seen = expected > 1e-6 * expected[0]
     torch.testing.assert_close(got[seen], expected[seen], rtol=1e-5, atol=0)
     assert got.shape == (A.shape[0],)
@@ -55,7 +55,7 @@ def test_from_factors_is_the_svd_of_the_product(made: tuple[torch.Tensor, torch.
 def test_from_matrix_is_the_svd():
     W = torch.randn(13, 8, generator=torch.Generator().manual_seed(0))
     expected = torch.linalg.svdvals(W.double())
-    torch.testing.assert_close(from_matrix(W).singular_values, expected)
+    torch.testing.assert_close(spectrum_of_matrix(W).singular_values, expected)
 
 
 def spectrum(*sigma: float) -> Spectrum:
@@ -100,14 +100,14 @@ def test_numerical_rank_of_rounded_factors_is_their_rank():
     torch.manual_seed(0)
     A, B = torch.randn(5, 300), torch.randn(200, 5)
     B[:, 4] = B[:, 0] + B[:, 1]
-    assert from_factors(A, B).numerical_rank == 4
+    assert spectrum_of_factors(A, B).numerical_rank == 4
     A[4] = A[0] * 2
     A[3] = A[0] - 3 * A[4]
-    assert from_factors(A, B).numerical_rank == from_matrix(B @ A).numerical_rank == 3
+    assert spectrum_of_factors(A, B).numerical_rank == spectrum_of_matrix(B @ A).numerical_rank == 3
 
 
 @pytest.mark.parametrize(
-    "zero", [spectrum(0.0, 0.0), from_factors(torch.ones(2, 5), torch.zeros(4, 2))]
+    "zero", [spectrum(0.0, 0.0), spectrum_of_factors(torch.ones(2, 5), torch.zeros(4, 2))]
 )
 def test_every_measure_of_zero_is_zero(zero: Spectrum):
     assert set(zero.measures().values()) == {0.0}
@@ -118,14 +118,14 @@ def test_nan_and_infinity_are_errors_that_name_the_factor(bad: float):
     A, B = torch.ones(2, 3), torch.ones(4, 2)
     A[0, 0] = bad
     with pytest.raises(ValueError, match=r"A \(2 × 3\) holds NaN or infinity"):
-        from_factors(A, B)
+        spectrum_of_factors(A, B)
     with pytest.raises(ValueError, match="delta"):
-        from_matrix(A)
+        spectrum_of_matrix(A)
 
 
 def test_bfloat16_has_a_numerical_rank():
     A, B = torch.randn(3, 2000).bfloat16(), torch.randn(1000, 3).bfloat16()
-    assert from_factors(A, B).numerical_rank == 3
+    assert spectrum_of_factors(A, B).numerical_rank == 3
 
 
 def orthonormal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -158,10 +158,10 @@ def test_sites_of_one_shape_in_one_call_are_the_sites_one_by_one():
         f"site{i}": (torch.randn(r, rest), torch.randn(out, r), 0.5 + i)
         for i, (r, out, rest) in enumerate(shapes)
     }
-    found = from_sites(sites)
+    found = spectra_of_sites(sites)
     assert list(found) == list(sites)
     for site, made in sites.items():
-        alone = from_factors(*made)
+        alone = spectrum_of_factors(*made)
         torch.testing.assert_close(found[site].singular_values, alone.singular_values)
         assert found[site].shape == alone.shape
 
@@ -169,8 +169,8 @@ def test_sites_of_one_shape_in_one_call_are_the_sites_one_by_one():
 def test_together_is_the_block_diagonal_matrix():
     torch.manual_seed(0)
     blocks = [torch.randn(4, 3), torch.randn(2, 6)]
-    whole = from_matrix(torch.block_diag(*blocks))
-    found = together(from_matrix(block) for block in blocks)
+    whole = spectrum_of_matrix(torch.block_diag(*blocks))
+    found = spectrum_of_blocks(spectrum_of_matrix(block) for block in blocks)
     values = whole.singular_values
     torch.testing.assert_close(found.singular_values, values[: len(found.singular_values)])
     assert found.shape == whole.shape
@@ -187,7 +187,7 @@ def test_energies_are_of_90_and_99_percent():
 def test_the_coarser_rounding_is_that_of_several_sites():
     one = spectrum(1.0)
     double = Spectrum(one.singular_values, one.shape, torch.finfo(torch.float64).eps)
-    assert together([one, double]).eps == together([double, one]).eps == one.eps
+    assert spectrum_of_blocks([one, double]).eps == spectrum_of_blocks([double, one]).eps == one.eps
 
 
 def test_participation_ratio():

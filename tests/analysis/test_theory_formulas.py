@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_lab.analysis import theory
-from lora_lab.analysis.theory import Expected
+from lora_lab.analysis.theory import Prediction
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -57,10 +57,10 @@ def test_fit_is_what_training_of_both_factors_reaches(r: int, start: torch.Tenso
     A, B = normal(r, 9, seed=6), normal(7, r, seed=7)
     zero = torch.zeros(7, 9, dtype=torch.float64) if start is None else start
     loss = trained(lambda: F.mse_loss(X @ (B @ A - zero).T, Y), A, B)
-    found = theory.fit(X, Y, r, start=start)
+    found = theory.least_squares(X, Y, r, start=start)
     assert found.loss == pytest.approx(loss, rel=1e-7)
     torch.testing.assert_close(found.delta, (B @ A - zero).detach(), rtol=1e-3, atol=1e-4)
-    assert found.unique
+    assert found.is_unique
 
 
 def test_fit_with_frozen_factors_is_what_training_of_the_rest_reaches():
@@ -74,36 +74,36 @@ def test_fit_with_frozen_factors_is_what_training_of_the_rest_reaches():
             return free["B"] @ (core if len(frozen) == 2 else torch.eye(3).double()) @ free["A"]
 
         loss = trained(lambda delta=delta: F.mse_loss(X @ delta().T, Y), *trains)
-        found = theory.fit(X, Y, A=frozen.get("A"), B=frozen.get("B"))
+        found = theory.least_squares(X, Y, A=frozen.get("A"), B=frozen.get("B"))
         assert found.loss == pytest.approx(loss, rel=1e-9)
         torch.testing.assert_close(found.delta, delta().detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_fit_of_any_rank_is_least_squares():
     solution = torch.linalg.lstsq(X, Y)
-    found = theory.fit(X, Y)
+    found = theory.least_squares(X, Y)
     torch.testing.assert_close(found.delta, solution.solution.T)
     assert found.loss == pytest.approx((X @ solution.solution - Y).square().mean().item())
 
 
 def test_fit_knows_when_it_is_not_the_only_one():
     few = X[:5]
-    assert not theory.fit(few, Y[:5], 2).unique
-    assert theory.fit(few, Y[:5]).loss == pytest.approx(0, abs=1e-18)
+    assert not theory.least_squares(few, Y[:5], 2).is_unique
+    assert theory.least_squares(few, Y[:5]).loss == pytest.approx(0, abs=1e-18)
     never = X.clone()
     never[:, 4] = 0
-    found = theory.fit(never, Y, 2)
-    assert not found.unique
+    found = theory.least_squares(never, Y, 2)
+    assert not found.is_unique
     assert found.delta[:, 4].abs().max() < 1e-12
     square = torch.eye(4).double()
-    assert not theory.fit(square, square, 2).unique  # any two of four equal directions
+    assert not theory.least_squares(square, square, 2).is_unique  # any two of four equal directions
 
 
 def test_whitened_inputs_leave_the_planted_values_that_do_not_fit():
     white = orthonormal(64, 12, 1) * 8
     sigma = torch.tensor([4.0, 3, 2, 1]).double()
     delta = orthonormal(10, 4, 2) * sigma @ orthonormal(12, 4, 3).T
-    floors = [theory.fit(white, white @ delta.T, r).loss * 10 for r in range(1, 5)]
+    floors = [theory.least_squares(white, white @ delta.T, r).loss * 10 for r in range(1, 5)]
     assert floors == pytest.approx([14, 5, 1, 0], abs=1e-9)
 
 
@@ -115,7 +115,7 @@ def test_frozen_share_is_the_mean_over_frozen_factors(trains: str):
     for seed in range(400):
         held = {"A": normal(r, d, seed=1000 + seed), "B": normal(out, r, seed=2000 + seed)}
         frozen = {n: t for n, t in held.items() if trains == "core" or n != trains}
-        left = theory.fit(X, X @ delta.T, A=frozen.get("A"), B=frozen.get("B")).loss
+        left = theory.least_squares(X, X @ delta.T, A=frozen.get("A"), B=frozen.get("B")).loss
         shares.append(left / delta.square().mean().item())
     shares = torch.tensor(shares)
     error = shares.std().item() / 20
@@ -133,7 +133,7 @@ def test_excess_loss_is_that_of_fits_on_new_rows(r: int):
     for seed in range(150):
         X = normal(n, d, seed=100 + seed)
         Y = X @ delta.T + noise * normal(n, out, seed=900 + seed)
-        missed = theory.fit(X, Y, r).delta - delta
+        missed = theory.least_squares(X, Y, r).delta - delta
         excess.append(missed.square().sum().item() / out)  # the mean over new white rows
     measured = torch.tensor(excess)
     error = measured.std().item() / math.sqrt(len(excess))
@@ -186,7 +186,7 @@ def test_with_tap_weights_the_floor_is_that_of_padded_white_images():
     weights = theory.tap_weights(k, H, W).sqrt().flatten().repeat(C)
     sigma = torch.linalg.svdvals(delta * weights)
     for r in (1, 3, 6):
-        floor = theory.fit(patches, y.flatten(2).mT.flatten(0, 1), r).loss
+        floor = theory.least_squares(patches, y.flatten(2).mT.flatten(0, 1), r).loss
         assert floor * out == pytest.approx(sigma[r:].square().sum().item(), abs=1e-12)
 
 
@@ -214,7 +214,7 @@ def test_similarity_is_the_mean_over_bases_that_share_directions(i: int, j: int,
     error = measured.std().item() / math.sqrt(300)
     said = theory.similarity(i, j, d, k)
     assert said.value == pytest.approx(measured.mean().item(), abs=4 * error + 1e-6)
-    assert said.error == pytest.approx(measured.std().item(), rel=0.15, abs=1e-6)
+    assert said.standard_error == pytest.approx(measured.std().item(), rel=0.15, abs=1e-6)
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
@@ -238,12 +238,14 @@ def test_the_first_step_is_that_of_plain_adam_over_draws_of_A(init: str, r: int)
         descents.append(moved.item())
     for form, values in ((theory.gradient_ratio, ratios), (theory.descent, descents)):
         expected, measured = form(G, r, scale, init), torch.tensor(values)
-        assert isinstance(expected, Expected)
-        assert expected.error == pytest.approx(measured.std().item(), rel=0.2)
+        assert isinstance(expected, Prediction)
+        assert expected.standard_error == pytest.approx(measured.std().item(), rel=0.2)
         # The root of a mean square is over the mean by half its squared relative error.
-        bias = expected.error**2 / expected.value
+        bias = expected.standard_error**2 / expected.value
         mean = measured.mean().item()
-        assert mean == pytest.approx(expected.value, abs=4 * expected.error / 200**0.5 + bias)
+        assert mean == pytest.approx(
+            expected.value, abs=4 * expected.standard_error / 200**0.5 + bias
+        )
 
 
 def test_the_gradient_ratio_varies_less_where_one_input_makes_it():
@@ -252,4 +254,4 @@ def test_the_gradient_ratio_varies_less_where_one_input_makes_it():
     draws_of_A = (torch.rand(4000, 8, 40, generator=draws(), dtype=torch.float64) * 2 - 1) / 40**0.5
     ratios = torch.linalg.matrix_norm(G @ draws_of_A.mT) / torch.linalg.matrix_norm(G)
     expected = theory.gradient_ratio(G, 8, 1.0, "kaiming")
-    assert expected.error == pytest.approx(ratios.std().item(), rel=0.1)
+    assert expected.standard_error == pytest.approx(ratios.std().item(), rel=0.1)

@@ -34,7 +34,7 @@ def orient(case: Case, delta: torch.Tensor) -> torch.Tensor:
 def test_every_singular_value_is_the_dense_products(case: Case):
     model = case.build()
     found, deltas = updates(model), adapters.deltas(model)
-    for site, spectrum in found.spectrum().items():
+    for site, spectrum in found.spectra_by_site().items():
         dense = orient(case, deltas[site].detach())
         expected = torch.linalg.svdvals(dense)
         got = spectrum.singular_values[: len(expected)]
@@ -43,7 +43,7 @@ def test_every_singular_value_is_the_dense_products(case: Case):
         assert spectrum.shape == dense.shape
         svd = found.svd(site)
         torch.testing.assert_close(svd.cut(len(svd.S)), dense, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(found.matrix(site), dense, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.delta_matrix(site), dense, rtol=1e-12, atol=1e-12)
 
 
 @every_case
@@ -52,16 +52,16 @@ def test_cut_gives_the_model_with_the_best_approximation(case: Case):
     before = copy.deepcopy(model.state_dict())
     y, found = model(*x), updates(model)
     svds = {site: found.svd(site) for site in found.sites}
-    whole = {site: found.matrix(site) for site in svds}
-    with found.cutting(svds) as cut:
+    whole = {site: found.delta_matrix(site) for site in svds}
+    with found.cut_weights(svds) as cut:
         cut({site: len(svd.S) for site, svd in svds.items()})
         torch.testing.assert_close(model(*x), y, rtol=1e-9, atol=1e-9)
         cut(dict.fromkeys(svds, 0))
         torch.testing.assert_close(model(*x), case.plain()(*x), rtol=0, atol=0)
         cut(dict.fromkeys(svds, 1))
         for site in svds:
-            W = found.part(site, model.get_parameter(found.sites[site].key))
-            change = W.detach() - found.before(site)
+            W = found.as_matrix(site, model.get_parameter(found.sites[site].key))
+            change = W.detach() - found.base_matrix(site)
             U, S, Vh = torch.linalg.svd(whole[site], full_matrices=False)
             best = (U[:, :1] * S[:1]) @ Vh[:1]
             torch.testing.assert_close(change, best, rtol=1e-7, atol=1e-9)
@@ -78,14 +78,14 @@ def test_full_fine_tuning_is_measured_as_adapters_are():
     tuned = adapters.merged(adapted)
     one, other = Updates(adapted, base, sites), Updates(tuned, base, sites)
     values: Mapping[str, torch.Tensor] = {
-        site: spectrum.singular_values for site, spectrum in other.spectrum().items()
+        site: spectrum.singular_values for site, spectrum in other.spectra_by_site().items()
     }
     assert set(values) == {site.name for site in sites}
-    for site, spectrum in one.spectrum().items():
-        assert spectrum.shape == other.spectrum()[site].shape
+    for site, spectrum in one.spectra_by_site().items():
+        assert spectrum.shape == other.spectra_by_site()[site].shape
         expected = values[site][: len(spectrum.singular_values)]
         torch.testing.assert_close(spectrum.singular_values, expected, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(one.matrix(site), other.matrix(site))
+        torch.testing.assert_close(one.delta_matrix(site), other.delta_matrix(site))
 
 
 def test_the_layers_changed_are_the_reference_of_the_table():
@@ -95,7 +95,7 @@ def test_the_layers_changed_are_the_reference_of_the_table():
     expected = changed_weights(model, adapters.deltas(model))
     found = updates(model)
     svds = {site: found.svd(site) for site in found.sites}
-    with found.cutting(svds) as cut:
+    with found.cut_weights(svds) as cut:
         cut(dict.fromkeys(svds, 2))
         for name, weight in expected.items():
             torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-9, atol=1e-9)
@@ -104,7 +104,7 @@ def test_the_layers_changed_are_the_reference_of_the_table():
 @every_case
 def test_before_the_first_step_there_is_no_update(case: Case):
     """Also where ΔW is a difference of products that start from the weight."""
-    for spectrum in updates(case.build(trained=False)).spectrum().values():
+    for spectrum in updates(case.build(trained=False)).spectra_by_site().values():
         assert set(spectrum.measures().values()) == {0.0} or case.how.get("dora")
         assert spectrum.frobenius < 1e-12
 
@@ -115,4 +115,4 @@ def test_a_factor_that_is_no_number_is_named(factor: str):
     (adapter,) = adapters.attached(model).values()
     getattr(adapter, factor).data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=rf"{factor} of site \(\d+ × \d+\) holds NaN"):
-        updates(model).spectrum()
+        updates(model).spectra_by_site()

@@ -28,7 +28,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def factors(ranks: list[int], repeats: int) -> Table:
-    """from_factors at 4096 × 4096, interleaved with torch.linalg.svdvals(B @ A) in float32."""
+    """`spectrum_of_factors` at 4096 × 4096, interleaved with a float32 svdvals(B @ A)."""
     table = Table(title=f"spectrum of B A, {SIZE} × {SIZE}: medians of {repeats} interleaved")
     for name in ("r", "from factors", "svdvals(B @ A)", "ratio", "its error", "error of svdvals"):
         table.add_column(name, justify="right")
@@ -41,9 +41,9 @@ def factors(ranks: list[int], repeats: int) -> Table:
         truth = torch.linalg.svdvals(B.double() @ A.double())[:r]
         ours, dense = [], []
         for _ in range(repeats):
-            ours.append(seconds(lambda A=A, B=B: spectra.from_factors(A, B)))
+            ours.append(seconds(lambda A=A, B=B: spectra.spectrum_of_factors(A, B)))
             dense.append(seconds(lambda A=A, B=B: torch.linalg.svdvals(B @ A)))
-        found = spectra.from_factors(A, B).singular_values
+        found = spectra.spectrum_of_factors(A, B).singular_values
         theirs = torch.linalg.svdvals(B @ A)[:r].double()
         errors = ((abs(values - truth) / truth).max() for values in (found, theirs))
         fast, slow = statistics.median(ours), statistics.median(dense)

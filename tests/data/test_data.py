@@ -202,7 +202,7 @@ def test_a_bigrams_floor_is_the_entropy_of_the_next_byte():
     pairs, current = Counter(zip(x, y, strict=True)), Counter(x)
     floor = sum(n * log(current[i] / n) for (i, _), n in pairs.items()) / len(x)
     model = Bigram(256, 256)
-    assert data.expected(model)["val/loss"].value == pytest.approx(floor)
+    assert data.predicted_metrics(model)["val/loss"].value == pytest.approx(floor)
     with torch.no_grad():
         logits = torch.full((256, 256), -1e9)
         for (i, j), n in pairs.items():
@@ -217,10 +217,10 @@ def test_a_bigrams_floor_is_the_entropy_of_the_next_byte():
         (r, "both", 0.1, False),
     ):
         adapters.attach(model, "embedding", r=rank, alpha=8, trains=trains, dropout=dropout)
-        assert bool(data.expected(model)) == known, (rank, trains, dropout)
+        assert bool(data.predicted_metrics(model)) == known, (rank, trains, dropout)
         adapters.detach(model)
-    assert not ready(small_bytes, phase="adapt").expected(model)
-    assert not data.expected(Transformer(256, 256, width=8, heads=1, layers=1, context=16))
+    assert not ready(small_bytes, phase="adapt").predicted_metrics(model)
+    assert not data.predicted_metrics(Transformer(256, 256, width=8, heads=1, layers=1, context=16))
 
 
 @pytest.mark.parametrize("make", list(PLANTED.values()), ids=list(PLANTED))
@@ -277,7 +277,7 @@ def test_what_is_expected_is_what_training_reaches(make, recipe):
     data = ready(make, phase="adapt")
     model = adapted(data, **recipe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    expected = data.expected(model)
+    expected = data.predicted_metrics(model)
     loss = learn(model, data)
     assert loss == pytest.approx(expected.pop("val/loss").value, rel=1e-5)
     deltas = adapters.deltas(model) or {
@@ -297,10 +297,10 @@ def test_what_is_expected_is_what_training_reaches(make, recipe):
 @pytest.mark.parametrize("make", list(PLANTED.values()), ids=list(PLANTED))
 def test_nothing_is_expected_of_what_theory_does_not_reach(make):
     data = ready(make, phase="adapt")
-    assert data.expected(adapted(data, dora=True)) == {}
-    assert data.expected(adapted(data, dropout=0.1)) == {}
+    assert data.predicted_metrics(adapted(data, dora=True)) == {}
+    assert data.predicted_metrics(adapted(data, dropout=0.1)) == {}
     many = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 7))
-    assert data.expected(many) == {}
+    assert data.predicted_metrics(many) == {}
 
 
 @pytest.mark.parametrize("phase", ["base", "adapt"])
@@ -357,18 +357,18 @@ def test_a_group_moves_by_one_vector():
 def test_what_else_a_planted_linear_map_expects():
     make = partial(PLANTED["planted_linear"], phase="adapt", noise=0.0, correlation=0.0)
     first = ready(make, expects="first_step")
-    assert set(first.expected(adapted(first, init="gaussian"))) == {
+    assert set(first.predicted_metrics(adapted(first, init="gaussian"))) == {
         "first_step/gradient_ratio",
         "first_step/descent",
     }
-    assert first.expected(adapted(first, init="orthogonal")) == {}
-    assert first.expected(adapted(first)) == {}
+    assert first.predicted_metrics(adapted(first, init="orthogonal")) == {}
+    assert first.predicted_metrics(adapted(first)) == {}
     large = {"samples": 256, "in_features": 256, "out_features": 192, "spread": 1 / 16}
     over = ready(make, expects="intruders", sigma=[5.0, 4.0, 0.1], **large)
     theta = (over.train.tensors[1].T @ over.train.tensors[0] / 256).double()  # pyright: ignore
     model = adapted(over, init="kaiming")
     model.linear.weight.data = theta - over.delta  # pyright: ignore
-    assert over.expected(model)["spectra/linear/intruders"].value == 2
+    assert over.predicted_metrics(model)["spectra/linear/intruders"].value == 2
 
 
 @pytest.mark.parametrize(

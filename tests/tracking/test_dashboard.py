@@ -162,8 +162,8 @@ def test_without_a_login_it_says_what_it_would_make(
     assert command(monkeypatch, "dashboard", "lora_lab") == 0
     said = capsys.readouterr().out
     assert "`wandb login`" in said
-    assert len(dashboard.described()) == 2 + sum(PANELS.values())
-    for _, panel, shows in dashboard.described()[1:-1]:
+    assert len(dashboard.panel_table()) == 2 + sum(PANELS.values())
+    for _, panel, shows in dashboard.panel_table()[1:-1]:
         assert f" {panel} " in said
         assert shows in said
     assert "spectra_of/all/effective_rank against adapter.r" in said

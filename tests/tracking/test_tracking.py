@@ -11,7 +11,7 @@ import pytest
 
 from lora_lab.runs import Run, find_runs
 from lora_lab.tracking import tracking
-from lora_lab.tracking.tracking import read_back
+from lora_lab.tracking.tracking import read_records
 from tests.conftest import Lab, only_run
 from tests.wandb_server import ServedRun, WandbServer
 
@@ -30,7 +30,7 @@ def held(run: Run) -> dict:
             "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items
         }
 
-    for record in read_back(path):
+    for record in read_records(path):
         match record.WhichOneof("record_type"):
             case "run":
                 content["run"] = record.run
@@ -118,14 +118,14 @@ def test_rows_that_wandb_lost_are_said_loudly(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Of the file only the beginning is there, as on a full disk."""
-    count = tracking.read_back
+    count = tracking.read_records
 
     def cut(path: Path):
         part = path.with_suffix(".cut")
         part.write_bytes(path.read_bytes()[:6000])
         return count(part)
 
-    monkeypatch.setattr(tracking, "read_back", cut)
+    monkeypatch.setattr(tracking, "read_records", cut)
     monkeypatch.setattr(tracking, "SETTLE", 0.5)
     assert lab("shift", tracking="offline") == 0
     assert "W&B HOLDS" in capsys.readouterr().out
@@ -141,11 +141,11 @@ def test_rows_that_wandb_lost_are_said_loudly(
 def test_a_damaged_byte_ends_the_reading(lab: Lab):
     lab("shift", tracking="offline")
     (path,) = wandb_directory(only_run()).glob("*.wandb")
-    whole = list(read_back(path))
+    whole = list(read_records(path))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    part = list(read_back(path))
+    part = list(read_records(path))
     assert 0 < len(part) < len(whole)
     assert part == whole[: len(part)]
 
@@ -224,7 +224,7 @@ def test_rows_that_come_late_are_waited_for(tmp_path: Path, lab: Lab):
     late.write_bytes(whole[:5000])
     writer = threading.Timer(0.3, lambda: late.write_bytes(whole))
     writer.start()
-    wanted = sum(record.HasField("history") for record in read_back(path))
+    wanted = sum(record.HasField("history") for record in read_records(path))
     assert tracking._count(late, wanted) == wanted
     assert "wandb_rows_lost" not in only_run().status
 

@@ -111,7 +111,7 @@ class Checkpoint(pl.Callback):
         checkpoint["lora_lab"] = {
             "fits": self.fits,
             # As text: reading Python's objects back, and nothing but data, is slow.
-            "rows": json.dumps([self.tracking.rows, self.tracking.histograms]),
+            "rows": json.dumps([self.tracking.rows, self.tracking.histograms_by_row]),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "streams": _streams(trainer, pl_module.device),

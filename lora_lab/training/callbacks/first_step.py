@@ -32,7 +32,7 @@ class FirstStep(pl.Callback):
             return
         assert isinstance(pl_module, BaseModule)
         sites = self.updates.sites
-        made = self.updates.adapters
+        made = self.updates.adapters_by_site
         weights = {site: pl_module.model.get_parameter(sites[site].key) for site in sites}
         factors = [
             made[site].core
@@ -51,7 +51,7 @@ class FirstStep(pl.Callback):
             weight.requires_grad_(False)
         found = tuple(trainer.strategy.reduce(gradient, reduce_op="mean") for gradient in found)
         dense, low = found[: len(weights)], found[len(weights) :]
-        self.dense = {s: self.updates.part(s, G) for s, G in zip(sites, dense, strict=True)}
+        self.dense = {s: self.updates.as_matrix(s, G) for s, G in zip(sites, dense, strict=True)}
         self.ratio = _norm(low) / _norm(tuple(self.dense.values()))
         groups = trainer.optimizers[0].param_groups  # LoRA+ has two
         self.lr = next(g["lr"] for g in groups if any(p is factors[0] for p in g["params"]))
@@ -68,7 +68,9 @@ class FirstStep(pl.Callback):
         if trainer.global_step != 1 or self.done:
             return
         self.done = True
-        descent = -sum((G * self.updates.matrix(s)).sum().item() for s, G in self.dense.items())
+        descent = -sum(
+            (G * self.updates.delta_matrix(s)).sum().item() for s, G in self.dense.items()
+        )
         rows = sum(torch.linalg.vector_norm(G, dim=1).sum().item() for G in self.dense.values())
         row = {"gradient_ratio": self.ratio}
         if self.lr and rows:  # not in a warm-up's first step, which goes nowhere

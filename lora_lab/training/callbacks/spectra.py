@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lora_lab.adapters import Site
-from lora_lab.analysis.spectra import Spectrum, together
+from lora_lab.analysis.spectra import Spectrum, spectrum_of_blocks
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Spectra
 from lora_lab.tracking.tracking import Tracking
@@ -88,7 +88,7 @@ class SpectraCallback(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, epoch: float) -> None:
         try:
-            spectra = self.updates.spectrum()
+            spectra = self.updates.spectra_by_site()
         except ValueError as error:
             raise DivergedError(
                 f"after epoch {epoch:g}, step {trainer.global_step} of the run: {error}"
@@ -109,7 +109,7 @@ class SpectraCallback(pl.Callback):
         for site, spectra in self.history.items():
             values = np.stack([s.singular_values.numpy() for s in spectra])
             arrays[f"{site}/singular_values"] = values
-            self.tracking.log_series(
+            self.tracking.log_line_series(
                 f"spectra/{site}/chart",
                 f"ΔW of {site}: singular values",
                 self.epochs,
@@ -117,7 +117,7 @@ class SpectraCallback(pl.Callback):
                 "epoch",
             )
             arrays[f"{site}/shape"] = np.array(spectra[-1].shape)
-            corner = self.updates.matrix(site)[:CORNER, :CORNER]
+            corner = self.updates.delta_matrix(site)[:CORNER, :CORNER]
             arrays[f"{site}/delta"] = corner.cpu().float().numpy()
         return arrays
 
@@ -129,11 +129,11 @@ def groups(spectra: Mapping[str, Spectrum], sites: Mapping[str, Site]) -> dict[s
     site's name, as 3 in `layers.3.attn.q`.
     """
     if len(spectra) == 1:
-        return {"all": together(spectra.values())}
+        return {"all": spectrum_of_blocks(spectra.values())}
     members: dict[str, list[Spectrum]] = {}
     for name, spectrum in spectra.items():
         depth = re.search(r"(?<![^.])\d+(?![^.])", name)
         of = ["all", f"kind/{sites[name].kind}", *([f"depth/{depth[0]}"] if depth else [])]
         for group in of:
             members.setdefault(group, []).append(spectrum)
-    return {group: together(own) for group, own in members.items()}
+    return {group: spectrum_of_blocks(own) for group, own in members.items()}
