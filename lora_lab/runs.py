@@ -24,12 +24,12 @@ from filelock import FileLock, Timeout
 PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where there is one: ten times as fast."""
-PLANNED = "planned.json"
+PLANNED_FILE = "planned.json"
 """The file beside an experiment's runs with those that multiruns were to run: name → overrides."""
 
-NO_MATTER = ("published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep", "tracking")
-NO_MATTER += ("checkpoint_every",)
-DEVICES = ("accelerator", "devices", "num_nodes", "strategy")
+NOT_IN_IDENTITY = ("published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep")
+NOT_IN_IDENTITY += ("tracking", "checkpoint_every")
+DEVICE_KEYS = ("accelerator", "devices", "num_nodes", "strategy")
 """What of a config, and of its trainer, cannot change a run's result."""
 
 CHECKPOINTS = "checkpoints"
@@ -51,7 +51,7 @@ class RunFinishedError(RuntimeError):
     """The run has been finished, by this process or another, and is not to be repeated."""
 
 
-def rank() -> int:
+def process_rank() -> int:
     """Which of a run's processes this is, on several devices: the first has its files."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
@@ -108,12 +108,12 @@ class Run:
         """A metric by epoch."""
         return {int(row["epoch"]): row[key] for row in self.rows() if key in row}
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append_row(self, row: dict[str, Any]) -> None:
         """Adds a row to metrics.jsonl: what is found out after the run."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def update(self, **changes: Any) -> None:
+    def update_status(self, **changes: Any) -> None:
         """Sets fields of status.json."""
         path = self.path / "status.json"
         status = json.loads(path.read_text()) if path.exists() else {}
@@ -137,10 +137,10 @@ def find_runs(root: Path) -> list[Run]:
     return sorted(found, key=lambda run: run.path)
 
 
-def planned(folder: Path) -> dict[str, list[str]]:
+def planned_runs(folder: Path) -> dict[str, list[str]]:
     """The runs that multiruns were to run in a folder, each with its overrides."""
     try:
-        return json.loads((folder / PLANNED).read_text())
+        return json.loads((folder / PLANNED_FILE).read_text())
     except FileNotFoundError:
         return {}
 
@@ -159,7 +159,7 @@ _logged: ContextVar[Path | None] = ContextVar("_logged", default=None)
 
 
 @contextmanager
-def logged_alone(path: Path) -> Iterator[None]:
+def log_only_to(path: Path) -> Iterator[None]:
     """Within it what is logged is the run's at `path` alone, of those that are open at once."""
     token = _logged.set(path)
     try:
@@ -169,7 +169,7 @@ def logged_alone(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def record(
+def record_run(
     path: Path, config: dict[str, Any], *, overwrite: bool = False, **about: Any
 ) -> Iterator[Run]:
     """Within it the run is `running`; how it is left is how it ended.
@@ -225,7 +225,7 @@ def record(
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             with (path / "log.txt").open("a") as file:
                 file.write(traceback.format_exc())
-            run.update(
+            run.update_status(
                 state="interrupted" if stopped else "failed",
                 seconds=spent + time.time() - started,
                 error=f"{type(error).__name__}: {error}",
@@ -233,7 +233,7 @@ def record(
             )
             raise
         else:
-            run.update(state="finished", seconds=spent + time.time() - started)
+            run.update_status(state="finished", seconds=spent + time.time() - started)
             for done in (CHECKPOINTS, PREVIOUS):
                 shutil.rmtree(path / done, ignore_errors=True)
         finally:
@@ -277,7 +277,7 @@ def _git(*command: str) -> str | None:
         return None
 
 
-def named_run(path: Path) -> Run:
+def find_run(path: Path) -> Run:
     """The run at `path`, or the one under runs/ whose hash begins with it.
 
     Raises FileNotFoundError where there is none, or more than one.

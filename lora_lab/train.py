@@ -69,7 +69,7 @@ def run_job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> Non
 
 
 def _run(content: DictConfig, single: bool) -> None:
-    cfg = compose.typed(content, HydraConfig.get().overrides.task)
+    cfg = compose.config_from_hydra(content, HydraConfig.get().overrides.task)
     # Lightning and wandb take seconds to import: after the first checks, not before.
     with frozen_imports():
         from lora_lab import report
@@ -116,7 +116,7 @@ def _with_published(planned: "Plan") -> "Plan":
     cfg = planned.cfg
     if cfg.published is None:
         return planned
-    paper = compose.as_published(HydraConfig.get().runtime.choices["experiment"], cfg)
+    paper = compose.published_config(HydraConfig.get().runtime.choices["experiment"], cfg)
     rows = {
         "base": cfg.published.base if bases.key(cfg) == bases.key(paper) else {},
         "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
@@ -134,7 +134,7 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
 
     silence_lightning()
     plans = [
-        _with_published(plan.plan(compose.composed(one)) if isinstance(one, list) else one)
+        _with_published(plan.plan(compose.compose_config(one)) if isinstance(one, list) else one)
         for one in pack
     ]
     try:
@@ -187,7 +187,7 @@ def main(every: "list[Job] | None" = None) -> None:
     """
     # Hydra then raises what it would otherwise print in its own words.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = compose.prepare(sys.argv[1:])
+    sys.argv[1:] = compose.hydra_arguments(sys.argv[1:])
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
     show_log()
     fork_server.start(sys.argv)
@@ -212,7 +212,7 @@ def main(every: "list[Job] | None" = None) -> None:
         sys.exit(1 if failed else 2)
     except (HydraException, OmegaConfBaseException) as error:
         error_console.print(
-            f"[red]config error:[/] {escape(compose.explain(error))}", soft_wrap=True
+            f"[red]config error:[/] {escape(compose.hydra_error_message(error))}", soft_wrap=True
         )
         sys.exit(2)
     except KeyboardInterrupt:
@@ -227,7 +227,7 @@ def _multirun(arguments: list[str]) -> "list[Job]":
         from lora_lab.sweeps import multirun, sweeper
 
     silence_lightning()
-    every = multirun.plan_jobs(compose.points(arguments))
+    every = multirun.plan_jobs(compose.sweep_points(arguments))
     if every:
         announce_multirun(every)
         sweeper.use_search(sweeper.JobList(every))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lora_lab.config.checks import check
+from lora_lab.config.checks import parse_config
 from lora_lab.runs import Run
 
 Point = dict[str, Any]
@@ -34,7 +34,7 @@ def copies(run: Run, points: Iterable[Point], root: Path) -> list[Run]:
             for part in path:
                 node = node[part]
             node[last] = value
-        cfg = check(json.loads(json.dumps(config)))
+        cfg = parse_config(json.loads(json.dumps(config)))
         path = root / cfg.name / f"{cfg.cell()}-seed{cfg.seed}-{cfg.identity()[:10]}"
         shutil.copytree(run.path, path)
         (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

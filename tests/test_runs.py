@@ -10,28 +10,28 @@ from lora_lab.runs import (
     RunBusyError,
     RunFinishedError,
     find_runs,
-    record,
+    record_run,
     write_atomic,
 )
 
 
 def test_states(tmp_path: Path):
     path = tmp_path / "run"
-    with record(path, {"a": 1}, seed=3) as run:
+    with record_run(path, {"a": 1}, seed=3) as run:
         assert run.status["state"] == "running"
         assert run.config == {"a": 1}
-        with pytest.raises(RunBusyError), record(path, {"a": 1}):
+        with pytest.raises(RunBusyError), record_run(path, {"a": 1}):
             pass
     assert run.finished
     assert run.status["seed"] == 3
-    with pytest.raises(RunFinishedError), record(path, {}):
+    with pytest.raises(RunFinishedError), record_run(path, {}):
         pass
     assert run.finished
-    with pytest.raises(ZeroDivisionError), record(path, {}, overwrite=True):
+    with pytest.raises(ZeroDivisionError), record_run(path, {}, overwrite=True):
         _ = 1 / 0
     assert run.status["state"] == "failed"
     assert "ZeroDivisionError" in run.status["traceback"]
-    with pytest.raises(KeyboardInterrupt), record(path, {}):
+    with pytest.raises(KeyboardInterrupt), record_run(path, {}):
         raise KeyboardInterrupt
     assert run.status["state"] == "interrupted"
     assert [r.path for r in find_runs(tmp_path)] == [path]
@@ -43,11 +43,11 @@ def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path):
 
 
 def test_a_new_try_clears_what_the_last_one_left(tmp_path: Path):
-    with pytest.raises(OSError, match="full"), record(tmp_path, {}) as run:
+    with pytest.raises(OSError, match="full"), record_run(tmp_path, {}) as run:
         (run.path / "adapter").mkdir()
         (run.path / "metrics.jsonl").write_text("{}\n")
         raise OSError("full")
-    with record(tmp_path, {}):
+    with record_run(tmp_path, {}):
         assert {p.name for p in tmp_path.iterdir()} == {
             *("config.yaml", "env.json", "status.json", "log.txt", "lock"),
         }

@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lora_lab.analysis import theory
-from lora_lab.cli.analyze import between
+from lora_lab.cli.analyze import compare_updates
 from lora_lab.report.theory import Held, held
 from lora_lab.runs import Run, find_runs
 
@@ -117,7 +117,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         own = [
             r for r in runs if r.config["name"] == "subspace" and r.config["data"]["seed"] == seed
         ]
-        for pair in between(own) if len(own) > 1 else []:
+        for pair in compare_updates(own) if len(own) > 1 else []:
             if pair.side == "A":
                 d, (r, other) = pair.features, sorted(pair.phi.shape)
                 for i, j in {(2, 2), (SHARED, SHARED), (r, r), (r, other)}:

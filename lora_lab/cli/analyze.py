@@ -23,7 +23,7 @@ from lora_lab.training.modules import BaseModule
 from lora_lab.training.restore import restore
 
 
-def again(run: Run, console: Console, **change: Any) -> findings.Findings:
+def analyze_again(run: Run, console: Console, **change: Any) -> findings.Findings:
     """Analyzes a finished run's ΔW with its `spectra` settings changed by `change`.
 
     Its spectra.npz and advice.yaml are written anew, its metrics have one row more; what was
@@ -40,11 +40,11 @@ def again(run: Run, console: Console, **change: Any) -> findings.Findings:
     with np.load(run.path / "spectra.npz") as arrays:
         kept = dict(arrays)
     findings.write(run.path, {**kept, **learned.arrays}, learned.advice)
-    run.append({"step": run.rows()[-1]["step"], **learned.metrics})
+    run.append_row({"step": run.rows()[-1]["step"], **learned.metrics})
     return learned
 
 
-def between(runs: Sequence[Run]) -> list[SubspacePair]:
+def compare_updates(runs: Sequence[Run]) -> list[SubspacePair]:
     """Every pair of runs at every site they share, from their files alone.
 
     Raises ValueError where a run is named twice or no two share a site whose weights have one

@@ -28,12 +28,12 @@ def train(arguments: list[str]) -> None:
 def report(path: Path) -> None:
     """Writes and prints the report of a run, or of every run in a folder."""
     from lora_lab import report
-    from lora_lab.runs import find_runs, named_run
+    from lora_lab.runs import find_run, find_runs
 
     if path.is_dir() and not (path / "status.json").exists() and (runs := find_runs(path)):
         report.show_sweep(report.write_sweep(runs, path), _console())
         return
-    run = named_run(path)
+    run = find_run(path)
     report.write(run)
     report.show(run, _console())
 
@@ -51,19 +51,19 @@ def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_ru
 def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: Path) -> None:
     """Analyzes a finished run again, or compares the ΔW of several."""
     from lora_lab import report
-    from lora_lab.runs import named_run
+    from lora_lab.runs import find_run
 
-    runs = [named_run(path) for path in paths]
+    runs = [find_run(path) for path in paths]
     from lora_lab import train
     from lora_lab.cli import analyze
 
     train.silence_lightning()
     if len(runs) > 1:
-        report.write_pairs(analyze.between(runs), to, _console())
+        report.write_pairs(analyze.compare_updates(runs), to, _console())
         return
     asked = {"keep": keep, "truncation": truncation}
     asked = {key: value for key, value in asked.items() if value is not None}
-    said = analyze.again(runs[0], _console(), **asked)
+    said = analyze.analyze_again(runs[0], _console(), **asked)
     report.write(runs[0])
     report.show(runs[0], _console())
     if said.advice is not None:
@@ -72,9 +72,9 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
 
 def export(path: Path, directory: Path, format: str) -> None:
     """Writes a run's adapter, or its merged model."""
-    from lora_lab.runs import named_run
+    from lora_lab.runs import find_run
 
-    run = named_run(path)
+    run = find_run(path)
     from lora_lab.cli.export import export
     from lora_lab.train import silence_lightning
 
@@ -85,15 +85,17 @@ def export(path: Path, directory: Path, format: str) -> None:
 
 def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
     """Runs a finished run again. Exits with 1 where its numbers are other ones."""
-    from lora_lab.runs import RunFailedError, named_run
+    from lora_lab.runs import RunFailedError, find_run
 
-    run = named_run(path)
+    run = find_run(path)
     from lora_lab import train
     from lora_lab.cli import reproduce
 
     train.silence_lightning()
     try:
-        same = reproduce.show(reproduce.again(run, to, _console(), fresh), tolerance, _console())
+        same = reproduce.show(
+            reproduce.reproduce_run(run, to, _console(), fresh), tolerance, _console()
+        )
     except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         same = False
@@ -161,16 +163,17 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
         value = one.run.finals[metric]
         print(f"best run  {one.run.run.path} ({metric} {value:.5g})")
         again = (
-            compose.command(one.run.config, one.keys) or f"lora-lab reproduce {one.run.run.path}"
+            compose.train_command(one.run.config, one.keys)
+            or f"lora-lab reproduce {one.run.run.path}"
         )
         print(f"command   {again}\n")
 
 
 def diff(paths: list[Path]) -> None:
     """Prints what differs between two runs."""
-    from lora_lab.runs import named_run
+    from lora_lab.runs import find_run
 
-    runs = [named_run(path) for path in paths]
+    runs = [find_run(path) for path in paths]
     from lora_lab import report
 
     for i, run in enumerate(runs, start=1):

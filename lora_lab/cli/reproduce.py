@@ -15,7 +15,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from lora_lab import adapters, train
-from lora_lab.config.checks import check
+from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
 from lora_lab.report.cells import flat
 from lora_lab.report.run import spectrum
@@ -87,7 +87,7 @@ class Reproduction:
         return found
 
 
-def again(run: Run, to: Path, console: Console, fresh: bool = False) -> Reproduction:
+def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> Reproduction:
     """Runs it again below `to`, untracked; the run itself is only read.
 
     On one device, whatever it was trained on. The base is found in bases/ as any run finds it; with
@@ -125,7 +125,7 @@ def _planned(run: Run, to: Path, fresh: bool) -> Plan:
     if (state := run.status["state"]) != "finished":
         raise ValueError(f"{run.path} is {state}: only a finished run can be reproduced")
     try:
-        cfg = check(dict(run.config))
+        cfg = parse_config(dict(run.config))
     except (yaml.YAMLError, TypeError) as error:
         raise ValueError(f"{run.path / 'config.yaml'} cannot be read: {error}") from None
     tracking = cfg.tracking.model_copy(update={"mode": "off"})

@@ -106,7 +106,7 @@ def _plans(points: Sequence[list[str]]) -> list[Plan]:
     """Every point's run, or a ConfigError that tells what is wrong with which points."""
     plans: list[Plan] = []
     wrong: dict[str, list[list[str]]] = {}
-    for overrides, cfg in compose.every(points):
+    for overrides, cfg in compose.compose_points(points):
         try:
             if isinstance(cfg, ConfigError):
                 raise cfg
@@ -127,7 +127,7 @@ def _where(bad: Sequence[list[str]], points: Sequence[list[str]]) -> str:
     return f"at {len(bad)} of {len(points)} points that were tried, the first {point}"
 
 
-def logged(plan: Plan) -> set[str]:
+def logged_metrics(plan: Plan) -> set[str]:
     """The metrics that a run logs by its end, but for its theory."""
     cfg, data = plan.cfg, plan.data("adapt")
     of_val = {"val/loss", *(f"val/{name}" for name in TASKS[data.task].metrics)}
@@ -158,7 +158,7 @@ def _check_metric(sweep: Sweep, plans: Sequence[Plan]) -> None:
     if sweep.metric is None:
         return
     for run in plans:
-        if sweep.metric not in (names := logged(run)):
+        if sweep.metric not in (names := logged_metrics(run)):
             known = ", ".join(sorted(name for name in names if not name.startswith("spectra")))
             raise ConfigError(
                 f"metric.name={sweep.metric}: a run of {run.cfg.name} with "

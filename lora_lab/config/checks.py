@@ -22,7 +22,7 @@ from lora_lab.config.schema import (
 )
 
 
-def check(content: dict[str, Any], said: Collection[str] = ()) -> Config:
+def parse_config(content: dict[str, Any], said: Collection[str] = ()) -> Config:
     """The config, typed, or a ConfigError that names every wrong key and value.
 
     An experiment may set what only one choice of a group has, as adapter.r for LoRA: with another
@@ -82,19 +82,21 @@ def _say(error: Any) -> str:
     return f"{key}={shown}: {message}"
 
 
-def bind(key: str, component: Component, given: Collection[str] = ()) -> Callable[..., Any]:
+def resolve_component(
+    key: str, component: Component, given: Collection[str] = ()
+) -> Callable[..., Any]:
     """What a component's `_target_` names, once the arguments are found to fit its signature.
 
     `given` are the arguments the program adds of its own. Each value is held against the
     parameter's annotation. Raises ConfigError for a target that cannot be imported, an unknown or
     missing argument, and a value of the wrong type or out of its range.
     """
-    callee = imported(key, component)
-    fits(key, callee, component.arguments, given)
+    callee = import_target(key, component)
+    check_arguments(key, callee, component.arguments, given)
     return callee
 
 
-def imported(key: str, component: Component) -> Callable[..., Any]:
+def import_target(key: str, component: Component) -> Callable[..., Any]:
     """What a component's `_target_` names. Raises ConfigError where it cannot be imported."""
     try:
         return component.callee
@@ -103,7 +105,7 @@ def imported(key: str, component: Component) -> Callable[..., Any]:
         raise ConfigError(f"{key}._target_={component.target}: cannot be imported: {why}") from None
 
 
-def fits(
+def check_arguments(
     key: str, callee: Callable[..., Any], arguments: dict[str, Any], given: Collection[str] = ()
 ) -> None:
     """Raises ConfigError unless `arguments`, with those `given`, fit the callee's signature."""

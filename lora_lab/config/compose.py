@@ -24,15 +24,15 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from lora_lab.config.checks import check
+from lora_lab.config.checks import parse_config
 from lora_lab.config.options import options
 from lora_lab.config.schema import Config, ConfigError, nearest
-from lora_lab.runs import NO_MATTER
+from lora_lab.runs import NOT_IN_IDENTITY
 
 HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: 'KEY="a value"'"""
 
 
-def typed(content: DictConfig, overrides: Sequence[str]) -> Config:
+def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
     """What Hydra composed by `overrides`, checked. Raises ConfigError."""
     said = [override.split("=")[0].lstrip("+~") for override in overrides]
     try:
@@ -42,15 +42,15 @@ def typed(content: DictConfig, overrides: Sequence[str]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from None
     assert isinstance(plain, dict)
-    return check({str(key): value for key, value in plain.items()}, said)
+    return parse_config({str(key): value for key, value in plain.items()}, said)
 
 
-def composed(overrides: Sequence[str]) -> Config:
+def compose_config(overrides: Sequence[str]) -> Config:
     """The config of one run, where Hydra is initialized. Raises ConfigError, and Hydra's errors."""
-    return typed(hydra.compose("train", list(overrides)), overrides)
+    return config_from_hydra(hydra.compose("train", list(overrides)), overrides)
 
 
-def points(arguments: Sequence[str]) -> list[list[str]]:
+def sweep_points(arguments: Sequence[str]) -> list[list[str]]:
     """The overrides of every run of a multirun: the product of what each argument sweeps.
 
     None where another sweeper than Hydra's own decides on them.
@@ -71,7 +71,7 @@ def points(arguments: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in product(*every)]
 
 
-def every(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | ConfigError]]:
+def compose_points(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | ConfigError]]:
     """Each point of a multirun: its overrides, and its config or why it has none."""
     ready = GlobalHydra.instance().is_initialized()  # a sweeper asks from within Hydra
     start = partial(hydra.initialize_config_module, "lora_lab.conf", version_base="1.3")
@@ -82,11 +82,11 @@ def every(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | Con
             except ConfigError as error:
                 yield overrides, error
             except (HydraException, OmegaConfBaseException) as error:
-                yield overrides, ConfigError(explain(error))
+                yield overrides, ConfigError(hydra_error_message(error))
 
 
 def _point(overrides: list[str]) -> Config:
-    """What `composed` gives, of points that differ in values: their choices are composed once.
+    """What `compose_config` gives; of points that differ in values the choices are composed once.
 
     Values are set on a copy as Hydra sets them, in 1 ms where it takes 100 for the whole.
     """
@@ -94,15 +94,15 @@ def _point(overrides: list[str]) -> Config:
     choices = [o for o in parsed if o.package is not None or o.key_or_group in options()]
     values = [o for o in parsed if o not in choices]
     if any(o.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) for o in values):
-        return composed(overrides)
+        return compose_config(overrides)
     config = copy.deepcopy(_chosen(tuple(str(o.input_line) for o in choices)))
     try:
         for o in values:
             added = o.is_force_add()
             OmegaConf.update(config, o.key_or_group, o.value(), merge=True, force_add=added)
     except OmegaConfBaseException:
-        return composed(overrides)  # raises the same in Hydra's words
-    return typed(config, overrides)
+        return compose_config(overrides)  # raises the same in Hydra's words
+    return config_from_hydra(config, overrides)
 
 
 @cache
@@ -110,7 +110,7 @@ def _chosen(choices: tuple[str, ...]) -> DictConfig:
     return hydra.compose("train", list(choices))
 
 
-def as_published(experiment: str, cfg: Config) -> Config:
+def published_config(experiment: str, cfg: Config) -> Config:
     """The experiment as its YAML has it, but for this run's seeds: what the paper's rows are of."""
     paper = _experiment(experiment)
     changed: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra}
@@ -123,10 +123,10 @@ def as_published(experiment: str, cfg: Config) -> Config:
 
 @cache
 def _experiment(name: str) -> Config:
-    return composed([f"experiment={name}"])
+    return compose_config([f"experiment={name}"])
 
 
-def prepare(arguments: list[str]) -> list[str]:
+def hydra_arguments(arguments: list[str]) -> list[str]:
     """The arguments as Hydra can read them.
 
     Flags come before overrides; the brackets of alpha/sqrt(r) are no function call; and a glob on
@@ -146,7 +146,7 @@ def prepare(arguments: list[str]) -> list[str]:
     return sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
 
 
-def explain(error: Exception) -> str:
+def hydra_error_message(error: Exception) -> str:
     """Hydra's and OmegaConf's errors in one paragraph that names the nearest valid word."""
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
@@ -170,7 +170,7 @@ def explain(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def command(config: dict[str, Any], always: Collection[str] = ()) -> str | None:
+def train_command(config: dict[str, Any], always: Collection[str] = ()) -> str | None:
     """The `lora-lab train` command that makes a run's config again, as short as it can be.
 
     It says the dotted keys of `always` even where they are at their defaults. None where conf/ has
@@ -180,9 +180,9 @@ def command(config: dict[str, Any], always: Collection[str] = ()) -> str | None:
     said = [f"experiment={config['name']}"] if experiment else [f"name={config['name']}"]
     with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
         try:
-            wanted, start = check(dict(config)), composed(said).plain()
-            differ = _differ(wanted.plain(), start, always)
-            if composed([*said, *differ]).identity() != wanted.identity():
+            wanted, start = parse_config(dict(config)), compose_config(said).to_dict()
+            differ = _differ(wanted.to_dict(), start, always)
+            if compose_config([*said, *differ]).identity() != wanted.identity():
                 return None
         except (ConfigError, HydraException, OmegaConfBaseException):
             return None
@@ -195,14 +195,14 @@ def _differ(
     """The overrides that make one config of another, and those of the keys in `always`."""
     found = []
     for key, value in wanted.items():
-        if prefix or key not in NO_MATTER or key in ("runs_dir", "bases_dir"):
+        if prefix or key not in NOT_IN_IDENTITY or key in ("runs_dir", "bases_dir"):
             name = f"{prefix}{key}"
             if isinstance(value, dict) and isinstance(start.get(key), dict):
                 found += _differ(value, start[key], always, f"{name}.")
             elif key not in start or value != start[key] or name in always:
                 known = key in start and not name.startswith("target.")
                 found.append(f"{'' if known else '++'}{name}={_grammar(value)}")
-    free = prefix in ("adapter.", "base.")  # check() takes away what another method has
+    free = prefix in ("adapter.", "base.")  # parse_config() takes away what another method has
     return found + [f"~{prefix}{key}" for key in start if key not in wanted and not free]
 
 

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from lora_lab.adapters import GROUPS, INITS, SCALINGS, TRAINS
-from lora_lab.runs import DEVICES, NO_MATTER
+from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY
 
 
 class ConfigError(ValueError):
@@ -228,7 +228,7 @@ class Config(Node):
     figures: bool | None = None
     checkpoint_every: float = Field(default=60, ge=0)
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The config as plain dicts, lists and numbers: what config.yaml holds."""
         return self.model_dump(by_alias=True)
 
@@ -237,8 +237,8 @@ class Config(Node):
         return content_hash(self._matters())
 
     def _matters(self) -> dict[str, Any]:
-        config = self.model_dump(by_alias=True, exclude=set(NO_MATTER))
-        for device in DEVICES:
+        config = self.model_dump(by_alias=True, exclude=set(NOT_IN_IDENTITY))
+        for device in DEVICE_KEYS:
             config["trainer"].pop(device, None)
         if isinstance(self.base, CheckpointBase):
             del config["base"]["path"]
@@ -251,9 +251,9 @@ class Config(Node):
         """One point of an ablation: the run without its seed, in words and by a short hash."""
         config = self._matters()
         del config["seed"]
-        return f"{self.words()}-{content_hash(config)[:6]}"
+        return f"{self.readable_name()}-{content_hash(config)[:6]}"
 
-    def words(self) -> str:
+    def readable_name(self) -> str:
         """What is most asked of a run, but for its seed; the rest is in its hash."""
         adapter = self.adapter
         words = [adapter.method]

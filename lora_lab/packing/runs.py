@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.pack import copy_sharing_weights
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.module import Member, PackedModule, UnpackableError
-from lora_lab.runs import Run, RunBusyError, RunFinishedError, logged_alone
+from lora_lab.runs import Run, RunBusyError, RunFinishedError, log_only_to
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment
@@ -52,7 +52,7 @@ def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
             for group in by_epoch.values():
                 _train(model, group, {i: partial(fail, i) for i in group}, console)
                 for i in [i for i in group if i in live]:
-                    with logged_alone(trials[i].run.path):
+                    with log_only_to(trials[i].run.path):
                         try:
                             experiment.finish_run(trials[i], console)
                             live[i][0].close()
@@ -142,4 +142,4 @@ def _train(
     for member in module.members:
         date = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
         member.module.final_step = date
-        members[member].run.update(packed=len(members))
+        members[member].run.update_status(packed=len(members))

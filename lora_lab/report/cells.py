@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_lab.report.tables import deviating, number
 from lora_lab.report.theory import Held, held
-from lora_lab.runs import DEVICES, NO_MATTER, Run
+from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY, Run
 
 LOWER, HIGHER = ("loss", "perplexity", "error"), ("accuracy", "f1", "auroc", "r2")
 """What a metric's name ends in, where the least or the most of it is best."""
@@ -65,8 +65,8 @@ class Result:
     @cached_property
     def flat(self) -> dict[str, Any]:
         """What matters of its config by dotted keys, seeds of the run left out."""
-        plain = {k: v for k, v in self.config.items() if k not in (*NO_MATTER, "seed")}
-        devices = {f"trainer.{key}" for key in DEVICES}
+        plain = {k: v for k, v in self.config.items() if k not in (*NOT_IN_IDENTITY, "seed")}
+        devices = {f"trainer.{key}" for key in DEVICE_KEYS}
         return {k: v for k, v in flat(plain).items() if k not in devices}
 
     @cached_property

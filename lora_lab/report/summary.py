@@ -21,7 +21,7 @@ from lora_lab.report.cells import (
 from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
 from lora_lab.report.tables import Rows, number
 from lora_lab.report.theory import HEAD, Held, over_runs
-from lora_lab.runs import PLANNED, planned
+from lora_lab.runs import PLANNED_FILE, planned_runs
 
 
 def main(cells: Sequence[Cell]) -> Rows:
@@ -163,10 +163,10 @@ def not_finished(results: Sequence[Result], directory: Path) -> Rows:
         if not result.done:
             rows.append([result.experiment, result.run.path.name, result.state, result.cause])
     listed: set[str] = set()
-    for folder in sorted(file.parent for file in directory.rglob(PLANNED)):
+    for folder in sorted(file.parent for file in directory.rglob(PLANNED_FILE)):
         name = folder.resolve().name
         listed.add(name)
-        every = planned(folder)
+        every = planned_runs(folder)
         common = set.intersection(*map(set, every.values())) if len(every) > 1 else set()
         for run, overrides in every.items():
             if not (folder / run / "status.json").exists():

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from lora_lab.config import compose
 from lora_lab.config.schema import Config, ConfigError
-from lora_lab.runs import PLANNED, Run, planned, write_atomic
+from lora_lab.runs import PLANNED_FILE, Run, planned_runs, write_atomic
 from lora_lab.training.plan import Plan, plan
 
 
@@ -55,7 +55,7 @@ _now: Multirun | None = None
 
 def plan_jobs(points: Iterable[list[str]]) -> list[Job]:
     """Every run of a multirun, each checked as a run of its own."""
-    return [_job(*point) for point in compose.every(points)]
+    return [_job(*point) for point in compose.compose_points(points)]
 
 
 def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
@@ -104,8 +104,9 @@ def record_planned(every: list[Job]) -> None:
             folders.setdefault(job.path.parent, {})[job.path.name] = job.overrides
     for folder, own in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{PLANNED}.lock"):
-            write_atomic(folder / PLANNED, json.dumps({**planned(folder), **own}, indent=1) + "\n")
+        with FileLock(folder / f".{PLANNED_FILE}.lock"):
+            content = json.dumps({**planned_runs(folder), **own}, indent=1)
+            write_atomic(folder / PLANNED_FILE, content + "\n")
 
 
 def set_directory(directory: Path) -> None:
@@ -137,7 +138,7 @@ def mark_lost(path: Path, cause: str) -> None:
         _now.lost.add(path)
     if Run(path).status["state"] in ("none", "interrupted"):
         path.mkdir(parents=True, exist_ok=True)
-        Run(path).update(state="interrupted", error=cause)
+        Run(path).update_status(state="interrupted", error=cause)
 
 
 def progress_line() -> str | None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lora_lab.adapters import INITS
 from lora_lab.config.schema import Config, Lora, content_hash
-from lora_lab.runs import NO_MATTER
+from lora_lab.runs import NOT_IN_IDENTITY
 from lora_lab.sweeps.multirun import Job
 from lora_lab.training.plan import Plan
 
@@ -47,7 +47,7 @@ def reason_to_run_alone(plan: Plan) -> str | None:
 def pack_key(cfg: Config) -> str:
     """The hash of what the runs of a pack have in common: all but adapters' numbers and draws."""
     assert isinstance(cfg.adapter, Lora)
-    content = cfg.model_dump(by_alias=True, exclude={*NO_MATTER, "seed", "optimizer"})
+    content = cfg.model_dump(by_alias=True, exclude={*NOT_IN_IDENTITY, "seed", "optimizer"})
     adapter, targets = content.pop("adapter"), content["target"]
     inits = [adapter["init"], *(rule["init"] or adapter["init"] for rule in targets.values())]
     for rule in targets.values():

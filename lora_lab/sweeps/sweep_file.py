@@ -38,7 +38,7 @@ class Sweep:
     def overrides_at(self, values: Mapping[str, Any]) -> list[str]:
         """The overrides of one run."""
         swept = [f"{key}={value}" for key, value in values.items()]
-        return compose.prepare([*self.fixed_overrides, *swept])
+        return compose.hydra_arguments([*self.fixed_overrides, *swept])
 
     def extreme_points(self) -> Iterable[dict[str, Any]]:
         """Each parameter at its outermost values, the others at their first."""
@@ -134,7 +134,7 @@ def _is_hydras(override: str) -> bool:
 
 def _values(override: str) -> list[str]:
     """The value of an override, or each of those that it sweeps, as text."""
-    points = compose.points(compose.prepare([override]))
+    points = compose.sweep_points(compose.hydra_arguments([override]))
     return [point[0].partition("=")[2] for point in points]
 
 

@@ -19,7 +19,7 @@ from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
 from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config.schema import Config
-from lora_lab.runs import Run, rank
+from lora_lab.runs import Run, process_rank
 from lora_lab.tracking.metrics_file import JsonlLogger
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Tracking:
     def __init__(self, cfg: Config, run: Run, directory: Path):
         self.run = run
         # Of a run's several processes the first alone logs.
-        first = rank() == 0
+        first = process_rank() == 0
         self.jsonl = JsonlLogger(directory / "metrics.jsonl" if first else Path(os.devnull))
         self.loggers: list[Logger] = [self.jsonl]
         self.beside = 0  # rows that only W&B has
@@ -62,7 +62,7 @@ class Tracking:
                 shutil.rmtree(run.path / earlier, ignore_errors=True)
             self.wandb = _start(cfg, directory, earlier and earlier.rpartition("-")[2])
             self.loggers.append(WandbLogger(experiment=self.wandb))
-            run.update(wandb=os.path.relpath(self.wandb.settings.sync_dir, run.path))
+            run.update_status(wandb=os.path.relpath(self.wandb.settings.sync_dir, run.path))
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +79,7 @@ class Tracking:
         file = Path(self.wandb.settings.sync_file)
         self.wandb.finish(exit_code=0 if error is None else 1)
         if (held := _count(file, wanted := len(self.rows) + self.beside)) < wanted:
-            self.run.update(wandb_rows_lost=wanted - held)
+            self.run.update_status(wandb_rows_lost=wanted - held)
             log.error(
                 "W&B HOLDS %d OF %d ROWS of this run (%s): is the disk full? "
                 "metrics.jsonl in the run directory has them all",
@@ -242,7 +242,7 @@ def _init(cfg: Config, directory: Path, mode: Any, name: str | None) -> wandb.Ru
         group=cfg.cell(),
         job_type=cfg.adapter.method,
         tags=[tag[:64] for tag in (cfg.name, *cfg.target, *cfg.tracking.tags)],  # W&B's limit
-        config=cfg.plain(),
+        config=cfg.to_dict(),
         settings=wandb.Settings(
             silent=True,
             console="off",

@@ -22,7 +22,7 @@ from lora_lab import seeding
 from lora_lab.config.schema import Config, TrainedBase, content_hash
 from lora_lab.data import module as data
 from lora_lab.data import planted
-from lora_lab.runs import DEVICES, write_atomic
+from lora_lab.runs import DEVICE_KEYS, write_atomic
 from lora_lab.training import modules
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def key(cfg: Config) -> str:
     Devices and the run's own length cannot.
     """
     trainer = cfg.trainer.model_dump()
-    for other in (*DEVICES, "max_epochs"):
+    for other in (*DEVICE_KEYS, "max_epochs"):
         trainer.pop(other, None)
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
     sources = [inspect.getsource(code) for code in (*callees, data, planted, modules, seeding)]

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, rank
+from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, process_rank
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan
 
@@ -90,7 +90,7 @@ def _told(run: Run, which: int, count: int, exitcode: int) -> str:
     if log.exists():
         error = f"process {which} of {count}: {log.read_text().strip().splitlines()[-1]}"
     with suppress(RunBusyError), _held(run):
-        run.update(state="failed", error=error)
+        run.update_status(state="failed", error=error)
         with (run.path / "log.txt").open("a") as file:
             file.write(log.read_text() if log.exists() else f"{error}\n")
     return error
@@ -112,15 +112,15 @@ def run_worker(plan: Plan, console: Console) -> None:
         # By the kernel: all at once, so that none takes the others' end for a failure, and also one
         # that waits for them inside a collective operation, where it hears no gentler signal.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if rank():
+    if process_rank():
         logging.getLogger("lora_lab").setLevel(logging.ERROR)  # the first says it
     try:
-        experiment.run(plan, Console(quiet=True) if rank() else console)
+        experiment.run(plan, Console(quiet=True) if process_rank() else console)
     except tuple(OTHERS) as error:
         sys.exit(OTHERS[type(error)])
     except Exception:
-        if rank():
-            _log(plan.path, rank()).write_text(traceback.format_exc())
+        if process_rank():
+            _log(plan.path, process_rank()).write_text(traceback.format_exc())
         sys.exit(1)
 
 

@@ -19,7 +19,7 @@ from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates, full_tensor
 from lora_lab.config.schema import Lora, TrainedBase
 from lora_lab.data import Data
-from lora_lab.runs import CHECKPOINTS, Run, rank, record
+from lora_lab.runs import CHECKPOINTS, Run, process_rank, record_run
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases
@@ -53,7 +53,7 @@ def run(plan: Plan, console: Console) -> Run:
     """
     cfg = plan.cfg
     with (
-        nullcontext(Run(plan.path)) if rank() else open_run(plan) as run,
+        nullcontext(Run(plan.path)) if process_rank() else open_run(plan) as run,
         Tracking(cfg, run, plan.path) as tracking,
     ):
         base = obtain_base(plan, tracking, console)
@@ -61,7 +61,8 @@ def run(plan: Plan, console: Console) -> Run:
         model = plan.model()
         model.load_state_dict(base.state)
         # From here on dropout is the only thing that draws from the global stream.
-        own = generator(cfg.seed, "dropout", rank()).initial_seed() if rank() else cfg.seed
+        process = process_rank()
+        own = generator(cfg.seed, "dropout", process).initial_seed() if process else cfg.seed
         pl.seed_everything(own % 2**32, verbose=False)
         if isinstance(cfg.adapter, Lora):
             plan.attach(model)
@@ -73,17 +74,17 @@ def run(plan: Plan, console: Console) -> Run:
 
 
 def open_run(plan: Plan) -> AbstractContextManager[Run]:
-    """Within it the run is running; see `record`."""
+    """Within it the run is running; see `record_run`."""
     cfg = plan.cfg
     # Sums in another order are other bits.
     about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
-    return record(plan.path, cfg.plain(), overwrite=cfg.overwrite, **about)
+    return record_run(plan.path, cfg.to_dict(), overwrite=cfg.overwrite, **about)
 
 
 def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
     """The frozen base of a run: found, or trained here, its rows logged either way."""
     cfg = plan.cfg
-    if rank():
+    if process_rank():
         return bases.wait(cfg)
 
     def train_base(checkpoints: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -168,7 +169,7 @@ def finish_run(trial: Trial, console: Console) -> None:
         change = {"accelerator": "cpu"}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if rank():
+    if process_rank():
         return
     quiet = plan.single_device_trainer(None, [], **change)
     _save_trained(

@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, TargetError
-from lora_lab.config.checks import bind, fits, imported
+from lora_lab.config.checks import check_arguments, import_target, resolve_component
 from lora_lab.config.schema import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
@@ -54,7 +54,7 @@ class Plan:
     @property
     def path(self) -> Path:
         """The run's directory: a readable cell, its seed, and a hash of all that matters."""
-        name = f"{self.cfg.words()}-seed{self.cfg.seed}-{self.cfg.identity()[:10]}"
+        name = f"{self.cfg.readable_name()}-seed{self.cfg.seed}-{self.cfg.identity()[:10]}"
         return Path(self.cfg.runs_dir) / self.cfg.name / name
 
     def data(self, phase: Phase) -> Data:
@@ -114,11 +114,11 @@ def plan(cfg: Config) -> Plan:
     """
     for key in ("runs_dir", "bases_dir"):
         _check_directory(key, Path(getattr(cfg, key)))
-    bind("data", cfg.data, ["phase"])
+    resolve_component("data", cfg.data, ["phase"])
     _call("data", cfg, phase="base")
     data = _call("data", cfg, phase="adapt")
     sizes = _sizes(cfg, data)
-    bind("model", cfg.model, list(sizes))
+    resolve_component("model", cfg.model, list(sizes))
     _check_optimizer("optimizer", cfg.optimizer)
     processes = _check_trainer(cfg)
     if processes > 1 and (data.batch_size or 0) % processes:
@@ -192,12 +192,12 @@ def _call(key: str, cfg: Config, **given: Any) -> Any:
 
 
 def _sizes(cfg: Config, data: Data) -> dict[str, int]:
-    takes = inspect.signature(imported("model", cfg.model)).parameters
+    takes = inspect.signature(import_target("model", cfg.model)).parameters
     return {n: v for n, v in data.sizes.items() if n in takes and n not in cfg.model.arguments}
 
 
 def _check_optimizer(key: str, optimizer: Optimizer) -> None:
-    make = bind(key, optimizer, ["params"])
+    make = resolve_component(key, optimizer, ["params"])
     try:
         make([nn.Parameter(torch.zeros(1))], **optimizer.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -218,7 +218,7 @@ def _check_trainer(cfg: Config) -> int:
             f"trainer.accelerator={accelerator} trainer.devices={devices}: this machine has "
             f"{there} CUDA GPUs; trainer=cpu or trainer=auto runs without one"
         )
-    fits("trainer", pl.Trainer, arguments)
+    check_arguments("trainer", pl.Trainer, arguments)
     nodes = arguments.get("num_nodes", 1)
     if nodes != 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_lab import adapters
-from lora_lab.config.checks import check
+from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Config, Full, Lora
 from lora_lab.runs import Run
 from lora_lab.training import bases
@@ -33,7 +33,7 @@ def restore(run: Run) -> Restored:
         raise ValueError(
             f"{run.path} is {run.status['state']}: only a finished run can be restored"
         )
-    cfg = check(dict(run.config))
+    cfg = parse_config(dict(run.config))
     if not isinstance(cfg.adapter, Lora | Full):
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
     planned = plan(on_one_device(cfg))

@@ -22,7 +22,7 @@ from lora_lab.training import bases, experiment, plan
 from tests.conftest import SMALL
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "composing": [(compose, "composed")],
+    "composing": [(compose, "compose_config")],
     "checking": [(plan, "plan")],
     "W&B's start and end": [(Tracking, "__init__"), (Tracking, "__exit__")],
     "base": [(bases, "obtain")],

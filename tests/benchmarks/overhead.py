@@ -150,7 +150,7 @@ def planned(folder: str, size: int, batch: int, steps: int) -> Plan:
     said += [f"~data.{key}" for key in ("samples", "in_features", "out_features", "shift", "seed")]
     said += [f"data._target_={__name__}.Timed", f"+data.size={size}", f"data.batch_size={batch}"]
     said += [f"+data.steps={steps}"]
-    ((_, cfg),) = compose.every([said])
+    ((_, cfg),) = compose.compose_points([said])
     if isinstance(cfg, Exception):
         raise cfg
     return plan(cfg)

@@ -10,7 +10,7 @@ import hydra
 import pytest
 
 from lora_lab.config import compose
-from lora_lab.config.checks import check
+from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import Config
 from lora_lab.report import best, difference
 from lora_lab.report.cells import goal
@@ -64,7 +64,7 @@ def test_best_says_how_to_repeat_its_run(
     (found,) = best(runs, "val/loss")
     assert str(found.run.run.path) in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("command ")]
-    assert made_by(line.split(maxsplit=1)[1]) == check(dict(found.run.config)).identity()
+    assert made_by(line.split(maxsplit=1)[1]) == parse_config(dict(found.run.config)).identity()
     said = {key: found.run.flat[key] for key in ("adapter.r", "optimizer.lr")}
     said["seed"] = found.run.config["seed"]
     for key, value in said.items():
@@ -80,7 +80,7 @@ def made_by(command: str) -> str:
 
 def composed(overrides: list[str]) -> Config:
     with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
-        return compose.composed(compose.prepare(overrides))
+        return compose.compose_config(compose.hydra_arguments(overrides))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def composed(overrides: list[str]) -> Config:
 )
 def test_a_command_makes_its_config_again(overrides: list[str]):
     cfg = composed(["experiment=digits", *overrides])
-    again = compose.command(cfg.plain())
+    again = compose.train_command(cfg.to_dict())
     assert again is not None
     assert made_by(again) == cfg.identity()
 

@@ -168,7 +168,7 @@ def test_differences_of_environment_and_settings_are_shown(
     del env["processor"]
     (run.path / "env.json").write_text(json.dumps(env))
     assert run.status["threads"] == torch.get_num_threads()
-    run.update(threads=1000)
+    run.update_status(threads=1000)
     config = run.config
     for key in ("sweep", "figures"):
         del config[key]
@@ -211,7 +211,7 @@ def test_what_cannot_be_reproduced(
     assert "config.yaml cannot be read" in refused()
     (run.path / "config.yaml").write_text(config)
     assert content(run) == before
-    run.update(state="failed")
+    run.update_status(state="failed")
     assert "is failed: only a finished run can be reproduced" in refused()
     assert not Path("reproduced").exists()
 

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from lora_lab.cli.help_text import train_help
 from lora_lab.config import compose as compose_module
-from lora_lab.config.checks import check
-from lora_lab.config.compose import prepare
+from lora_lab.config.checks import parse_config
+from lora_lab.config.compose import hydra_arguments
 from lora_lab.config.options import options
 from lora_lab.config.schema import Config, ConfigError
 from lora_lab.models.mlp import MLP
@@ -38,7 +38,7 @@ def composed(*overrides: str) -> Config:
     with initialize_config_module("lora_lab.conf", version_base="1.3"):
         plain = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
     assert isinstance(plain, dict)
-    return check({str(key): value for key, value in plain.items()})
+    return parse_config({str(key): value for key, value in plain.items()})
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -85,7 +85,7 @@ def by_hydra(overrides: list[str]) -> Config | str:
     except ConfigError as error:
         return str(error)
     except HydraException as error:
-        return compose_module.explain(error)
+        return compose_module.hydra_error_message(error)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def by_hydra(overrides: list[str]) -> Config | str:
     ],
 )
 def test_the_points_of_a_multirun_are_what_hydra_composes_of_each(swept: list[str]):
-    points = compose_module.points(prepare(["-m", *swept])[1:])
+    points = compose_module.sweep_points(hydra_arguments(["-m", *swept])[1:])
     assert len(points) >= 4
-    for overrides, cfg in list(compose_module.every(points)):
+    for overrides, cfg in list(compose_module.compose_points(points)):
         assert (cfg if isinstance(cfg, Config) else str(cfg)) == by_hydra(overrides)
 
 
@@ -158,7 +158,7 @@ def test_identity_is_of_what_can_change_the_result():
         assert composed(same).identity() == one.identity()
     others = ("seed=1", "data.seed=1", "adapter.r=2", "optimizer.lr=0.1", "base.epochs=3")
     others = (*others, "target=lin*", "trainer.max_epochs=3", "+trainer.limit_train_batches=5")
-    prepare(["target=lin*"])
+    hydra_arguments(["target=lin*"])
     assert len({composed(other).identity() for other in others} | {one.identity()}) == 9
 
 
@@ -172,11 +172,11 @@ def test_the_order_of_a_pattern_matters_and_its_names_may_be_numbers():
 
 
 def test_a_config_of_before_a_key_was_there_is_read():
-    plain = composed().plain()
+    plain = composed().to_dict()
     for key in ("sweep", "figures"):
         del plain[key]
     plain["spectra"] = {"every_n_epochs": 10}
-    assert check(plain).identity() == composed().identity()
+    assert parse_config(plain).identity() == composed().identity()
 
 
 def test_base_key_is_of_what_can_change_the_base():

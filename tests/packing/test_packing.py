@@ -48,7 +48,7 @@ def plans(name: str, points: Points, *overrides: str) -> list[Plan]:
     """A small experiment's plans."""
     fixed = [f"experiment={name}", "tracking=off", "figures=false", *SMALL[name]]
     made = []
-    for _, cfg in compose.every([[*fixed, *overrides, *point] for point in points]):
+    for _, cfg in compose.compose_points([[*fixed, *overrides, *point] for point in points]):
         if isinstance(cfg, Exception):
             raise cfg
         made.append(plan(cfg))
@@ -342,7 +342,7 @@ def test_a_model_that_vmap_refuses_is_trained_run_by_run(caplog: pytest.LogCaptu
 def packs_of(capsys: pytest.CaptureFixture[str], *points: str, **how: Any) -> tuple[list, str]:
     """How the jobs of a command go together, and what is said."""
     fixed = ["experiment=shift", "tracking=off", "figures=false", *SMALL["shift"], "-m"]
-    jobs = multirun.plan_jobs(compose.points([*fixed, *points]))
+    jobs = multirun.plan_jobs(compose.sweep_points([*fixed, *points]))
     assert not [job.error for job in jobs if job.error]
     capsys.readouterr()
     found = group_into_packs(jobs, range(len(jobs)), how.get("at_once", 1), how.get("most"))

@@ -18,7 +18,7 @@ from filelock import FileLock
 from scipy import stats
 
 from lora_lab.cli import sweep
-from lora_lab.config.compose import prepare
+from lora_lab.config.compose import hydra_arguments
 from lora_lab.config.schema import ConfigError
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import search
@@ -91,7 +91,7 @@ def test_every_point_of_every_file_can_be_run(path: Path):
             [f"{key}={value}" for value in said.get("values", [said.get("value")])]
             for key, said in content["parameters"].items()
         ]
-        points = [prepare(list(point)) for point in product(*listed)]
+        points = [hydra_arguments(list(point)) for point in product(*listed)]
         without = [{o for o in point if not o.startswith("tracking")} for point in points]
         ours = [set(read.overrides_at(values)) for values in read.grid_points()]
         assert sorted(map(sorted, ours)) == sorted(map(sorted, without))
@@ -463,7 +463,7 @@ def test_a_parameter_that_names_no_form_is_refused():
 def test_a_metric_that_is_taken_is_logged(lab: Lab, name: str, overrides: list[str]):
     assert lab(name, *overrides) == 0
     small = SMALL[name]
-    names = sweep.logged(plan(composed(f"experiment={name}", *small, *overrides)))
+    names = sweep.logged_metrics(plan(composed(f"experiment={name}", *small, *overrides)))
     there = {key for row in only_run().rows() for key in row}
     assert names <= there
     assert {n for n in there if n.startswith(("val/", "train/", "merged/"))} <= names
