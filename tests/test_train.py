@@ -482,7 +482,7 @@ def test_a_targets_own_settings_and_patterns(lab: Lab):
 
 
 def test_full_fine_tuning_of_blocks_measures_each(lab: Lab):
-    everything = "model._target_=tests.everything.Everything"
+    everything = "model._target_=tests.all_layer_kinds.AllLayerKinds"
     assert lab("shift", everything, "adapter=full", "target=all") == 0
     run = only_run()
     after = load_file(run.path / "model" / "model.safetensors")

@@ -1,12 +1,12 @@
-"""A model that torch.vmap cannot compute for many runs: it looks at a number of its own output."""
+"""A model whose runs cannot be packed: torch.vmap refuses a branch on a number of its output."""
 
 from torch import Tensor
 
 from lora_lab.models.linear import Linear
 
 
-class Looking(Linear):
-    """Linear, which would stop at an output of zeros."""
+class BranchesOnOutput(Linear):
+    """Linear; reads its output as a Python number, and stops where that is below 0: never."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)

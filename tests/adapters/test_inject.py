@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from lora_lab import adapters
 from lora_lab.adapters import Target
 from tests.adapters.cases import Case, every_layer, move
-from tests.everything import Everything
+from tests.all_layer_kinds import AllLayerKinds
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def test_several_adapters_are_switched_between():
     torch.manual_seed(0)
-    model, x = Everything(5, 3), torch.randn(4, 5)
+    model, x = AllLayerKinds(5, 3), torch.randn(4, 5)
     base = model(x)
     adapters.attach(model, "linear", r=2, alpha=2, name="one")
     move(model)
@@ -165,7 +165,7 @@ def test_the_count_of_the_third_text():
 
 
 def test_optimizer_bytes_are_adams():
-    model = Everything(5, 3)
+    model = AllLayerKinds(5, 3)
     adapters.attach(model, "all", r=2, alpha=1)
     cost = adapters.count(model)
     optimizer = torch.optim.Adam(adapters.parameter_groups(model, 0.1), capturable=False)
@@ -261,9 +261,9 @@ def test_what_is_not_active_takes_no_gradient():
         assert second.B.requires_grad
 
 
-def everything() -> Everything:
+def everything() -> AllLayerKinds:
     torch.manual_seed(0)
-    model = Everything(5, 3)
+    model = AllLayerKinds(5, 3)
     adapters.attach(model, "all", r=2, alpha=2)
     return model
 

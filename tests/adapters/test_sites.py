@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_lab import adapters
 from lora_lab.adapters import RankError, Recipe, Target, TargetError
-from tests.everything import Everything
+from tests.all_layer_kinds import AllLayerKinds
 
 
 def model() -> Any:
@@ -171,7 +171,7 @@ def test_an_unknown_variant_is_an_error(how: dict):
 
 
 def names(target: Target, recipe: Recipe | None = None) -> list[str]:
-    return [site.name for site in adapters.find_sites(Everything(5, 3), {"it": target}, recipe)]
+    return [site.name for site in adapters.find_sites(AllLayerKinds(5, 3), {"it": target}, recipe)]
 
 
 def test_every_kind_and_group_of_sites():
@@ -201,7 +201,7 @@ def test_matches_and_excludes(target: Target, picked: list[str]):
 
 
 def test_only_the_chosen_block_changes():
-    attention = Everything(5, 3)
+    attention = AllLayerKinds(5, 3)
     adapters.attach(attention, {"v": Target(match="*_v")}, r=2, alpha=2)
     nn.init.normal_(adapters.attached(attention)["attn.in_proj_weight_v"].B)
     adapters.merge(attention)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_lab import adapters
 from tests.adapters.cases import move, trained
-from tests.everything import Everything
+from tests.all_layer_kinds import AllLayerKinds
 
 WAYS: dict[str, Any] = {
     "ddp": "all",
@@ -21,9 +21,9 @@ WAYS: dict[str, Any] = {
 """Way → what it targets."""
 
 
-def everything(targets: Any = "all") -> Everything:
+def everything(targets: Any = "all") -> AllLayerKinds:
     torch.manual_seed(0)
-    model = Everything(5, 3).double()
+    model = AllLayerKinds(5, 3).double()
     adapters.attach(model, targets, r=2, alpha=2)
     move(model)
     return model
@@ -52,12 +52,12 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _ddp(model: Everything, rows: Tensor) -> dict[str, Tensor]:
+def _ddp(model: AllLayerKinds, rows: Tensor) -> dict[str, Tensor]:
     step(DistributedDataParallel(model), trained(model), rows)
     return adapters.adapter_state_dict(model)
 
 
-def _fsdp(model: Everything, rows: Tensor) -> dict[str, Any]:
+def _fsdp(model: AllLayerKinds, rows: Tensor) -> dict[str, Any]:
     for child in (model.conv, model.fc, model.head):
         fully_shard(child)
     fully_shard(model)

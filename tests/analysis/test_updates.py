@@ -11,7 +11,7 @@ from lora_lab import adapters
 from lora_lab.adapters import Target
 from lora_lab.analysis.updates import Updates
 from tests.adapters.cases import CASES, Case, changed_weights, every_case, move
-from tests.everything import Everything
+from tests.all_layer_kinds import AllLayerKinds
 
 SEEN = 1e-6
 """Of the first singular value: what every one down to it must be right to, in relative terms."""
@@ -71,7 +71,7 @@ def test_cut_gives_the_model_with_the_best_approximation(case: Case):
 
 def test_full_fine_tuning_is_measured_as_adapters_are():
     torch.manual_seed(0)
-    adapted = Everything(12, 9).double()
+    adapted = AllLayerKinds(12, 9).double()
     base = {key: value.clone() for key, value in adapted.state_dict().items()}
     sites = adapters.attach(adapted, "all", r=2, alpha=2)
     move(adapted)

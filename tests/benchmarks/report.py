@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_lab.runs import Run, find_runs
-from tests.copies import copies
+from tests.copied_runs import copy_run
 
 BOUND = 20.0
 
@@ -39,7 +39,9 @@ def sweep(folder: Path, epochs: int) -> list[Run]:
     (first,) = find_runs(folder / "first")
     points = product(range(1, 11), (1.0, 2.0, 4.0, 8.0, 16.0), range(4))
     keys = ("adapter.r", "adapter.alpha", "seed")
-    return copies(first, (dict(zip(keys, point, strict=True)) for point in points), folder / "runs")
+    return copy_run(
+        first, (dict(zip(keys, point, strict=True)) for point in points), folder / "runs"
+    )
 
 
 def main() -> None:

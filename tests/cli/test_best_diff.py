@@ -17,7 +17,7 @@ from lora_lab.report.cells import goal
 from lora_lab.report.tables import deviating
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
-from tests.copies import copies
+from tests.copied_runs import copy_run
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def runs(lab: Lab) -> list[Run]:
     keys = ("adapter.r", "optimizer.lr", "seed")
     points = product((1, 2, 4), (0.1, 0.01), (0, 1, 2))
     only = only_run("first")
-    return copies(only, (dict(zip(keys, p, strict=True)) for p in points), Path("runs"))
+    return copy_run(only, (dict(zip(keys, p, strict=True)) for p in points), Path("runs"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.conftest import SMALL, Lab, only_run
 
 register()
 OPTIONS = [(group, option) for group, choices in options().items() for option in choices]
-EVERYTHING = "model._target_=tests.everything.Everything"
+EVERYTHING = "model._target_=tests.all_layer_kinds.AllLayerKinds"
 NEEDS = {
     ("trainer", "gpu"): ["trainer.accelerator=cpu"],
     ("base", "checkpoint"): ["base.path=base.safetensors"],

@@ -23,7 +23,7 @@ from lora_lab.sweeps import multirun
 from lora_lab.sweeps.packs import group_into_packs
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan, plan
-from tests import killed
+from tests import interrupted_train
 from tests.conftest import SMALL, Lab
 from tests.sweeps.test_launchers import LOCAL, processes_here, start_endless, wait_for
 from tests.sweeps.test_launchers import same_environment as same_environment
@@ -330,7 +330,7 @@ def test_where_all_diverge_all_fail():
 
 
 def test_a_model_that_vmap_refuses_is_trained_run_by_run(caplog: pytest.LogCaptureFixture):
-    settings = ["model._target_=tests.unpackable.Looking", *LESS]
+    settings = ["model._target_=tests.unpackable.BranchesOnOutput", *LESS]
     runs = together("shift", r(1, 2), *settings)
     assert "not packed: the model cannot be computed for many runs" in caplog.text
     assert ".item()" in caplog.text
@@ -446,7 +446,7 @@ def stopped(
 
     with monkeypatch.context() as patch:
         what = what or "lora_lab.packing.module:PackedModule.training_step"
-        patch.setattr(*killed.at(what, call, "before", stop))
+        patch.setattr(*interrupted_train.acting_at_call(what, call, "before", stop))
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             run_pack(made, Console(quiet=True))
     for one in made:
@@ -509,7 +509,9 @@ def test_a_run_of_a_pack_goes_on_alone_and_a_run_alone_in_a_pack(
     for one in made:
         step = "lora_lab.training.modules:BaseModule.training_step"
         with monkeypatch.context() as patch:
-            patch.setattr(*killed.at(step, 2 * EPOCH + 3, "before", interrupt))
+            patch.setattr(
+                *interrupted_train.acting_at_call(step, 2 * EPOCH + 3, "before", interrupt)
+            )
             with pytest.raises((KeyboardInterrupt, SystemExit)):
                 experiment.run(one, Console(quiet=True))
     caplog.clear()
@@ -706,7 +708,7 @@ def test_by_the_command_each_ends_by_itself(lab: Lab, capsys: pytest.CaptureFixt
 
 
 def test_a_pack_whose_process_is_killed_goes_on(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    target = "model._target_=tests.dying.Killed"
+    target = "model._target_=tests.process_models.KillsItself"
     settings = (target, "adapter.r=1,2", "seed=0,1", "checkpoint_every=0", *LESS, *PACKED)
     assert lab("shift", *settings, "runs_dir=whole") == 0
     Path("kill").touch()

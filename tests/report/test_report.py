@@ -17,7 +17,7 @@ from lora_lab.report.summary import main, not_finished, still, theory
 from lora_lab.report.tables import deviating
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
-from tests.copies import copies
+from tests.copied_runs import copy_run
 
 
 def kept(run: Path) -> dict[str, bytes]:
@@ -189,7 +189,7 @@ def test_without_a_list_of_what_was_planned_a_cell_that_lacks_a_seed_is_told(lab
     assert lab("shift") == 0
     first = only_run()
     points = [{"adapter.r": r, "seed": s} for r in (1, 2, 4) for s in (1, 2) if (r, s) != (4, 2)]
-    copies(first, points, Path("sweep"))
+    copy_run(first, points, Path("sweep"))
     rows = not_finished([read(run) for run in find_runs(Path("sweep"))], Path("sweep"))
     ((_, cell, state, cause),) = rows[1:]
     assert cell.startswith("r4-")
@@ -332,7 +332,7 @@ def test_data_seeds_are_named_and_pooled_alike(lab: Lab, monkeypatch: pytest.Mon
     assert lab("shift", "adapter.r=2") == 0
     points = product((1, 2), (0, 1), (0, 1, 2))
     keys = ("adapter.r", "data.seed", "seed")
-    runs = copies(only_run(), (dict(zip(keys, p, strict=True)) for p in points), Path("sweep"))
+    runs = copy_run(only_run(), (dict(zip(keys, p, strict=True)) for p in points), Path("sweep"))
     assert command(monkeypatch, "report", "sweep/shift") == 0
     made = Path("sweep/shift/report")
     for row in rows_of(made / "cells.csv"):

@@ -21,7 +21,7 @@ from lora_lab.report.swept_key_figures import metrics_by_swept_keys
 from lora_lab.report.tradeoff_figure import metric_by_parameters, pareto_front
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, only_run, small
-from tests.copies import copies
+from tests.copied_runs import copy_run
 
 RANKS, ALPHAS, SEEDS = (1, 2, 3), (4.0, 8.0), (0, 1)
 
@@ -39,7 +39,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def sweep(first: Run, **values: Any) -> list[Result]:
     keys = [key.replace("__", ".") for key in values]
     points = (dict(zip(keys, point, strict=True)) for point in product(*values.values()))
-    return [read(run) for run in copies(first, points, Path("sweep"))]
+    return [read(run) for run in copy_run(first, points, Path("sweep"))]
 
 
 def by(results: list[Result], key: str, metric: str) -> dict[Any, list[float]]:
@@ -176,7 +176,9 @@ def test_a_heat_map_has_a_place_for_full_and_for_what_failed(lab: Lab, first: Ru
 
 def test_a_key_that_was_drawn_is_an_axis_of_points(first: Run):
     points = ((1, 0.002), (1, 0.03), (2, 0.07), (2, 0.4))
-    runs = copies(first, ({"adapter.r": r, "optimizer.lr": lr} for r, lr in points), Path("sweep"))
+    runs = copy_run(
+        first, ({"adapter.r": r, "optimizer.lr": lr} for r, lr in points), Path("sweep")
+    )
     results = [read(run) for run in runs]
     figure = metrics_by_swept_keys(cells_of(results), ["val/loss"])
     assert figure is not None

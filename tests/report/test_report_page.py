@@ -16,7 +16,7 @@ import pytest
 
 from lora_lab.runs import find_runs
 from tests.conftest import Lab, command, only_run
-from tests.copies import copies
+from tests.copied_runs import copy_run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
@@ -89,7 +89,7 @@ def folder(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
     first = only_run("first")
     keys = ("adapter.r", "adapter.alpha", "seed")
     points = product((1, 2, 3, 5, 8), (4.0, 8.0), (0, 1))
-    copies(first, (dict(zip(keys, point, strict=True)) for point in points), Path("runs"))
+    copy_run(first, (dict(zip(keys, point, strict=True)) for point in points), Path("runs"))
     assert lab("digits", "optimizer=sgd", "optimizer.lr=1e30", "adapter.r=2") == 1
     assert command(monkeypatch, "report", "runs/digits") == 0
     return Path("runs/digits/report")

@@ -112,7 +112,7 @@ def the_others_finish(
 ) -> None:
     """One job is killed, one becomes NaN, two cannot be."""
     points = ("adapter.r=1,99", "optimizer=sgd", "optimizer.lr=1e-3,1e30,2e-3")
-    killed = "model._target_=tests.dying.Killed"
+    killed = "model._target_=tests.process_models.KillsItself"
     Path("kill").touch()
     assert lab("shift", killed, *points, *launcher) == 1
     shown = capsys.readouterr().out
@@ -244,9 +244,9 @@ def test_a_search_asks_for_as_many_as_run_at_once():
 def test_a_job_has_its_gpu_and_its_threads(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    target = "model._target_=tests.dying.Told"
+    target = "model._target_=tests.process_models.WritesItsDevices"
     assert lab("shift", target, "adapter.r=1,2", *JOBLIB) == 0
-    assert sorted(Path("told").read_text().split()) == ["5:3", "7:3"]
+    assert sorted(Path("devices").read_text().split()) == ["5:3", "7:3"]
 
 
 @pytest.mark.parametrize(("swept", "threads"), [("seed=0,1", "48"), ("data.seed=0,1", "44")])
@@ -257,8 +257,8 @@ def test_a_base_is_trained_by_the_cores_of_all_that_wait_for_it(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(processes, "cpu_count", lambda: 8)
-    assert lab("shift", "model._target_=tests.dying.Told", swept, *JOBLIB) == 0
-    assert sorted(line.split(":")[1] for line in Path("told").read_text().split()) == [*threads]
+    assert lab("shift", "model._target_=tests.process_models.WritesItsDevices", swept, *JOBLIB) == 0
+    assert sorted(line.split(":")[1] for line in Path("devices").read_text().split()) == [*threads]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import torch
 from lora_lab.runs import Run, find_runs
 from lora_lab.training.callbacks import checkpoint
 from lora_lab.training.modules import BaseModule
-from tests import killed
+from tests import interrupted_train
 from tests.conftest import SMALL, Lab, only_run
 from tests.tracking.test_tracking import as_ours, environment, held
 from tests.wandb_server import WandbServer
@@ -121,7 +121,7 @@ def test_a_run_goes_on_bit_for_bit(lab: Lab, monkeypatch: pytest.MonkeyPatch, na
 def kill(what: str, *settings: str, call: int = 1, when: str = "before", by: str = "SIGKILL"):
     """A run of `shift` in a process that gets a signal at a call, and has ended."""
     quick = ["tracking=off", "figures=false", *SMALL["shift"], EVERY, *settings]
-    command = [sys.executable, killed.__file__, what, str(call), when, by]
+    command = [sys.executable, interrupted_train.__file__, what, str(call), when, by]
     process = subprocess.run([*command, *quick], capture_output=True, text=True, timeout=120)
     assert process.returncode == {"SIGKILL": -9, "SIGTERM": 143}[by], process.stderr
 
@@ -140,7 +140,7 @@ def ctrl_c(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*killed.at(what, call, when, stop))
+        patch.setattr(*interrupted_train.acting_at_call(what, call, when, stop))
         assert lab("shift", EVERY, *settings) == 130
 
 

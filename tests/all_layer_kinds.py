@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Everything(nn.Module):
+class AllLayerKinds(nn.Module):
     """(B, in) → (B, out), through linear, conv, embedding, attention, LSTM and a bare weight."""
 
     def __init__(self, in_features: int, out_features: int):
