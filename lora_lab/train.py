@@ -86,14 +86,14 @@ def _run(content: DictConfig, single: bool) -> None:
             devices.launch(planned, HydraConfig.get().overrides.task)
         else:
             experiment.run(planned, console)
-        report.write(run, single if cfg.figures is None else cfg.figures)
+        report.write_run(run, single if cfg.figures is None else cfg.figures)
     except RunFinishedError:
         again = "overwrite=true repeats it"
         console.print(f"Finished before, not repeated ({again}): {run.path}", soft_wrap=True)
         if "WANDB_SWEEP_ID" in os.environ:  # an agent of W&B waits for a run of its own
             tracking.copy_to_wandb(planned.cfg, run)
         if not (run.path / "report" / "table.md").exists():
-            report.write(run)
+            report.write_run(run)
     except RunBusyError as error:
         raise RunFailedError(str(error)) from None
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -106,7 +106,7 @@ def _run(content: DictConfig, single: bool) -> None:
             f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
         ) from error
     if single:
-        report.show(run, console)
+        report.show_run(run, console)
 
 
 def _with_published(planned: "Plan") -> "Plan":
@@ -147,7 +147,7 @@ def _pack(pack: "Sequence[list[str] | Plan]") -> None:
     for planned, error in zip(plans, errors, strict=True):
         run = Run(planned.path)
         if error is None or isinstance(error, RunFinishedError):
-            report.write(run, planned.cfg.figures is True)
+            report.write_run(run, planned.cfg.figures is True)
         else:
             failed.append(f"{type(error).__name__}: {error}")
             errors_of = f"[red]failed:[/] {escape(failed[-1])} ({run.path / 'log.txt'})"
@@ -255,7 +255,9 @@ def _ended(every: "list[Job]") -> None:
     from lora_lab.sweeps import multirun
 
     left = multirun.close()
-    console.print(report.jobs([(job.overrides, job.path, job.state, job.cause) for job in every]))
+    console.print(
+        report.job_table([(job.overrides, job.path, job.state, job.cause) for job in every])
+    )
     if left:
         console.print(f"output of jobs that were lost: {left}", soft_wrap=True, highlight=False)
 

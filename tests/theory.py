@@ -21,7 +21,7 @@ from rich.table import Table
 
 from lora_lab.analysis import theory
 from lora_lab.cli.analyze import compare_updates
-from lora_lab.report.theory import Held, held
+from lora_lab.report.theory import TheoryCheck, check_against_theory
 from lora_lab.runs import Run, find_runs
 
 SEEDS = (0, 1, 2)
@@ -67,18 +67,20 @@ class Line:
     point: str
     r: int
     metric: str
-    seeds: list[Held]
+    seeds: list[TheoryCheck]
 
     @property
     def passes(self) -> bool:
         """Whether theory holds for every seed."""
-        return all(one.passes for one in self.seeds)
+        return all(one.holds for one in self.seeds)
 
     @property
     def worst(self) -> str:
         """The largest gap of the seeds, in standard errors where theory has one."""
-        if any(one.error for one in self.seeds):
-            return f"{max(abs(o.measured - o.theory) / o.error for o in self.seeds):.2f} s.e."
+        if any(one.standard_error for one in self.seeds):
+            return (
+                f"{max(abs(o.measured - o.theory) / o.standard_error for o in self.seeds):.2f} s.e."
+            )
         return f"{max((one.gap for one in self.seeds), key=abs):.1e}"
 
 
@@ -108,10 +110,10 @@ def seeds(experiment: str, seed: int) -> list[str]:
 
 def lines(runs: Sequence[Run]) -> list[Line]:
     """What was measured and what theory says, by experiment, point, r and metric."""
-    found: dict[tuple[str, str, int, str], list[Held]] = {}
+    found: dict[tuple[str, str, int, str], list[TheoryCheck]] = {}
     for run in runs:
         if (name := run.config["name"]) != "subspace":
-            for one in held(run):
+            for one in check_against_theory(run):
                 found.setdefault((name, *_point(run), one.metric), []).append(one)
     for seed in SEEDS:
         own = [
@@ -124,7 +126,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
                     said = theory.similarity(i, j, d, SHARED)
                     i_one, i_other = (i, j) if pair.phi.shape[0] == r else (j, i)
                     phi = float(pair.phi[i_one - 1, i_other - 1])
-                    one = Held(f"φ({i}, {j})", phi, said.value, said.standard_error, 1.0)
+                    one = TheoryCheck(f"φ({i}, {j})", phi, said.value, said.standard_error, 1.0)
                     found.setdefault(("subspace", f"r={r}, {other}", r, one.metric), []).append(one)
     order = list(MULTIRUNS)
     return [Line(*key, found[key]) for key in sorted(found, key=lambda key: order.index(key[0]))]

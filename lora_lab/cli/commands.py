@@ -34,8 +34,8 @@ def report(path: Path) -> None:
         report.show_sweep(report.write_sweep(runs, path), _console())
         return
     run = find_run(path)
-    report.write(run)
-    report.show(run, _console())
+    report.write_run(run)
+    report.show_run(run, _console())
 
 
 def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_run: bool) -> None:
@@ -64,8 +64,8 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
     asked = {"keep": keep, "truncation": truncation}
     asked = {key: value for key, value in asked.items() if value is not None}
     said = analyze.analyze_again(runs[0], _console(), **asked)
-    report.write(runs[0])
-    report.show(runs[0], _console())
+    report.write_run(runs[0])
+    report.show_run(runs[0], _console())
     if said.advice is not None:
         print(f"advice   lora-lab train … {said.advice.overrides}")
 
@@ -149,7 +149,7 @@ def ls(root: Path, state: str | None, sort: str) -> None:
     runs = _runs(root)
     from lora_lab import report
 
-    _console().print(report.listing(runs, state, sort))
+    _console().print(report.runs_table(runs, state, sort))
 
 
 def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
@@ -158,13 +158,15 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
     from lora_lab import report
     from lora_lab.config import compose
 
-    for one in report.best(runs, metric, goal):
-        _console().print(report.table(f"{one.experiment}: {one.goal} {metric}", one.rows(shown)))
-        value = one.run.finals[metric]
-        print(f"best run  {one.run.run.path} ({metric} {value:.5g})")
+    for one in report.best_by_experiment(runs, metric, goal):
+        _console().print(
+            report.terminal_table(f"{one.experiment}: {one.goal} {metric}", one.rows(shown))
+        )
+        value = one.best_result.metrics[metric]
+        print(f"best run  {one.best_result.run.path} ({metric} {value:.5g})")
         again = (
-            compose.train_command(one.run.config, one.keys)
-            or f"lora-lab reproduce {one.run.run.path}"
+            compose.train_command(one.best_result.config, one.varied_keys)
+            or f"lora-lab reproduce {one.best_result.run.path}"
         )
         print(f"command   {again}\n")
 
@@ -178,8 +180,8 @@ def diff(paths: list[Path]) -> None:
 
     for i, run in enumerate(runs, start=1):
         print(f"{i}: {run.path} ({run.status['state']})")
-    for title, rows in report.difference(*runs).items():
+    for title, rows in report.difference_tables(*runs).items():
         if len(rows) > 1:
-            _console().print(report.table(title, rows))
+            _console().print(report.terminal_table(title, rows))
         else:
             print(f"\n{title}: the same")

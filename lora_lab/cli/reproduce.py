@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from lora_lab import adapters, train
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
-from lora_lab.report.cells import flat
-from lora_lab.report.run import spectrum
+from lora_lab.report.cells import flatten_config
+from lora_lab.report.run import singular_values_by_site
 from lora_lab.report.tables import Rows, markdown
 from lora_lab.runs import Run, RunFailedError, write_atomic
 from lora_lab.training import bases, experiment
@@ -220,7 +220,9 @@ def _numbers(run: Run) -> dict[str, np.ndarray]:
     for row in run.rows():
         last |= row
     found = {k: np.array([float(last[k])]) for k in last if k not in ("step", "epoch")}
-    found |= {f"{site}: singular values": S for site, S in spectrum(run).items() if S.size}
+    found |= {
+        f"{site}: singular values": S for site, S in singular_values_by_site(run).items() if S.size
+    }
     for file in WEIGHTS:
         if (run.path / file).exists():
             for key, tensor in load_file(run.path / file).items():
@@ -230,9 +232,9 @@ def _numbers(run: Run) -> dict[str, np.ndarray]:
 
 def _environment(run: Run) -> dict[str, Any]:
     path = run.path / "env.json"
-    found = flat(json.loads(path.read_text())) if path.exists() else {}
+    found = flatten_config(json.loads(path.read_text())) if path.exists() else {}
     return found | {key: run.status.get(key, "–") for key in ("host", "threads")}
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in flat(run.config).items() if k not in OURS}
+    return {k: v for k, v in flatten_config(run.config).items() if k not in OURS}

@@ -1,25 +1,23 @@
 """Run directories → tables and figures. Reads what a run wrote and imports nothing of training."""
 
-from lora_lab.report.best import Best, best
-from lora_lab.report.compare import difference
-from lora_lab.report.run import listing, show, sites, write
+from lora_lab.report.best import ExperimentBest, best_by_experiment
+from lora_lab.report.compare import difference_tables
+from lora_lab.report.run import runs_table, show_run, site_table, write_run
 from lora_lab.report.subspace_pairs import SubspacePair, write_pairs
-from lora_lab.report.sweep import jobs, table
-from lora_lab.report.sweep import show as show_sweep
-from lora_lab.report.sweep import write as write_sweep
+from lora_lab.report.sweep import job_table, show_sweep, terminal_table, write_sweep
 
 __all__ = [
-    "Best",
+    "ExperimentBest",
     "SubspacePair",
-    "best",
-    "difference",
-    "jobs",
-    "listing",
-    "show",
+    "best_by_experiment",
+    "difference_tables",
+    "job_table",
+    "runs_table",
+    "show_run",
     "show_sweep",
-    "sites",
-    "table",
-    "write",
+    "site_table",
+    "terminal_table",
     "write_pairs",
+    "write_run",
     "write_sweep",
 ]

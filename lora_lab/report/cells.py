@@ -11,25 +11,28 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lora_lab.report.tables import deviating, number
-from lora_lab.report.theory import Held, held
+from lora_lab.report.tables import format_mean_std, format_number
+from lora_lab.report.theory import TheoryCheck, check_against_theory
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY, Run
 
-LOWER, HIGHER = ("loss", "perplexity", "error"), ("accuracy", "f1", "auroc", "r2")
+LOWER_IS_BETTER, HIGHER_IS_BETTER = (
+    ("loss", "perplexity", "error"),
+    ("accuracy", "f1", "auroc", "r2"),
+)
 """What a metric's name ends in, where the least or the most of it is best."""
-MOST = 40
+MAX_TEXT_LENGTH = 40
 """Characters of a value in a table."""
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """One run as it was on disk when it was read."""
 
     run: Run
     status: dict[str, Any]
     config: dict[str, Any]
     """{} where it cannot be read."""
-    finals: dict[str, float]
+    metrics: dict[str, float]
     """The last value of each metric."""
 
     @property
@@ -38,14 +41,14 @@ class Result:
         return self.status["state"]
 
     @property
-    def done(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether it is finished, and its files can be read."""
         return self.state == "finished"
 
     @property
     def cause(self) -> str:
         """The first line of why it is not finished; "" where that is not known."""
-        return why_not(self.status)
+        return stop_cause(self.status)
 
     @property
     def experiment(self) -> str:
@@ -63,19 +66,19 @@ class Result:
         return self.config["adapter"].get("r")
 
     @cached_property
-    def flat(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What matters of its config by dotted keys, seeds of the run left out."""
         plain = {k: v for k, v in self.config.items() if k not in (*NOT_IN_IDENTITY, "seed")}
         devices = {f"trainer.{key}" for key in DEVICE_KEYS}
-        return {k: v for k, v in flat(plain).items() if k not in devices}
+        return {k: v for k, v in flatten_config(plain).items() if k not in devices}
 
     @cached_property
-    def held(self) -> list[Held]:
+    def theory_checks(self) -> list[TheoryCheck]:
         """Its metrics beside theory's."""
-        return held(self.run)
+        return check_against_theory(self.run)
 
 
-def read(run: Run) -> Result:
+def read_run(run: Run) -> RunResult:
     """The run as it is now; `damaged` where it says finished and its files cannot be read."""
     status, config, finals = run.status, {}, {}
     try:
@@ -91,47 +94,54 @@ def read(run: Run) -> Result:
         config = config if isinstance(config, dict) and "adapter" in config else {}
     if status["state"] == "finished" and not sound:
         status["state"] = "damaged"
-    return Result(run, status, config, {k: finals[k] for k in finals if k not in ("step", "epoch")})
+    return RunResult(
+        run, status, config, {k: finals[k] for k in finals if k not in ("step", "epoch")}
+    )
 
 
-def why_not(status: dict[str, Any]) -> str:
+def stop_cause(status: dict[str, Any]) -> str:
     """The first line of why a run is not finished; of one that was told to stop, that."""
     error = str(status.get("error", "")).partition("\n")[0]
     told = status["state"] == "interrupted" and error.startswith(("SystemExit", "KeyboardInt"))
     return "stopped" if told else error
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config by dotted keys; the patterns by site stay whole, their keys are globs."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         inner = isinstance(value, dict) and not key.endswith("_pattern")
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        found |= flatten_config(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return found
 
 
 @dataclass(frozen=True)
-class Spread:
+class Statistics:
     """A metric over the runs of a cell; the deviation is with n − 1, None of one run."""
 
     n: int
     mean: float
     std: float | None
-    low: float
-    high: float
+    minimum: float
+    maximum: float
 
     def __str__(self) -> str:
-        return number(self.mean) if self.std is None else deviating(self.mean, self.std)
+        return (
+            format_number(self.mean) if self.std is None else format_mean_std(self.mean, self.std)
+        )
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """None of nothing."""
+def statistics_of(values: Sequence[float]) -> Statistics | None:
+    """The statistics of one metric's values over runs; None of an empty sequence.
+
+    Where a value is not finite, the mean is nan and there is no deviation.
+    """
     if not values:
         return None
     if not all(map(math.isfinite, values)):
-        return Spread(len(values), math.nan, None, min(values), max(values))
+        return Statistics(len(values), math.nan, None, min(values), max(values))
     std = stdev(values) if len(values) > 1 else None
-    return Spread(len(values), mean(values), std, min(values), max(values))
+    return Statistics(len(values), mean(values), std, min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -139,85 +149,91 @@ class Cell:
     """The runs that differ in their seed alone."""
 
     name: str
-    results: list[Result]
+    results: list[RunResult]
 
     @cached_property
-    def done(self) -> list[Result]:
+    def finished(self) -> list[RunResult]:
         """Its finished runs."""
-        return [result for result in self.results if result.done]
+        return [result for result in self.results if result.is_finished]
 
     @property
-    def flat(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What matters of its config, by dotted keys."""
-        return self.results[0].flat
+        return self.results[0].settings
 
     @cached_property
-    def metrics(self) -> dict[str, Spread]:
+    def metrics(self) -> dict[str, Statistics]:
         """Every metric that its finished runs logged, at the end."""
-        keys = dict.fromkeys(key for result in self.done for key in result.finals)
-        return {key: s for key in keys if (s := spread(self.values(key)))}
+        keys = dict.fromkeys(key for result in self.finished for key in result.metrics)
+        return {key: s for key in keys if (s := statistics_of(self.final_values(key)))}
 
-    def values(self, metric: str) -> list[float]:
+    def value_of(self, key: str) -> Any:
+        """The value of a key of `swept_keys`; None where the cell has no such setting.
+
+        `target` gives the names of its targets, joined; `cell` gives the hash in the cell's name.
+        """
+        if key == "target":
+            return "+".join(self.results[0].config["target"])
+        if key == "cell":
+            return self.name.rpartition("-")[2]
+        return self.settings.get(key)
+
+    def final_values(self, metric: str) -> list[float]:
         """The metric's last value in each finished run that has it."""
-        return [result.finals[metric] for result in self.done if metric in result.finals]
+        return [result.metrics[metric] for result in self.finished if metric in result.metrics]
 
     @cached_property
-    def rank_measures(self) -> dict[str, Spread]:
+    def rank_measures(self) -> dict[str, Statistics]:
         """Effective and stable rank of ΔW, over the mean of each run's sites."""
         found = {}
         for measure in ("effective_rank", "stable_rank"):
             ends = [
-                [v for k, v in r.finals.items() if k.startswith("spectra/") and k.endswith(measure)]
-                for r in self.done
+                [
+                    v
+                    for k, v in r.metrics.items()
+                    if k.startswith("spectra/") and k.endswith(measure)
+                ]
+                for r in self.finished
             ]
-            if s := spread([mean(end) for end in ends if end]):
+            if s := statistics_of([mean(end) for end in ends if end]):
                 found[measure.replace("_", " ")] = s
         return found
 
 
-def cells_of(results: Sequence[Result]) -> list[Cell]:
+def cells_of(results: Sequence[RunResult]) -> list[Cell]:
     """The cells of results whose config can be read, by what was swept: r first, then the rest."""
-    by_name: dict[str, list[Result]] = {}
+    by_name: dict[str, list[RunResult]] = {}
     for result in results:
         if result.config:
             by_name.setdefault(result.cell, []).append(result)
     cells = [Cell(name, own) for name, own in by_name.items()]
-    keys = swept(cells)
-    return sorted(cells, key=lambda c: ([order(setting(c, key)) for key in keys], c.name))
+    keys = swept_keys(cells)
+    return sorted(cells, key=lambda c: ([sort_key(c.value_of(key)) for key in keys], c.name))
 
 
-def order(value: Any) -> tuple[Any, ...]:
-    """Sorts numbers by size, words by letters, what is not there last."""
+def sort_key(value: Any) -> tuple[Any, ...]:
+    """A key for `sorted` over a setting's values: numbers by size, then text, then None."""
     if value is None:
         return (2,)
     return (0, value) if isinstance(value, int | float) else (1, str(value))
 
 
-def setting(cell: Cell, key: str) -> Any:
-    """A cell's value of a swept key: the `target` in one word, the hash where it is asked for."""
-    if key == "target":
-        return "+".join(cell.results[0].config["target"])
-    if key == "cell":
-        return cell.name.rpartition("-")[2]
-    return cell.flat.get(key)
-
-
-def swept(cells: Sequence[Cell]) -> dict[str, str]:
+def swept_keys(cells: Sequence[Cell]) -> dict[str, str]:
     """The keys that tell these cells from each other, r first, each with its short name.
 
     A key that only some cells have, as what LoRA has and full fine-tuning has not, is one only
     where it differs between those that have it. Cells that still look alike are told by their hash.
     """
-    keys = dict.fromkeys(key for cell in cells for key in cell.flat)
+    keys = dict.fromkeys(key for cell in cells for key in cell.settings)
     kinds = {"+".join(cell.results[0].config["target"]) for cell in cells}
     found = ["target"] if len(kinds) > 1 else []
     for key in keys:
-        has = [cell.flat[key] for cell in cells if key in cell.flat]
+        has = [cell.settings[key] for cell in cells if key in cell.settings]
         many = len({json.dumps(value, sort_keys=True) for value in has}) > 1
         if many:
             found.append(key)
     found.sort(key=lambda key: (key != "adapter.r", not key.startswith("adapter.")))
-    points = {json.dumps([setting(cell, key) for key in found], default=str) for cell in cells}
+    points = {json.dumps([cell.value_of(key) for key in found], default=str) for cell in cells}
     if len(points) < len(cells):
         found.append("cell")
     short = {key: key.removesuffix("._target_").split(".")[-1] for key in found}
@@ -230,7 +246,7 @@ def swept(cells: Sequence[Cell]) -> dict[str, str]:
     }
 
 
-def said(value: Any) -> str:
+def short_text(value: Any) -> str:
     """A setting's value as a table has it."""
     if value is None:
         return "–"
@@ -240,39 +256,39 @@ def said(value: Any) -> str:
         return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value)
     text = text.rpartition(".")[2] if text.startswith(("lora_lab.", "torch.")) else text
-    return text if len(text) <= MOST else f"{text[: MOST - 1]}…"
+    return text if len(text) <= MAX_TEXT_LENGTH else f"{text[: MAX_TEXT_LENGTH - 1]}…"
 
 
-def plain(value: Any) -> str:
+def full_text(value: Any) -> str:
     """A setting's value whole, as JSON but for words."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def words(cell: Cell, keys: dict[str, str]) -> str:
+def cell_label(cell: Cell, keys: dict[str, str]) -> str:
     """A cell by what was swept: `r=4, lr=0.01`."""
     shown = [
-        f"{name}={said(value)}"
+        f"{name}={short_text(value)}"
         for key, name in keys.items()
-        if (value := setting(cell, key)) is not None
+        if (value := cell.value_of(key)) is not None
     ]
     return ", ".join(shown) or cell.name
 
 
-def goal(metric: str) -> str | None:
+def goal_of(metric: str) -> str | None:
     """minimize or maximize, by the metric's name; None where it does not say."""
     last = metric.lower().rpartition("/")[2]
-    if last.endswith(LOWER):
+    if last.endswith(LOWER_IS_BETTER):
         return "minimize"
-    return "maximize" if last.endswith(HIGHER) else None
+    return "maximize" if last.endswith(HIGHER_IS_BETTER) else None
 
 
-def best(cells: Sequence[Cell], metric: str, goal: str) -> list[Cell]:
+def ranked_cells(cells: Sequence[Cell], metric: str, goal: str) -> list[Cell]:
     """The cells that have a finite mean of the metric, the best first."""
     has = [c for c in cells if metric in c.metrics and math.isfinite(c.metrics[metric].mean)]
     sign = 1 if goal == "minimize" else -1
     return sorted(has, key=lambda cell: sign * cell.metrics[metric].mean)
 
 
-def validation(cells: Sequence[Cell]) -> list[str]:
+def validation_metrics(cells: Sequence[Cell]) -> list[str]:
     """The validation metrics that any of the cells has."""
     return list(dict.fromkeys(k for cell in cells for k in cell.metrics if k.startswith("val/")))

@@ -14,10 +14,10 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_lab.report.cells import Cell, said, setting, swept, why_not
-from lora_lab.report.sections import Section, Sweep
-from lora_lab.report.tables import Rows, bare, marked, number, numeric
-from lora_lab.report.theory import GAP
+from lora_lab.report.cells import Cell, short_text, stop_cause, swept_keys
+from lora_lab.report.sections import ExperimentReport, SweepReport
+from lora_lab.report.tables import Rows, format_number, is_marked, is_numeric, unmarked
+from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged", "missing", "NO")
@@ -53,17 +53,17 @@ class Table:
         texts = [c["text"] if isinstance(c, dict) else c for c in column]
         if max(map(len, texts)) > 70:
             return "long"
-        return "num" if numeric(texts) else ""
+        return "num" if is_numeric(texts) else ""
 
 
-def of_sweep(sweep: Sweep) -> Path:
+def write_sweep_page(sweep: SweepReport) -> Path:
     """The page of a folder of runs."""
     to = sweep.directory / "report"
     several = len(sweep.sections) > 1
     lines = []
     for section in sweep.sections:
         point = ", ".join(
-            f"{name}: {_few(section.cells, key)}" for key, name in swept(section.cells).items()
+            f"{name}: {_few(section.cells, key)}" for key, name in swept_keys(section.cells).items()
         )
         lines.append(f"{section.name}: swept {point}" if point else f"{section.name}: one cell")
     return _write(
@@ -76,14 +76,14 @@ def of_sweep(sweep: Sweep) -> Path:
     )
 
 
-def _section(section: Section, several: bool, to: Path) -> dict[str, Any]:
+def _section(section: ExperimentReport, several: bool, to: Path) -> dict[str, Any]:
     notes = section.notes
     tables = [Table(title, rows, notes[title]) for title, rows in section.tables.items()]
-    differ = swept(section.cells)
+    differ = swept_keys(section.cells)
     if differ:
         rows = [["key", "values"], *([key, _few(section.cells, key)] for key in differ)]
         tables.append(Table("configs that differ", rows))
-    flats = [cell.flat for cell in section.cells]
+    flats = [cell.settings for cell in section.cells]
     common = {
         key: value
         for key, value in (flats[0] if flats else {}).items()
@@ -103,13 +103,13 @@ def _section(section: Section, several: bool, to: Path) -> dict[str, Any]:
 
 def _few(cells: Sequence[Cell], key: str) -> str:
     """A key's values over the cells."""
-    values = list(dict.fromkeys(said(setting(cell, key)) for cell in cells))
+    values = list(dict.fromkeys(short_text(cell.value_of(key)) for cell in cells))
     values = [value for value in values if value != "–"] or values
     more = f", … ({len(values)} values)" if len(values) > LISTED else ""
     return ", ".join(values[:LISTED]) + more
 
 
-def _not_finished(sweep: Sweep, to: Path) -> list[Table]:
+def _not_finished(sweep: SweepReport, to: Path) -> list[Table]:
     if len(sweep.not_finished) < 2:
         return []
     paths = {result.run.path.name: result.run.path for result in sweep.results}
@@ -122,7 +122,7 @@ def _not_finished(sweep: Sweep, to: Path) -> list[Table]:
     return [Table("not finished", rows, note)]
 
 
-def _runs(sweep: Sweep, to: Path) -> Table:
+def _runs(sweep: SweepReport, to: Path) -> Table:
     rows: list[list[Any]] = [["run", "status", "seed", "val/loss", "seconds", "files"]]
     for result in sweep.results:
         page, seconds = result.run.path / "report" / "index.html", result.status.get("seconds")
@@ -132,7 +132,7 @@ def _runs(sweep: Sweep, to: Path) -> Table:
                 {"text": result.run.path.name, "link": link},
                 result.state,
                 str(result.config.get("seed", "–")),
-                number(result.finals.get("val/loss") if result.done else None),
+                format_number(result.metrics.get("val/loss") if result.is_finished else None),
                 "–" if seconds is None else f"{seconds:.1f}",
                 {"text": "directory", "link": f"{_link(result.run.path, to)}/"},
             ]
@@ -144,15 +144,15 @@ def _link(path: Path, to: Path) -> str:
     return quote(Path(os.path.relpath(path, to)).as_posix())
 
 
-def of_run(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str]) -> Path:
+def write_run_page(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str]) -> Path:
     """The page of one run, of its tables by title and its figures by file name."""
     to, status = run.path / "report", run.status
-    shown = [Table(title, rows, GAP if title == "theory" else "") for title, rows in tables]
+    shown = [Table(title, rows, GAP_NOTE if title == "theory" else "") for title, rows in tables]
     seconds = status.get("seconds")
     return _write(
         to,
         title=f"{run.config['name']}: {run.path.resolve().name}",
-        lines=[why] if (why := why_not(status)) else [],
+        lines=[why] if (why := stop_cause(status)) else [],
         counts={status["state"] + (f" in {seconds:.0f} s" if seconds else ""): 1},
         sections=[
             {
@@ -185,8 +185,8 @@ def _figure(path: Path, caption: str, to: Path) -> dict[str, Any]:
 def _write(to: Path, **content: Any) -> Path:
     loader = PackageLoader("lora_lab.report", package_path="")
     environment = Environment(autoescape=True, undefined=StrictUndefined, loader=loader)
-    environment.tests["marked"] = marked
-    environment.filters["bare"] = bare
+    environment.tests["marked"] = is_marked
+    environment.filters["bare"] = unmarked
     page = environment.get_template("page.html").render(states=STATES, **content)
     write_atomic(to / "index.html", page)
     return to / "index.html"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lora_lab.report.cells import Result
+from lora_lab.report.cells import RunResult
 from lora_lab.report.plotting import (
     MAX_PANELS,
     legend_label,
@@ -29,10 +29,10 @@ from lora_lab.report.rank_series import (
     truncation_losses,
     values_by_rank,
 )
-from lora_lab.report.theory import Held
+from lora_lab.report.theory import TheoryCheck
 
 
-def metric_by_rank(results: Sequence[Result], name: str) -> Figure | None:
+def metric_by_rank(results: Sequence[RunResult], name: str) -> Figure | None:
     """A metric against r: runs as points, their mean as a line, ΔW cut, full fine-tuning, the base.
 
     A colour for each series; None where no series has two ranks.
@@ -63,7 +63,9 @@ def metric_by_rank(results: Sequence[Result], name: str) -> Figure | None:
             line = axes.plot(list(shown), list(shown.values()), "--", color=color, linewidth=1)
             kinds[label] = line[0]
             every += shown.values()
-        if theory := sorted({(r.rank, h.theory) for r in own for h in r.held if h.metric == name}):
+        if theory := sorted(
+            {(r.rank, h.theory) for r in own for h in r.theory_checks if h.metric == name}
+        ):
             (kinds["theory"],) = axes.plot(*zip(*theory, strict=True), "k+", markersize=9)
         ticks |= {*trained, *shown}
     for method, words, color in (
@@ -107,12 +109,12 @@ def _legends(figure: Figure, axes: Axes, names: Sequence[str], kinds: dict[str, 
     )
 
 
-def theory_by_rank(results: Sequence[Result]) -> Figure | None:
+def theory_by_rank(results: Sequence[RunResult]) -> Figure | None:
     """Every metric that theory speaks of against r: measured as points, theory as a line."""
-    found: dict[str, dict[str, dict[int, list[Held]]]] = {}
+    found: dict[str, dict[str, dict[int, list[TheoryCheck]]]] = {}
     for name, own in lora_runs_by_series(results).items():
         for result in own:
-            for one in result.held:
+            for one in result.theory_checks:
                 by_r = found.setdefault(one.metric, {}).setdefault(name, {})
                 by_r.setdefault(result.rank or 0, []).append(one)
     found = {
@@ -129,7 +131,7 @@ def theory_by_rank(results: Sequence[Result]) -> Figure | None:
             color, marker = series_style(i)
             ranks = sorted(by_r)
             values = np.array([mean(o.theory for o in by_r[r]) for r in ranks])
-            errors = np.array([mean(o.error for o in by_r[r]) for r in ranks])
+            errors = np.array([mean(o.standard_error for o in by_r[r]) for r in ranks])
             panel.plot(ranks, values, color=color, label=f"theory {legend_label(label)}".strip())
             if errors.any():
                 band = (values - 3 * errors, values + 3 * errors)
@@ -148,7 +150,7 @@ def theory_by_rank(results: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def update_ranks_by_rank(results: Sequence[Result]) -> Figure | None:
+def update_ranks_by_rank(results: Sequence[RunResult]) -> Figure | None:
     """Effective and stable rank of ΔW against r, and the bound r itself.
 
     Of one series a line for each site, of several the mean over a run's sites.
@@ -197,17 +199,17 @@ def update_ranks_by_rank(results: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def _sites(result: Result, measure: str, mean_only: bool) -> dict[str, float]:
+def _sites(result: RunResult, measure: str, mean_only: bool) -> dict[str, float]:
     """A measure of ΔW by site; by "" its mean."""
     found = {
         key.removeprefix("spectra/").removesuffix(f"/{measure}"): value
-        for key, value in result.finals.items()
+        for key, value in result.metrics.items()
         if key.startswith("spectra/") and key.endswith(f"/{measure}")
     }
     return {"": mean(found.values())} if mean_only and found else found
 
 
-def spectra_by_rank(results: Sequence[Result]) -> Figure | None:
+def spectra_by_rank(results: Sequence[RunResult]) -> Figure | None:
     """σ_i against i for each r, the mean over its runs; a panel for each of the largest sites.
 
     Of several series the one that reaches the lowest loss.

@@ -15,8 +15,8 @@ from rich.table import Table
 from lora_lab.report import page
 from lora_lab.report.plotting import MAX_PANELS
 from lora_lab.report.run_figures import largest_updates, write_figures
-from lora_lab.report.tables import Rows, csv_of, markdown, number
-from lora_lab.report.theory import GAP, HEAD, held, line
+from lora_lab.report.tables import Rows, csv_of, format_number, markdown
+from lora_lab.report.theory import CHECK_COLUMNS, GAP_NOTE, check_against_theory, check_row
 from lora_lab.runs import Run, write_atomic
 
 OWN = ("r", "alpha", "dropout", "init")
@@ -27,7 +27,7 @@ SHOWN = 24
 
 
 @dataclass(frozen=True)
-class Tables:
+class RunTables:
     """What a run has to say: curves by epoch, facts by name, and theory beside what was measured.
 
     The first row of curves and theory holds the column names; theory is [] where there is none.
@@ -38,10 +38,10 @@ class Tables:
     theory: Rows
 
 
-def tables(run: Run) -> Tables:
+def run_tables(run: Run) -> RunTables:
     """The run's tables, from its files alone."""
-    theory = [line(one) for one in held(run)]
-    return Tables(_curves(run), _facts(run), [HEAD, *theory] if theory else [])
+    theory = [check_row(one) for one in check_against_theory(run)]
+    return RunTables(_curves(run), _facts(run), [CHECK_COLUMNS, *theory] if theory else [])
 
 
 def _curves(run: Run) -> Rows:
@@ -57,7 +57,7 @@ def _curves(run: Run) -> Rows:
             if key.endswith("val/loss") and published.get(paper):
                 columns[f"{label} published"] = published[paper]
     epochs = sorted({epoch for curve in columns.values() for epoch in curve})
-    body = [[str(e), *(number(curve.get(e)) for curve in columns.values())] for e in epochs]
+    body = [[str(e), *(format_number(curve.get(e)) for curve in columns.values())] for e in epochs]
     return [["epoch", *columns], *body]
 
 
@@ -81,14 +81,14 @@ def _facts(run: Run) -> Rows:
         facts.append(["adapter", ", ".join(how)])
     loss = run.curve("val/loss")
     if loss:
-        facts.append(["loss on the new data before adaptation", number(loss[min(loss)])])
+        facts.append(["loss on the new data before adaptation", format_number(loss[min(loss)])])
     if len(loss) > 1:
-        facts.append(["loss on the new data after adaptation", number(loss[max(loss)])])
+        facts.append(["loss on the new data after adaptation", format_number(loss[max(loss)])])
     if (merged := run.last("merged/val/loss")) is not None:
-        facts.append(["loss of the merged model", number(merged)])
+        facts.append(["loss of the merged model", format_number(merged)])
     trainable, base = run.last("parameters/trainable"), run.last("parameters/base")
     if trainable and base:
-        share = f"{number(trainable)} of {number(base)} ({trainable / base:.3%})"
+        share = f"{format_number(trainable)} of {format_number(base)} ({trainable / base:.3%})"
         facts.append(["trainable parameters", share])
     full = run.last("bytes/full_optimizer")
     for what, name in (("adapter on disk", "adapter"), ("optimizer state", "optimizer")):
@@ -97,21 +97,21 @@ def _facts(run: Run) -> Rows:
                 f", {_bytes(full)} for full fine-tuning" if full and name == "optimizer" else ""
             )
             facts.append([what, f"{_bytes(size)}{beside}"])
-    everything = spectrum(run)
+    everything = singular_values_by_site(run)
     for site, sigma in largest_updates(everything).items():
-        last = ", ".join(number(value) for value in sigma[-1][:4])
+        last = ", ".join(format_number(value) for value in sigma[-1][:4])
         more = ", …" if sigma.shape[1] > 4 else ""
         rank = run.last(f"spectra/{site}/effective_rank")
         facts.append([f"ΔW of {site}: singular values", f"{last}{more}"])
-        facts.append([f"ΔW of {site}: effective rank", number(rank)])
+        facts.append([f"ΔW of {site}: effective rank", format_number(rank)])
         for name, words in (
             ("amplification", f"ΔW of {site}: ‖ΔW‖ over what W has of its directions"),
             ("intruders", f"W + ΔW of {site}: first directions that W has not"),
         ):
             if (value := run.last(f"spectra/{site}/{name}")) is not None:
                 among = run.last(f"spectra/{site}/intruders_among")
-                of = f" of {number(among)}" if name == "intruders" and among else ""
-                facts.append([words, number(value) + of])
+                of = f" of {format_number(among)}" if name == "intruders" and among else ""
+                facts.append([words, format_number(value) + of])
     if (more := len(everything) - MAX_PANELS) > 0:
         facts.append([f"and {more} sites more", "with a smaller ΔW, in spectra.npz"])
     if (run.path / "advice.yaml").exists():
@@ -130,7 +130,7 @@ def _bytes(size: float) -> str:
     return f"{size / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB')[unit]}"
 
 
-def sites(picked: Iterable[Any]) -> Table:
+def site_table(picked: Iterable[Any]) -> Table:
     """What the targets matched: each site's weight as a matrix, r, alpha, and what trains there."""
     picked = list(picked)
     table = Table(box=box.SIMPLE, pad_edge=False)
@@ -149,7 +149,7 @@ def sites(picked: Iterable[Any]) -> Table:
     return table
 
 
-def spectrum(run: Run) -> dict[str, np.ndarray]:
+def singular_values_by_site(run: Run) -> dict[str, np.ndarray]:
     """Site → singular values (time × k), from spectra.npz; empty where there is none."""
     path, suffix = run.path / "spectra.npz", "/singular_values"
     if not path.exists():
@@ -158,16 +158,16 @@ def spectrum(run: Run) -> dict[str, np.ndarray]:
         return {k.removesuffix(suffix): arrays[k] for k in arrays.files if k.endswith(suffix)}
 
 
-def write(run: Run, draw: bool = True) -> Path:
+def write_run(run: Run, draw: bool = True) -> Path:
     """Writes report/: table.md, curves.csv, facts.csv, index.html, every figure as PNG and PDF."""
     directory = run.path / "report"
     directory.mkdir(exist_ok=True)
-    made = tables(run)
-    drawn = write_figures(run, spectrum(run), directory) if draw else []
+    made = run_tables(run)
+    drawn = write_figures(run, singular_values_by_site(run), directory) if draw else []
     parts = [
         f"# {run.config['name']}: {run.path.name}",
         markdown(made.curves, "r"),
-        *([markdown(made.theory, "r"), GAP] if made.theory else []),
+        *([markdown(made.theory, "r"), GAP_NOTE] if made.theory else []),
         markdown([["", ""], *made.facts], "l"),
         *(f"![{name}]({name}.png)" for name in drawn),
     ]
@@ -177,13 +177,15 @@ def write(run: Run, draw: bool = True) -> Path:
         write_atomic(directory / "theory.csv", csv_of(made.theory))
     facts = [["fact", "value"], *made.facts]
     write_atomic(directory / "facts.csv", csv_of(facts))
-    page.of_run(run, [("facts", facts), ("curves", made.curves), ("theory", made.theory)], drawn)
+    page.write_run_page(
+        run, [("facts", facts), ("curves", made.curves), ("theory", made.theory)], drawn
+    )
     return directory
 
 
-def show(run: Run, console: Console) -> None:
+def show_run(run: Run, console: Console) -> None:
     """Prints the run's tables, and where its figures and files are."""
-    made = tables(run)
+    made = run_tables(run)
     shown = [(made.curves, True), *([(made.theory, True)] if made.theory else [])]
     for rows, head in (*shown, (made.facts, False)):
         table = Table(box=box.SIMPLE, show_header=head, pad_edge=False)
@@ -194,8 +196,8 @@ def show(run: Run, console: Console) -> None:
         console.print(table)
     seconds = run.status.get("seconds")
     if made.theory:
-        console.print(f"{GAP}\n", highlight=False)
-    console.print(drawn(run.path / "report"), soft_wrap=True, highlight=False)
+        console.print(f"{GAP_NOTE}\n", highlight=False)
+    console.print(figures_line(run.path / "report"), soft_wrap=True, highlight=False)
     took = f" ({seconds:.0f} s)" if seconds else ""
     console.print(f"run      {run.path}{took}", soft_wrap=True, highlight=False)
     if wandb := run.status.get("wandb"):
@@ -203,13 +205,13 @@ def show(run: Run, console: Console) -> None:
         console.print(f"W&B      {path}", soft_wrap=True, highlight=False)
 
 
-def drawn(directory: Path, none: str = "none drawn: lora-lab report draws them") -> str:
+def figures_line(directory: Path, none: str = "none drawn: lora-lab report draws them") -> str:
     """Which figures a report has, in a line."""
     names = ", ".join(path.stem for path in sorted(directory.glob("*.png")))
     return f"figures  {directory} ({names or none})"
 
 
-def listing(runs: Iterable[Run], state: str | None = None, sort: str = "name") -> Table:
+def runs_table(runs: Iterable[Run], state: str | None = None, sort: str = "name") -> Table:
     """The table of `lora-lab ls`: the runs in one state, or all, by name, loss, time or start."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("status", "experiment", "cell"):
@@ -236,7 +238,7 @@ def listing(runs: Iterable[Run], state: str | None = None, sort: str = "name") -
             run.path.absolute().parent.name,
             status.get("cell", "–"),
             str(status.get("seed", "–")),
-            number(loss),
+            format_number(loss),
             f"{seconds:.0f} s" if seconds is not None else "–",
             run.path.name.rpartition("-")[2],
         )

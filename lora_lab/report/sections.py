@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lab.report.cells import Cell, Result
+from lora_lab.report.cells import Cell, RunResult
 from lora_lab.report.tables import Rows
 
 
 @dataclass(frozen=True)
-class Section:
+class ExperimentReport:
     """One experiment of a sweep: its tables, by name, and its figures' captions, by file."""
 
     name: str
@@ -22,19 +22,19 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepReport:
     """What a report says of a folder of runs."""
 
     directory: Path
-    results: list[Result]
-    sections: list[Section]
+    results: list[RunResult]
+    sections: list[ExperimentReport]
     not_finished: Rows
     """Under the head experiment, run, status, cause; with the missing ones, which have no run."""
 
     @property
     def counts(self) -> dict[str, int]:
         """Runs by state, finished first."""
-        states = Counter(r.state for r in self.results if r.done)
+        states = Counter(r.state for r in self.results if r.is_finished)
         states.update(row[2] for row in self.not_finished[1:])
         return dict(states)
 

@@ -6,31 +6,30 @@ from pathlib import Path
 
 from lora_lab.report.cells import (
     Cell,
-    Result,
-    Spread,
-    best,
+    RunResult,
+    Statistics,
     cells_of,
-    goal,
-    plain,
-    said,
-    setting,
-    spread,
-    swept,
-    validation,
+    full_text,
+    goal_of,
+    ranked_cells,
+    short_text,
+    statistics_of,
+    swept_keys,
+    validation_metrics,
 )
 from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
-from lora_lab.report.tables import Rows, number
-from lora_lab.report.theory import HEAD, Held, over_runs
+from lora_lab.report.tables import Rows, format_number
+from lora_lab.report.theory import CHECK_COLUMNS, TheoryCheck, check_row_over_runs
 from lora_lab.runs import PLANNED_FILE, planned_runs
 
 
-def main(cells: Sequence[Cell]) -> Rows:
+def cells_table(cells: Sequence[Cell]) -> Rows:
     """What was swept, and the metrics most asked for at the end, mean ± standard deviation.
 
     The best mean of each validation metric is marked.
     """
-    keys = swept(cells)
-    metrics = [*validation(cells), "train/loss"]
+    keys = swept_keys(cells)
+    metrics = [*validation_metrics(cells), "train/loss"]
     measures = [
         m for m in ("effective rank", "stable rank") if any(m in c.rank_measures for c in cells)
     ]
@@ -38,15 +37,17 @@ def main(cells: Sequence[Cell]) -> Rows:
     rows = [head]
     marks = {}
     for metric in metrics[:-1]:
-        if (direction := goal(metric)) and len(ranked := best(cells, metric, direction)) > 1:
+        if (direction := goal_of(metric)) and len(
+            ranked := ranked_cells(cells, metric, direction)
+        ) > 1:
             top = ranked[0].metrics[metric].mean
             marks[metric] = {c.name for c in ranked if c.metrics[metric].mean == top}
     for cell in cells:
-        done, every = len(cell.done), len(cell.results)
+        done, every = len(cell.finished), len(cell.results)
         trainable = cell.metrics.get("parameters/trainable")
-        row = [said(setting(cell, key)) for key in keys] or [cell.name]
+        row = [short_text(cell.value_of(key)) for key in keys] or [cell.name]
         row += [str(done) if done == every else f"{done} of {every}"]
-        row += [number(trainable.mean) if trainable else "–"]
+        row += [format_number(trainable.mean) if trainable else "–"]
         for metric in metrics:
             text = str(cell.metrics[metric]) if metric in cell.metrics else "–"
             row.append(f"**{text}**" if cell.name in marks.get(metric, ()) else text)
@@ -55,16 +56,16 @@ def main(cells: Sequence[Cell]) -> Rows:
     return rows
 
 
-def numbers(cells: Sequence[Cell]) -> Rows:
+def cells_table_in_full(cells: Sequence[Cell]) -> Rows:
     """The main table to all digits, a number or nothing in each cell: what a program reads."""
-    keys = swept(cells)
-    metrics = [*validation(cells), "train/loss"]
+    keys = swept_keys(cells)
+    metrics = [*validation_metrics(cells), "train/loss"]
     measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
     head = ["cell", *keys.values(), "n", "runs", "trainable"]
     rows = [[*head, *(f"{m}{what}" for m in (*metrics, *measures) for what in ("", " std"))]]
     for cell in cells:
         trainable = cell.metrics.get("parameters/trainable")
-        row = [cell.name, *_point(cell, keys), str(len(cell.done)), str(len(cell.results))]
+        row = [cell.name, *_point(cell, keys), str(len(cell.finished)), str(len(cell.results))]
         row.append(repr(trainable.mean) if trainable else "")
         for metric in metrics:
             row += _digits(cell.metrics.get(metric))
@@ -75,17 +76,17 @@ def numbers(cells: Sequence[Cell]) -> Rows:
 
 
 def _point(cell: Cell, keys: Iterable[str]) -> list[str]:
-    return ["" if (value := setting(cell, key)) is None else plain(value) for key in keys]
+    return ["" if (value := cell.value_of(key)) is None else full_text(value) for key in keys]
 
 
-def _digits(s: Spread | None) -> list[str]:
+def _digits(s: Statistics | None) -> list[str]:
     """Mean and deviation, "" for what is not there."""
     return [
         repr(float(v)) if v is not None else "" for v in ((s.mean, s.std) if s else (None,) * 2)
     ]
 
 
-def still(cells: Sequence[Cell]) -> str:
+def identical_seeds_note(cells: Sequence[Cell]) -> str:
     """A word on cells whose seeds all came to the same; "" where there is none."""
     for cell in cells:
         stds = [s.std for m, s in cell.metrics.items() if m.startswith(("val/", "train/"))]
@@ -94,49 +95,55 @@ def still(cells: Sequence[Cell]) -> str:
     return ""
 
 
-def everything(cells: Sequence[Cell]) -> Rows:
+def all_metrics_table(cells: Sequence[Cell]) -> Rows:
     """Every metric of every cell, a row each, to all digits."""
-    keys = swept(cells)
+    keys = swept_keys(cells)
     rows = [["cell", *keys, "metric", "n", "mean", "std", "min", "max"]]
     for cell in cells:
         point = [cell.name, *_point(cell, keys)]
         for metric, s in cell.metrics.items():
-            values = [repr(float(v)) for v in (s.mean, s.std, s.low, s.high) if v is not None]
+            values = [
+                repr(float(v)) for v in (s.mean, s.std, s.minimum, s.maximum) if v is not None
+            ]
             values = values if s.std is not None else [values[0], "", *values[1:]]
             rows.append([*point, metric, str(s.n), *values])
     return rows
 
 
-def theory(cells: Sequence[Cell]) -> Rows:
+def theory_table(cells: Sequence[Cell]) -> Rows:
     """Every metric that theory speaks of, over the runs of each cell, and their worst gap."""
-    keys = swept(cells)
-    several = any(len(cell.done) > 1 for cell in cells)
-    metric, measured, value, gap, holds = HEAD
+    keys = swept_keys(cells)
+    several = any(len(cell.finished) > 1 for cell in cells)
+    metric, measured, value, gap, holds = CHECK_COLUMNS
     gap = "worst gap" if several else gap
     rows = [[*(keys.values() or ["cell"]), metric, "n", measured, value, gap, holds]]
     for cell in cells:
-        point = [said(setting(cell, key)) for key in keys] or [cell.name]
-        found: dict[str, list[Held]] = {}
-        for one in (one for result in cell.done for one in result.held):
+        point = [short_text(cell.value_of(key)) for key in keys] or [cell.name]
+        found: dict[str, list[TheoryCheck]] = {}
+        for one in (one for result in cell.finished for one in result.theory_checks):
             found.setdefault(one.metric, []).append(one)
-        rows += [[*point, name, str(len(own)), *over_runs(own)] for name, own in found.items()]
+        rows += [
+            [*point, name, str(len(own)), *check_row_over_runs(own)] for name, own in found.items()
+        ]
     return rows
 
 
-def theory_by_run(cells: Sequence[Cell]) -> Rows:
+def theory_by_run_table(cells: Sequence[Cell]) -> Rows:
     """Every metric that theory speaks of, run by run, to all digits."""
-    keys = swept(cells)
-    rows = [["cell", *keys.values(), "seed", *HEAD[:3], "error", *HEAD[3:]]]
+    keys = swept_keys(cells)
+    rows = [["cell", *keys.values(), "seed", *CHECK_COLUMNS[:3], "error", *CHECK_COLUMNS[3:]]]
     for cell in cells:
-        for result in cell.done:
-            for one in result.held:
-                values = [repr(float(v)) for v in (one.measured, one.theory, one.error, one.gap)]
+        for result in cell.finished:
+            for one in result.theory_checks:
+                values = [
+                    repr(float(v)) for v in (one.measured, one.theory, one.standard_error, one.gap)
+                ]
                 point = [cell.name, *_point(cell, keys), str(result.config["seed"]), one.metric]
-                rows.append([*point, *values, "yes" if one.passes else "NO"])
+                rows.append([*point, *values, "yes" if one.holds else "NO"])
     return rows
 
 
-def truncation(done: Sequence[Result], digits: bool = False) -> Rows:
+def truncation_table(done: Sequence[RunResult], digits: bool = False) -> Rows:
     """The loss at rank k: of runs trained there, and of the largest r's ΔW cut to it.
 
     With `digits` as `numbers` has them.
@@ -149,18 +156,18 @@ def truncation(done: Sequence[Result], digits: bool = False) -> Rows:
         if len(trained) > 1 and cut:
             for k in sorted({*trained, *cut}):
                 row = [name or "all", str(k)]
-                for s in (spread(found.get(k, [])) for found in (trained, cut)):
+                for s in (statistics_of(found.get(k, [])) for found in (trained, cut)):
                     row += _digits(s) if digits else [str(s) if s else "–"]
                     row.append(str(s.n if s else 0))
                 rows.append(row)
     return rows
 
 
-def not_finished(results: Sequence[Result], directory: Path) -> Rows:
+def unfinished_table(results: Sequence[RunResult], directory: Path) -> Rows:
     """Every run that is not finished, and why; and those that a multirun has not come to."""
     rows = [["experiment", "run", "status", "cause"]]
     for result in results:
-        if not result.done:
+        if not result.is_finished:
             rows.append([result.experiment, result.run.path.name, result.state, result.cause])
     listed: set[str] = set()
     for folder in sorted(file.parent for file in directory.rglob(PLANNED_FILE)):

@@ -10,33 +10,50 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_lab.report import page, rank_figures, summary
-from lora_lab.report.cells import Cell, Result, cells_of, goal, read, validation, why_not
+from lora_lab.report.cells import (
+    Cell,
+    RunResult,
+    cells_of,
+    goal_of,
+    read_run,
+    stop_cause,
+    validation_metrics,
+)
 from lora_lab.report.plotting import metric_label, save
 from lora_lab.report.rank_series import differing_seeds
-from lora_lab.report.run import drawn
-from lora_lab.report.sections import Section, Sweep
+from lora_lab.report.run import figures_line
+from lora_lab.report.sections import ExperimentReport, SweepReport
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
-from lora_lab.report.tables import Rows, bare, csv_of, latex, markdown, marked, number, numeric
-from lora_lab.report.theory import GAP
+from lora_lab.report.tables import (
+    Rows,
+    csv_of,
+    format_number,
+    is_marked,
+    is_numeric,
+    latex,
+    markdown,
+    unmarked,
+)
+from lora_lab.report.theory import GAP_NOTE
 from lora_lab.report.tradeoff_figure import metric_by_parameters
 from lora_lab.runs import Run, write_atomic
 
-NONE = "none yet: those against r need finished runs of two ranks"
+NO_FIGURES = "none yet: those against r need finished runs of two ranks"
 
 
-def write(runs: Sequence[Run], directory: Path) -> Sweep:
+def write_sweep(runs: Sequence[Run], directory: Path) -> SweepReport:
     """Writes report/ in `directory`: report.md, index.html, every table as CSV and LaTeX, figures.
 
     Of several experiments each has a folder of its own in there. Runs may go on meanwhile.
     """
-    results = [read(run) for run in runs]
+    results = [read_run(run) for run in runs]
     to = directory / "report"
     names = list(dict.fromkeys(r.experiment for r in results if r.config))
     sections = []
     for name in names:
         own = [result for result in results if result.experiment == name]
         sections.append(_section(name, own, to / name if len(names) > 1 else to))
-    sweep = Sweep(directory, results, sections, summary.not_finished(results, directory))
+    sweep = SweepReport(directory, results, sections, summary.unfinished_table(results, directory))
     to.mkdir(exist_ok=True)
     parts = [f"# {directory.resolve().name}: {len(results)} runs", sweep.summary]
     for section in sections:
@@ -50,21 +67,24 @@ def write(runs: Sequence[Run], directory: Path) -> Sweep:
     if len(sweep.not_finished) > 1:
         parts += ["## not finished", markdown(sweep.not_finished, "l")]
     write_atomic(to / "report.md", "\n\n".join(parts) + "\n")
-    page.of_sweep(sweep)
+    page.write_sweep_page(sweep)
     return sweep
 
 
-def _section(name: str, results: Sequence[Result], to: Path) -> Section:
+def _section(name: str, results: Sequence[RunResult], to: Path) -> ExperimentReport:
     to.mkdir(parents=True, exist_ok=True)
     cells = cells_of(results)
-    done = [result for cell in cells for result in cell.done]
-    made = {"cells": summary.main(cells), "theory": summary.theory(cells)}
-    made["truncation"] = summary.truncation(done)
-    digits = {"cells": summary.numbers(cells), "theory": summary.theory_by_run(cells)}
-    digits["truncation"] = summary.truncation(done, digits=True)
+    done = [result for cell in cells for result in cell.finished]
+    made = {"cells": summary.cells_table(cells), "theory": summary.theory_table(cells)}
+    made["truncation"] = summary.truncation_table(done)
+    digits = {
+        "cells": summary.cells_table_in_full(cells),
+        "theory": summary.theory_by_run_table(cells),
+    }
+    digits["truncation"] = summary.truncation_table(done, digits=True)
     for title, rows in made.items():
         _keep(rows, to, title, digits[title])
-    write_atomic(to / "metrics.csv", csv_of(summary.everything(cells)))
+    write_atomic(to / "metrics.csv", csv_of(summary.all_metrics_table(cells)))
     captions: dict[str, str] = {}
     for file, (caption, figure) in _figures(cells, done).items():
         if figure is not None:
@@ -78,12 +98,12 @@ def _section(name: str, results: Sequence[Result], to: Path) -> Section:
     kinds = differing_seeds(done)
     notes = {
         "cells": f"Mean ± standard deviation (n − 1) over the n finished runs of a cell, at the "
-        f"end; bold: the best mean. {summary.still(cells)}".strip(),
-        "theory": f"{GAP}. Run by run in theory.csv.",
+        f"end; bold: the best mean. {summary.identical_seeds_note(cells)}".strip(),
+        "theory": f"{GAP_NOTE}. Run by run in theory.csv.",
         "truncation": "Validation loss with ΔW cut to rank k"
         + (f", mean ± standard deviation over {kinds}." if kinds else "."),
     }
-    return Section(name, to, cells, shown, notes, captions)
+    return ExperimentReport(name, to, cells, shown, notes, captions)
 
 
 def _keep(rows: Rows, to: Path, file: str, digits: Rows | None = None) -> None:
@@ -95,10 +115,12 @@ def _keep(rows: Rows, to: Path, file: str, digits: Rows | None = None) -> None:
             (to / f"{file}{suffix}").unlink(missing_ok=True)
 
 
-def _figures(cells: Sequence[Cell], done: Sequence[Result]) -> dict[str, tuple[str, Figure | None]]:
+def _figures(
+    cells: Sequence[Cell], done: Sequence[RunResult]
+) -> dict[str, tuple[str, Figure | None]]:
     """Every figure by its file's name, with its caption; None where it has nothing to show."""
-    every, cells = cells, [cell for cell in cells if cell.done]
-    metrics = [m for m in validation(cells) if goal(m)]
+    every, cells = cells, [cell for cell in cells if cell.finished]
+    metrics = [m for m in validation_metrics(cells) if goal_of(m)]
     kinds = differing_seeds(done)
     of_each = f"each run, and the mean of each r{f' over {kinds}' if kinds else ''}."
     made: dict[str, tuple[str, Figure | None]] = {}
@@ -136,34 +158,36 @@ def _suffix(metric: str) -> str:
     return "" if metric == "val/loss" else f"_{metric.removeprefix('val/').replace('/', '_')}"
 
 
-def show(sweep: Sweep, console: Console) -> None:
+def show_sweep(sweep: SweepReport, console: Console) -> None:
     """Prints the tables, and where they and the figures are."""
     for section in sweep.sections:
         for title, rows in section.tables.items():
             words = title if len(sweep.sections) == 1 else f"{section.name}: {title}"
-            console.print(table(words, rows))
+            console.print(terminal_table(words, rows))
             console.print(f"{section.notes[title]}\n", highlight=False)
     if len(sweep.not_finished) > 1:
-        console.print(table("not finished", sweep.not_finished))
+        console.print(terminal_table("not finished", sweep.not_finished))
     console.print(f"runs     {sweep.summary}", highlight=False)
     for section in sweep.sections:
-        console.print(drawn(section.directory, NONE), soft_wrap=True, highlight=False)
+        console.print(figures_line(section.directory, NO_FIGURES), soft_wrap=True, highlight=False)
     page = sweep.directory / "report" / "index.html"
     console.print(f"page     {page}", soft_wrap=True, highlight=False)
 
 
-def table(title: str, rows: Rows) -> Table:
+def terminal_table(title: str, rows: Rows) -> Table:
     """Rows for the terminal, what is marked in bold."""
     shown = Table(title=title, box=box.SIMPLE, pad_edge=False, title_justify="left")
     for i, heading in enumerate(rows[0]):
-        right = i > 0 and numeric(row[i] for row in rows[1:])
+        right = i > 0 and is_numeric(row[i] for row in rows[1:])
         shown.add_column(escape(heading), justify="right" if right else "left")
     for row in rows[1:]:
-        shown.add_row(*(f"[bold]{escape(bare(c))}[/]" if marked(c) else escape(c) for c in row))
+        shown.add_row(
+            *(f"[bold]{escape(unmarked(c))}[/]" if is_marked(c) else escape(c) for c in row)
+        )
     return shown
 
 
-def jobs(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
+def job_table(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
     """How each job of a multirun ended: overrides, directory, state and the cause of a failure."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     points = [set(overrides) for overrides, *_ in ended]
@@ -177,13 +201,13 @@ def jobs(ended: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
         seconds = run.status.get("seconds") if run else None
         loss = run.last("val/loss") if run and state == "finished" else None
         if run and state == "interrupted":
-            cause = why_not(run.status)
+            cause = stop_cause(run.status)
         if run and state == "failed":
             cause += f" (traceback: {run.path / 'log.txt'})"
         table.add_row(
             state if state != "none" else "not begun",
             point,
-            number(loss),
+            format_number(loss),
             f"{seconds:.0f} s" if seconds is not None else "–",
             cause if state in ("failed", "interrupted", "config error") else "",
         )

@@ -11,7 +11,7 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lora_lab.report.cells import Cell, goal, order, said, setting, swept
+from lora_lab.report.cells import Cell, goal_of, short_text, sort_key, swept_keys
 from lora_lab.report.plotting import log_scale, metric_label, panels
 
 MAX_LABELS = 16
@@ -27,25 +27,25 @@ def metrics_by_swept_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figu
     lora = [cell for cell in cells if cell.results[0].rank is not None]
     full = [cell for cell in cells if cell.results[0].config["adapter"]["method"] == "full"]
     cells = lora or list(cells)
-    keys = {key: name for key, name in swept(cells).items() if key != "cell"}
+    keys = {key: name for key, name in swept_keys(cells).items() if key != "cell"}
     metrics = [m for m in metrics if any(m in cell.metrics for cell in cells)]
     if len(keys) < 2 or not metrics:
         return None
-    points = [tuple(said(setting(cell, key)) for key in keys) for cell in cells]
+    points = [tuple(short_text(cell.value_of(key)) for key in keys) for cell in cells]
     if len(keys) == 2 and len(set(points)) == len(points):
         if drawn := [key for key in keys if _drawn(cells, key)]:
             return _scatter(cells, keys, drawn[-1], metrics)
         first, second = keys
-        if lora and first == "adapter.r" and {*swept(full)} <= {second}:
-            cells = [*cells, *(cell for cell in full if second in cell.flat)]
+        if lora and first == "adapter.r" and {*swept_keys(full)} <= {second}:
+            cells = [*cells, *(cell for cell in full if second in cell.settings)]
         return _heat(cells, keys, metrics)
     return _parallel(cells, keys, metrics[0])
 
 
 def _levels(cells: Sequence[Cell], key: str) -> list[Any]:
     """A key's values, in order."""
-    found = {said(setting(cell, key)): setting(cell, key) for cell in cells}
-    return sorted(found.values(), key=order)
+    found = {short_text(cell.value_of(key)): cell.value_of(key) for cell in cells}
+    return sorted(found.values(), key=sort_key)
 
 
 def _drawn(cells: Sequence[Cell], key: str) -> bool:
@@ -57,30 +57,30 @@ def _drawn(cells: Sequence[Cell], key: str) -> bool:
 def _scatter(cells: Sequence[Cell], keys: dict[str, str], x: str, metrics: Sequence[str]) -> Figure:
     """The mean of each metric against the key `x`, the other key as colour."""
     (other,) = (key for key in keys if key != x)
-    levels, at = _levels(cells, other), [setting(cell, x) for cell in cells]
+    levels, at = _levels(cells, other), [cell.value_of(x) for cell in cells]
     figure, axes = panels(len(metrics), width=5)
     for panel, metric in zip(axes, metrics, strict=True):
         for i, level in enumerate(levels):
             color = matplotlib.colormaps["viridis"](0.92 * i / max(1, len(levels) - 1))
             own = [
-                (setting(cell, x), cell.metrics[metric].mean)
+                (cell.value_of(x), cell.metrics[metric].mean)
                 for cell in cells
-                if said(setting(cell, other)) == said(level) and metric in cell.metrics
+                if short_text(cell.value_of(other)) == short_text(level) and metric in cell.metrics
             ]
-            label = f"{keys[other]}={said(level)}"
+            label = f"{keys[other]}={short_text(level)}"
             label = label if len(levels) <= MAX_LABELS or i in (0, len(levels) - 1) else None
             if own:
                 panel.plot(*zip(*own, strict=True), "o", color=color, label=label)
         values = [cell.metrics[metric].mean for cell in cells if metric in cell.metrics]
         for cell in cells:
-            if not cell.done:
-                panel.axvline(setting(cell, x), color="darkred", linewidth=0.8, linestyle=":")
+            if not cell.finished:
+                panel.axvline(cell.value_of(x), color="darkred", linewidth=0.8, linestyle=":")
         if min(at) > 0 and max(at) > 10 * min(at):
             log_scale(panel, min(at), max(at), "x")
         if metric.endswith("loss") and 0 < 10 * min(values) < max(values) < np.inf:
             log_scale(panel, min(values), max(values))
         panel.set(xlabel=keys[x], ylabel=metric_label(metric))
-        if failed := sum(not cell.done for cell in cells):
+        if failed := sum(not cell.finished for cell in cells):
             panel.set_title(f"dotted: {failed} not finished", fontsize=9)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
@@ -90,14 +90,14 @@ def _scatter(cells: Sequence[Cell], keys: dict[str, str], x: str, metrics: Seque
 def _column(cell: Cell, key: str) -> str:
     """A cell's place along r: full fine-tuning has its own."""
     full = cell.results[0].config["adapter"]["method"] == "full"
-    return "full" if full and key == "adapter.r" else said(setting(cell, key))
+    return "full" if full and key == "adapter.r" else short_text(cell.value_of(key))
 
 
 def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -> Figure:
     (first, second), names = keys, list(keys.values())
-    across = [said(v) for v in _levels(cells, first) if v is not None or first != "adapter.r"]
+    across = [short_text(v) for v in _levels(cells, first) if v is not None or first != "adapter.r"]
     across += ["full"] if any(_column(cell, first) == "full" for cell in cells) else []
-    down = [said(v) for v in _levels(cells, second)]
+    down = [short_text(v) for v in _levels(cells, second)]
     width = min(14.0, max(4.5, 1.5 + 0.75 * len(across)))
     figure, axes = panels(len(metrics), width=width)
     figure.set_figheight(max(3.0, 1.6 + 0.4 * len(down)) * (figure.get_figheight() / 4))
@@ -105,10 +105,10 @@ def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -
         grid = np.full((len(down), len(across)), np.nan)
         lost: dict[tuple[int, int], str] = {}
         for cell in cells:
-            i, j = down.index(said(setting(cell, second))), across.index(_column(cell, first))
+            i, j = down.index(short_text(cell.value_of(second))), across.index(_column(cell, first))
             if metric in cell.metrics:
                 grid[i, j] = cell.metrics[metric].mean
-            elif not cell.done:
+            elif not cell.finished:
                 lost[i, j] = cell.results[0].state
         colors, norm = _scale(grid[np.isfinite(grid)].tolist(), metric)
         panel.set_facecolor("whitesmoke")
@@ -133,7 +133,7 @@ def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -
 
 def _scale(values: Sequence[float], metric: str) -> tuple[Colormap, Normalize]:
     """Bright is good. A loss over more than a decade is on a log scale."""
-    colors = matplotlib.colormaps["viridis_r" if goal(metric) == "minimize" else "viridis"]
+    colors = matplotlib.colormaps["viridis_r" if goal_of(metric) == "minimize" else "viridis"]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     return colors, (LogNorm if low > 0 and high > 10 * low else Normalize)(low, high)
 
@@ -152,17 +152,17 @@ def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figur
     for x, key in enumerate(keys):
         levels = _levels(cells, key)
         place = _places(levels)
-        heights.append([place[said(setting(cell, key))] for cell in cells])
+        heights.append([place[short_text(cell.value_of(key))] for cell in cells])
         named = (
             levels
             if len(levels) <= MAX_LABELS
             else [levels[0], levels[len(levels) // 2], levels[-1]]
         )
         for level in named:
-            _label(axes, said(level), x, place[said(level)])
+            _label(axes, short_text(level), x, place[short_text(level)])
     heights.append([float(norm(m) - low) / float(high - low or 1) for m in means])
     # The worst first, so that the best lie on top; the lines of one value fan out a little.
-    sign = 1 if goal(metric) != "maximize" else -1
+    sign = 1 if goal_of(metric) != "maximize" else -1
     for n in sorted(range(len(cells)), key=lambda n: -sign * means[n]):
         fan = 0.012 * (2 * n / max(1, len(cells) - 1) - 1)
         y = [height[n] + fan for height in heights[:-1]] + [heights[-1][n]]
@@ -198,4 +198,4 @@ def _places(levels: Sequence[Any]) -> dict[str, float]:
         spread = (at - at.min()) / (at.max() - at.min())
     else:
         spread = np.linspace(0, 1, len(levels)) if len(levels) > 1 else np.array([0.5])
-    return {said(level): float(place) for level, place in zip(levels, spread, strict=True)}
+    return {short_text(level): float(place) for level, place in zip(levels, spread, strict=True)}

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 Rows = list[list[str]]
 
-NUMBER = re.compile(r"([-+]?(nan|inf|[\d.,]+(e[-+]?\d+)?)%?( (±|of) \S+)?|–)?")
+NUMBER_PATTERN = re.compile(r"([-+]?(nan|inf|[\d.,]+(e[-+]?\d+)?)%?( (±|of) \S+)?|–)?")
 
-SIGNS = {
+LATEX_SIGNS = {
     **{sign: f"\\{sign}" for sign in "&%_#${}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
@@ -24,17 +24,17 @@ SIGNS = {
 """What LaTeX reads as its own, or its fonts may not have, and how that is said."""
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Five significant digits, an en dash for what is not there."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
 
 
-def deviating(mean: float, std: float) -> str:
+def format_mean_std(mean: float, std: float) -> str:
     """A mean ± a deviation of two significant digits, both to the same place."""
     if std == 0:
-        return f"{number(mean)} ± 0"
+        return f"{format_number(mean)} ± 0"
     size = int(f"{std:.1e}".partition("e")[2])  # rounded: 0.0996 is 0.10
     if 1e-6 <= std < 1e15:
         places = 1 - size
@@ -46,17 +46,17 @@ def deviating(mean: float, std: float) -> str:
     return f"{mean:.{min(15, max(0, top - size + 1))}e} ± {std:.1e}"
 
 
-def numeric(column: Iterable[str]) -> bool:
+def is_numeric(column: Iterable[str]) -> bool:
     """Whether a column has numbers alone, of which some may lack."""
-    return all(NUMBER.fullmatch(bare(text)) for text in column)
+    return all(NUMBER_PATTERN.fullmatch(unmarked(text)) for text in column)
 
 
-def bare(text: str) -> str:
+def unmarked(text: str) -> str:
     """A cell without its mark."""
-    return text[2:-2] if marked(text) else text
+    return text[2:-2] if is_marked(text) else text
 
 
-def marked(text: str) -> bool:
+def is_marked(text: str) -> bool:
     """Whether a cell is marked as the best."""
     return len(text) > 4 and text.startswith("**") and text.endswith("**")
 
@@ -71,7 +71,7 @@ def markdown(rows: Rows, align: str) -> str:
 def csv_of(rows: Iterable[list[str]]) -> str:
     """Rows as CSV, without marks."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([bare(c) for c in row] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows([unmarked(c) for c in row] for row in rows)
     return text.getvalue()
 
 
@@ -81,12 +81,12 @@ def latex(rows: Rows) -> str:
     def cell(text: str) -> str:
         # Letters of the Latin alphabets are in LaTeX's fonts; of all else it may know nothing.
         escaped = "".join(
-            SIGNS.get(sign, sign if sign < "\u0180" and sign.isprintable() else "?")
-            for sign in bare(text)
+            LATEX_SIGNS.get(sign, sign if sign < "\u0180" and sign.isprintable() else "?")
+            for sign in unmarked(text)
         )
         # A bracket that begins a row would be read as an argument of the \\ before it.
         escaped = f"{{{escaped}}}" if escaped.startswith(("[", "*")) else escaped
-        return rf"\textbf{{{escaped}}}" if marked(text) else escaped
+        return rf"\textbf{{{escaped}}}" if is_marked(text) else escaped
 
     head, *body = [" & ".join(map(cell, row)) + r" \\" for row in rows]
     columns = "l" + "r" * (len(rows[0]) - 1)

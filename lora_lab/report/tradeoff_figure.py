@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lora_lab.report.cells import Cell, goal, swept, words
+from lora_lab.report.cells import Cell, cell_label, goal_of, swept_keys
 from lora_lab.report.plotting import COLORS, log_scale, metric_label
 
 MAX_LABELS = 16
@@ -39,7 +39,7 @@ def metric_by_parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
     frozen = [c.metrics[metric].mean for c in cells if not c.metrics[cost].mean]
     cells = [cell for cell in cells if cell.metrics[cost].mean]
     points = [(cell.metrics[cost].mean, cell.metrics[metric].mean) for cell in cells]
-    direction = goal(metric)
+    direction = goal_of(metric)
     if len({c for c, _ in points}) < 2 or direction is None:
         return None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -56,11 +56,11 @@ def metric_by_parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
             spread = [errors[i] for i in which]
             axes.errorbar(x, y, spread, fmt="o", color=color, markersize=5, label=label, **bars)
     axes.step(*zip(*(points[i] for i in at), strict=True), where="post", color=COLORS[0], lw=0.9)
-    keys = swept(cells)
+    keys = swept_keys(cells)
     legend = {}
     below = direction == "minimize"  # the front is the lower edge then
     for letter, i in zip(ascii_lowercase, at[:MAX_LABELS], strict=False):
-        text = words(cells[i], keys)
+        text = cell_label(cells[i], keys)
         if list(keys) != ["adapter.r"]:
             legend[letter], text = text, letter
         offset, place = ((5, -5), "top") if below else ((5, 5), "bottom")

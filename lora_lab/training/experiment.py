@@ -66,7 +66,7 @@ def run(plan: Plan, console: Console) -> Run:
         pl.seed_everything(own % 2**32, verbose=False)
         if isinstance(cfg.adapter, Lora):
             plan.attach(model)
-            console.print(report.sites(plan.sites))
+            console.print(report.site_table(plan.sites))
         trial = build_trial(plan, model, data, run, tracking, None)
         adapt_model(trial, console)
         finish_run(trial, console)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.report.theory import Held
+from lora_lab.report.theory import TheoryCheck
 from lora_lab.runs import find_runs
 from tests.conftest import command
 from tests.theory import MULTIRUNS, SMALL, commands, lines
@@ -44,9 +44,9 @@ def test_theory_holds(monkeypatch: pytest.MonkeyPatch, experiment: str):
     ],
 )
 def test_a_gap_is_judged_by_its_size(measured: float, theory: float, error: float, passes: bool):
-    held = Held("val/loss", measured, theory, error, start=1.0)
-    assert held.passes == passes
+    held = TheoryCheck("val/loss", measured, theory, error, initial_loss=1.0)
+    assert held.holds == passes
     assert held.gap == pytest.approx(measured - theory)
-    relative = Held("val/loss", 0.3, 0.2, 0.0, start=4.0)
+    relative = TheoryCheck("val/loss", 0.3, 0.2, 0.0, initial_loss=4.0)
     assert relative.gap == pytest.approx(0.5)
-    assert Held("val/loss", 0.3, 1e-12, 0.0, start=4.0).gap == pytest.approx(0.075)
+    assert TheoryCheck("val/loss", 0.3, 1e-12, 0.0, initial_loss=4.0).gap == pytest.approx(0.075)

@@ -27,7 +27,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "W&B's start and end": [(Tracking, "__init__"), (Tracking, "__exit__")],
     "base": [(bases, "obtain")],
     "training": [(experiment, "fit")],
-    "report": [(report, "write")],
+    "report": [(report, "write_run")],
 }
 """What is timed within the whole; the rest is Hydra's, validation, spectra and files."""
 

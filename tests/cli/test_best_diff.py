@@ -12,9 +12,9 @@ import pytest
 from lora_lab.config import compose
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import Config
-from lora_lab.report import best, difference
-from lora_lab.report.cells import goal
-from lora_lab.report.tables import deviating
+from lora_lab.report import best_by_experiment, difference_tables
+from lora_lab.report.cells import goal_of
+from lora_lab.report.tables import format_mean_std
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
 from tests.copied_runs import copy_run
@@ -39,7 +39,7 @@ def runs(lab: Lab) -> list[Run]:
     ],
 )
 def test_best_against_a_plain_computation(runs: list[Run], metric: str, given: str | None, pick):
-    (found,) = best(runs, metric, given)
+    (found,) = best_by_experiment(runs, metric, given)
     cells: dict[str, list[float]] = {}
     for run in runs:
         value = run.last(metric)
@@ -47,12 +47,14 @@ def test_best_against_a_plain_computation(runs: list[Run], metric: str, given: s
         cells.setdefault(run.status["cell"], []).append(value)
     order = [mean(cells[cell.name]) for cell in found.cells]
     assert order == sorted(map(mean, cells.values()), reverse=pick is max)
-    assert found.run.finals[metric] == pick(value for own in cells.values() for value in own)
+    assert found.best_result.metrics[metric] == pick(
+        value for own in cells.values() for value in own
+    )
     head, first, *_ = found.rows(3)
     assert head == ["r", "lr", "n", metric, "min", "max"]
     assert first[2] == "3"
     own = cells[found.cells[0].name]
-    assert first[3] == deviating(mean(own), stdev(own))
+    assert first[3] == format_mean_std(mean(own), stdev(own))
     assert len(found.rows(3)) == 4
 
 
@@ -61,12 +63,15 @@ def test_best_says_how_to_repeat_its_run(
 ):
     assert command(monkeypatch, "best") == 0
     shown = capsys.readouterr().out
-    (found,) = best(runs, "val/loss")
-    assert str(found.run.run.path) in shown
+    (found,) = best_by_experiment(runs, "val/loss")
+    assert str(found.best_result.run.path) in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("command ")]
-    assert made_by(line.split(maxsplit=1)[1]) == parse_config(dict(found.run.config)).identity()
-    said = {key: found.run.flat[key] for key in ("adapter.r", "optimizer.lr")}
-    said["seed"] = found.run.config["seed"]
+    assert (
+        made_by(line.split(maxsplit=1)[1])
+        == parse_config(dict(found.best_result.config)).identity()
+    )
+    said = {key: found.best_result.settings[key] for key in ("adapter.r", "optimizer.lr")}
+    said["seed"] = found.best_result.config["seed"]
     for key, value in said.items():
         assert f"{key}={value}" in shlex.split(line), "what was swept, though it be the default"
 
@@ -111,9 +116,11 @@ def test_a_metric_that_nobody_logged_names_the_nearest(
 
 
 def test_goals():
-    assert goal("val/loss") == goal("merged/val/loss") == goal("val/perplexity") == "minimize"
-    assert goal("val/accuracy") == "maximize"
-    assert goal("spectra/head/effective_rank") is None
+    assert (
+        goal_of("val/loss") == goal_of("merged/val/loss") == goal_of("val/perplexity") == "minimize"
+    )
+    assert goal_of("val/accuracy") == "maximize"
+    assert goal_of("spectra/head/effective_rank") is None
 
 
 def test_diff_of_runs_that_differ_in_two_keys(
@@ -130,7 +137,7 @@ def test_diff_of_runs_that_differ_in_two_keys(
     environment = json.loads((other.path / "env.json").read_text())
     environment["packages"]["torch"] = "0.0.1"
     (other.path / "env.json").write_text(json.dumps(environment))
-    made = difference(one, other)
+    made = difference_tables(one, other)
     assert made["config"][1:] == [["adapter.r", "1", "4"], ["optimizer.lr", "0.1", "0.01"]]
     ((_, *torch),) = [row for row in made["environment"][1:] if row[0] == "packages.torch"]
     assert torch[1] == "0.0.1"
@@ -145,12 +152,12 @@ def test_diff_of_runs_that_differ_in_two_keys(
     assert "base/val/loss" not in names, "it is the same"
     assert command(monkeypatch, "diff", str(one.path), str(other.path)) == 0
     assert "adapter.r" in capsys.readouterr().out
-    same = difference(one, one)
+    same = difference_tables(one, one)
     assert [len(rows) for rows in same.values()] == [1, 1, 1]
 
 
 def test_the_best_of_several_experiments_is_told_for_each(lab: Lab):
     assert lab("shift") == 0
     assert lab("digits") == 0
-    found = best(find_runs(Path("runs")), "val/loss")
+    found = best_by_experiment(find_runs(Path("runs")), "val/loss")
     assert {one.experiment for one in found} == {"shift", "digits"}

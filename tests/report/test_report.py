@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lora_lab.report.cells import cells_of, read, why_not
-from lora_lab.report.summary import main, not_finished, still, theory
-from lora_lab.report.tables import deviating
+from lora_lab.report.cells import cells_of, read_run, stop_cause
+from lora_lab.report.summary import (
+    cells_table,
+    identical_seeds_note,
+    theory_table,
+    unfinished_table,
+)
+from lora_lab.report.tables import format_mean_std
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
 from tests.copied_runs import copy_run
@@ -129,7 +134,9 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     (bold,) = [line for line in (made / "report.md").read_text().splitlines() if "**" in line]
     own = losses[best]
     text = (
-        deviating(statistics.mean(own), statistics.stdev(own)) if len(own) > 1 else f"{own[0]:.5g}"
+        format_mean_std(statistics.mean(own), statistics.stdev(own))
+        if len(own) > 1
+        else f"{own[0]:.5g}"
     )
     assert f"**{text}**" in bold
     tex = (made / "cells.tex").read_text()
@@ -190,7 +197,7 @@ def test_without_a_list_of_what_was_planned_a_cell_that_lacks_a_seed_is_told(lab
     first = only_run()
     points = [{"adapter.r": r, "seed": s} for r in (1, 2, 4) for s in (1, 2) if (r, s) != (4, 2)]
     copy_run(first, points, Path("sweep"))
-    rows = not_finished([read(run) for run in find_runs(Path("sweep"))], Path("sweep"))
+    rows = unfinished_table([read_run(run) for run in find_runs(Path("sweep"))], Path("sweep"))
     ((_, cell, state, cause),) = rows[1:]
     assert cell.startswith("r4-")
     assert state == "missing"
@@ -346,21 +353,21 @@ def test_data_seeds_are_named_and_pooled_alike(lab: Lab, monkeypatch: pytest.Mon
 def test_a_cell_whose_seeds_draw_nothing_is_told(lab: Lab):
     assert lab("shift", "adapter=full", "seed=0,1", "-m") == 0
     assert lab("shift", "seed=0,1", "runs_dir=lora", "-m") == 0
-    cells, lora = (cells_of([read(r) for r in find_runs(Path(d))]) for d in ("runs", "lora"))
-    assert "seed draws nothing" in still(cells)
-    assert "± 0" in main(cells)[1][4]
-    assert still(lora) == ""
+    cells, lora = (cells_of([read_run(r) for r in find_runs(Path(d))]) for d in ("runs", "lora"))
+    assert "seed draws nothing" in identical_seeds_note(cells)
+    assert "± 0" in cells_table(cells)[1][4]
+    assert identical_seeds_note(lora) == ""
 
 
 def test_theory_has_a_row_for_a_cell_with_its_worst_gap(lab: Lab):
     assert lab("planted_linear", "adapter.r=1", "seed=0,1,2", "-m") == 0
-    results = [read(run) for run in find_runs(Path("runs"))]
-    rows = theory(cells_of(results))
+    results = [read_run(run) for run in find_runs(Path("runs"))]
+    rows = theory_table(cells_of(results))
     (loss,) = [dict(zip(rows[0], row, strict=True)) for row in rows if "val/loss" in row]
-    values = [run.finals["val/loss"] for run in results]
-    said = results[0].finals["theory/val/loss"]
+    values = [run.metrics["val/loss"] for run in results]
+    said = results[0].metrics["theory/val/loss"]
     assert loss["n"] == "3"
-    assert loss["measured"] == deviating(statistics.mean(values), statistics.stdev(values))
+    assert loss["measured"] == format_mean_std(statistics.mean(values), statistics.stdev(values))
     worst = max(abs(value - said) / said for value in values)
     assert float(loss["worst gap"]) == pytest.approx(worst, rel=0.1)
     assert loss["holds"] == "NO"
@@ -368,5 +375,5 @@ def test_theory_has_a_row_for_a_cell_with_its_worst_gap(lab: Lab):
 
 def test_a_run_that_was_told_to_stop_says_so():
     for error in ("SystemExit: 1", "KeyboardInterrupt: "):
-        assert why_not({"state": "interrupted", "error": error}) == "stopped"
-    assert why_not({"state": "failed", "error": "ValueError: x\ny"}) == "ValueError: x"
+        assert stop_cause({"state": "interrupted", "error": error}) == "stopped"
+    assert stop_cause({"state": "failed", "error": "ValueError: x\ny"}) == "ValueError: x"

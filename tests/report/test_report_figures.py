@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lab.report import rank_figures
-from lora_lab.report.cells import Result, cells_of, read
+from lora_lab.report.cells import RunResult, cells_of, read_run
 from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import series_style
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
@@ -36,16 +36,16 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return Run(only_run().path.absolute())
 
 
-def sweep(first: Run, **values: Any) -> list[Result]:
+def sweep(first: Run, **values: Any) -> list[RunResult]:
     keys = [key.replace("__", ".") for key in values]
     points = (dict(zip(keys, point, strict=True)) for point in product(*values.values()))
-    return [read(run) for run in copy_run(first, points, Path("sweep"))]
+    return [read_run(run) for run in copy_run(first, points, Path("sweep"))]
 
 
-def by(results: list[Result], key: str, metric: str) -> dict[Any, list[float]]:
+def by(results: list[RunResult], key: str, metric: str) -> dict[Any, list[float]]:
     found: dict[Any, list[float]] = {}
     for result in results:
-        found.setdefault(result.flat[key], []).append(result.finals[metric])
+        found.setdefault(result.settings[key], []).append(result.metrics[metric])
     return found
 
 
@@ -83,13 +83,13 @@ def test_a_metric_against_r(first: Run, metric: str):
 def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
     for adapter in ("full", "none", "lora"):
         assert lab("digits", f"adapter={adapter}", f"runs_dir={adapter}") == 0
-    results = [read(only_run(adapter)) for adapter in ("full", "none")]
+    results = [read_run(only_run(adapter)) for adapter in ("full", "none")]
     results += sweep(only_run("lora"), adapter__r=(1, 2))
     figure = rank_figures.metric_by_rank(results, "val/loss")
     assert figure is not None
     labels = [text.get_text() for text in figure.legends[0].texts]
     for label, result in zip(("full fine-tuning", "frozen base"), results, strict=False):
-        level = result.finals["val/loss"]
+        level = result.metrics["val/loss"]
         assert [(0.0, level), (1.0, level)] in lines(figure.axes[0])
         assert label in labels
 
@@ -97,15 +97,15 @@ def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
 def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, first: Run):
     for lr in (1e-4, 1e-2):
         assert lab("digits", "adapter=full", "runs_dir=full", f"optimizer.lr={lr}") == 0
-    full = [read(run) for run in find_runs(Path("full"))]
+    full = [read_run(run) for run in find_runs(Path("full"))]
     figure = rank_figures.metric_by_rank([*sweep(first, adapter__r=(1, 2)), *full], "val/accuracy")
     assert figure is not None
-    best = max(full, key=lambda result: result.finals["val/accuracy"])
-    level = best.finals["val/accuracy"]
+    best = max(full, key=lambda result: result.metrics["val/accuracy"])
+    level = best.metrics["val/accuracy"]
     levels = [line for line in lines(figure.axes[0]) if [x for x, _ in line] == [0.0, 1.0]]
     assert levels == [[(0.0, level), (1.0, level)]]
     labels = [text.get_text() for text in figure.legends[0].texts]
-    assert f"full fine-tuning, lr={best.flat['optimizer.lr']:g}" in labels
+    assert f"full fine-tuning, lr={best.settings['optimizer.lr']:g}" in labels
 
 
 def test_ranks_of_the_update_against_r(first: Run):
@@ -142,31 +142,31 @@ def test_spectra_by_r(first: Run):
 
 def test_a_heat_map_of_two_keys_has_the_means_and_leaves_holes(first: Run):
     results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
-    results = [r for r in results if (r.rank, r.flat["adapter.alpha"]) != (3, 4.0)]
+    results = [r for r in results if (r.rank, r.settings["adapter.alpha"]) != (3, 4.0)]
     figure = metrics_by_swept_keys(cells_of(results), ["val/loss", "val/accuracy"])
     assert figure is not None
     panels = [axes for axes in figure.axes if axes.images]
     for axes, metric in zip(panels, ("val/loss", "val/accuracy"), strict=True):
         grid = np.ma.filled(axes.images[0].get_array(), np.nan)  # pyright: ignore
         for (i, alpha), (j, r) in product(enumerate(ALPHAS), enumerate(RANKS)):
-            own = [x for x in results if (x.rank, x.flat["adapter.alpha"]) == (r, alpha)]
-            want = mean(x.finals[metric] for x in own) if own else np.nan
+            own = [x for x in results if (x.rank, x.settings["adapter.alpha"]) == (r, alpha)]
+            want = mean(x.metrics[metric] for x in own) if own else np.nan
             assert grid[i, j] == pytest.approx(want, nan_ok=True)
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("r", "alpha")
 
 
 def test_a_heat_map_has_a_place_for_full_and_for_what_failed(lab: Lab, first: Run):
     assert lab("digits", "adapter=full", "runs_dir=full", "optimizer.lr=0.01") == 0
-    (full,) = [read(only_run("full"))]
+    (full,) = [read_run(only_run("full"))]
     results = sweep(first, adapter__r=(1, 2), optimizer__lr=(0.1, 0.01))
-    lost = next(r for r in results if (r.rank, r.flat["optimizer.lr"]) == (2, 0.1))
+    lost = next(r for r in results if (r.rank, r.settings["optimizer.lr"]) == (2, 0.1))
     lost.status["state"] = "failed"
     figure = metrics_by_swept_keys(cells_of([*results, full]), ["val/loss"])
     assert figure is not None
     axes = figure.axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "full"]
     grid = np.ma.filled(axes.images[0].get_array(), np.nan)  # pyright: ignore
-    assert grid[0, 2] == pytest.approx(full.finals["val/loss"])
+    assert grid[0, 2] == pytest.approx(full.metrics["val/loss"])
     assert np.isnan(grid[1, 1:]).all()
     assert [text.get_text() for text in axes.texts if not text.get_text()[0].isdigit()] == [
         *("failed", "–"),
@@ -179,7 +179,7 @@ def test_a_key_that_was_drawn_is_an_axis_of_points(first: Run):
     runs = copy_run(
         first, ({"adapter.r": r, "optimizer.lr": lr} for r, lr in points), Path("sweep")
     )
-    results = [read(run) for run in runs]
+    results = [read_run(run) for run in runs]
     figure = metrics_by_swept_keys(cells_of(results), ["val/loss"])
     assert figure is not None
     (axes,) = figure.axes
@@ -187,7 +187,7 @@ def test_a_key_that_was_drawn_is_an_axis_of_points(first: Run):
     assert axes.get_xscale() == "log"
     for r, drawn in zip((1, 2), lines(axes), strict=True):
         assert drawn == [
-            (result.flat["optimizer.lr"], result.finals["val/loss"])
+            (result.settings["optimizer.lr"], result.metrics["val/loss"])
             for result in results
             if result.rank == r
         ]
@@ -206,7 +206,7 @@ def test_the_front_is_named_by_r_alone_or_by_letters(first: Run, alphas: tuple[f
         assert found == [f"r={result.rank}" for result in at]
     else:
         assert found == list("abcdef"[: len(at)])
-        words = [f"r={r.rank}, alpha={r.flat['adapter.alpha']:g}" for r in at]
+        words = [f"r={r.rank}, alpha={r.settings['adapter.alpha']:g}" for r in at]
         keys = [text.get_text() for text in figure.legends[-1].texts]
         assert keys == [f"{letter}: {text}" for letter, text in zip(found, words, strict=True)]
 
@@ -229,7 +229,7 @@ def test_parallel_coordinates_of_three_keys(first: Run):
 
 
 def test_nothing_to_show_is_no_figure(first: Run):
-    one = [read(first)]
+    one = [read_run(first)]
     assert rank_figures.metric_by_rank(one, "val/loss") is None
     assert rank_figures.update_ranks_by_rank(one) is None
     assert rank_figures.spectra_by_rank(one) is None

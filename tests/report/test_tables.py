@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.report.tables import SIGNS, csv_of, deviating, latex, markdown, numeric
+from lora_lab.report.tables import LATEX_SIGNS, csv_of, format_mean_std, is_numeric, latex, markdown
 
 HARD = [
     ["r", "val/loss", "a_b & c", "50 % # $x$", r"path\to {x}", "~ ^ < > |"],
@@ -19,7 +19,7 @@ HARD = [
 
 
 def test_latex_says_what_it_reads_as_its_own():
-    body = latex([["".join(SIGNS)], ["\\"], ["x_1^2 {y} ~ 5% & #3 $"]])
+    body = latex([["".join(LATEX_SIGNS)], ["\\"], ["x_1^2 {y} ~ 5% & #3 $"]])
     lines = body.splitlines()[2:-2]
     assert lines[-1] == (r"x\_1\textasciicircum{}2 \{y\} \textasciitilde{} 5\% \& \#3 \$ \\")
     assert lines[-2] == r"\textbackslash{} \\"
@@ -68,5 +68,5 @@ def test_csv_and_markdown_keep_every_cell():
     ],
 )
 def test_a_deviation_has_two_digits_and_its_mean_the_same_place(mean: float, std: float, said: str):
-    assert deviating(mean, std) == said
-    assert numeric([said, "–", f"**{said}**"])
+    assert format_mean_std(mean, std) == said
+    assert is_numeric([said, "–", f"**{said}**"])

@@ -164,7 +164,7 @@ MOMENTS = {
     ),
     "after the last checkpoint": ("lora_lab.training.experiment:_save_trained", {}, 0),
     "in the analysis": ("lora_lab.analysis.findings:analyze", {"by": "SIGKILL"}, 0),
-    "in the report": ("lora_lab.report:write", {}, 0),
+    "in the report": ("lora_lab.report:write_run", {}, 0),
 }
 """What is about to be called, by which signal (else Ctrl-C), and how many steps are then left."""
 
