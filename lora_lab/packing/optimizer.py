@@ -1,4 +1,4 @@
-"""The optimizer of many runs: torch's own, and each run's state as it would be alone."""
+"""The optimizer of a pack: torch's own over stacked parameters, and each run's state read out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,126 +11,175 @@ from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import Stack
 from lora_lab.training.modules import LoRAModule, lr_factor
 
+Schedule = tuple[float, str, float]
+"""The learning rate that a schedule starts from, its kind, and the share of steps that warm up."""
 
+
+# How runs share an optimizer. On a layer Linear(64, 10) three runs of r = 1, 2, 2 are one stack:
+#
+#     A (3, 2, 64)    B (3, 10, 2)    their gradients, and Adam's exp_avg and exp_avg_sq, likewise
+#
+# Run 0 has r = 1. Its own A (1, 64) is the view A[0, :1], its own B (10, 1) is B[0, :, :1]; A[0, 1]
+# and B[0, :, 1] are padding. The optimizers allowed here are elementwise: a number moves by its own
+# gradient and its own moments alone. So one optimizer over the stack moves each run's numbers as
+# an optimizer of the run's would, and the runs need no loop.
+#
+# The padding stays zero. Run 0's ΔW (10, 64) is B[0] A[0], so the gradients of its padding are
+# products with padding: dB[0, :, 1] = dΔW A[0, 1] = 0 and dA[0, 1] = dΔWᵀ B[0, :, 1] = 0. Then the
+# moments are zero too, and weight decay is a share of the number itself: each step on it is zero.
+#
+# One run's state is read out of the stack's as its parameters are: of exp_avg (3, 2, 64) run 0 has
+# exp_avg[0, :1], of shape (1, 64). That is what the run's optimizer would hold outside of a pack,
+# so a checkpoint made in a pack can be resumed by the run alone, and the other way round.
 class PackedOptimizer:
-    """One optimizer over the stacks of `packs`, elementwise: each number moves as it would alone.
+    """One torch optimizer for all runs of a pack, elementwise, over their stacked parameters.
 
-    It has groups for each of `settings`, one a run, as that run's `modules` has alone. A run is
-    known by its module. `steps` is how many the schedules span.
+    A run is known by its module. Hyperparameters are those of a parameter group, so there are
+    groups for each different value of `settings`; a stack holds runs of one setting only.
+
+    Args:
+        modules: each run's module, with its optimizer settings and its own view of the parameters.
+        settings: for each module, its optimizer settings as one string (`Member.setting`).
+        packs: the passes that a step is made of, which hold the stacks.
+        total_steps: the number of steps that learning rate schedules span.
     """
 
     def __init__(
-        self, modules: Sequence[LoRAModule], settings: Sequence[str], packs: list[Pack], steps: int
+        self,
+        modules: Sequence[LoRAModule],
+        settings: Sequence[str],
+        packs: list[Pack],
+        total_steps: int,
     ):
-        self.steps = steps
-        self._lay(modules, packs)
-        about = modules[0].optimizer
-        self.torch: torch.optim.Optimizer = about.callee(
-            self._groups(modules, settings, packs), **about.arguments
+        self.total_steps = total_steps
+        self._locate(packs)
+        config = modules[0].optimizer
+        self.torch_optimizer: torch.optim.Optimizer = config.callee(
+            self._groups(modules, settings, packs), **config.arguments
         )
 
-    def _lay(self, modules: Sequence[LoRAModule], packs: list[Pack]) -> None:
-        """Of each of the runs' parameters the one it is part of, and its place in it."""
-        found: dict[int, tuple[nn.Parameter, int]] = {}
+    def _locate(self, packs: list[Pack]) -> None:
+        """Sets `locations`, by the id of a run's parameter.
+
+        Each is the stacked parameter that it is a view of, and the run's index in that.
+        """
+        self.locations: dict[int, tuple[nn.Parameter, int]] = {}
         for pack in packs:
             for _, stack in pack.stacks:
-                for i, own in enumerate(stack.run_adapters):
-                    for name, parameter in own.named_parameters():
-                        found[id(parameter)] = stack.adapter.get_parameter(name), i
-        self.places = found
+                for i, adapter in enumerate(stack.run_adapters):
+                    for name, parameter in adapter.named_parameters():
+                        self.locations[id(parameter)] = stack.adapter.get_parameter(name), i
 
     def _groups(
         self, modules: Sequence[LoRAModule], settings: Sequence[str], packs: list[Pack]
     ) -> list[dict[str, Any]]:
-        every, found = [stack for pack in packs for _, stack in pack.stacks], []
+        """The parameter groups: one for each setting (with LoRA+ two), and its schedule."""
+        all_stacks = [stack for pack in packs for _, stack in pack.stacks]
+        groups = []
         for setting, module in dict(zip(settings, modules, strict=True)).items():
-            stacks = [stack.adapter for stack in every if stack.setting == setting]
-            about = module.optimizer
-            decay = about.arguments.get("weight_decay", 0.0)
-            for group in groups_of(stacks, about.lr, module.lr_ratio, decay):
-                constant = about.schedule == "constant" and not about.warmup
-                scheduled = None if constant else (group["lr"], about.schedule, about.warmup)
-                found.append({**about.arguments, **group, "schedule": scheduled})
-        return found
+            stacks = [stack.adapter for stack in all_stacks if stack.setting == setting]
+            config = module.optimizer
+            decay = config.arguments.get("weight_decay", 0.0)
+            for group in groups_of(stacks, config.lr, module.lr_ratio, decay):
+                is_constant = config.schedule == "constant" and not config.warmup
+                schedule = None if is_constant else (group["lr"], config.schedule, config.warmup)
+                groups.append({**config.arguments, **group, "schedule": schedule})
+        return groups
 
-    def move(
+    def restack(
         self, modules: Sequence[LoRAModule], settings: Sequence[str], packs: list[Pack], step: int
     ) -> None:
-        """Goes on with these runs, now in these packs, each with its state."""
-        states = [self.state(module, step) for module in modules]
-        self.torch.param_groups.clear()
-        self.torch.state.clear()
-        self._lay(modules, packs)
+        """Goes on with these runs in new stacks, as after one has failed; each keeps its state."""
+        states = [self.run_state(module, step) for module in modules]
+        self.torch_optimizer.param_groups.clear()
+        self.torch_optimizer.state.clear()
+        self._locate(packs)
         for group in self._groups(modules, settings, packs):
-            self.torch.add_param_group(group)
-        self.load(modules, states)
+            self.torch_optimizer.add_param_group(group)
+        self.load_run_states(modules, states)
 
-    def set_rates(self, step: int) -> None:
-        """The rates of the step after `step` others, of each run's own schedule."""
-        for group in self.torch.param_groups:
+    def set_learning_rates(self, step: int) -> None:
+        """Sets each group's learning rate for the step that follows `step` others."""
+        for group in self.torch_optimizer.param_groups:
             if group["schedule"]:
-                group["lr"] = self._rate(group["schedule"], step)
+                group["lr"] = self._learning_rate(group["schedule"], step)
 
-    def _rate(self, schedule: tuple[float, str, float], step: int) -> float:
-        base, kind, warmup = schedule
-        return base * lr_factor(kind, warmup * self.steps, self.steps, step)
+    def _learning_rate(self, schedule: Schedule, step: int) -> float:
+        initial_rate, kind, warmup = schedule
+        return initial_rate * lr_factor(kind, warmup * self.total_steps, self.total_steps, step)
 
-    def state(self, module: LoRAModule, step: int) -> dict[str, Any]:
-        """The state of a run's optimizer after `step` steps."""
-        group_of = {id(p): group for group in self.torch.param_groups for p in group["params"]}
+    def run_state(self, module: LoRAModule, step: int) -> dict[str, Any]:
+        """The state_dict that a run's optimizer would hold after `step` steps outside of a pack."""
         state, groups, number = {}, [], 0
         for group in module.optimizer_groups():
             first = number
-            for own in group["params"]:
-                stacked, i = self.places[id(own)]
-                if held := self.torch.state.get(stacked):
-                    state[number] = {
-                        # Laid out as a parameter is alone.
-                        key: Stack.view_of_run(value, i, own).clone(
-                            memory_format=torch.contiguous_format
-                        )
-                        if _of_runs(value, stacked.shape)
-                        else value
-                        for key, value in held.items()
-                    }
+            for parameter in group["params"]:
+                if values := self._parameter_state(parameter):
+                    state[number] = values
                 number += 1
-            about = group_of[id(self.places[id(group["params"][0])][0])]
-            rest = {k: v for k, v in about.items() if k not in ("params", "schedule")}
-            if schedule := about["schedule"]:  # alone the rate of the step to come is set already
-                rest |= {"initial_lr": schedule[0], "lr": self._rate(schedule, step)}
-            groups.append({**rest, "params": list(range(first, number))})
+            settings = self._group_settings(group["params"][0], step)
+            groups.append({**settings, "params": list(range(first, number))})
         return {"state": state, "param_groups": groups}
 
-    def load(self, modules: Sequence[LoRAModule], states: Sequence[dict[str, Any]]) -> None:
-        """Gives every run the state that its optimizer had, alone or in a pack."""
-        for module, state in zip(modules, states, strict=True):
-            every = [own for group in module.optimizer_groups() for own in group["params"]]
-            for number, held in state["state"].items():
-                stacked, i = self.places[id(every[number])]
-                whole = self.torch.state[stacked]
-                for key, value in held.items():
-                    if not _of_runs(value, every[number].shape):
-                        whole[key] = value
-                        continue
-                    if key not in whole:
-                        whole[key] = torch.zeros_like(stacked, dtype=value.dtype)
-                    Stack.view_of_run(whole[key], i, value).copy_(value)
+    def _parameter_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What the optimizer remembers of one run's parameter: its part of the stacked moments."""
+        stacked, i = self.locations[id(parameter)]
+        return {
+            # Copied, and in the memory layout that it has outside of a pack.
+            key: Stack.view_of_run(value, i, parameter).clone(memory_format=torch.contiguous_format)
+            if is_elementwise(value, stacked.shape)
+            else value
+            for key, value in self.torch_optimizer.state.get(stacked, {}).items()
+        }
 
-    def schedulers(self, module: LoRAModule, step: int) -> list[dict[str, Any]]:
-        """The states of the schedulers that a run would have alone."""
-        about = module.optimizer
-        if about.schedule == "constant" and not about.warmup:
+    def _group_settings(self, parameter: nn.Parameter, step: int) -> dict[str, Any]:
+        """The settings of the group that a run's parameter is in, as a LambdaLR leaves them."""
+        stacked, _ = self.locations[id(parameter)]
+        groups = self.torch_optimizer.param_groups
+        group = next(g for g in groups if any(p is stacked for p in g["params"]))
+        settings = {k: v for k, v in group.items() if k not in ("params", "schedule")}
+        if schedule := group["schedule"]:
+            # A LambdaLR has set the rate of the coming step by now; a pack sets it in that step.
+            settings |= {"initial_lr": schedule[0], "lr": self._learning_rate(schedule, step)}
+        return settings
+
+    def load_run_states(
+        self, modules: Sequence[LoRAModule], states: Sequence[dict[str, Any]]
+    ) -> None:
+        """Writes each run's optimizer state, from a pack or from a run by itself, to the stacks."""
+        for module, state in zip(modules, states, strict=True):
+            parameters = [p for group in module.optimizer_groups() for p in group["params"]]
+            for number, values in state["state"].items():
+                stacked, i = self.locations[id(parameters[number])]
+                stacked_values = self.torch_optimizer.state[stacked]
+                for key, value in values.items():
+                    if not is_elementwise(value, parameters[number].shape):
+                        stacked_values[key] = value
+                        continue
+                    if key not in stacked_values:
+                        stacked_values[key] = torch.zeros_like(stacked, dtype=value.dtype)
+                    Stack.view_of_run(stacked_values[key], i, value).copy_(value)
+
+    def scheduler_states(self, module: LoRAModule, step: int) -> list[dict[str, Any]]:
+        """The state_dicts of the LambdaLR that a run would have outside of a pack; [] of none."""
+        config = module.optimizer
+        if config.schedule == "constant" and not config.warmup:
             return []
-        bases = [group["lr"] for group in module.optimizer_groups()]
-        rates = [self._rate((lr, about.schedule, about.warmup), step) for lr in bases]
+        initial_rates = [group["lr"] for group in module.optimizer_groups()]
+        schedules = [(rate, config.schedule, config.warmup) for rate in initial_rates]
         return [
             {
-                **{"base_lrs": bases, "last_epoch": step, "_step_count": step + 1},
+                **{"base_lrs": initial_rates, "last_epoch": step, "_step_count": step + 1},
                 **{"_is_initial": False, "_get_lr_called_within_step": False},
-                **{"_last_lr": rates, "lr_lambdas": [None] * len(bases)},
+                "_last_lr": [self._learning_rate(schedule, step) for schedule in schedules],
+                "lr_lambdas": [None] * len(initial_rates),
             }
         ]
 
 
-def _of_runs(value: Any, shape: torch.Size) -> bool:
+def is_elementwise(value: Any, shape: torch.Size) -> bool:
+    """Whether a value of an optimizer's state has an entry for each number of a parameter.
+
+    Moments do; the count of steps, a scalar, does not.
+    """
     return isinstance(value, Tensor) and value.shape == shape

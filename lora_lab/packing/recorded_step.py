@@ -1,4 +1,4 @@
-"""A pack's losses and gradients: computed, recorded as they are, and played back from then on."""
+"""One step of a pack, its losses and gradients: recorded on the first batch, replayed on others."""
 
 import logging
 from collections.abc import Callable
@@ -14,107 +14,150 @@ from lora_lab.adapters.pack import Pack, PackedAdapter
 log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Of outputs and what they should be."""
+"""Computes one run's mean loss, a scalar, from its outputs and the targets."""
 
-Step = tuple[Tensor, list[Tensor | None]]
-"""The losses (runs,), and the gradients of the parameters."""
+StepResult = tuple[Tensor, list[Tensor | None]]
+"""The losses (runs,), and the gradient of each trained parameter; None where it takes none."""
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""How far what is computed in another way may be from it, relative; other dtypes: 0.1."""
+"""How far a result may be from the same result computed in another way, by dtype; others: 0.1."""
 
 
+# Why a step is recorded: the runs of a pack are small, so much of a step's time is not arithmetic.
+# vmap chooses a batching rule for each operation, autograd builds a graph and walks it back, and
+# Python runs the model's forward. The choices are the same for each batch of one shape, so they are
+# made once.
+#
+# What is recorded: `make_fx` computes the step on the first batch and writes down, one after the
+# other, the operations of torch that are left when vmap and autograd have done their part. For 3
+# runs of r = 2 on one Linear(64, 10), a batch of 8 rows and cross-entropy these are, in short:
+#
+#     inputs     x (8, 64), y (8,)                  the batch: the graph's only arguments
+#     constants  W (10, 64), A (3, 2, 64), B (3, 10, 2)
+#     addmm      x Wᵀ + bias            (8, 10)     the base's output, once for all runs
+#     mm         x A'ᵀ, A' = A.view(6, 64)  (8, 6)  → (3, 8, 2)
+#     baddbmm    + (x Aᵀ)(scale · B)ᵀ   (3, 8, 10)  the outputs
+#     3 times    log_softmax, nll_loss, and their backward; stacked: the losses (3,)
+#     bmm, mm    the backward of the layer: gradients of A (3, 2, 64) and of B (3, 10, 2)
+#
+# The constants are the parameters themselves and not copies: the optimizer writes to them in place,
+# so a replay reads their present values. Dropout is recorded as a draw and draws anew each time.
+#
+# When the record is not trusted: in a replay the model's own Python code does not run. So
+#   - a model that changes its attributes or buffers in the first batch is not recorded
+#     (`_python_state`), nor is one that `make_fx` cannot follow, as where it branches on a number;
+#   - the second batch is both computed and replayed, and the record is dropped where losses or
+#     gradients differ (`_compare`);
+#   - a batch of another shape, as the last of an epoch, is computed.
+# One case is not noticed: a model with state outside of its attributes (a global counter, a list
+# that it holds, Python's `random`) which first matters on the third batch or later.
 class RecordedStep:
-    """The step of a pack, without the optimizer's: a call sets the gradients and gives the losses.
+    """Computes losses and gradients of a pack for one batch; the optimizer's step is not part.
 
-    The first batch is recorded as operations of torch, backward's and those of vmap's rules among
-    them, which later batches of its shape repeat: what Python, vmap and autograd decide on is
-    decided once. A model that decides by numbers, or is changed by being called, or does not do the
-    same to the second batch as to the first, is computed each time, and the log says so.
+    A call sets the gradients of `pack` and returns the losses. The first batch is recorded as a
+    graph of torch operations, forward and backward. Later batches of its shape replay the graph.
+    A model for which that would be wrong is computed anew for each batch, and the log says why.
     """
 
     def __init__(self, pack: Pack, loss: Loss):
         self.pack, self.loss = pack, loss
         self.trained = [p for p in pack.parameters() if p.requires_grad]
-        self.record: GraphModule | None = None
-        self.of: tuple[torch.Size, torch.Size] | None = None
-        """The shapes of the batch that was recorded."""
-        self.checked = False
+        self.graph: GraphModule | None = None
+        """The recorded operations; None before the first batch, and where there is no record."""
+        self.recorded_shapes: tuple[torch.Size, torch.Size] | None = None
+        """Shapes of inputs and targets of the first batch; None before it."""
+        self.is_trusted = False
+        """Whether a replay has given the same as computing the same batch."""
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """The losses (runs,); their gradients are the parameters' `grad`."""
-        if self.of is None:
-            self.of = x.shape, y.shape
-            losses, found = self._first(x, y)
-        elif self.record is None or self.of != (x.shape, y.shape):
-            losses, found = self._computed(x, y)
+        """The losses (runs,) of a batch; its gradients are written to the parameters' `grad`."""
+        if self.recorded_shapes is None:
+            self.recorded_shapes = x.shape, y.shape
+            losses, gradients = self._record(x, y)
+        elif self.graph is None or self.recorded_shapes != (x.shape, y.shape):
+            losses, gradients = self._compute(x, y)
         else:
-            losses, found = (self._played if self.checked else self._second)(x, y)
-        for parameter, gradient in zip(self.trained, found, strict=True):
+            losses, gradients = (self._replay if self.is_trusted else self._compare)(x, y)
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = gradient
         return losses
 
-    def _first(self, x: Tensor, y: Tensor) -> Step:
-        (numbers, held), computed = self._held(), self._computed(x, y)
-        if (now := self._held())[0] != numbers or not all(map(is_, now[1], held)):
+    def _record(self, x: Tensor, y: Tensor) -> StepResult:
+        """Computes the first batch, then records it if computing left the model as it was."""
+        numbers_before, values_before = self._python_state()
+        computed = self._compute(x, y)
+        numbers, values = self._python_state()
+        if numbers != numbers_before or not all(map(is_, values, values_before)):
             log.info("not recorded: the model is changed by being called")
             return computed
         try:
+            # Recording computes the batch once more. Its draws must not move the random stream.
             with torch.random.fork_rng():
-                self.record = make_fx(lambda *batch: self._computed(*batch))(x, y)
+                # A lambda, since make_fx would take a bound method's `self` for an argument.
+                self.graph = make_fx(lambda *batch: self._compute(*batch))(x, y)
         except Exception as error:  # of any kind: whatever a model does that cannot be recorded
             log.info("not recorded: %s", str(error).partition("\n")[0])
         return computed
 
-    def _second(self, x: Tensor, y: Tensor) -> Step:
-        with torch.random.fork_rng():
-            losses, found = self._played(x, y)
-        computed = self._computed(x, y)
-        close = RELATIVE_TOLERANCE.get(losses.dtype, 0.1)
-        pairs = zip((computed[0], *computed[1]), (losses, *found), strict=True)
-        self.checked = all(
-            a is b if a is None or b is None else bool((a - b).norm() <= close * a.norm())
+    def _compare(self, x: Tensor, y: Tensor) -> StepResult:
+        """Computes and replays the second batch; the graph is kept if both give the same."""
+        with torch.random.fork_rng():  # so that both draw the same dropout masks
+            losses, gradients = self._replay(x, y)
+        computed = self._compute(x, y)
+        tolerance = RELATIVE_TOLERANCE.get(losses.dtype, 0.1)
+        pairs = zip((computed[0], *computed[1]), (losses, *gradients), strict=True)
+        self.is_trusted = all(
+            a is b if a is None or b is None else bool((a - b).norm() <= tolerance * a.norm())
             for a, b in pairs
         )
-        if not self.checked:
+        if not self.is_trusted:
             log.info("not recorded: the model does not do the same to every batch")
-            self.record = None
+            self.graph = None
         return computed
 
-    def _computed(self, x: Tensor, y: Tensor) -> Step:
-        outputs = self.pack(x)
-        losses, by_outputs = gradients(self.loss, outputs.detach(), y)
+    def _compute(self, x: Tensor, y: Tensor) -> StepResult:
+        """The step by vmap and autograd. Backward goes from the losses to the outputs, then on."""
+        outputs = self.pack(x)  # (runs, batch, …)
+        losses, output_gradients = losses_and_output_gradients(self.loss, outputs.detach(), y)
         with torch.autocast(outputs.device.type, enabled=False):
-            found = torch.autograd.grad(outputs, self.trained, by_outputs, allow_unused=True)
+            gradients = torch.autograd.grad(
+                outputs, self.trained, output_gradients, allow_unused=True
+            )
         return losses, [
-            # Laid out as the parameter: fused optimizers take that for granted.
+            # In the memory layout of the parameter: fused optimizers take that for granted.
             g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
-            for p, g in zip(self.trained, found, strict=True)
+            for p, g in zip(self.trained, gradients, strict=True)
         ]
 
     @torch.no_grad()
-    def _played(self, x: Tensor, y: Tensor) -> Step:
-        assert self.record is not None
-        return self.record(x, y)
+    def _replay(self, x: Tensor, y: Tensor) -> StepResult:
+        assert self.graph is not None
+        return self.graph(x, y)
 
-    def _held(self) -> tuple[list[int], list[object]]:
-        """What Python keeps of the model: how much, how often tensors were written to; it."""
-        every = [m for m in self.pack.base.modules() if not isinstance(m, PackedAdapter)]
+    def _python_state(self) -> tuple[list[int], list[object]]:
+        """What a call of the model could change, to compare before and after.
+
+        The values are all attributes and buffers of the base's modules, to be compared by identity.
+        The numbers are how many these are, and each tensor's version: torch counts writes in place.
+        """
+        # The modules that stand for adapters are left out: the pack writes to them in each pass.
+        modules = [m for m in self.pack.base.modules() if not isinstance(m, PackedAdapter)]
         values: list[object] = [
-            value for m in every for value in (*vars(m).values(), *m._buffers.values())
+            value for m in modules for value in (*vars(m).values(), *m._buffers.values())
         ]
-        written = [v._version for v in values if isinstance(v, Tensor)]
-        return [len(values), *written], values
+        versions = [v._version for v in values if isinstance(v, Tensor)]
+        return [len(values), *versions], values
 
 
-def gradients(loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses (runs,), and the gradient of each by its run's outputs, (runs, …).
+def losses_and_output_gradients(loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses (runs,), and the gradient of each by its run's outputs, (runs, batch, …).
 
-    Run by run, while what it reads is in the caches.
+    One run after the other: its outputs are then still in the processor's caches for the backward.
     """
-    losses, found = [], torch.empty_like(outputs)
-    for output, gradient in zip(outputs, found, strict=True):
-        own = loss(output.requires_grad_(), y)
+    losses, output_gradients = [], torch.empty_like(outputs)
+    for output, gradient in zip(outputs, output_gradients, strict=True):
+        run_loss = loss(output.requires_grad_(), y)
         with torch.autocast(output.device.type, enabled=False):
-            gradient.copy_(torch.autograd.grad(own, output)[0])
-        losses.append(own.detach())
-    return torch.stack(losses), found
+            gradient.copy_(torch.autograd.grad(run_loss, output)[0])
+        losses.append(run_loss.detach())
+    return torch.stack(losses), output_gradients

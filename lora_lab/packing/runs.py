@@ -1,8 +1,9 @@
-"""Many runs from start to end, trained together: each has its own directory, and fails alone."""
+"""Runs trained together from start to end: each has its own directory, and fails by itself."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 
 import lightning.pytorch as pl
@@ -10,8 +11,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lora_lab.adapters.pack import copy_sharing_weights
+from lora_lab.data import Data
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
-from lora_lab.packing.module import Member, PackedModule, UnpackableError
+from lora_lab.packing.check import UnpackableError, runs_per_pass
+from lora_lab.packing.module import Member, PackedModule
 from lora_lab.runs import Run, RunBusyError, RunFinishedError, log_only_to
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
@@ -23,123 +26,189 @@ from lora_lab.training.plan import Plan
 
 log = logging.getLogger(__name__)
 
+Fail = Callable[[Exception], None]
+"""Ends one run as failed with an error."""
+
 
 def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
-    """Runs plans that differ in their adapters' settings, optimizers' and seeds alone, in one pass.
+    """Trains runs over one base together; each writes to its directory what it would by itself.
 
-    Gives what each raised, by place: a run that fails leaves the others alone.
+    The plans may differ in their adapters' and optimizers' settings and in seeds (see
+    `sweeps.packs`). Returns for each plan the error that its run failed with, or None. A run that
+    fails leaves the others alone.
     """
-    errors: list[Exception | None] = [None] * len(plans)
-    live: dict[int, tuple[ExitStack, Run, Tracking]] = {}
-
-    def fail(i: int, error: BaseException) -> None:
-        errors[i] = error if isinstance(error, Exception) else None
-        live.pop(i)[0].__exit__(type(error), error, error.__traceback__)
-
+    pack_runs = PackRuns(len(plans))
     try:
         for i, plan in enumerate(plans):
-            stack = ExitStack()
-            try:
-                own = stack.enter_context(experiment.open_run(plan))
-                live[i] = stack, own, stack.enter_context(Tracking(plan.cfg, own, plan.path))
-            except (RunBusyError, RunFinishedError) as error:
-                errors[i] = error
-        if live:
-            by_epoch: dict[int, dict[int, Trial]] = {}
-            model, trials = _trials(plans, {i: rest for i, (_, *rest) in live.items()}, console)
-            for i, trial in trials.items():
-                by_epoch.setdefault(trial.checkpoint.resume_epoch(), {})[i] = trial
-            for group in by_epoch.values():
-                _train(model, group, {i: partial(fail, i) for i in group}, console)
-                for i in [i for i in group if i in live]:
-                    with log_only_to(trials[i].run.path):
-                        try:
-                            experiment.finish_run(trials[i], console)
-                            live[i][0].close()
-                            del live[i]
-                        except Exception as error:
-                            fail(i, error)
-    except BaseException as error:
-        for i in list(live):
-            fail(i, error)
+            pack_runs.begin(i, plan)
+        if pack_runs.open_runs:
+            model, trials = _build_trials(plans, pack_runs.open_runs, console)
+            for group in _groups_by_epoch(trials):
+                _train(model, group, {i: partial(pack_runs.fail, i) for i in group}, console)
+                for i in [i for i in group if i in pack_runs.open_runs]:
+                    pack_runs.finish(i, trials[i], console)
+    except BaseException as error:  # Ctrl-C, or what is wrong with all of the runs
+        for i in list(pack_runs.open_runs):
+            pack_runs.fail(i, error)
         if not isinstance(error, Exception):
             raise
-    return errors
+    return pack_runs.errors
 
 
-def _trials(
-    plans: Sequence[Plan], live: Mapping[int, Sequence], console: Console
+@dataclass
+class OpenRun:
+    """A run whose status is `running`; closing `exits` writes how it ended."""
+
+    exits: ExitStack
+    run: Run
+    tracking: Tracking
+
+
+class PackRuns:
+    """The runs of a pack from begin to end, by the index of their plan.
+
+    `open_runs` are those that are running; `errors` has what each of the others failed with.
+    """
+
+    def __init__(self, count: int):
+        self.open_runs: dict[int, OpenRun] = {}
+        self.errors: list[Exception | None] = [None] * count
+
+    def begin(self, i: int, plan: Plan) -> None:
+        """Opens a run's directory and its loggers, unless it is finished or runs elsewhere."""
+        exits = ExitStack()
+        try:
+            run = exits.enter_context(experiment.open_run(plan))
+            tracking = exits.enter_context(Tracking(plan.cfg, run, plan.path))
+            self.open_runs[i] = OpenRun(exits, run, tracking)
+        except (RunBusyError, RunFinishedError) as error:
+            self.errors[i] = error
+
+    def finish(self, i: int, trial: Trial, console: Console) -> None:
+        """Does what follows a run's last step, and closes it as finished."""
+        with log_only_to(trial.run.path):
+            try:
+                experiment.finish_run(trial, console)
+                self.open_runs[i].exits.close()
+                del self.open_runs[i]
+            except Exception as error:
+                self.fail(i, error)
+
+    def fail(self, i: int, error: BaseException) -> None:
+        """Closes a run as failed, or as interrupted where it was stopped."""
+        self.errors[i] = error if isinstance(error, Exception) else None
+        # What the run's context managers see where an error leaves their `with` block.
+        self.open_runs.pop(i).exits.__exit__(type(error), error, error.__traceback__)
+
+
+def _build_trials(
+    plans: Sequence[Plan], open_runs: Mapping[int, OpenRun], console: Console
 ) -> tuple[nn.Module, dict[int, Trial]]:
-    """The base that the runs share, trained or found, and each run with its own adapters on it."""
-    (first, (_, tracking)), *others = live.items()
-    base = experiment.obtain_base(plans[first], tracking, console)
-    for _, (_, tracking) in others:
-        tracking.replay(base.rows)
+    """The base that the runs share, and each run's model, adapters and callbacks over it.
+
+    The first run trains the base, unless it is cached; the others log the same rows of it.
+    """
+    (first, first_run), *others = open_runs.items()
+    base = experiment.obtain_base(plans[first], first_run.tracking, console)
+    for _, other in others:
+        other.tracking.replay(base.rows)
     model = plans[first].model()
     model.load_state_dict(base.state)
-    models = {i: copy_sharing_weights(model) for i in live}
-    for i, own in models.items():  # all of them before the weights get another dtype
-        plans[i].attach(own)
-    state: dict[str, Tensor] | None = None
+    models = {i: copy_sharing_weights(model) for i in open_runs}
+    for i, run_model in models.items():  # all of them before the weights get another dtype
+        plans[i].attach(run_model)
+    base_weights: dict[str, Tensor] | None = None  # copied by the first run, for all
     trials: dict[int, Trial] = {}
-    data = plans[first].data("adapt")  # in the memory once: its order is by its own seed
-    for i, (run, tracking) in live.items():
-        trials[i] = experiment.build_trial(plans[i], models[i], data, run, tracking, state)
-        state = trials[i].base
+    data = plans[first].data("adapt")  # in memory once: runs of a pack have the same data.seed
+    for i, open_run in open_runs.items():
+        trials[i] = experiment.build_trial(
+            plans[i], models[i], data, open_run.run, open_run.tracking, base_weights
+        )
+        base_weights = trials[i].base
     return model, trials
 
 
-def _train(
-    model: nn.Module,
-    trials: Mapping[int, Trial],
-    fail: Mapping[int, Callable[[Exception], None]],
-    console: Console,
-) -> None:
-    """Trains runs that begin at the same epoch together; those that fail are told to `fail`.
+def _groups_by_epoch(trials: Mapping[int, Trial]) -> list[dict[int, Trial]]:
+    """The runs in groups that resume from the same epoch, as only such can train together."""
+    groups: dict[int, dict[int, Trial]] = {}
+    for i, trial in trials.items():
+        groups.setdefault(trial.checkpoint.resume_epoch(), {})[i] = trial
+    return list(groups.values())
 
-    Where the model cannot be computed for many runs at once, each is trained alone.
+
+def _train(
+    model: nn.Module, trials: Mapping[int, Trial], fail: Mapping[int, Fail], console: Console
+) -> None:
+    """Trains runs that begin at one epoch: together, or one after another where that cannot be.
+
+    `fail` has for each run the function that ends it as failed.
     """
-    plan, data = (first := next(iter(trials.values()))).plan, first.data
     members: dict[Member, Trial] = {}
     for i, trial in trials.items():
         assert isinstance(trial.module, LoRAModule)
         members[Member(trial.module, trial.tracking, fail[i])] = trial
-    seeds = [trial.plan.cfg.identity() for trial in trials.values()]
-    pl.seed_everything(generator("pack", *seeds).initial_seed() % 2**32, verbose=False)
-    module = PackedModule(model, data, list(members))
+    first = next(iter(trials.values()))
+    # Dropout masks of all runs are drawn from one stream, so its seed is made of all their configs.
+    identities = [trial.plan.cfg.identity() for trial in trials.values()]
+    pl.seed_everything(generator("pack", *identities).initial_seed() % 2**32, verbose=False)
+    module = PackedModule(model, first.data, list(members))
     try:
-        data.setup("fit")
-        quiet = plan.single_device_trainer(None, [])
-        batch = quiet.precision_plugin.convert_input(next(iter(data.train_dataloader())))
-        with quiet.precision_plugin.forward_context():
-            module.check(batch, quiet.strategy.root_device.type == "cuda")
+        module.runs_per_pass = _runs_per_pass(module, first.plan, first.data)
     except UnpackableError as error:
         log.warning("not packed: %s", error)
-        for i, trial in trials.items():
-            pl.seed_everything(trial.plan.cfg.seed, verbose=False)
-            try:
-                experiment.adapt_model(trial, console)
-            except Exception as alone:
-                fail[i](alone)
-        return
-    arguments = plan.cfg.trainer.model_dump()
-    if most := arguments.get("gradient_clip_val"):
-        module.clip = most, arguments.get("gradient_clip_algorithm") or "norm"
-    log.info("packed: %d runs, %d at once", len(members), module.at_once)
-    spectral = {member: trial.spectra_callback for member, trial in members.items()}
-    checkpoint = PackedCheckpoint({m: (t.checkpoint, spectral[m]) for m, t in members.items()})
-    callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(spectral), checkpoint]
-    trainer = plan.trainer(None, callbacks, gradient_clip_val=None)
+        _train_one_by_one(trials, fail, console)
+    else:
+        _train_together(module, members, console)
+
+
+def _runs_per_pass(module: PackedModule, plan: Plan, data: Data) -> int:
+    """How many runs one pass takes, tried on the first batch at the run's precision."""
+    data.setup("fit")
+    trainer = plan.single_device_trainer(None, [])
+    batch = trainer.precision_plugin.convert_input(next(iter(data.train_dataloader())))
+    with trainer.precision_plugin.forward_context():
+        return runs_per_pass(module, batch, trainer.strategy.root_device.type == "cuda")
+
+
+def _train_one_by_one(
+    trials: Mapping[int, Trial], fail: Mapping[int, Fail], console: Console
+) -> None:
+    """Trains each run as if it were in no pack."""
+    for i, trial in trials.items():
+        pl.seed_everything(trial.plan.cfg.seed, verbose=False)
+        try:
+            experiment.adapt_model(trial, console)
+        except Exception as error:
+            fail[i](error)
+
+
+def _train_together(
+    module: PackedModule, members: Mapping[Member, Trial], console: Console
+) -> None:
+    """Trains all runs in one Trainer. A pack whose last run has diverged ends without an error."""
+    first = next(iter(members.values()))
+    arguments = first.plan.cfg.trainer.model_dump()
+    # The Trainer would clip the gradients of all runs by their common norm.
+    if limit := arguments.get("gradient_clip_val"):
+        module.clipping = limit, arguments.get("gradient_clip_algorithm") or "norm"
+    log.info("packed: %d runs, %d at once", len(members), module.runs_per_pass)
+    spectra_callbacks = {member: trial.spectra_callback for member, trial in members.items()}
+    checkpoint = PackedCheckpoint(
+        {member: (trial.checkpoint, trial.spectra_callback) for member, trial in members.items()}
+    )
+    progress = ProgressBar(f"{len(members)} runs", console)
+    callbacks = [progress, EachRun(spectra_callbacks), checkpoint]
+    trainer = first.plan.trainer(None, callbacks, gradient_clip_val=None)
     try:
-        if not checkpoint.contents:
-            for trial in trials.values():
-                experiment.log_theory(data, trial.module.model, trial.tracking)
-            trainer.validate(module, data, verbose=False)
-        experiment.fit(trainer, module, data, None)
+        if not checkpoint.contents:  # what is logged before the first step of a fresh training
+            for trial in members.values():
+                experiment.log_theory(first.data, trial.module.model, trial.tracking)
+            trainer.validate(module, first.data, verbose=False)
+        experiment.fit(trainer, module, first.data, None)
     except DivergedError:
         if module.members:
             raise
     for member in module.members:
-        date = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
-        member.module.final_step = date
+        final_step = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
+        member.module.final_step = final_step
         members[member].run.update_status(packed=len(members))
