@@ -1,4 +1,4 @@
-"""Which jobs of a multirun are trained together, in one pass over their base, and which are not."""
+"""Which jobs of a multirun are trained together as a pack, and why the others are not."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,23 +17,26 @@ ELEMENTWISE_OPTIMIZERS = (
     *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"),
     *("RMSprop", "Rprop", "SGD"),
 )
-"""Optimizers of torch that move every number by its own gradient alone."""
+"""torch's optimizers that move each number by its own gradient alone, as a pack needs it.
 
-OWN = ("r", "alpha", "dropout", "init")
-"""What of a target's sites may be different in each run of a pack."""
+Adafactor, Muon and LBFGS do not: they would mix the runs that lie in one stacked parameter.
+"""
+
+VARIES_IN_PACK = ("r", "alpha", "dropout", "init")
+"""Settings of a target that may differ between the runs of a pack."""
 
 
 def reason_to_run_alone(plan: Plan) -> str | None:
-    """Why a run cannot share a pass with any other; None where it can."""
+    """Why a run cannot be in a pack with any other; None where it can."""
     cfg, trainer = plan.cfg, plan.cfg.trainer.model_dump()
-    where, _, name = cfg.optimizer.target.rpartition(".")
+    module, _, optimizer = cfg.optimizer.target.rpartition(".")
     if not isinstance(cfg.adapter, Lora):
         return f"adapter={cfg.adapter.method} trains no adapter"
     if cfg.spectra.first_step:
         return "spectra.first_step asks for the dense gradients"
     if any(site.tied_to for site in plan.sites):
         return "its adapters are tied"
-    if not (where.startswith("torch.optim") and name in ELEMENTWISE_OPTIMIZERS):
+    if not (module.startswith("torch.optim") and optimizer in ELEMENTWISE_OPTIMIZERS):
         return f"optimizer {cfg.optimizer.target} is not known to be elementwise"
     if plan.processes > 1:
         return f"it takes {plan.processes} devices"
@@ -45,61 +48,86 @@ def reason_to_run_alone(plan: Plan) -> str | None:
 
 
 def pack_key(cfg: Config) -> str:
-    """The hash of what the runs of a pack have in common: all but adapters' numbers and draws."""
+    """A hash of all that runs of one pack must have in common; equal for runs that may be packed.
+
+    In common: the base, the data and their order, the targets, the length and precision of the
+    training, when ΔW is measured, which tensors of an adapter train, whether it is DoRA, and
+    whether its init takes part of the base weight (PiSSA), and the optimizer's class. Left out, and
+    so free to differ: r, alpha, scaling, init, dropout, LoRA+'s ratio, the optimizer's settings,
+    `seed`, and what cannot change a result.
+    """
     assert isinstance(cfg.adapter, Lora)
     content = cfg.model_dump(by_alias=True, exclude={*NOT_IN_IDENTITY, "seed", "optimizer"})
     adapter, targets = content.pop("adapter"), content["target"]
     inits = [adapter["init"], *(rule["init"] or adapter["init"] for rule in targets.values())]
     for rule in targets.values():
-        for name in OWN:
+        for name in VARIES_IN_PACK:
             del rule[name]
     kinds: list[Any] = [[INITS[init].from_weight for init in inits], adapter["trains"]]
     return content_hash([content, *kinds, adapter["dora"], cfg.optimizer.target])
 
 
 def group_into_packs(
-    jobs: Sequence[Job], wanted: Sequence[int], at_once: int, most: int | None
+    jobs: Sequence[Job], wanted: Sequence[int], processes: int, max_runs: int | None
 ) -> list[list[int]]:
-    """The places of `wanted` jobs in packs of at most `most` runs, `at_once` of them if it can be.
+    """Sorts the `wanted` jobs, indices of `jobs`, into packs; a job by itself is a pack of one.
 
-    Says in a line what they are, and why others are alone.
+    Prints the sizes of the packs, and why other jobs run alone.
+
+    Args:
+        processes: how many packs can be trained side by side. There will be about as many.
+        max_runs: the most runs in a pack; None for no limit.
     """
-    reasons, groups = Counter[str](), dict[str, list[int]]()
+    reasons, jobs_by_key = Counter[str](), dict[str, list[int]]()
     for i in wanted:
         plan = jobs[i].plan
         assert plan is not None
         if reason := reason_to_run_alone(plan):
             reasons[reason] += 1
-        groups.setdefault(f"alone {i}" if reason else pack_key(plan.cfg), []).append(i)
-    found = []
-    for group in groups.values():
-        # Each pack has its share of every rank, so that they end together.
-        group.sort(key=lambda i: _ranks(jobs[i]))
-        parts = max(1, min(len(group), round(at_once * len(group) / len(wanted))))
-        parts = max(parts, -(-len(group) // (most or len(group))))
-        found += [group[part::parts] for part in range(parts)]
+        jobs_by_key.setdefault(f"alone {i}" if reason else pack_key(plan.cfg), []).append(i)
+    packs: list[list[int]] = []
+    for group in jobs_by_key.values():
+        share = round(processes * len(group) / len(wanted))
+        packs += _split(group, jobs, max(1, min(len(group), share)), max_runs or len(group))
+    _print_packs(packs, reasons)
+    return packs
+
+
+def _split(group: list[int], jobs: Sequence[Job], parts: int, max_runs: int) -> list[list[int]]:
+    """Jobs that may be one pack in `parts` packs, or in more where `max_runs` asks for it.
+
+    Sorted by rank and dealt out in turn, so that packs cost the same and end together: of ranks
+    1, 1, 2, 2, 4, 4 two packs get 1, 2, 4 each.
+    """
+    group.sort(key=lambda i: _ranks(jobs[i]))
+    parts = max(parts, -(-len(group) // max_runs))
+    return [group[part::parts] for part in range(parts)]
+
+
+def _print_packs(packs: list[list[int]], reasons: Counter[str]) -> None:
     console = Console(width=200, highlight=False)
-    sizes = ", ".join(str(len(pack)) for pack in found if len(pack) > 1)
+    sizes = ", ".join(str(len(pack)) for pack in packs if len(pack) > 1)
     if sizes:
-        console.print(f"[bold]packed:[/] {sum(map(len, found))} runs, together {sizes}")
+        console.print(f"[bold]packed:[/] {sum(map(len, packs))} runs, together {sizes}")
     for reason, n in reasons.items():
         console.print(f"[bold]alone:[/] {n} of the runs: {reason}")
-    if others := sum(len(pack) == 1 for pack in found) - reasons.total():
+    if others := sum(len(pack) == 1 for pack in packs) - reasons.total():
         console.print(f"[bold]alone:[/] {others} of the runs: no other has base, data and targets")
-    return found
 
 
 def pack_task(launcher: Any, jobs: Sequence[Job], pack: list[int], elsewhere: bool = False) -> Any:
-    """What the process of a pack does: the launcher's own job, or all the jobs of the pack.
+    """The function that a pack's process calls: `train.job` for one job, or for the full pack.
 
-    `elsewhere`, on another machine, each is planned anew.
+    Plans are sent with it. Where the process is `elsewhere`, on another machine, it gets overrides
+    in their place, and plans anew: devices and files can be others.
     """
     if len(pack) == 1:
         return launcher.task_function
-    every = [jobs[i].overrides if elsewhere else jobs[i].plan for i in pack]
-    return partial(launcher.task_function, pack=every)
+    pack_jobs = [jobs[i].overrides if elsewhere else jobs[i].plan for i in pack]
+    return partial(launcher.task_function, pack=pack_jobs)
 
 
 def _ranks(job: Job) -> list[int]:
+    """The ranks of a job's adapters, site by site."""
     assert job.plan is not None
     return [site.recipe.r for site in job.plan.sites if site.recipe is not None]
