@@ -1,4 +1,11 @@
-"""A step that is played back must be what it is when computed, on every batch."""
+"""The recorded step of a pack: a replayed batch gives what computing it gives.
+
+Independent truth: each run's own model with a plain forward and backward, in float64; for dropout,
+the same step computed from the same random stream; for models that cannot be recorded, how often
+their own code ran, and the log.
+
+Run: make test ARGS=tests/packing/test_recorded_step.py
+"""
 
 import copy
 import logging
@@ -31,33 +38,35 @@ from tests.adapters.test_packed import (
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
-def as_each_alone(base: nn.Module, made: list[nn.Module], x: Tensor) -> None:
-    """Three batches, of which the last is played: losses and gradients of every run's model."""
-    alone, packed = [copy.deepcopy(model) for model in made], pack(base, made)
+def check_against_single_runs(base: nn.Module, run_models: list[nn.Module], x: Tensor) -> None:
+    """Three batches, the last replayed: losses and gradients are those of each run's model."""
+    single_models = [copy.deepcopy(model) for model in run_models]
+    packed = pack(base, run_models)
     step = RecordedStep(packed, F.mse_loss)
     for batch in range(3):
         x = x.roll(1, 0) * (0.9 if x.is_floating_point() else 1)
-        y = torch.randn_like(made[0](x))
+        y = torch.randn_like(run_models[0](x))
         losses = step(x, y)
-        assert step.record is not None
-        assert step.checked == (batch > 0)
-        for i, (model, loss) in enumerate(zip(alone, losses, strict=True)):
+        assert step.graph is not None
+        assert step.is_trusted == (batch > 0)
+        for i, (model, loss) in enumerate(zip(single_models, losses, strict=True)):
             model.zero_grad()
-            wanted = F.mse_loss(model(x), y)
-            wanted.backward()
-            assert apart(loss, wanted.detach()) <= EXACT
-            own = dict(made[i].named_parameters())
+            expected = F.mse_loss(model(x), y)
+            expected.backward()
+            assert apart(loss, expected.detach()) <= EXACT
+            packed_parameters = dict(run_models[i].named_parameters())
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     assert parameter.grad is not None
-                    got = gradient(packed, own[name])
-                    assert apart(got, parameter.grad) <= EXACT or parameter.grad.norm() < 1e-12
-        for parameter in packed.parameters():  # as a step of an optimizer moves them, in place
+                    packed_gradient = gradient(packed, packed_parameters[name])
+                    distance = apart(packed_gradient, parameter.grad)
+                    assert distance <= EXACT or parameter.grad.norm() < 1e-12
+        for parameter in packed.parameters():  # moved in place, as by a step of an optimizer
             if parameter.requires_grad:
                 assert parameter.grad is not None
                 assert parameter.grad.stride() == parameter.stride()
                 parameter.data.mul_(0.9)
-        for model in alone:
+        for model in single_models:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data.mul_(0.9)
@@ -70,146 +79,148 @@ def as_each_alone(base: nn.Module, made: list[nn.Module], x: Tensor) -> None:
         and len(case.inputs()) == 1
     )
 )
-def test_each_is_what_it_is_alone(case: Case):
+def test_a_replay_is_each_runs_own_step(case: Case):
     base = case.plain()
     (x,) = case.inputs()
-    as_each_alone(base, models(base, four(case.how)), x)
+    check_against_single_runs(base, models(base, four(case.how)), x)
 
 
-def test_a_linear_layers_bias_is_part_of_its_product():
-    """Adapted or not: vmap's own rule reads and writes all outputs again for it."""
+def test_a_linear_layers_bias_is_added_within_its_product():
+    """Adapted or not. vmap's own rule would add it in a second pass over all outputs."""
     base = nn.Sequential(*(nn.Linear(width, width + 1) for width in (5, 6, 7))).double()
-    made = models(base, four({}), {"first": Target(kind="linear", match=["0", "1"])})
-    step = RecordedStep(pack(base, made), F.mse_loss)
+    run_models = models(base, four({}), {"first": Target(kind="linear", match=["0", "1"])})
+    step = RecordedStep(pack(base, run_models), F.mse_loss)
     step(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64))
-    assert step.record is not None
-    products = [str(node.target) for node in step.record.graph.nodes]
-    assert products.count("aten.addmm.default") == len(base)
+    assert step.graph is not None
+    operations = [str(node.target) for node in step.graph.graph.nodes]
+    assert operations.count("aten.addmm.default") == len(base)
 
 
 @pytest.mark.parametrize(
     ("name", "target"),
     [(name, targets[0]) for name, (*_, targets) in MODELS.items() if "bert" not in name],
 )
-def test_whole_models(name: str, target: str):
+def test_models_of_many_layers(name: str, target: str):
     base, x = whole(name)
-    as_each_alone(base, models(base, four({}), target, far=0.1), x)
+    check_against_single_runs(base, models(base, four({}), target, far=0.1), x)
 
 
-def test_one_that_looks_into_its_mask_is_computed(caplog: pytest.LogCaptureFixture):
-    """Hugging Face's leaves out a mask that masks nothing."""
+def test_a_model_that_branches_on_its_mask_is_not_recorded(caplog: pytest.LogCaptureFixture):
+    """Hugging Face's BERT leaves out a mask that masks nothing."""
     base, x = whole("bert")
-    made = models(base, four({}), "attention", far=0.1)
-    step, y = RecordedStep(pack(base, made), F.mse_loss), torch.randn_like(made[0](x))
+    run_models = models(base, four({}), "attention", far=0.1)
+    step, y = RecordedStep(pack(base, run_models), F.mse_loss), torch.randn_like(run_models[0](x))
     with caplog.at_level(logging.INFO, "lora_lab"):
         losses = [step(x, y) for _ in range(3)][-1]
     assert "not recorded: " in caplog.text
-    wanted = torch.stack([F.mse_loss(model(x), y) for model in made])
-    torch.testing.assert_close(losses, wanted, rtol=EXACT, atol=0)
+    expected = torch.stack([F.mse_loss(model(x), y) for model in run_models])
+    torch.testing.assert_close(losses, expected, rtol=EXACT, atol=0)
 
 
-def drops(dropout: float) -> tuple[Pack, RecordedStep, Tensor]:
+def step_with_dropout(dropout: float) -> tuple[Pack, RecordedStep, Tensor]:
     base, x = whole("mlp")
     runs = [{"r": 2, "alpha": 2.0, "dropout": dropout, "seed": i} for i in range(3)]
     packed = pack(base, models(base, runs)).train()
     return packed, RecordedStep(packed, F.mse_loss), x
 
 
-def test_masks_are_drawn_as_they_are_when_computed():
-    """The same stream of numbers gives the same masks, and goes on: two batches have not one."""
-    packed, step, x = drops(0.5)
+def test_a_replay_draws_the_dropout_masks_of_a_computed_step():
+    """From the same random stream come the same masks, and other ones for each batch."""
+    packed, step, x = step_with_dropout(0.5)
     y = torch.randn_like(packed(x)[0])
     for _ in range(2):
         step(x, y)
-    assert step.checked
+    assert step.is_trusted
     seeded(5)
-    played = [step(x, y) for _ in range(3)]
+    replayed = [step(x, y) for _ in range(3)]
     seeded(5)
-    computed = [step._computed(x, y)[0] for _ in range(3)]
-    torch.testing.assert_close(played, computed, rtol=EXACT, atol=0)
-    assert all(apart(a, b) > 1e-6 for i, a in enumerate(played) for b in played[:i])
+    computed = [step._compute(x, y)[0] for _ in range(3)]
+    torch.testing.assert_close(replayed, computed, rtol=EXACT, atol=0)
+    assert all(apart(a, b) > 1e-6 for i, a in enumerate(replayed) for b in replayed[:i])
 
 
-def test_recording_draws_nothing():
-    """What follows a batch has the numbers that it has where nothing is recorded."""
-    packed, step, x = drops(0.5)
+def test_recording_leaves_the_random_stream_as_it_is():
+    """Dropout in later batches is what it would be if nothing were recorded."""
+    packed, step, x = step_with_dropout(0.5)
     y = torch.randn_like(packed(x)[0])
     seeded(5)
-    found = [step(x, y) for _ in range(4)]
+    losses = [step(x, y) for _ in range(4)]
     seeded(5)
-    wanted = [step._computed(x, y)[0] for _ in range(4)]
-    torch.testing.assert_close(found, wanted, rtol=EXACT, atol=0)
+    expected = [step._compute(x, y)[0] for _ in range(4)]
+    torch.testing.assert_close(losses, expected, rtol=EXACT, atol=0)
 
 
 def test_a_batch_of_another_shape_is_computed():
-    packed, step, x = drops(0.0)
+    packed, step, x = step_with_dropout(0.0)
     for rows in (5, 5, 5, 3, 5):
         y = torch.randn(rows, 10, dtype=torch.float64)
         losses = step(x[:rows], y)
-        wanted = [F.mse_loss(output, y) for output in packed(x[:rows])]
-        torch.testing.assert_close(losses, torch.stack(wanted), rtol=EXACT, atol=0)
+        expected = [F.mse_loss(output, y) for output in packed(x[:rows])]
+        torch.testing.assert_close(losses, torch.stack(expected), rtol=EXACT, atol=0)
 
 
-class Odd(nn.Module):
-    """A model that does something else from batch to batch."""
+class StatefulModel(nn.Module):
+    """A model whose outputs for the same batch change from call to call."""
 
-    kept: Tensor
+    factor: Tensor
 
-    def __init__(self, scale: Callable[["Odd", Tensor], Any]):
+    def __init__(self, scale: Callable[["StatefulModel", Tensor], Any]):
         super().__init__()
         self.layer, self.scale, self.calls = nn.Linear(6, 4), scale, 0
-        self.register_buffer("kept", torch.ones(()))
+        self.register_buffer("factor", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) * self.scale(self, x)
 
 
-def counts(model: Odd, x: Tensor) -> float:
+def counts_calls(model: StatefulModel, x: Tensor) -> float:
     model.calls += 1
     return 1.0 / model.calls
 
 
-def keeps(model: Odd, x: Tensor) -> Tensor:
-    model.kept = model.kept * 0.5
-    return model.kept
+def keeps_a_tensor(model: StatefulModel, x: Tensor) -> Tensor:
+    model.factor = model.factor * 0.5
+    return model.factor
 
 
-def adds(model: Odd, x: Tensor) -> Tensor:
-    return model.kept.add_(1).clone()
+def adds_in_place(model: StatefulModel, x: Tensor) -> Tensor:
+    return model.factor.add_(1).clone()
 
 
 CALLS: list[int] = []
 
 
-def counts_elsewhere(model: Odd, x: Tensor) -> int:
+def counts_elsewhere(model: StatefulModel, x: Tensor) -> int:
     CALLS.append(1)
     return len(CALLS)
 
 
-ODD = {
-    "counts": (counts, "changed by being called"),
-    "keeps a tensor": (keeps, "changed by being called"),
-    "adds in place": (adds, "changed by being called"),
+STATEFUL = {
+    "counts": (counts_calls, "changed by being called"),
+    "keeps a tensor": (keeps_a_tensor, "changed by being called"),
+    "adds in place": (adds_in_place, "changed by being called"),
     "draws": (lambda model, x: random.random(), "not do the same to every batch"),
     "counts elsewhere": (counts_elsewhere, "not do the same to every batch"),
     "decides by numbers": (lambda model, x: 2 if x.sum() > 0 else 1, "data-dependent"),
 }
 
 
-@pytest.mark.parametrize("how", ODD)
-def test_a_model_that_differs_by_batch_is_computed(how: str, caplog: pytest.LogCaptureFixture):
-    scale, said = ODD[how]
+@pytest.mark.parametrize("how", STATEFUL)
+def test_a_model_that_changes_from_call_to_call_is_not_recorded(
+    how: str, caplog: pytest.LogCaptureFixture
+):
+    scale, reason = STATEFUL[how]
     seeded(0)
-    base = Odd(scale).double()
-    made = models(base, four({}))
-    packed = Pack(base, [adapters.attached(m) for m in made])
+    base = StatefulModel(scale).double()
+    run_models = models(base, four({}))
+    packed = Pack(base, [adapters.attached(model) for model in run_models])
     step = RecordedStep(packed, F.mse_loss)
     x, y = torch.randn(5, 6).double(), torch.randn(5, 4).double()
     with caplog.at_level(logging.INFO, "lora_lab"):
         for _ in range(4):
             step(x, y)
-    assert not step.checked
-    assert step.record is None
-    # Once a batch, of which there were four.
-    assert packed.base.kept == {"keeps a tensor": 0.5**4, "adds in place": 5}.get(how, 1)
-    assert said in caplog.text
+    assert not step.is_trusted
+    assert step.graph is None
+    # The model's own code ran once for each of the four batches.
+    assert packed.base.factor == {"keeps a tensor": 0.5**4, "adds in place": 5}.get(how, 1)
+    assert reason in caplog.text
