@@ -1,4 +1,8 @@
-"""A multirun as a whole: the runs it is made of, how far they are, and how each ended."""
+"""The state of the multirun that this process conducts: its jobs, how far they are, how they ended.
+
+It is one object of the module, because Hydra calls the launchers with overrides and nothing else:
+they look up here what was checked before the first job began.
+"""
 
 import json
 import sys
@@ -18,7 +22,11 @@ from lora_lab.training.plan import Plan, plan
 
 @dataclass(frozen=True)
 class Job:
-    """One point of a multirun: its directory, or why its config cannot be."""
+    """One point of a multirun, after its config was checked.
+
+    `path` is its run directory. Where the config is invalid, `path` and `plan` are None and
+    `error` says why.
+    """
 
     overrides: list[str]
     path: Path | None
@@ -27,12 +35,12 @@ class Job:
 
     @property
     def state(self) -> str:
-        """The run's status, `config error`, or `none` of a run that was not begun."""
+        """The state in the run's status.json, `none` before it began, or `config error`."""
         return Run(self.path).status["state"] if self.path else "config error"
 
     @property
     def cause(self) -> str:
-        """Why it failed, in one line."""
+        """Why it failed, in one line; empty where it did not."""
         if self.path is None:
             return self.error or ""
         return str(Run(self.path).status.get("error", "")).partition("\n")[0]
@@ -40,38 +48,46 @@ class Job:
 
 @dataclass
 class Multirun:
-    """The one that this process conducts."""
+    """What a process knows of the multirun that it conducts."""
 
     jobs: list[Job] = field(default_factory=list)
+    """The jobs known so far: all of a grid, those asked for until now of a search."""
     total: int = 0
+    """How many runs it will have."""
     began: float = field(default_factory=time.time)
+    """Seconds since the epoch. A run that started earlier is an earlier command's."""
     directory: Path | None = None
+    """Hydra's folder for the multirun, with multirun.yaml and the output of lost jobs."""
     lost: set[Path] = field(default_factory=set)
-    """Runs whose process ended without a word."""
+    """Directories of runs whose process was killed, so that status.json does not say the end."""
 
 
-_now: Multirun | None = None
+_current: Multirun | None = None
 
 
 def plan_jobs(points: Iterable[list[str]]) -> list[Job]:
-    """Every run of a multirun, each checked as a run of its own."""
-    return [_job(*point) for point in compose.compose_points(points)]
+    """Checks each point (the overrides of one run) as a run by itself and gives its job.
+
+    A wrong config raises nothing: the job has the error, so that the other jobs can run.
+    """
+    return [_job(overrides, cfg) for overrides, cfg in compose.compose_points(points)]
 
 
 def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
     try:
         if isinstance(cfg, ConfigError):
             raise cfg
-        planned = plan_job(cfg)
-        return Job(overrides, planned.path, plan=planned)
+        job_plan = plan_job(cfg)
+        return Job(overrides, job_plan.path, plan=job_plan)
     except ConfigError as error:
         return Job(overrides, None, str(error))
 
 
 def plan_job(cfg: Config) -> Plan:
-    """The plan of a job, which checks its devices itself where they are not this machine's.
+    """The plan of one job. Raises ConfigError.
 
-    Devices do not change a run's directory.
+    A job for SLURM is planned for one CPU: this machine may lack the cluster's GPUs, and the job
+    checks its devices itself when it starts. Devices do not change a run's directory.
     """
     if "hydra/launcher=submitit_slurm" in sys.argv:
         trainer = cfg.trainer.model_copy(update={"accelerator": "cpu", "devices": 1})
@@ -80,88 +96,93 @@ def plan_job(cfg: Config) -> Plan:
 
 
 def find_job(overrides: Sequence[str]) -> Job:
-    """The job of these overrides: as it was checked before it began, or now."""
+    """The job with these overrides: the one checked before the multirun began, else a new one."""
     point = list(overrides)
-    known = [one for one in (_now.jobs if _now else ()) if one.overrides == point]
+    known = [job for job in (_current.jobs if _current else ()) if job.overrides == point]
     return known[0] if known else plan_jobs([point])[0]
 
 
-def set_jobs(every: list[Job], total: int = 0) -> None:
-    """Tells this process what the multirun is made of, so far.
+def set_jobs(jobs: list[Job], total: int = 0) -> None:
+    """Sets the jobs of this process's multirun, and begins it where none is conducted.
 
-    `total` is how many runs it will have, where not all of them are known yet.
+    `total` is how many runs it will have, where `jobs` are not all of them yet.
     """
-    global _now
-    _now = _now or Multirun()
-    _now.jobs, _now.total = every, max(total, len({job.path for job in every if job.path}))
+    global _current
+    _current = _current or Multirun()
+    _current.jobs, _current.total = jobs, max(total, len({job.path for job in jobs if job.path}))
 
 
-def record_planned(every: list[Job]) -> None:
-    """Adds the runs to the planned.json of their folder, so that a report misses none."""
-    folders: dict[Path, dict[str, list[str]]] = {}
-    for job in every:
+def record_planned(jobs: list[Job]) -> None:
+    """Adds the jobs to planned.json beside their runs, so that a report knows which are missing."""
+    overrides_by_folder: dict[Path, dict[str, list[str]]] = {}
+    for job in jobs:
         if job.path:
-            folders.setdefault(job.path.parent, {})[job.path.name] = job.overrides
-    for folder, own in folders.items():
+            overrides_by_folder.setdefault(job.path.parent, {})[job.path.name] = job.overrides
+    for folder, overrides in overrides_by_folder.items():
         folder.mkdir(parents=True, exist_ok=True)
+        # The lock: another multirun may add to the same file, and neither must lose a line.
         with FileLock(folder / f".{PLANNED_FILE}.lock"):
-            content = json.dumps({**planned_runs(folder), **own}, indent=1)
-            write_atomic(folder / PLANNED_FILE, content + "\n")
+            content = {**planned_runs(folder), **overrides}
+            write_atomic(folder / PLANNED_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def set_directory(directory: Path) -> None:
-    """Names the folder of what the multirun keeps that is no run's."""
-    if _now is not None:
-        _now.directory = directory
+    """Names the folder of the multirun itself, which `close` tidies."""
+    if _current is not None:
+        _current.directory = directory
 
 
 def close() -> Path | None:
-    """Whatever this process runs next is no part of it. Gives the folder that is left of it.
+    """Ends this process's multirun. Gives its folder where output of lost jobs is left in it.
 
-    What Hydra writes there is in every run's directory, too.
+    multirun.yaml goes: each run's directory has the same settings in its config.yaml.
     """
-    global _now
-    directory = _now.directory if _now else None
-    _now = None
+    global _current
+    directory = _current.directory if _current else None
+    _current = None
     if directory is None:
         return None
     (directory / "multirun.yaml").unlink(missing_ok=True)
+    # Innermost first. rmdir fails on a folder that is not empty, which is then left.
     for folder in (*directory.glob("*/"), directory, directory.parent):
         with suppress(OSError):
-            folder.rmdir()  # where it is empty
+            folder.rmdir()
     return directory if directory.exists() else None
 
 
 def mark_lost(path: Path, cause: str) -> None:
-    """Keeps, for a run whose process ended without a word, what became of it."""
-    if _now is not None:
-        _now.lost.add(path)
+    """Writes `cause` into the status.json of a run whose process was killed before it could."""
+    if _current is not None:
+        _current.lost.add(path)
     if Run(path).status["state"] in ("none", "interrupted"):
         path.mkdir(parents=True, exist_ok=True)
         Run(path).update_status(state="interrupted", error=cause)
 
 
 def progress_line() -> str | None:
-    """How far the multirun is that this process conducts: done, running, failed, time left."""
-    if _now is None:
+    """How far the multirun is, as `3 of 8 done, 2 running, 1 failed, about 4 min left`.
+
+    None where this process conducts no multirun. Failures of earlier commands do not count, and
+    the time left is from the runs of this command.
+    """
+    if _current is None:
         return None
-    paths = dict.fromkeys(job.path for job in _now.jobs if job.path)
+    paths = dict.fromkeys(job.path for job in _current.jobs if job.path)
     statuses = [Run(path).status for path in paths]
+    new_statuses = [s for s in statuses if s.get("started", 0) >= _current.began]
     states = [status["state"] for status in statuses]
-    now = [s["state"] for s in statuses if s.get("started", 0) >= _now.began]
-    done, running, failed = *map(states.count, ("finished", "running")), now.count("failed")
-    left = _now.total - done - failed - len(_now.lost)
-    took = [
-        s["seconds"]
-        for s in statuses
-        if s["state"] in ("finished", "failed") and s.get("started", 0) >= _now.began
-    ]
-    parts = [f"{done} of {_now.total} done"]
+    done, running = states.count("finished"), states.count("running")
+    failed = sum(status["state"] == "failed" for status in new_statuses)
+    left = _current.total - done - failed - len(_current.lost)
+    seconds = [s["seconds"] for s in new_statuses if s["state"] in ("finished", "failed")]
+    parts = [f"{done} of {_current.total} done"]
     parts += [f"{running} running"] if running else []
     parts += [f"{failed} failed"] if failed else []
-    parts += [f"{len(_now.lost)} interrupted"] if _now.lost else []
-    if took and left:
-        parts.append(f"about {_duration(sum(took) / len(took) * left / max(1, running))} left")
+    parts += [f"{len(_current.lost)} interrupted"] if _current.lost else []
+    if seconds and left:
+        # `running` jobs share what is left.
+        estimate = sum(seconds) / len(seconds) * left / max(1, running)
+        parts.append(f"about {_duration(estimate)} left")
     return ", ".join(parts)
 
 

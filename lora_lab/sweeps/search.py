@@ -1,4 +1,4 @@
-"""What a sweep runs next: points that are all known, or those that Optuna asks for."""
+"""Searches: points drawn at random, and Optuna's TPE, which learns from the runs' results."""
 
 import math
 from collections.abc import Iterator
@@ -19,31 +19,37 @@ from lora_lab.sweeps.sweep_file import Goal, Sweep
 Space = dict[str, Parameter]
 
 STARTUP_TRIALS = 10
-"""Trials that bayes draws at random before it learns from them, and the most it asks at once."""
+"""Trials of bayes that are drawn at random before it learns from results.
+
+Also the most that it asks for at once: more would be drawn without a result in between.
+"""
 
 OPEN, DONE = TrialState.RUNNING, TrialState.COMPLETE
 
 
 def random_points(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """`count` independent draws of every parameter, each a function of (seed, its number)."""
+    """`count` independent points. Point n is a function of (seed, n) alone."""
     study = _create_study(None, "minimize")
     for number in range(count):
         yield _values(space, _draw(study, space, RandomSampler(_seed(seed, number))))
 
 
 def startup_points(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The first trials of bayes, which no result decides on."""
+    """The first points of bayes, at most `count`: those that do not depend on results."""
     study = _create_study(None, "minimize")
     for number in range(min(count, STARTUP_TRIALS)):
-        yield _values(space, _draw(study, space, _tpe(seed, number)))
+        yield _values(space, _draw(study, space, _tpe_sampler(seed, number)))
 
 
 class BayesSearch:
-    """Optuna's TPE, its trials kept in a file, so that another process goes on where one stopped.
+    """Bayesian search by Optuna's tree-structured Parzen estimator (Bergstra et al., 2011).
 
-    A trial is open until its run has finished: an interrupted or failed one is run again by the
-    next process, at the same point. What trial n draws is a function of (seed, n) and of the
-    trials that were finished or open when it was asked for.
+    Its trials are kept in an SQLite file, so that the next process goes on where this one was
+    stopped. A trial is open until its run has finished: the run of an interrupted or failed one is
+    run again by the next process, at the same point. The point of trial n is a function of
+    (seed, n) and of the trials that were finished or open when it was asked for.
+
+    `trial_count` is how many trials it ends with, those of earlier processes included.
     """
 
     def __init__(self, sweep: Sweep, trial_count: int, seed: int, file: Path):
@@ -52,29 +58,37 @@ class BayesSearch:
         self.trial_count, self.seed = trial_count, seed
         self._study = _create_study(f"sqlite:///{file.absolute()}", sweep.goal)
         for trial in self._trials(OPEN):
-            if len(trial.params) < len(sweep.space):  # killed while it was being asked for
+            # Optuna writes a trial's parameters one by one. The process was killed between two.
+            if len(trial.params) < len(sweep.space):
                 self._study.tell(trial.number, state=TrialState.FAIL)
-        known = self._trials(OPEN, DONE)
-        self.jobs = multirun.plan_jobs([self._overrides(trial) for trial in known])
+        trials = self._trials(OPEN, DONE)
+        self.jobs = multirun.plan_jobs([self._overrides(trial) for trial in trials])
         """The job of every trial, in their order."""
-        self._job = dict(zip([trial.number for trial in known], self.jobs, strict=True))
-        self._asked: set[int] = set()
+        self._job_by_trial = dict(zip([trial.number for trial in trials], self.jobs, strict=True))
+        self._asked: set[int] = set()  # trials that this process has run or is running
 
     def ask(self, at_once: int) -> list[list[str]]:
-        """The trials left open by another process, then new ones, until there are `count`."""
+        """The overrides of trials that another process left open, then of new ones.
+
+        At most `at_once` new trials, and none after the last of `trial_count`.
+        """
         batch = [t.number for t in self._trials(OPEN) if t.number not in self._asked]
-        while len(batch) < min(at_once, STARTUP_TRIALS) and len(self._job) < self.trial_count:
-            batch.append(self._new())
+        while len(batch) < min(at_once, STARTUP_TRIALS) and not self._is_complete():
+            batch.append(self._new_trial())
         self._asked.update(batch)
         multirun.set_jobs(self.jobs, self.trial_count)
         multirun.record_planned(self.jobs)
-        jobs = [self._job[number] for number in batch]
+        jobs = [self._job_by_trial[number] for number in batch]
+        # By path: two trials may draw the same point, whose run is run once.
         return list({job.path or str(job.overrides): job.overrides for job in jobs}.values())
 
     def tell(self) -> None:
-        """Closes the trials whose runs have finished, with the last value of the metric."""
+        """Closes the trials whose runs have finished, with the last value of the metric.
+
+        Where that is no finite number, the trial fails: TPE does not learn from it.
+        """
         for number in self._asked & {trial.number for trial in self._trials(OPEN)}:
-            path = self._job[number].path
+            path = self._job_by_trial[number].path
             if path is not None and (run := Run(path)).finished:
                 value = run.last(self.metric)
                 if value is not None and math.isfinite(value):
@@ -83,18 +97,23 @@ class BayesSearch:
                     self._study.tell(number, state=TrialState.FAIL)
 
     def best_run(self) -> tuple[Job, float] | None:
-        """The best run so far, and its metric."""
+        """The best job so far and its metric; None before the first has finished."""
         if not self._trials(DONE):
             return None
         best = self._study.best_trial
         assert best.value is not None
-        return self._job[best.number], best.value
+        return self._job_by_trial[best.number], best.value
 
-    def _new(self) -> int:
-        trial = _draw(self._study, self.sweep.space, _tpe(self.seed, len(self._job)))
+    def _is_complete(self) -> bool:
+        return len(self._job_by_trial) >= self.trial_count
+
+    def _new_trial(self) -> int:
+        """Draws a trial, plans its job, and gives its number in the study."""
+        sampler = _tpe_sampler(self.seed, len(self._job_by_trial))
+        trial = _draw(self._study, self.sweep.space, sampler)
         (job,) = multirun.plan_jobs([self._overrides(trial)])
         self.jobs.append(job)
-        self._job[trial.number] = job
+        self._job_by_trial[trial.number] = job
         return trial.number
 
     def _overrides(self, trial: FrozenTrial) -> list[str]:
@@ -105,6 +124,7 @@ class BayesSearch:
 
 
 def _create_study(storage: str | None, direction: Goal) -> optuna.Study:
+    """A study in memory, or the one stored at `storage`, made where it does not exist."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
         storage=storage, study_name="sweep", direction=direction, load_if_exists=True
@@ -112,19 +132,25 @@ def _create_study(storage: str | None, direction: Goal) -> optuna.Study:
 
 
 def _draw(study: optuna.Study, space: Space, sampler: BaseSampler) -> FrozenTrial:
+    """The study's next trial, every parameter of the space drawn by the sampler."""
     study.sampler = sampler
     trial = study.ask({name: parameter.distribution for name, parameter in space.items()})
     return study.get_trials(deepcopy=False)[trial.number]
 
 
 def _values(space: Space, trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters' values at a trial, from what was drawn for each."""
     return {name: parameter.value_of_draw(trial.params[name]) for name, parameter in space.items()}
 
 
-def _tpe(seed: int, number: int) -> TPESampler:
+def _tpe_sampler(seed: int, number: int) -> TPESampler:
     return TPESampler(n_startup_trials=STARTUP_TRIALS, seed=_seed(seed, number))
 
 
 def _seed(seed: int, number: int) -> int:
-    # A sampler that is seeded once would begin anew in every process.
+    """The seed of one trial's sampler.
+
+    Each trial has a sampler of its own: a sampler seeded once would draw the first trials' numbers
+    again in the next process.
+    """
     return generator(seed, "trial", number).initial_seed() % 2**32

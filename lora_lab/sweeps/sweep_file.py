@@ -17,12 +17,12 @@ Goal = Literal["minimize", "maximize"]
 METHODS = ("grid", "random", "bayes")
 KEYS = ("method", "parameters", "metric", "run_cap", "early_terminate", "program", "command")
 KEYS += ("name", "description", "project", "entity", "controller")
-"""What a sweep file may say; the second line is W&B's own affair, and means nothing here."""
+"""The keys that a sweep file may have. Those of the second line are for W&B and ignored here."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file with the command line's overrides: what is fixed, and what is swept."""
+    """A sweep file, with the overrides of the command line in place of its parameters."""
 
     method: str
     metric: str | None
@@ -30,45 +30,40 @@ class Sweep:
     run_cap: int | None
     early_terminate: bool
     fixed_overrides: list[str]
+    """Overrides of every run: parameters with one value, and the command line's."""
     space: dict[str, Parameter]
-    """By name, in the order of the alphabet, which is W&B's."""
+    """The swept parameters by name, in alphabetical order as W&B takes them."""
     hydra_overrides: list[str]
-    """Overrides that are Hydra's own, as hydra/launcher."""
+    """Overrides of Hydra itself, as hydra/launcher=joblib."""
 
     def overrides_at(self, values: Mapping[str, Any]) -> list[str]:
-        """The overrides of one run."""
+        """The overrides of the run with these values of the swept parameters."""
         swept = [f"{key}={value}" for key, value in values.items()]
         return compose.hydra_arguments([*self.fixed_overrides, *swept])
 
     def extreme_points(self) -> Iterable[dict[str, Any]]:
-        """Each parameter at its outermost values, the others at their first."""
-        first = {key: swept.extremes[0] for key, swept in self.space.items()}
+        """Points to check before a search: one parameter at its extremes, the others at a first.
+
+        With r from 1 to 8 and lr from 0.1 to 1 they are (1, 0.1), (8, 0.1) and (1, 1).
+        """
+        first = {key: parameter.extremes[0] for key, parameter in self.space.items()}
         yield first
-        for key, swept in self.space.items():
-            yield from ({**first, key: value} for value in swept.extremes[1:])
+        for key, parameter in self.space.items():
+            yield from ({**first, key: value} for value in parameter.extremes[1:])
 
     def grid_points(self) -> Iterable[dict[str, Any]]:
-        """The product of all values, the last parameter's changing first."""
-        for values in product(*(swept.grid_values or [] for swept in self.space.values())):
+        """The product of all values. The last parameter changes from one point to the next."""
+        values_by_parameter = (parameter.grid_values or [] for parameter in self.space.values())
+        for values in product(*values_by_parameter):
             yield dict(zip(self.space, values, strict=True))
 
 
 def read_sweep(path: Path, overrides: Sequence[str]) -> Sweep:
-    """The sweep file, its parameters replaced by the overrides of their names.
+    """Reads a sweep file. An override replaces the parameter of its name.
 
-    Raises ConfigError, which does not name the file, and OSError.
+    Raises ConfigError with the key that is wrong, but without the file's name, and OSError.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError("must be a mapping with method and parameters")
-    for key in content:
-        if key not in KEYS:
-            raise ConfigError(
-                f"{key}: there is no such key{nearest(key, KEYS)} ({', '.join(KEYS)})"
-            )
+    content = _read_yaml(path)
     method = content.get("method")
     if method not in METHODS:
         known = f"{nearest(method, METHODS)} (there are {', '.join(METHODS)})"
@@ -80,51 +75,80 @@ def read_sweep(path: Path, overrides: Sequence[str]) -> Sweep:
     cap = content.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or cap < 1):
         raise ConfigError(f"run_cap={cap}: must be a whole number of runs")
-    said = content.get("parameters")
-    if not isinstance(said, dict) or not said:
+    specs = content.get("parameters")
+    if not isinstance(specs, dict) or not specs:
         raise ConfigError("parameters: must be given, {adapter.r: {values: [1, 2]}}")
-    # What tracking the agents' runs have is not for runs that have no agent.
-    said = {str(k): v for k, v in said.items() if (k, v) != ("tracking", {"value": "online"})}
-    fixed, space = _parameters(said, method, overrides)
-    early, hydra = bool(content.get("early_terminate")), [o for o in overrides if _is_hydras(o)]
-    return Sweep(method, metric, goal, cap, early, fixed, space, hydra)
+    # Our files ask W&B's agents for tracking=online. Runs here have no agent and may have no
+    # account, so that the user's own tracking setting stands.
+    specs = {str(k): v for k, v in specs.items() if (k, v) != ("tracking", {"value": "online"})}
+    fixed, space = _apply_overrides(_parse_parameters(specs), method, overrides)
+    early_terminate = bool(content.get("early_terminate"))
+    hydra = [override for override in overrides if _is_hydras(override)]
+    return Sweep(method, metric, goal, cap, early_terminate, fixed, space, hydra)
 
 
-def _parameters(
-    said: dict[str, Any], method: str, overrides: Sequence[str]
-) -> tuple[list[str], dict[str, Parameter]]:
-    """What is fixed, as overrides, and what is swept."""
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The file's content, a mapping with no unknown key."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError("must be a mapping with method and parameters")
+    for key in content:
+        if key not in KEYS:
+            raise ConfigError(
+                f"{key}: there is no such key{nearest(key, KEYS)} ({', '.join(KEYS)})"
+            )
+    return content
+
+
+def _parse_parameters(specs: dict[str, Any]) -> dict[str, Parameter]:
+    """The parameters of the file by name, each checked to be one value per run."""
     space: dict[str, Parameter] = {}
-    for key, value in said.items():
+    for key, spec in specs.items():
         if not all(c.isalnum() or c in "_.-" for c in key):
             raise ConfigError(f"parameters.{key}: W&B takes letters, digits and _ . - in a name")
         try:
-            space[key] = parse_parameter(value)
+            space[key] = parse_parameter(spec)
             for text in (space[key].grid_values or []) + space[key].extremes:
-                if isinstance(text, str) and len(_values(f"{key}={text}")) != 1:
+                # Hydra would read the text "olora,pissa" as a sweep over two values.
+                if isinstance(text, str) and len(_override_values(f"{key}={text}")) != 1:
                     raise ConfigError(f"{text}: would be read as a list of runs; write one value")
         except ConfigError as error:
             raise ConfigError(f"parameters.{key}: {error}") from None
-    given: list[str] = []
+    return space
+
+
+def _apply_overrides(
+    space: dict[str, Parameter], method: str, overrides: Sequence[str]
+) -> tuple[list[str], dict[str, Parameter]]:
+    """The fixed overrides and the swept parameters, after the command line's overrides.
+
+    `adapter.r=4` fixes a parameter; `adapter.r=2,4` sweeps over these values in its place.
+    """
+    command_line: list[str] = []
     for override in overrides:
         if _is_hydras(override):
             continue
-        key, values = override.partition("=")[0], _values(override)
+        key, values = override.partition("=")[0], _override_values(override)
         space.pop(key.lstrip("+~"), None)
         if len(values) > 1:
             space[key] = parse_parameter({"values": values})
         else:
-            given.append(override)
-    for key, found in space.items():
-        if method == "grid" and found.grid_values is None:
+            command_line.append(override)
+    for key, parameter in space.items():
+        if method == "grid" and parameter.grid_values is None:
             raise ConfigError(
                 f"parameters.{key}: a grid takes value, values, int_uniform or q_uniform; "
                 "other distributions are for random and bayes"
             )
     constant = {
-        key: found.extremes[0] for key, found in space.items() if len({*found.extremes}) == 1
+        key: parameter.extremes[0]
+        for key, parameter in space.items()
+        if len({*parameter.extremes}) == 1
     }
-    fixed = [f"{key}={value}" for key, value in constant.items()] + given
+    fixed = [f"{key}={value}" for key, value in constant.items()] + command_line
     return fixed, {key: space[key] for key in sorted(space) if key not in constant}
 
 
@@ -132,8 +156,8 @@ def _is_hydras(override: str) -> bool:
     return override.startswith(("hydra.", "hydra/"))
 
 
-def _values(override: str) -> list[str]:
-    """The value of an override, or each of those that it sweeps, as text."""
+def _override_values(override: str) -> list[str]:
+    """The value of an override as text, or each of the values it sweeps: r=2,4 gives [2, 4]."""
     points = compose.sweep_points(compose.hydra_arguments([override]))
     return [point[0].partition("=")[2] for point in points]
 
@@ -144,16 +168,19 @@ def _check_program(content: Mapping[str, Any]) -> None:
         raise ConfigError(f"program={words[0]}: this runs lora_lab.train, and no other program")
 
 
-def _metric(said: Any) -> tuple[str | None, Goal]:
-    if said is None:
+def _metric(spec: Any) -> tuple[str | None, Goal]:
+    """The name and the goal of the file's metric; None and minimize where it has none."""
+    if spec is None:
         return None, "minimize"
-    if not isinstance(said, dict) or "name" not in said:
-        raise ConfigError(f"metric={said}: must be {{name: val/loss, goal: minimize}}")
-    for key in said:
+    if not isinstance(spec, dict) or "name" not in spec:
+        raise ConfigError(f"metric={spec}: must be {{name: val/loss, goal: minimize}}")
+    for key in spec:
         if key not in ("name", "goal"):
             hint = nearest(key, ("name", "goal"))
-            raise ConfigError(f"metric.{key}: is not done here{hint}; a metric has name and goal")
-    name, goal = str(said["name"]), said.get("goal", "minimize")
+            raise ConfigError(
+                f"metric.{key}: is not supported here{hint}; a metric has name and goal"
+            )
+    name, goal = str(spec["name"]), spec.get("goal", "minimize")
     if goal not in ("minimize", "maximize"):
         known = nearest(goal, ("minimize", "maximize"))
         raise ConfigError(f"metric.goal={goal}: must be minimize or maximize{known}")

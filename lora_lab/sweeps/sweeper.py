@@ -1,4 +1,8 @@
-"""The Hydra sweeper that runs the points a search gives it, by the launcher that is configured."""
+"""The Hydra sweeper that runs the points of a search, with the launcher that the config names.
+
+All multiruns and sweep files go through it. Hydra's own sweeper would check a job only when it
+begins it; here all points are known, and checked, before the first.
+"""
 
 from typing import Any, ClassVar, Protocol
 
@@ -15,56 +19,64 @@ from lora_lab.sweeps.multirun import Job
 
 
 class Search(Protocol):
-    """What a sweeper asks: which points are next, none at the end; told when they have been run."""
+    """Decides which points are run next: a list of jobs, or a search that learns from results."""
 
     def ask(self, at_once: int) -> list[list[str]]:
-        """The overrides of the next jobs, as many as can run at once or all that are known."""
+        """The overrides of the jobs to run next; an empty list ends the sweep.
+
+        `at_once` is how many jobs the launcher runs side by side. A search that learns from
+        results gives no more than these; a list gives all that it has.
+        """
         ...
 
     def tell(self) -> None:
-        """What was asked last has been run."""
+        """Called when the jobs that `ask` gave last have ended."""
         ...
 
 
 class JobList:
-    """Jobs that are all known: those that can be run as one batch."""
+    """A search over jobs that are all known. Those with a valid config run as one batch."""
 
     def __init__(self, jobs: list[Job]):
         self.jobs = jobs
-        self._left = list({job.path: job.overrides for job in jobs if job.path}.values())
+        # By path: two points may be one run, as optimizer.lr=0.1 and optimizer.lr=1e-1.
+        self._remaining = list({job.path: job.overrides for job in jobs if job.path}.values())
 
     def ask(self, at_once: int) -> list[list[str]]:
-        """All of them, once."""
+        """All jobs at the first call, none at the second."""
         multirun.record_planned(self.jobs)
-        batch, self._left = self._left, []
+        batch, self._remaining = self._remaining, []
         return batch
 
     def tell(self) -> None:
-        """Nothing: no result decides on what is next."""
+        """Nothing: results do not decide what is run next."""
 
 
 class PointSweeper(Sweeper):
-    """Launches what its search asks for, batch by batch, whatever becomes of each job."""
+    """Launches batch after batch of `search`; a job that fails does not end the sweep.
+
+    `search` is an attribute of the class because Hydra makes the sweeper's instance itself.
+    """
 
     search: ClassVar[Search]
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Makes the launcher that the config names."""
+        """Makes the launcher that the config names; Hydra calls this before `sweep`."""
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Runs all that is asked for. Raises what the first job that failed raised."""
+        """Runs all jobs of the search. Then raises the error of the first that failed, if any."""
         assert isinstance(self.launcher, Launcher)
         returns = []
         while batch := self.search.ask(getattr(self.launcher, "jobs_at_once", 1)):
             returns += self.launcher.launch(batch, initial_job_idx=len(returns))
             self.search.tell()
-        # Not by its return_value, which says an error once more before it raises it.
+        # Not the property return_value, which logs an error once more before it raises it.
         for job in returns:
             if job.status != JobStatus.COMPLETED:
                 raise job._return_value
@@ -73,7 +85,7 @@ class PointSweeper(Sweeper):
 def use_search(search: Search) -> None:
     """Makes `hydra/sweeper=points` run this search."""
     PointSweeper.search = search
-    # Hydra wants a plugin named as one of hydra_plugins.
+    # Hydra takes only plugins whose name begins with hydra_plugins.
     name = "hydra_plugins.lora_lab.PointSweeper"
     Plugins.instance().class_name_to_class[name] = PointSweeper
     ConfigStore.instance().store("points", {"_target_": name}, group="hydra/sweeper")

@@ -313,7 +313,7 @@ BAD = {
     ),
     "target": (
         lambda c: c | {"metric": {"name": "val/loss", "target": 1}},
-        "metric.target: is not done here",
+        "metric.target: is not supported here",
     ),
 }
 
@@ -375,7 +375,7 @@ def test_a_bad_parameter(
         ({**RATE, "min": 0}, "min=0: must be more than 0 with log_uniform_values"),
         ({**RATE, "q": 0.1}, "q: log_uniform_values has no such key"),
         ({"min": 0.1}, "max: must be given, uniform needs it"),
-        ({"distribution": "beta"}, "distribution=beta: is not drawn here"),
+        ({"distribution": "beta"}, "distribution=beta: is not supported here"),
         ({"distribution": "normal", "sigma": 0}, "sigma=0: must be more than 0"),
         ({"values": [0.1, 0.2], "probabilities": [0.5, 0.6]}, "must be 2 shares that add up to 1"),
     ],

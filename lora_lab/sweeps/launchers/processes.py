@@ -1,8 +1,8 @@
-"""hydra/launcher=joblib: one machine's cores or GPUs, shared out to jobs in processes of their own.
+"""hydra/launcher=joblib: shares one machine's cores or GPUs out to jobs in processes of their own.
 
-joblib's own pool dies as a whole when one of its processes is killed, and uses a process again for
-the next job, when its GPU is chosen and its memory is used. Here every job is a fresh process,
-forked from a server that has imported everything and computed nothing.
+joblib's pool dies as a whole when one of its processes is killed, and it uses a process again for
+the next job, when its GPU is chosen and its memory is taken. Here each job is a fresh process,
+forked from a server that has imported everything and computed nothing (see fork_server.py).
 """
 
 import multiprocessing
@@ -28,12 +28,16 @@ from lora_lab.config.schema import ConfigError
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.launchers.gather import LostError, gather, needs_process
+from lora_lab.sweeps.multirun import Job
 from lora_lab.sweeps.packs import group_into_packs, pack_task
 from lora_lab.training import bases
 
 
 class ProcessLauncher(JoblibLauncher):
-    """Runs `n_jobs` jobs at once on this machine. Each has its share of the GPUs and cores."""
+    """Runs `n_jobs` jobs, or packs of them, at once on this machine.
+
+    Each has its share of the GPUs and of the cores.
+    """
 
     @property
     def gpus(self) -> list[str]:
@@ -42,60 +46,72 @@ class ProcessLauncher(JoblibLauncher):
         return [] if self.config.trainer.accelerator == "cpu" else visible_gpus()
 
     @property
-    def processes(self) -> int:
+    def process_count(self) -> int:
         """How many jobs, or packs of them, run side by side."""
         assert self.config is not None
         return resolve_n_jobs(self.joblib["n_jobs"], len(self.gpus), self.config.trainer.devices)
 
     @property
     def jobs_at_once(self) -> int:
-        """How many jobs a search is asked for: as many as run side by side, in packs too."""
-        own = self.joblib
-        return self.processes * ((own.get("max_runs") or 8) if own.get("pack") else 1)
+        """How many jobs a search is asked for at once: enough for packs of `max_runs`, or of 8."""
+        settings = self.joblib
+        runs_per_pack = (settings.get("max_runs") or 8) if settings.get("pack") else 1
+        return self.process_count * runs_per_pack
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
-        """Runs the jobs to their ends, and gives how each ended."""
+        """Runs the jobs and waits for all of them. Gives how each ended."""
         context, config = self.hydra_context, self.config
         assert context is not None
         assert config is not None
         jobs = [multirun.find_job(overrides) for overrides in job_overrides]
         wanted = [i for i, job in enumerate(jobs) if needs_process(job, config)]
-        gpus, n, packs = self.gpus, self.processes, [[i] for i in wanted]
+        gpus, at_once, packs = self.gpus, self.process_count, [[i] for i in wanted]
         if self.joblib["pack"] and wanted:
-            packs = group_into_packs(jobs, wanted, n, self.joblib["max_runs"])
-            n = min(n, len(packs))
-        told = os.environ.get("OMP_NUM_THREADS")
-        # Where runs wait for a base, the one that trains it has their cores.
-        trained = {bases.key(plan.cfg) for i in wanted if (plan := jobs[i].plan)}
-        threads = [
-            int(told or max(1, cpu_count() // min(n, at_work)))
-            for at_work in (n, len(trained) or 1)
-        ]
+            packs = group_into_packs(jobs, wanted, at_once, self.joblib["max_runs"])
+            at_once = min(at_once, len(packs))
+        threads = _threads([jobs[i] for i in wanted], at_once)
         server = multiprocessing.get_context("forkserver")
         logs = Path(config.hydra.sweep.dir).absolute()
-        state = Singleton.get_state()
+        hydra_state = Singleton.get_state()
 
-        def start(pack: list[int], place: int) -> Process:
-            job = (initial_job_idx + pack[0], list(job_overrides[pack[0]]))
-            sent = cloudpickle.dumps((*job, context, config, pack_task(self, jobs, pack), state))
-            log = logs / f"{initial_job_idx + pack[0]}.log"
-            given = (gpus_of_job(gpus, place, n), threads, log, sent)
-            process = server.Process(target=_job, args=given)
+        def start(pack: list[int], place: int) -> JobProcess:
+            number, overrides = initial_job_idx + pack[0], list(job_overrides[pack[0]])
+            task = pack_task(self, jobs, pack)
+            # cloudpickle, because a plan holds functions that pickle does not know by a name.
+            call = cloudpickle.dumps((number, overrides, context, config, task, hydra_state))
+            log = logs / f"{number}.log"
+            arguments = (gpus_of_job(gpus, place, at_once), threads, log, call)
+            process = server.Process(target=_run_in_process, args=arguments)
             process.start()
-            return Process(process, log)
+            return JobProcess(process, log)
 
-        return gather(jobs, packs, config, start, n, every=0.2)
+        return gather(jobs, packs, config, start, at_once, poll_seconds=0.2)
 
 
-def resolve_n_jobs(n_jobs: int | None, gpus: int, devices: object) -> int:
-    """How many jobs run at once: as asked for; else one for each `devices` GPUs, or for each core.
+def _threads(jobs: Sequence[Job], at_once: int) -> tuple[int, int]:
+    """Threads of a run, and of the training of a base.
 
-    Raises HydraException where it is not a number of jobs.
+    With 8 cores and 4 jobs at once a run has 2 threads. If all 4 need the same base, the first
+    trains it with 8, as the others only wait for it. OMP_NUM_THREADS, where set, holds for both.
+    """
+    if wanted := os.environ.get("OMP_NUM_THREADS"):
+        return int(wanted), int(wanted)
+    base_count = len({bases.key(job.plan.cfg) for job in jobs if job.plan}) or 1
+    run_threads = max(1, cpu_count() // at_once)
+    return run_threads, max(1, cpu_count() // min(at_once, base_count))
+
+
+def resolve_n_jobs(n_jobs: int | None, gpu_count: int, devices: object) -> int:
+    """How many jobs run at once: `n_jobs`, or all cores where it is -1.
+
+    Where it is None: one for every `devices` GPUs (those of one run), and without GPUs one for
+    every `devices` cores. Raises HydraException where it is another number.
     """
     if n_jobs is None:
-        return max(1, (gpus or cpu_count()) // (devices if isinstance(devices, int) else 1))
+        per_job = devices if isinstance(devices, int) else 1  # "auto"
+        return max(1, (gpu_count or cpu_count()) // per_job)
     if not isinstance(n_jobs, int) or n_jobs == 0 or n_jobs < -1:
         raise HydraException(f"hydra.launcher.n_jobs={n_jobs}: must be 1 or more, or -1: all cores")
     return cpu_count() if n_jobs == -1 else n_jobs
@@ -103,20 +119,25 @@ def resolve_n_jobs(n_jobs: int | None, gpus: int, devices: object) -> int:
 
 def visible_gpus() -> list[str]:
     """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
-    if told := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return told.split(",")
+    if names := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return names.split(",")
     return list(map(str, range(torch.cuda.device_count())))
 
 
-def gpus_of_job(gpus: list[str], place: int, n: int) -> list[str]:
-    """The GPUs of the job at `place` of `n`: as many for each; one, where there are fewer."""
-    each = max(1, len(gpus) // n)
-    groups = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)]
+def gpus_of_job(gpus: list[str], place: int, job_count: int) -> list[str]:
+    """The GPUs of the job in `place` (0, 1, …) of `job_count`.
+
+    With GPUs 0, 1, 2, 3 and two jobs: [0, 1] and [2, 3]. With GPUs 5, 7 and four jobs, where two
+    jobs share each GPU: [5], [7], [5], [7].
+    """
+    gpus_per_job = max(1, len(gpus) // job_count)
+    starts = range(0, len(gpus) - gpus_per_job + 1, gpus_per_job)
+    groups = [gpus[start : start + gpus_per_job] for start in starts]
     return groups[place % len(groups)] if groups else []
 
 
-class Process:
-    """One job's process, and the file that has its output where it does not end well."""
+class JobProcess:
+    """A job's process, as a worker of `gather`. `log` has its output, kept if it was killed."""
 
     def __init__(self, process: BaseProcess, log: Path):
         self.process = process
@@ -127,18 +148,18 @@ class Process:
         return not self.process.is_alive()
 
     def error(self) -> Exception | None:
-        """How it ended, by its exit code."""
+        """Why it failed, from its exit code; None where it finished."""
         code = self.process.exitcode or 0
-        if code in (0, 1, 2, 130, 143):  # its run's status says the rest
-            said = self.log.read_text().strip() if self.log.exists() else ""
+        if code in (0, 1, 2, 130, 143):  # it ended by itself: its run's status says how
+            output = self.log.read_text().strip() if self.log.exists() else ""
             self.log.unlink(missing_ok=True)
-            return ConfigError(said) if code == 2 else RunFailedError(said) if code else None
+            return ConfigError(output) if code == 2 else RunFailedError(output) if code else None
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return LostError(f"its process ended by {name}{hint}; its output is in {self.log}")
 
     def stop(self) -> None:
-        """Ctrl-C, for this process alone."""
+        """Sends it what Ctrl-C sends."""
         if (pid := self.process.pid) and self.process.is_alive():
             os.kill(pid, signal.SIGINT)
 
@@ -147,31 +168,41 @@ class Process:
         self.process.kill()
 
 
-def _job(gpus: list[str], threads: list[int], log: Path, sent: bytes) -> None:
-    """What a job's process does. Exits with 0: finished, 1: failed, 2: config error.
+def _run_in_process(gpus: list[str], threads: tuple[int, int], log: Path, call: bytes) -> None:
+    """Runs one job, in a process forked for it. Exits with 0: finished, 1: failed, 2: config error.
 
-    `threads`: of the run, and of its base where it trains one.
+    `threads` are those of the run and of its base's training. `call` holds the pickled arguments of
+    hydra_joblib_launcher's execute_job.
     """
-    os.setpgrp()  # the terminal's Ctrl-C is for the launcher, which tells its jobs
+    # A group of its own: the terminal sends Ctrl-C to the launcher's group alone, and the launcher
+    # tells its jobs. Otherwise they would have it twice.
+    os.setpgrp()
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if gpus:
+        # In time, as the server has not looked for GPUs: CUDA reads this when it is first used.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    os.environ["OMP_NUM_THREADS"] = str(threads[0])
-    torch.set_num_threads(threads[0])
-    bases.base_threads = threads[1]
-    threading.Thread(target=_follow, daemon=True).start()
-    result = execute_job(*cloudpickle.loads(sent))
+    run_threads, bases.base_threads = threads
+    # OpenMP read the variable when torch was imported in the server, so torch is told as well. The
+    # variable is for the processes that a run with several devices starts.
+    os.environ["OMP_NUM_THREADS"] = str(run_threads)
+    torch.set_num_threads(run_threads)
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    result = execute_job(*cloudpickle.loads(call))
     if result.status != JobStatus.COMPLETED:
         sys.exit(2 if isinstance(result._return_value, ConfigError) else 1)
 
 
-def _follow() -> None:
-    """Ends this process soon after the launcher's, however that ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGINT)
+def _end_with_launcher() -> None:
+    """Ends this process soon after the launcher has ended, even if that was killed.
+
+    The system's parent of this process is the fork server. multiprocessing's parent_process is the
+    launcher: its sentinel is a pipe that is closed when the launcher ends, whatever ended it.
+    """
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    wait([launcher.sentinel])
+    os.kill(os.getpid(), signal.SIGINT)  # the run writes that it was interrupted
     threading.Event().wait(30)
     os.kill(os.getpid(), signal.SIGKILL)

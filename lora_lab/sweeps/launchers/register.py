@@ -8,13 +8,11 @@ from lora_lab.sweeps.launchers.submission import LocalLauncher, SlurmLauncher
 
 
 def register() -> None:
-    """Makes the launchers of conf/hydra/launcher known to Hydra.
-
-    Hydra wants a plugin named as one of hydra_plugins, and would merge a YAML with what another
-    plugin stored under its name.
-    """
-    known, store = Plugins.instance(), ConfigStore.instance()
+    """Makes the launchers of conf/hydra/launcher known to Hydra."""
+    plugins, store = Plugins.instance(), ConfigStore.instance()
     for plugin in (ProcessLauncher, LocalLauncher, SlurmLauncher):
-        known.class_name_to_class[f"hydra_plugins.lora_lab.{plugin.__name__}"] = plugin
+        # Hydra takes only plugins whose name begins with hydra_plugins.
+        plugins.class_name_to_class[f"hydra_plugins.lora_lab.{plugin.__name__}"] = plugin
     for name in ("joblib", "submitit_local", "submitit_slurm"):
+        # Hydra's plugins store a config by the same name, with which it would merge our YAML.
         store.repo["hydra"]["launcher"].pop(f"{name}.yaml", None)

@@ -1,7 +1,7 @@
-"""hydra/launcher=submitit_…: every job submitted to SLURM, or to submitit's own processes here.
+"""hydra/launcher=submitit_…: submits each job to SLURM, or to submitit's processes on this machine.
 
-A job that is preempted or out of time is queued again by submitit, or by SLURM itself, and then
-does what it did: the same run, which goes on.
+A job that is preempted or out of time is queued again by submitit, or by SLURM itself. It then runs
+the same command, which goes on with the same run.
 """
 
 import copy
@@ -21,18 +21,18 @@ from omegaconf import OmegaConf
 from submitit.core.utils import UncompletedJobError
 
 from lora_lab.sweeps import multirun
-from lora_lab.sweeps.launchers.gather import LostError, Worker, gather, needs_process
+from lora_lab.sweeps.launchers.gather import LostError, Start, gather, needs_process
 from lora_lab.sweeps.packs import group_into_packs, pack_task
 
 MISSING = 30
-"""Seconds for which SLURM's queue does not have a job, and no result is there: it was lost."""
-
+"""Seconds after which a job that is not in SLURM's queue and has left no result is lost."""
 
 Submit = Callable[[list[int]], submitit.Job[JobReturn]]
+"""Submits a pack, given as indices of jobs."""
 
 
 class _Launcher(BaseSubmititLauncher):
-    """What SLURM's launcher and the local one share."""
+    """What the launchers for SLURM and for local processes share."""
 
     @property
     def jobs_at_once(self) -> int:
@@ -40,24 +40,25 @@ class _Launcher(BaseSubmititLauncher):
         return self.params["array_parallelism"]
 
     def executor(self) -> submitit.AutoExecutor:
-        """submitit's executor with the launcher's parameters. Raises HydraException."""
+        """submitit's executor, with the launcher's parameters. Raises HydraException."""
         params = {key: value for key, value in self.params.items() if value is not None}
         folder, timeouts = params.pop("submitit_folder"), params.pop("max_num_timeout")
         for ours in ("pack", "max_runs"):
             params.pop(ours, None)
-        cluster, plain = self._EXECUTOR, OmegaConf.structured(BaseQueueConf)
+        cluster, common = self._EXECUTOR, OmegaConf.structured(BaseQueueConf)
         assert self.config is not None
         trainer = self.config.trainer
-        if cluster == "local":  # which knows no limit of its own
-            del params["array_parallelism"]
+        if cluster == "local":
+            del params["array_parallelism"]  # submitit has no such limit here: `gather` keeps it
         elif "gpus_per_node" not in params and trainer.accelerator in ("gpu", "cuda"):
             params["gpus_per_node"] = trainer.devices
         try:
             executor = submitit.AutoExecutor(
                 folder, cluster=cluster, **{f"{cluster}_max_num_timeout": timeouts}
             )
+            # submitit wants the cluster's name before what not every cluster has: slurm_qos.
             executor.update_parameters(
-                **{key if key in plain else f"{cluster}_{key}": v for key, v in params.items()}
+                **{key if key in common else f"{cluster}_{key}": v for key, v in params.items()}
             )
         except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
             text = " ".join(str(error).split())
@@ -67,33 +68,35 @@ class _Launcher(BaseSubmititLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
-        """Runs the jobs to their ends, and gives how each ended."""
-        config, state = self.config, Singleton.get_state()
+        """Runs the jobs and waits for all of them. Gives how each ended."""
+        config, hydra_state = self.config, Singleton.get_state()
         assert config is not None
         executor = self.executor()
         jobs = [multirun.find_job(overrides) for overrides in job_overrides]
 
         def submit(pack: list[int]) -> submitit.Job[JobReturn]:
-            one, which = copy.copy(self), initial_job_idx + pack[0]
-            one.task_function = pack_task(self, jobs, pack, elsewhere=True)
+            # Called by submitit in the job's process. The launcher itself is what is called, for
+            # its method `checkpoint`, by which submitit queues a preempted job again.
+            callee, number = copy.copy(self), initial_job_idx + pack[0]
+            callee.task_function = pack_task(self, jobs, pack, elsewhere=True)
             overrides = jobs[pack[0]].overrides
-            return executor.submit(one, overrides, "hydra.sweep.dir", which, "", state)
+            return executor.submit(callee, overrides, "hydra.sweep.dir", number, "", hydra_state)
 
-        wanted = [index for index, job in enumerate(jobs) if needs_process(job, config)]
+        wanted = [i for i, job in enumerate(jobs) if needs_process(job, config)]
         packs = [[i] for i in wanted]
         if self.params["pack"] and wanted:
             packs = group_into_packs(jobs, wanted, 1, self.params["max_runs"])
         returns = gather(jobs, packs, config, *self.workers(executor, submit, packs))
         folder = Path(self.params["submitit_folder"])
-        if not [*folder.glob("*_log.out")]:  # no job was lost
+        if not [*folder.glob("*_log.out")]:  # no job was lost: these are left by lost ones alone
             shutil.rmtree(folder, ignore_errors=True)
         return returns
 
     def workers(
         self, executor: submitit.AutoExecutor, submit: Submit, packs: list[list[int]]
-    ) -> tuple[Callable[[list[int], int], Worker], int, float]:
-        """How a job is started, how many at once, and the seconds between two looks."""
-        return lambda pack, _: Submitted(submit(pack)), self.jobs_at_once, 0.2
+    ) -> tuple[Start, int, float]:
+        """How `gather` starts a pack, how many at once, and the seconds between two polls."""
+        return lambda pack, _: SubmittedJob(submit(pack)), self.jobs_at_once, 0.2
 
 
 class LocalLauncher(_Launcher):
@@ -109,87 +112,98 @@ class SlurmLauncher(_Launcher):
 
     def workers(
         self, executor: submitit.AutoExecutor, submit: Submit, packs: list[list[int]]
-    ) -> tuple[Callable[[list[int], int], Worker], int, float]:
-        """All are submitted now: SLURM has its own mind when each begins."""
+    ) -> tuple[Start, int, float]:
+        """All packs are submitted at once, as one array: SLURM decides when each begins."""
         with executor.batch(allow_implicit_submissions=True):
             submitted = {pack[0]: submit(pack) for pack in packs}
-        queue = Queue()
-        return lambda pack, _: Queued(submitted[pack[0]], queue), len(packs) or 1, 1.0
+        queue = SlurmQueue()
+        return lambda pack, _: SlurmJob(submitted[pack[0]], queue), len(packs) or 1, 1.0
 
 
-class Submitted:
-    """A job in a process of submitit's on this machine."""
+class SubmittedJob:
+    """A job in one of submitit's processes on this machine, as a worker of `gather`."""
 
     def __init__(self, job: submitit.Job[JobReturn]):
         self.job = job
 
     def ended(self) -> bool:
-        """Whether it runs no more, and will not again."""
+        """Whether it has ended for good."""
         return self.job.done()
 
     def error(self) -> Exception | None:
-        """Why it did not reach its end, from the result that submitit keeps, or its absence."""
+        """Why it failed, from the result that submitit pickles; None where it finished.
+
+        A job without a result is lost.
+        """
         paths = self.job.paths
         if not paths.result_pickle.exists():
             return LostError(
-                f"{self.what} was killed or cancelled; its output is in {paths.stdout}"
+                f"{self.label} was killed or cancelled; its output is in {paths.stdout}"
             )
         try:
             result = self.job.result()
         except UncompletedJobError as error:
-            last = str(error).strip().splitlines()[-1]
-            return LostError(f"{self.what}: {last}: {paths.stdout}")
-        for file in paths.folder.glob(f"{self.job.job_id}_*"):  # its run's status says the rest
+            last_line = str(error).strip().splitlines()[-1]
+            return LostError(f"{self.label}: {last_line}: {paths.stdout}")
+        # It ended by itself: its run's status says how, and submitit's files can go.
+        for file in paths.folder.glob(f"{self.job.job_id}_*"):
             file.unlink()
         return None if result.status == JobStatus.COMPLETED else result._return_value
 
     @property
-    def what(self) -> str:
-        """The job's name for people."""
+    def label(self) -> str:
+        """The job's name in messages."""
         return f"the process {self.job.job_id}"
 
     def stop(self) -> None:
-        """Tells it to end."""
+        """Asks it to end."""
         self.job.cancel(check=False)
 
     def kill(self) -> None:
-        """Nothing more: submitit's controller kills what does not end."""
+        """Nothing: submitit's controller kills a process that does not end."""
 
 
-class Queued(Submitted):
-    """A job of SLURM's."""
+class SlurmJob(SubmittedJob):
+    """A job of SLURM's, as a worker of `gather`."""
 
-    def __init__(self, job: submitit.Job[JobReturn], queue: "Queue"):
+    def __init__(self, job: submitit.Job[JobReturn], queue: "SlurmQueue"):
         super().__init__(job)
         self.queue = queue
 
     def ended(self) -> bool:
-        """Whether there is a result, or SLURM has not known of the job for a while."""
+        """Whether it has left a result, or has been missing from SLURM's queue for a while."""
         return self.job.paths.result_pickle.exists() or self.queue.misses(self.job.job_id)
 
     @property
-    def what(self) -> str:
-        """The job's name for people."""
+    def label(self) -> str:
+        """The job's name in messages."""
         return f"SLURM's job {self.job.job_id}"
 
 
-class Queue:
-    """SLURM's queue, asked as a whole every few seconds: sacct is not on every cluster."""
+class SlurmQueue:
+    """SLURM's queue, asked for all jobs at once and at most every 3 seconds.
+
+    submitit would ask sacct, which not every cluster has.
+    """
 
     def __init__(self) -> None:
-        self.asked = 0.0
-        self.seen: dict[str, float] = {}
+        self.asked_at = 0.0
+        self.last_seen: dict[str, float] = {}
+        """The time at which each job was in the queue last."""
 
     def misses(self, job: str) -> bool:
         """Whether the job has not been in the queue for MISSING seconds."""
         now = time.monotonic()
-        if now - self.asked > 3:
-            command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-            try:
-                there = subprocess.run(command, capture_output=True, text=True, timeout=30)
-                known = there.stdout.split() if there.returncode == 0 else list(self.seen)
-            except subprocess.TimeoutExpired:  # a busy controller: nothing is known
-                known = list(self.seen)
-            self.asked = now
-            self.seen |= dict.fromkeys(known, now)
-        return now - self.seen.setdefault(job, now) > MISSING
+        if now - self.asked_at > 3:
+            self.asked_at = now
+            self.last_seen |= dict.fromkeys(self._queued(), now)
+        return now - self.last_seen.setdefault(job, now) > MISSING
+
+    def _queued(self) -> list[str]:
+        """The jobs in the queue. Where SLURM does not answer, all that have been in it."""
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except subprocess.TimeoutExpired:
+            return list(self.last_seen)
+        return answer.stdout.split() if answer.returncode == 0 else list(self.last_seen)
