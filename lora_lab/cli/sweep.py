@@ -19,8 +19,8 @@ from lora_lab.sweeps.multirun import Job, plan_job
 from lora_lab.sweeps.search import BayesSearch, random_points, startup_points
 from lora_lab.sweeps.sweep_file import Sweep, read_sweep
 from lora_lab.training.callbacks.spectra import groups
-from lora_lab.training.modules import TASKS
 from lora_lab.training.plan import Plan
+from lora_lab.training.tasks import TASKS
 
 AGAINST_BASE = ("directions", "projection", "amplification", "intruders", "intruders_among")
 """What analysis.py measures of ΔW beside W, where it is asked to."""

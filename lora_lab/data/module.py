@@ -23,7 +23,7 @@ class Data(pl.LightningDataModule, ABC):
     """
 
     task: str
-    """A key of modules.TASKS."""
+    """A key of training/tasks.py's TASKS."""
 
     rows_differ_in: Literal["batch", "epoch"] = "epoch"
     """Drawn without replacement within each epoch (a permutation), or within each batch only."""

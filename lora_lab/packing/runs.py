@@ -23,6 +23,7 @@ from lora_lab.training.callbacks.progress import ProgressBar
 from lora_lab.training.experiment import Trial
 from lora_lab.training.modules import DivergedError, LoRAModule
 from lora_lab.training.plan import Plan
+from lora_lab.training.precision import device_type, precision_plugin
 
 log = logging.getLogger(__name__)
 
@@ -164,10 +165,10 @@ def _train(
 def _runs_per_pass(module: PackedModule, plan: Plan, data: Data) -> int:
     """How many runs one pass takes, tried on the first batch at the run's precision."""
     data.setup("fit")
-    trainer = plan.single_device_trainer(None, [])
-    batch = trainer.precision_plugin.convert_input(next(iter(data.train_dataloader())))
-    with trainer.precision_plugin.forward_context():
-        return runs_per_pass(module, batch, trainer.strategy.root_device.type == "cuda")
+    plugin = precision_plugin(plan.cfg.trainer)
+    batch = plugin.convert_input(next(iter(data.train_dataloader())))
+    with plugin.forward_context():
+        return runs_per_pass(module, batch, device_type(plan.cfg.trainer) == "cuda")
 
 
 def _train_one_by_one(

@@ -1,19 +1,22 @@
 """The frozen base of a run: trained once for all runs that share it, or loaded from a file."""
 
+import ast
 import hashlib
 import inspect
 import json
 import logging
 import platform
 import shutil
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
@@ -23,41 +26,66 @@ from lora_lab.config.schema import Config, TrainedBase, content_hash
 from lora_lab.data import module as data
 from lora_lab.data import planted
 from lora_lab.runs import DEVICE_KEYS, write_atomic
-from lora_lab.training import modules
+from lora_lab.training import modules, tasks
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
 base_threads: int | None = None
-"""With how many a base is trained here, where other runs on these cores wait for it."""
+"""CPU threads for training a base while other runs here wait for it; None: as for a run."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base's weights, and what was logged while they were trained (nothing, if loaded)."""
+    """A base's weights, and the rows logged while it was trained (none if it came from a file)."""
 
     state: dict[str, Tensor]
     rows: list[Row]
 
 
 def key(cfg: Config) -> str:
-    """The hash of what can change the base or its rows: config, data, model, source, torch.
+    """The hash of what can change a trained base: the stored base is found again by it.
 
-    Devices and the run's own length cannot.
+    It is of the config's base, data, model and trainer (without devices and the run's length), of
+    torch's and Python's versions, and of the code that decides the base's numbers: the files of the
+    model's and the data's class, and this package's data contract, planted data, LightningModules,
+    tasks and seeding. Code is hashed as its syntax tree, so that comments, docstrings and layout do
+    not change the key. A renamed function does: that it still computes the same cannot be told.
     """
     trainer = cfg.trainer.model_dump()
-    for other in (*DEVICE_KEYS, "max_epochs"):
-        trainer.pop(other, None)
+    for setting in (*DEVICE_KEYS, "max_epochs"):
+        trainer.pop(setting, None)
+    # A callee whose module is not known is hashed by its own source.
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
-    sources = [inspect.getsource(code) for code in (*callees, data, planted, modules, seeding)]
+    code = [
+        syntax(inspect.getsource(part))
+        for part in (*callees, data, planted, modules, tasks, seeding)
+    ]
     nodes = [node.model_dump(by_alias=True) for node in (cfg.base, cfg.data, cfg.model)]
-    # Python's too: the bytes that `bytes` learns are its own library's.
-    return content_hash([*nodes, trainer, sources, torch.__version__, platform.python_version()])
+    # Python's version too: the bytes experiments learn the source text of Python's library, and
+    # ast.dump's format differs between versions.
+    return content_hash([*nodes, trainer, code, torch.__version__, platform.python_version()])
+
+
+@lru_cache(maxsize=64)
+def syntax(source: str) -> str:
+    """The syntax tree of Python source as text, without docstrings, comments and layout."""
+    return ast.dump(_WithoutDocstrings().visit(ast.parse(textwrap.dedent(source))))
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    """Removes string literals that are statements: docstrings, also those under attributes."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        """None, which removes the statement, for a string."""
+        value = node.value
+        is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+        return None if is_text else node
 
 
 def path(cfg: Config) -> Path:
-    """Where the base that `cfg` trains is kept."""
+    """The file in which the base that `cfg` trains is stored."""
     name = "-".join(c.target.rsplit(".")[-1].lower() for c in (cfg.data, cfg.model))
     return Path(cfg.bases_dir) / f"{name}-{key(cfg)[:16]}.safetensors"
 
@@ -67,82 +95,95 @@ def obtain(
     train: Callable[[Path], tuple[nn.Module, list[Row]]],
     replay: Callable[[list[Row]], None],
 ) -> Base:
-    """The base that `cfg` asks for, trained by `train` only where it is not at hand.
+    """The base that `cfg` asks for: loaded from its file, or trained if it is not stored yet.
 
-    `train` gives the trained model and the rows it logged; `replay` is given those rows where the
-    base was trained before, so that every run's metrics hold its base's. Runs that need the same
-    base at once wait for the one that trains it. Where this one is interrupted, the checkpoints in
-    the folder that `train` is given are the next one's. A file that is not what was written is
-    trained again.
+    `train` is given a folder for checkpoints and gives the trained model and the rows it logged. An
+    interrupted training goes on from the checkpoints in that folder, in this run or in the next.
+    `replay` logs the rows again where the base was stored before, so that each run's metrics hold
+    those of its base. Of several runs that need one base at the same time, one trains it and the
+    others wait. A stored file whose checksum is wrong is trained again.
     """
     if not isinstance(cfg.base, TrainedBase):
         return Base(load_file(cfg.base.path), [])
     file = path(cfg)
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file.with_suffix(".lock"))
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        log.info("waiting for the run that is training this base (%s)", file)
-        held = lock.acquire()
-    with held:
-        if base := _kept(file):
+    with _locked(file):
+        if base := _load(file):
             log.info("base found, not trained again: %s", file)
             replay(base.rows)
             return base
-        started, checkpoints = time.time(), file.with_suffix(".checkpoints")
-        own = torch.get_num_threads()
-        torch.set_num_threads(base_threads or own)
-        try:
-            model, rows = train(checkpoints)
-        except Exception:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            raise
-        finally:
-            torch.set_num_threads(own)
-        content = save(
-            {
-                k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for k, v in model.state_dict().items()
-            }
-        )
-        about = {
-            "sha256": _checksum(content, rows),
-            "seconds": time.time() - started,
-            "config": {
-                n: getattr(cfg, n).model_dump(by_alias=True) for n in ("base", "data", "model")
-            },
-            "rows": rows,
-        }
-        write_atomic(file, content)
-        write_atomic(file.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+        return _train_and_store(cfg, file, train)
+
+
+def _locked(file: Path) -> AcquireReturnProxy:
+    """The lock on a base, acquired; the log says so where another run holds it for a while."""
+    lock = FileLock(file.with_suffix(".lock"))
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for the run that is training this base (%s)", file)
+        return lock.acquire()
+
+
+def _train_and_store(
+    cfg: Config, file: Path, train: Callable[[Path], tuple[nn.Module, list[Row]]]
+) -> Base:
+    started, checkpoints = time.time(), file.with_suffix(".checkpoints")
+    run_threads = torch.get_num_threads()
+    torch.set_num_threads(base_threads or run_threads)
+    try:
+        model, rows = train(checkpoints)
+    except Exception:
+        # An error would come again from the same checkpoint. An interruption is no Exception: its
+        # checkpoints are what the next run goes on from.
         shutil.rmtree(checkpoints, ignore_errors=True)
-        log.info("base trained in %.1f s and kept: %s", about["seconds"], file)
-        return Base(load(content), rows)
+        raise
+    finally:
+        torch.set_num_threads(run_threads)
+    content = save(
+        {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in model.state_dict().items()
+        }
+    )
+    about = {
+        "sha256": _checksum(content, rows),
+        "seconds": time.time() - started,
+        "config": {n: getattr(cfg, n).model_dump(by_alias=True) for n in ("base", "data", "model")},
+        "rows": rows,
+    }
+    # The .json last: it is complete only when the weights are, and `wait` looks for it.
+    write_atomic(file, content)
+    write_atomic(file.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    log.info("base trained in %.1f s and kept: %s", about["seconds"], file)
+    return Base(load(content), rows)
 
 
 def wait(cfg: Config) -> Base:
-    """The base that `cfg` asks for, once another process has it."""
+    """The base that `cfg` asks for, once another process of this run has stored it."""
     if not isinstance(cfg.base, TrainedBase):
         return Base(load_file(cfg.base.path), [])
-    while not path(cfg).with_suffix(".json").exists() or not (base := _kept(path(cfg))):
+    while not path(cfg).with_suffix(".json").exists() or not (base := _load(path(cfg))):
         time.sleep(0.2)
     return base
 
 
-def _kept(path: Path) -> Base | None:
-    if not path.exists():
+def _load(file: Path) -> Base | None:
+    """A stored base; None if there is none or its checksum is wrong."""
+    if not file.exists():
         return None
     try:
-        content = path.read_bytes()
-        about = json.loads(path.with_suffix(".json").read_text())
+        content = file.read_bytes()
+        about = json.loads(file.with_suffix(".json").read_text())
         if _checksum(content, about["rows"]) != about["sha256"]:
             raise ValueError("its checksum is not the one written beside it")
         return Base(load(content), about["rows"])
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        log.warning("the kept base %s is damaged (%s): training it again", path, error)
+        log.warning("the kept base %s is damaged (%s): training it again", file, error)
         return None
 
 
 def _checksum(content: bytes, rows: list[Row]) -> str:
+    """The SHA-256 of a base's weights and rows together."""
     return hashlib.sha256(content + json.dumps(rows).encode()).hexdigest()

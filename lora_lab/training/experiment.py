@@ -22,7 +22,7 @@ from lora_lab.data import Data
 from lora_lab.runs import CHECKPOINTS, Run, process_rank, record_run
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
-from lora_lab.training import bases
+from lora_lab.training import bases, precision
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.first_step import FirstStep
 from lora_lab.training.callbacks.progress import ProgressBar
@@ -125,8 +125,8 @@ def build_trial(
         module = LoRAModule(model, data.task, outputs, cfg.optimizer, lr_ratio=ratio)
     else:
         module = BaseModule(model, data.task, outputs, cfg.optimizer)
-    # In the dtypes it is trained in, which need not be the file's.
-    plan.single_device_trainer(None, []).precision_plugin.convert_module(module)
+    # Cast before the base is copied: its file may have other dtypes than training.
+    precision.cast(module, cfg.trainer)
     if base is None:
         base = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
     spectra_callback = SpectraCallback(Updates(model, base, plan.sites), cfg.spectra, tracking)
@@ -192,7 +192,7 @@ def _gather(plan: Plan, module: BaseModule) -> nn.Module:
     if isinstance(plan.cfg.adapter, Lora):
         plan.attach(model)
     module.model = model
-    plan.single_device_trainer(None, []).precision_plugin.convert_module(module)
+    precision.cast(module, plan.cfg.trainer)
     model.load_state_dict(state)
     return model
 

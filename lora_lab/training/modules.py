@@ -1,7 +1,5 @@
-"""The LightningModules: a base learning its task, and LoRA adapting it."""
+"""The LightningModules of training: BaseModule trains all weights, LoRAModule the adapters."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from math import cos, pi
@@ -9,65 +7,32 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lab.adapters import parameter_groups
 from lora_lab.config.schema import Optimizer
+from lora_lab.training.tasks import TASKS
 
 Batch = tuple[Tensor, Tensor]
 
 LOSS_READ_INTERVAL = 50
-"""Steps between two looks at the training loss: reading one waits for the device."""
+"""Steps between two reads of the training losses: reading a number waits for a GPU to finish."""
 
 
 class DivergedError(RuntimeError):
-    """A loss that is no number any more."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the outputs are for: a loss, and the metrics of a validation pass by name.
-
-    A metric is made from the number of outputs.
-    """
-
-    loss: Callable[[Tensor, Tensor], Tensor]
-    metrics: dict[str, Callable[[int], Metric]]
-
-
-def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The mean cross-entropy in nats of logits (B, T, V) at the tokens (B, T) that came."""
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
-class TokenAccuracy(MulticlassAccuracy):
-    """The share of tokens (B, T) to which the logits (B, T, V) give the most."""
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Counts a batch."""
-        super().update(preds.flatten(0, 1), target.flatten())
-
-
-TASKS = {
-    "regression": Task(F.mse_loss, {}),
-    "classification": Task(
-        F.cross_entropy, {"accuracy": partial(MulticlassAccuracy, average="micro")}
-    ),
-    "language": Task(next_token_loss, {"accuracy": partial(TokenAccuracy, average="micro")}),
-}
+    """Raised when a loss or ΔW became infinite or NaN."""
 
 
 class BaseModule(pl.LightningModule):
-    """A model learning a task with every one of its parameters.
+    """Trains all parameters of a model: a base, or a full fine-tuning (adapter=full).
 
-    `prefix` stands before the names of everything it logs: `base/` while the base is trained.
+    `task` is a key of TASKS, `outputs` the number of the model's outputs (classes or tokens).
+    `prefix` stands before the name of each logged metric: `base/` while a base is trained.
     """
 
     def __init__(
@@ -75,29 +40,32 @@ class BaseModule(pl.LightningModule):
     ):
         super().__init__()
         self.model, self.task, self.optimizer, self.prefix = model, TASKS[task], optimizer, prefix
-        self.metrics = nn.ModuleDict({n: make(outputs) for n, make in self.task.metrics.items()})
+        self.metrics = nn.ModuleDict(
+            {name: metric(outputs) for name, metric in self.task.metrics.items()}
+        )
         self.final_step: dict[str, float] | None = None
         """Step and epoch at which training ended; None while it runs."""
         self.train_loss: float | None = None
-        """The last training loss that was looked at."""
+        """The training loss that was read last, for the progress bar."""
         self._losses: list[Tensor] = []
-        """Of the epoch's steps since the training loss was looked at."""
+        """Losses of this epoch's newest steps, still on the device."""
         self._read: list[Tensor] = []
-        """Those before, as they were read."""
+        """Losses of this epoch's earlier steps, in CPU memory."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning writes the running hook's name here some 40 times a step, and nn.Module would
-        # each time find out anew that a string is no parameter: a fifth of Lightning's own cost.
+        # Lightning sets `_current_fx_name` to the running hook's name some 40 times a step.
+        # nn.Module.__setattr__ would check each time whether that string is a parameter, a buffer
+        # or a module, which takes a fifth of Lightning's overhead.
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def configure_model(self) -> None:
-        """With trainer=fsdp, leaves each process its share of every weight."""
+        """With trainer=fsdp, splits each weight over the processes, block by block."""
         if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
-        if isinstance(self.model, FSDPModule):  # Lightning asks at every pass
+        if isinstance(self.model, FSDPModule):  # called at each fit and validation
             return
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
@@ -111,30 +79,30 @@ class BaseModule(pl.LightningModule):
         return self.model(x)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer moves, in its groups: every parameter."""
+        """The optimizer's parameter groups: here one group of all parameters."""
         return [{"params": list(self.model.parameters())}]
 
     @property
     def epochs_done(self) -> int:
-        """Whole epochs behind us; within fit every measurement is made at an epoch's end."""
+        """Epochs completed when a metric is logged.
+
+        Within fit, metrics are logged at an epoch's end, before Lightning counts it.
+        """
         return self.current_epoch + (self.trainer.state.fn == TrainerFn.FITTING)
 
     def step_and_epoch(self) -> dict[str, float]:
-        """Optimizer steps and epochs completed so far, as logged beside metrics.
-
-        Within fit, Lightning's `current_epoch` is one behind when metrics are logged.
-        """
+        """The optimizer steps and epochs completed so far, as they are logged beside metrics."""
         if self.final_step is not None:
             return self.final_step
         return {"step": float(self.global_step), "epoch": float(self.epochs_done)}
 
     def on_train_epoch_start(self) -> None:
-        """Starts the epoch's list of losses."""
+        """Forgets the losses of the epoch before."""
         self._losses.clear()
         self._read.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The task's loss on a batch."""
+        """The task's loss on one batch."""
         x, y = batch
         loss = self.task.loss(self.model(x), y)
         self._losses.append(loss.detach())
@@ -142,13 +110,14 @@ class BaseModule(pl.LightningModule):
             self._read_losses()
         return loss
 
-    # Lightning asks at every step which arguments it takes: said here, it is 4 µs in place of 10.
+    # Lightning inspects this method's arguments at each step. With the signature stored on the
+    # function that takes 4 µs instead of 10.
     training_step.__signature__ = signature(training_step)  # pyright: ignore
 
     def _read_losses(self) -> Tensor:
-        """The losses of the epoch so far, those since the last look read from the device."""
+        """The losses of the epoch's steps so far, in CPU memory (steps,). Raises DivergedError."""
         if self._losses:
-            # Of all processes, so that each sees what one sees.
+            # The mean over processes, so that all of them stop at the same step if it diverges.
             new = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="mean").cpu()
             self.check_losses(new, sum(map(len, self._read)))
             self.train_loss = new[-1].item()
@@ -157,12 +126,15 @@ class BaseModule(pl.LightningModule):
         return torch.cat(self._read)
 
     def check_losses(self, losses: Tensor, before: int) -> None:
-        """Raises DivergedError where training losses, after `before` steps, are not all numbers."""
+        """Raises DivergedError if a training loss is infinite or NaN.
+
+        `losses` (steps,) are those of consecutive steps; `before` steps of the epoch precede them.
+        """
         if not (finite := losses.isfinite()).all():
-            at, steps = int(finite.int().argmin()), self.trainer.num_training_batches
+            first_bad, steps = int(finite.int().argmin()), self.trainer.num_training_batches
             raise DivergedError(
-                f"{self.prefix}train/loss became {losses[at].item()} in epoch "
-                f"{self.current_epoch + 1}, step {before + at + 1} of {steps}; "
+                f"{self.prefix}train/loss became {losses[first_bad].item()} in epoch "
+                f"{self.current_epoch + 1}, step {before + first_bad + 1} of {steps}; "
                 f"a smaller learning rate (now {self.optimizer.lr:g}) or "
                 "trainer.gradient_clip_val may keep it finite"
             )
@@ -173,14 +145,14 @@ class BaseModule(pl.LightningModule):
         self.log_dict({f"{self.prefix}train/loss": mean, **self.step_and_epoch()})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The task's loss and metrics, logged as means over the whole validation set."""
+        """Adds a batch to the validation loss and metrics, logged as means over all rows."""
         x, y = batch
         output = self.model(x)
         loss = self.task.loss(output, y)
         if not len(x):  # fewer rows than processes
             return
         self.check_val_loss(loss)
-        # A float: the mean of the processes' row counts is not to be rounded down.
+        # Lightning averages the batch size over processes: as an int it would be rounded down.
         rows: Any = float(len(x))
         self.log(f"{self.prefix}val/loss", loss, batch_size=rows, sync_dist=True)
         for name, metric in self.metrics.items():
@@ -189,7 +161,7 @@ class BaseModule(pl.LightningModule):
             self.log(f"{self.prefix}val/{name}", metric, batch_size=len(x))
 
     def check_val_loss(self, loss: Tensor) -> None:
-        """Raises DivergedError where a validation loss is no number."""
+        """Raises DivergedError if a validation loss is infinite or NaN."""
         if not loss.isfinite():
             raise DivergedError(
                 f"{self.prefix}val/loss is {loss.item()} after epoch {self.epochs_done}, "
@@ -198,21 +170,25 @@ class BaseModule(pl.LightningModule):
             )
 
     def on_validation_epoch_end(self) -> None:
-        """Dates the row."""
+        """Logs step and epoch beside the validation metrics."""
         self.log_dict(self.step_and_epoch())
 
     def configure_optimizers(self) -> Any:
-        """The configured optimizer over what trains, its rate scheduled over all steps."""
+        """The configured optimizer, with its learning rate scheduled over all steps of training."""
         optimizer = self.optimizer.callee(self.optimizer_groups(), **self.optimizer.arguments)
         if self.optimizer.schedule == "constant" and not self.optimizer.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        rate = partial(lr_factor, self.optimizer.schedule, self.optimizer.warmup * steps, steps)
-        return [optimizer], [{"scheduler": LambdaLR(optimizer, rate), "interval": "step"}]
+        factor = partial(lr_factor, self.optimizer.schedule, self.optimizer.warmup * steps, steps)
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
 
 
 def lr_factor(schedule: str, warmup: float, steps: int, step: int) -> float:
-    """The share of the learning rate at `step` of `steps`: up over `warmup` steps, then down."""
+    """The factor on the configured learning rate at `step` (from 0) of `steps`.
+
+    It rises from 0 to 1 over `warmup` steps. Then it stays 1 (`constant`), or falls to 0 at the
+    last step along a line (`linear`) or half a cosine wave (`cosine`).
+    """
     if step < warmup:
         return step / warmup
     done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
@@ -220,11 +196,11 @@ def lr_factor(schedule: str, warmup: float, steps: int, step: int) -> float:
 
 
 class LoRAModule(BaseModule):
-    """A frozen base and its adapters: they alone train.
+    """Trains the adapters on a model; its base stays frozen.
 
-    The base takes no gradient, is not in the optimizer, and its running statistics stay what they
-    were. Weight decay, which would pull the adapted model toward the base, is on only where the
-    config says so. `lr_ratio` is LoRA+'s.
+    Base weights take no gradient and are not in the optimizer; running statistics do not change.
+    Weight decay pulls the adapted model toward the base, so it is 0 unless the config sets it.
+    `lr_ratio` is LoRA+'s: the learning rate of B over that of A (Hayou et al. 2024).
     """
 
     def __init__(
@@ -240,6 +216,6 @@ class LoRAModule(BaseModule):
         self.lr_ratio = lr_ratio
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """The adapters' parameters, with the factor that starts at zero apart where it must be."""
+        """The adapters' parameters: one group, or two where LoRA+ gives B another rate."""
         decay = self.optimizer.arguments.get("weight_decay", 0.0)
         return parameter_groups(self.model, self.optimizer.lr, self.lr_ratio, decay)

@@ -10,7 +10,7 @@ from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Config, Full, Lora
 from lora_lab.runs import Run
-from lora_lab.training import bases
+from lora_lab.training import bases, precision
 from lora_lab.training.plan import Plan, on_one_device, plan
 
 
@@ -40,7 +40,7 @@ def restore(run: Run) -> Restored:
     if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     model = planned.model()
-    planned.single_device_trainer(None, []).precision_plugin.convert_module(model)
+    precision.cast(model, cfg.trainer)
     model.load_state_dict(_base(cfg, run, model))
     base = {key: value.clone() for key, value in model.state_dict().items()}
     if isinstance(cfg.adapter, Lora):

@@ -210,5 +210,5 @@ def test_one_and_one_point_nought_are_the_same_run():
 def test_a_base_is_of_its_source_too(monkeypatch: pytest.MonkeyPatch):
     cfg = composed()
     before, source = bases.key(cfg), bases.inspect.getsource
-    monkeypatch.setattr(bases.inspect, "getsource", lambda code: source(code) + "# changed")
+    monkeypatch.setattr(bases.inspect, "getsource", lambda code: source(code) + "changed = 1\n")
     assert bases.key(cfg) != before

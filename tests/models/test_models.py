@@ -7,7 +7,7 @@ from torch import nn
 from lora_lab.models.bigram import Bigram
 from lora_lab.models.cnn import CNN
 from lora_lab.models.transformer import Attention, Transformer
-from lora_lab.training.modules import TASKS
+from lora_lab.training.tasks import TASKS
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,12 @@
-"""Bases are trained once, by whoever comes first, and a damaged one is noticed."""
+"""Bases are trained once for all runs that share them, and a damaged one is trained again.
 
+Independent truth: files read back, their bytes compared, and for a base's key the model's source
+edited by hand.
+
+Run: make test ARGS=tests/training/test_bases.py
+"""
+
+import inspect
 import json
 import subprocess
 import sys
@@ -7,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_lab.config import compose
+from lora_lab.models import linear
 from lora_lab.runs import find_runs
+from lora_lab.training import bases
 from tests.conftest import SMALL, Lab, only_run
 
 
@@ -88,3 +98,56 @@ def test_a_run_that_dies_while_training_its_base_leaves_none(lab: Lab):
     assert lab("shift", "base.optimizer.lr=1e30", "base.optimizer._target_=torch.optim.SGD") == 1
     assert "base/train/loss became" in only_run().status["error"]
     assert not list(Path("bases").glob("*.safetensors"))
+
+
+SOURCE = '''"""One linear layer."""
+
+from torch import nn
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        """(B, in) → (B, out)."""
+        return self.linear(x)
+'''
+SAME = {
+    "a comment": ("        return", "        # (B, out)\n        return"),
+    "a comment behind": ("return self.linear(x)", "return self.linear(x)  # (B, out)"),
+    "the module's docstring": ("One linear layer", "A model"),
+    "the class's docstring": ("y = x Wᵀ", "A matrix"),
+    "no docstring": ('        """(B, in) → (B, out)."""\n', ""),
+    "a docstring under an attribute": ("bias=False)\n", 'bias=False)\n        """W."""\n'),
+    "blank lines": ("    def forward", "\n\n    def forward"),
+    "another layout": ("(inputs, outputs, ", "(\n            inputs,\n            outputs, "),
+}
+OTHER = {
+    "a number": ("return self.linear(x)", "return self.linear(x) * 2"),
+    "an operator": ("return self.linear(x)", "return -self.linear(x)"),
+    "an argument": ("bias=False", "bias=True"),
+    "a line less": ("        super().__init__()\n", ""),
+    "text that is used": ("bias=False)", 'bias=False)\n        self.name = "W"'),
+}
+
+
+@pytest.mark.parametrize(
+    ("edit", "is_same"),
+    [*((edit, True) for edit in SAME), *((edit, False) for edit in OTHER)],
+)
+def test_a_bases_key_follows_what_the_models_code_does(
+    monkeypatch: pytest.MonkeyPatch, edit: str, is_same: bool
+):
+    cfg, read = compose.compose_config(["experiment=shift"]), inspect.getsource
+    old, new = {**SAME, **OTHER}[edit]
+    assert SOURCE.count(old) == 1
+    keys = []
+    for source in (SOURCE, SOURCE.replace(old, new)):
+        texts = {linear: source}
+        monkeypatch.setattr(bases.inspect, "getsource", lambda m: texts.get(m) or read(m))  # noqa: B023
+        keys.append(bases.key(cfg))
+    assert (keys[0] == keys[1]) is is_same
