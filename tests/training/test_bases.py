@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lora_lab.config import compose
+from lora_lab.config.schema import Config
 from lora_lab.models import linear
 from lora_lab.runs import find_runs
 from lora_lab.training import bases
@@ -142,7 +143,9 @@ OTHER = {
 def test_a_bases_key_follows_what_the_models_code_does(
     monkeypatch: pytest.MonkeyPatch, edit: str, is_same: bool
 ):
-    cfg, read = compose.compose_config(["experiment=shift"]), inspect.getsource
+    ((_, cfg),) = compose.compose_points([["experiment=shift"]])
+    assert isinstance(cfg, Config)
+    read = inspect.getsource
     old, new = {**SAME, **OTHER}[edit]
     assert SOURCE.count(old) == 1
     keys = []
