@@ -1,6 +1,6 @@
 """LoRA itself: `from lora_lab import adapters; adapters.attach(model, r=8, alpha=16)`."""
 
-from lora_lab.adapters.adapter import TRAINS, Adapter, AdapterError, Recipe
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.count import Count, count
 from lora_lab.adapters.files import (
     adapter_state_dict,
@@ -15,6 +15,7 @@ from lora_lab.adapters.inject import attach, detach
 from lora_lab.adapters.merge import combine, deltas, merge, merged, unmerge
 from lora_lab.adapters.optimizer_groups import parameter_groups
 from lora_lab.adapters.peft import load_peft, save_peft
+from lora_lab.adapters.recipe import TRAINS, AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import KINDS, Site, adapter_class
 from lora_lab.adapters.slots import attached, disabled, names, switch

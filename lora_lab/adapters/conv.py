@@ -6,73 +6,83 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import FactoredAdapter, Stacks
+from lora_lab.adapters.factored import FactoredAdapter, StackedTensors
 
 
 class ConvAdapter(FactoredAdapter):
     """ΔW = scale · B A on Conv1d, Conv2d and Conv3d: A is r filters, B a 1 × 1 convolution.
 
-    The matrix of the weight is out × (in/groups · k…), also of a grouped convolution: every group
-    filters its own channels with the same A, and its outputs have their own rows of B. Stride,
-    padding, dilation and padding_mode are the layer's.
+    The matrix of the weight is out × (in/groups · k…), for a grouped convolution too: each group
+    filters its channels with the same A, and the outputs of each group have their rows of B.
+    Stride, padding, dilation and padding_mode are the layer's.
     """
 
     kind = "conv"
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Conv1d, 2d and 3d themselves: a subclass may have another forward."""
+        """Exactly Conv1d, Conv2d and Conv3d: a subclass may have another forward."""
         return type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def along(self, values: Tensor, output: Tensor) -> Tensor:
-        """Channels come before the places."""
+    def align_with_output(self, values: Tensor, output: Tensor) -> Tensor:
+        """One value a channel, before the positions: (out,) → (out, 1, 1) of a Conv2d."""
         return values.view(*values.shape, *[1] * (len(self.shape) - 2))
 
     def down(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
         """r filters for each group, with the layer's geometry: (*, in, …) → (*, groups · r, …)."""
         conv: Any = layer
-        filters = A.view(-1, *self.shape[1:])
+        filters = A.view(-1, *self.shape[1:])  # (r, in/groups, *k)
         if conv.groups > 1:
-            filters = torch.cat([filters] * conv.groups)
-        return conv._conv_forward(self.dropped(input), filters, None)
+            filters = torch.cat([filters] * conv.groups)  # (groups · r, in/groups, *k)
+        return conv._conv_forward(self.apply_dropout(input), filters, None)
 
+    # The 1 × 1 convolution by B is a product for each image and group, added onto the output in the
+    # same call. A Conv2d with 2 groups, 6 output channels and r = 4 on a batch of 8 images that
+    # come out as 5 × 5: output (8, 6, 5, 5) → (16, 3, 25), hidden (8, 8, 5, 5) → (16, 4, 25) and
+    # B (6, 4) → (16, 3, 4).
     def up(self, layer: nn.Module, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
-        """Every group's rows of B on its r channels, in one product onto the layer's output."""
+        """Each group's rows of B times its r channels, in one product onto the layer's output."""
         conv: Any = layer
-        groups, batched = conv.groups, output.dim() == len(self.shape)
-        batch = output.shape[0] if batched else 1
-        blocks, rows, r = batch * groups, B.shape[0] // groups, B.shape[1]
-        places = math.prod(output.shape[batched + 1 :])  # an empty batch leaves no -1 to be found
-        # Without groups no copy of B, and fewer views for backward.
+        groups, is_batched = conv.groups, output.dim() == len(self.shape)
+        batch = output.shape[0] if is_batched else 1
+        products, rows, r = batch * groups, B.shape[0] // groups, B.shape[1]
+        # Multiplied out, since reshape cannot infer a -1 from an empty batch.
+        positions = math.prod(output.shape[is_batched + 1 :])
+        # Without groups B is expanded, not copied, and backward has fewer views.
         B = B.expand(batch, -1, -1) if groups == 1 else B.view(groups, rows, r).repeat(batch, 1, 1)
-        onto, hidden = output.reshape(blocks, rows, places), hidden.reshape(blocks, r, places)
-        return torch.baddbmm(onto, B, hidden, alpha=self.scale).view(output.shape)
+        output_by_group = output.reshape(products, rows, positions)
+        hidden = hidden.reshape(products, r, positions)
+        return torch.baddbmm(output_by_group, B, hidden, alpha=self.scale).view(output.shape)
 
     def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
-        """One convolution for all runs where they share the input; else one for each."""
+        """One convolution for all runs where they share the input, else one for each."""
         conv: Any = layer
-        one = len(input) == 1 and conv.groups == 1 and input.dim() == 1 + len(self.shape)
-        if one and not (self.recipe.dropout and self.training):
-            filters = A.reshape(-1, *self.shape[1:])  # k · r of them
-            hidden = conv._conv_forward(input[0], filters, None)
-            return hidden.unflatten(1, A.shape[:2]).movedim(1, 0)
+        is_one = len(input) == 1 and conv.groups == 1 and input.dim() == 1 + len(self.shape)
+        if is_one and not (self.recipe.dropout and self.training):
+            filters = A.reshape(-1, *self.shape[1:])  # (runs · r, in, *k)
+            hidden = conv._conv_forward(input[0], filters, None)  # (batch, runs · r, …)
+            return hidden.unflatten(1, A.shape[:2]).movedim(1, 0)  # (runs, batch, r, …)
         inputs = input.expand(len(A), *input.shape[1:])
         return torch.stack([self.down(layer, x, a) for x, a in zip(inputs, A, strict=True)])
 
-    def up_stacked(self, layer: nn.Module, hidden: Stacks, B: Stacks, output: Tensor) -> Tensor:
+    def up_stacked(
+        self, layer: nn.Module, hidden: StackedTensors, B: StackedTensors, output: Tensor
+    ) -> Tensor:
         """One product for each stack, over its runs, their batches and groups."""
         conv: Any = layer
         shape, runs = output.shape[1:], [len(h) for h in hidden]  # (batch, out, …)
-        batch, out, *places = shape if len(shape) == len(self.shape) else (1, *shape)
-        groups, places = conv.groups, math.prod(places)
+        batch, out, *positions = shape if len(shape) == len(self.shape) else (1, *shape)
+        groups, positions = conv.groups, math.prod(positions)
+        outputs = output.expand(sum(runs), *shape).split(runs)
         results = []
-        for h, b, onto in zip(hidden, B, output.expand(sum(runs), *shape).split(runs), strict=True):
+        for h, b, stack_output in zip(hidden, B, outputs, strict=True):
             r = b.shape[-1]
+            # (runs, batch, groups, out/groups, r)
             b = b.view(len(h), 1, groups, -1, r).expand(-1, batch, -1, -1, -1)
-            result = torch.baddbmm(
-                onto.reshape(-1, out // groups, places),
+            result = torch.baddbmm(  # (runs · batch · groups, out/groups, positions)
+                stack_output.reshape(-1, out // groups, positions),
                 b.reshape(-1, out // groups, r),
-                h.reshape(-1, r, places),
+                h.reshape(-1, r, positions),
             )
             results.append(result.view(len(h), *shape))
         return results[0] if len(results) == 1 else torch.cat(results)

@@ -1,4 +1,4 @@
-"""What an adapter costs beside full fine-tuning: parameters, and bytes kept and stored."""
+"""What an adapter costs beside full fine-tuning: parameters, and bytes stored and in memory."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,11 @@ from lora_lab.adapters.slots import all_adapters, attached
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters by number, the rest in bytes; `full_` is what full fine-tuning would take.
+    """Numbers of parameters, and bytes; `full_` is what full fine-tuning would take.
 
-    Optimizer state is Adam's: two numbers for each that trains, in its own dtype.
+    `trainable` are the adapter's trained parameters, `frozen` the base's. `adapter_bytes` are those
+    of the stored adapter, `full_bytes` those of the model's weights. The optimizer's state is
+    Adam's: two numbers for each trained parameter, in the parameter's dtype.
     """
 
     trainable: int
@@ -25,8 +27,8 @@ class Count:
 
 def count(model: nn.Module) -> Count:
     """What the active adapter of `model` costs."""
-    of_adapters = {id(p) for a in all_adapters(model).values() for p in a.parameters()}
-    base = [p for p in model.parameters() if id(p) not in of_adapters]
+    adapter_ids = {id(p) for a in all_adapters(model).values() for p in a.parameters()}
+    base = [p for p in model.parameters() if id(p) not in adapter_ids]
     active = attached(model).values()
     trained = [p for adapter in active for p in adapter.parameters() if p.requires_grad]
     stored = [t for adapter in active for t in adapter.tensors().values()]

@@ -8,17 +8,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import Adapter, AdapterError, Recipe
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.linear import LinearAdapter
+from lora_lab.adapters.recipe import AdapterError, Recipe
 
 
 class EmbeddingAdapter(LinearAdapter):
-    """ΔW = scale · (B A)ᵀ on nn.Embedding, A (r × tokens) and B (features × r).
+    """ΔW = scale · (B A)ᵀ on nn.Embedding, with A (r × tokens) and B (features × r).
 
     A starts at zero and B is drawn, so that a token never seen in training keeps its vector. There
     are no input features to drop: dropout is on the r numbers looked up in A. The padding token's
     change is zero and takes no gradient. With scale_grad_by_freq both factors take the gradient
-    that the layer's own weight would pass on. A sparse layer's factors have dense gradients.
+    that the layer's weight would pass on. The factors have dense gradients, even where the layer is
+    sparse.
     """
 
     kind = "embedding"
@@ -41,19 +43,19 @@ class EmbeddingAdapter(LinearAdapter):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """nn.Embedding itself: a subclass may have another forward."""
+        """Exactly nn.Embedding: a subclass may have another forward."""
         return type(layer) is nn.Embedding
 
     @staticmethod
-    def refusal(layer: nn.Module) -> str | None:
-        """max_norm: torch then rewrites the frozen weight in every forward pass."""
+    def reason_not_adaptable(layer: nn.Module) -> str | None:
+        """With max_norm torch rewrites the frozen weight in each forward pass."""
         if getattr(layer, "max_norm", None) is not None:
             return "its max_norm rewrites the base's weight in every forward pass; set it to None"
         return None
 
     @staticmethod
     def weight_to_matrix(weight: Float[Tensor, "tokens features"]) -> Tensor:
-        """features × tokens: the map from one token of all to its vector."""
+        """features × tokens: the map from a one-hot token to its vector."""
         return weight.T
 
     @staticmethod
@@ -67,22 +69,26 @@ class EmbeddingAdapter(LinearAdapter):
         input: Int[Tensor, "*batch"],
         output: Float[Tensor, "*batch features"],
     ) -> Tensor:
-        """As of any adapter, with the layer's own treatment of padding and of frequent tokens."""
-        # Autocast leaves lookups as they are, and would round the base's vectors with the sum.
+        """The vectors with W + ΔW, with the layer's treatment of padding and frequent tokens."""
+        # Autocast leaves lookups in float32. On the sum it would round the base's vectors, too.
         with torch.autocast(output.device.type, enabled=False):
             adapted = super().forward(layer, input, output)
         assert isinstance(layer, nn.Embedding)
         if layer.scale_grad_by_freq:
+            # Each token's gradient is divided by how often it occurs in the input. For a token that
+            # occurs 4 times the share is 1/4: a quarter of its change carries the gradient, the
+            # rest is detached, and together they are the full change.
             change = adapted - output
             share = 1 / input.flatten().bincount(minlength=1)[input].to(change.dtype)[..., None]
             adapted = output + change * share + (change * (1 - share)).detach()
         if layer.padding_idx is not None and self.magnitude is not None:
-            padding = (input == layer.padding_idx)[..., None]
-            adapted = adapted.masked_fill(padding, 0) + output.masked_fill(~padding, 0)
+            # DoRA's gain is for features, so it would scale the padding token's vector as well.
+            is_padding = (input == layer.padding_idx)[..., None]
+            adapted = adapted.masked_fill(is_padding, 0) + output.masked_fill(~is_padding, 0)
         return adapted
 
     def delta(self, weight: Tensor) -> Tensor:
-        """tokens × features; nothing for the padding token, whatever DoRA does."""
+        """ΔW, tokens × features. The padding token's row is zero, with DoRA too."""
         delta = super().delta(weight)
         if self.padding is None:
             return delta
@@ -93,12 +99,13 @@ class EmbeddingAdapter(LinearAdapter):
     ) -> Float[Tensor, "*batch r"]:
         """The columns of A that belong to the tokens."""
         assert isinstance(layer, nn.Embedding)
-        return self.dropped(F.embedding(input, A.T, layer.padding_idx))
+        return self.apply_dropout(F.embedding(input, A.T, layer.padding_idx))
 
     def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
-        """One lookup for all runs where they share the tokens; else one for each."""
+        """One lookup for all runs where they share the tokens, else one for each."""
         assert isinstance(layer, nn.Embedding)
         if len(input) > 1:
             return torch.stack([self.down(layer, x, a) for x, a in zip(input, A, strict=True)])
-        hidden = F.embedding(input[0], A.flatten(0, 1).T, layer.padding_idx)
-        return self.dropped(hidden.unflatten(-1, A.shape[:2]).movedim(-2, 0))
+        # A (runs, r, tokens) as one table of runs · r numbers a token
+        hidden = F.embedding(input[0], A.flatten(0, 1).T, layer.padding_idx)  # (*batch, runs · r)
+        return self.apply_dropout(hidden.unflatten(-1, A.shape[:2]).movedim(-2, 0))

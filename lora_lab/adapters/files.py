@@ -1,4 +1,4 @@
-"""Adapters on disk: the tensors in safetensors, and what they mean in a small JSON beside them."""
+"""Adapters on disk: tensors in safetensors, and how each adapter was built in a JSON file."""
 
 import glob
 import hashlib
@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import TENSORS, Adapter, AdapterError, Recipe
-from lora_lab.adapters.inject import place
+from lora_lab.adapters.adapter import TENSOR_NAMES, Adapter
+from lora_lab.adapters.inject import place_adapters
+from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
-from lora_lab.adapters.slots import all_adapters, chosen, layer_path
+from lora_lab.adapters.slots import layer_path, merged_adapters, require_attached
 from lora_lab.adapters.targets import Target, find_sites
 
 
@@ -25,34 +26,35 @@ def is_adapter_key(key: str) -> bool:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What trains of the active adapter, under the model's own names.
+    """The tensors of the active adapter that train, by their state-dict keys.
 
-    What it also needs and never moves (LoRA-FA's A, the start of PiSSA's factors) the same `attach`
-    makes again; `save` writes it all.
+    It also needs tensors that do not train (LoRA-FA's A, the first values of PiSSA's factors). The
+    same call of `attach` draws these again, and `save` writes all.
     """
-    own = {k for k, p in model.named_parameters() if is_adapter_key(k) and p.requires_grad}
-    return {key: value for key, value in model.state_dict().items() if key in own}
+    named = model.named_parameters()
+    trained = {key for key, p in named if is_adapter_key(key) and p.requires_grad}
+    return {key: value for key, value in model.state_dict().items() if key in trained}
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors without its adapters: the keys and values it had before them.
+    """The model's state dict without its adapters: the keys and values it had before them.
 
-    Values are the base's also while merged.
+    While an adapter is merged the values are still the base's.
     """
     state = {key: value for key, value in model.state_dict().items() if not is_adapter_key(key)}
-    merged = [(site, a) for (_, site), a in all_adapters(model).items() if a.kept is not None]
-    for site, adapter in merged:
+    for site, adapter in merged_adapters(model).items():
         key = ".".join(filter(None, [layer_path(site, adapter), adapter.parameter]))
         weight = state[key].clone()
         part = weight if adapter.rows is None else weight[slice(*adapter.rows)]
-        part.copy_(adapter.kept)
+        part.copy_(adapter.weight_before_merge)
+        # The names that a tied weight also has
         shared = state[key].data_ptr()
         state |= {other: weight for other, value in state.items() if value.data_ptr() == shared}
     return state
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
-    """The SHA-256 of a state dict: names, dtypes, shapes and every byte, in the names' order."""
+    """The SHA-256 of a state dict: names, dtypes, shapes and all bytes, in the order of names."""
     digest = hashlib.sha256()
     for key, tensor in sorted(state.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -64,19 +66,20 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def save(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
     """Writes the adapter `name`, or the active one, as adapter.safetensors and adapter.json.
 
-    Tensors are named by site (`fc1.A`); the JSON holds how each was made and the base's hash.
+    Tensors are named by site (`fc1.A`). The JSON has the base's hash and how the adapter of each
+    site was built. Raises AdapterError where there is no such adapter.
     """
-    made = chosen(model, name)
+    adapters = require_attached(model, name)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{site}.{key}" if site else key: tensor.contiguous()
-        for site, adapter in made.items()
+        for site, adapter in adapters.items()
         for key, tensor in adapter.tensors().items()
     }
     sites = {
         site: {"kind": a.kind, "shape": list(a.shape), "scale": a.scale, **asdict(a.recipe)}
-        for site, a in made.items()
+        for site, a in adapters.items()
     }
     description = {"format": 2, "base": weights_hash(base_state_dict(model)), "sites": sites}
     save_file(tensors, directory / "adapter.safetensors", {"format": "lora_lab"})
@@ -86,47 +89,59 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
 def load(model: nn.Module, directory: str | Path, name: str = "default") -> None:
     """Puts the adapter of `directory` on `model` under `name`, active, and freezes the rest.
 
-    Raises AdapterError where the files are missing or do not fit: another base (by the hash of
-    its weights), weights that are not there, a wrong kind or shape, missing or unknown tensors.
+    Raises AdapterError, and changes nothing, where the files are missing or do not fit: another
+    base (by the hash of its weights), a layer that does not exist, a wrong kind or shape, missing
+    or unknown tensors.
     """
-    base, sites, tensors = _read(Path(directory))
-    found = weights_hash(base_state_dict(model))
-    if base != found:
+    trained_on, sites, tensors = _read(Path(directory))
+    model_hash = weights_hash(base_state_dict(model))
+    if trained_on != model_hash:
         raise AdapterError(
             f"the adapter in {directory} belongs to another base: it was trained on weights "
-            f"{base[:12]}, this model's are {found[:12]}"
+            f"{trained_on[:12]}, this model's are {model_hash[:12]}"
         )
-    wrong: list[str] = []
-    made: dict[Site, Adapter] = {}
-    for path, about in sites.items():
+    errors: list[str] = []
+    adapters: dict[Site, Adapter] = {}
+    for path, description in sites.items():
         prefix = f"{path}." if path else ""
-        own = {key: tensors.pop(prefix + key) for key in TENSORS if prefix + key in tensors}
+        parts = [part for part in TENSOR_NAMES if prefix + part in tensors]
+        site_tensors = {part: tensors.pop(prefix + part) for part in parts}
         try:
-            (site,) = find_sites(model, {path: Target(about["kind"], glob.escape(path), tied=True)})
-            recipe = Recipe(**{key: about[key] for key in Recipe.__dataclass_fields__})
-            recipe.check()
-            layer = model.get_submodule(site.layer)
-            adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
-            adapter.scale = about["scale"]  # stored, not derived again
-            # A copy is aligned in memory as a tensor made here, and sums in the same order.
-            device = adapter.weight_of(layer).device
-            own = {key: tensor.to(device, copy=True) for key, tensor in own.items()}
-            _check_fit(adapter, about, own)
-            made[site] = adapter.fill(own)
+            site, adapter = _built(model, path, description, site_tensors)
+            adapters[site] = adapter
         except (AdapterError, KeyError, TypeError) as error:
-            wrong.append(f"'{path}': {error}")
-    if wrong := [*wrong, *(f"unknown tensor {key}" for key in tensors)]:
-        raise AdapterError(f"the adapter in {directory} does not fit: {'; '.join(wrong)}")
-    place(model, made, name)
+            errors.append(f"'{path}': {error}")
+    if errors := [*errors, *(f"unknown tensor {key}" for key in tensors)]:
+        raise AdapterError(f"the adapter in {directory} does not fit: {'; '.join(errors)}")
+    place_adapters(model, adapters, name)
+
+
+def _built(
+    model: nn.Module, path: str, description: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[Site, Adapter]:
+    """The site named `path` and its adapter, as the JSON describes it and with these tensors."""
+    target = Target(description["kind"], glob.escape(path), tied=True)
+    (site,) = find_sites(model, {path: target})
+    recipe = Recipe(**{key: description[key] for key in Recipe.__dataclass_fields__})
+    recipe.check()
+    layer = model.get_submodule(site.layer)
+    adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
+    adapter.scale = description["scale"]  # stored, not computed again from alpha and r
+    # A tensor read from a file may lie in memory at an address of another alignment, where kernels
+    # sum in another order. A copy is aligned as a tensor that was made here.
+    device = adapter.weight_of(layer).device
+    tensors = {key: tensor.to(device, copy=True) for key, tensor in tensors.items()}
+    _check_fit(adapter, description, tensors)
+    return site, adapter.fill(tensors)
 
 
 def base_hash(directory: str | Path) -> str:
-    """The hash of the base that the adapter of `directory` was trained on."""
+    """The `weights_hash` of the base on which the adapter of `directory` was trained."""
     return _read(Path(directory))[0]
 
 
 def _read(directory: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """The base's hash, what is said of each site, and the tensors."""
+    """The base's hash, each site's description, and the tensors."""
     try:
         description = json.loads((directory / "adapter.json").read_text())
         tensors = load_file(directory / "adapter.safetensors")
@@ -135,11 +150,11 @@ def _read(directory: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
 
 
-def _check_fit(adapter: Adapter, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _check_fit(adapter: Adapter, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raises AdapterError unless these tensors are this adapter's, by name and shape."""
-    if list(adapter.shape) != about["shape"]:
-        was = about["shape"]
-        raise AdapterError(f"has shape {list(adapter.shape)}, the adapter's was {was}")
+    if list(adapter.shape) != description["shape"]:
+        stored = description["shape"]
+        raise AdapterError(f"has shape {list(adapter.shape)}, the adapter's was {stored}")
     out, rest = adapter.weight_to_matrix(torch.empty(adapter.shape, device="meta")).shape
     r, recipe = adapter.r, adapter.recipe
     wanted = {"A": [r, rest], "B": [out, r]}
@@ -149,6 +164,6 @@ def _check_fit(adapter: Adapter, about: dict[str, Any], tensors: dict[str, Tenso
         wanted |= {"A0": [r, rest], "B0": [out, r]}
     if recipe.dora:
         wanted["magnitude"] = [out]
-    found = {key: list(tensor.shape) for key, tensor in tensors.items()}
-    if found != wanted:
-        raise AdapterError(f"tensors must be {wanted}, they are {found}")
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    if shapes != wanted:
+        raise AdapterError(f"tensors must be {wanted}, they are {shapes}")

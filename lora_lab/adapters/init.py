@@ -1,4 +1,4 @@
-"""What A and B are before the first step."""
+"""What the factors A and B are before the first step."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,11 @@ Factors = tuple[Float[Tensor, "r rest"], Float[Tensor, "out r"]]
 
 @dataclass(frozen=True)
 class Init:
-    """`draw(weight, r, scale, generator)` gives A and B for a weight as a matrix.
+    """A way to start the factors of a weight.
 
-    `from_weight`: neither factor is zero, both are read from the weight; ΔW is then measured from
-    them, so that the base stays what it is and ΔW starts at zero.
+    `draw(weight, r, scale, generator)` gives A and B for a weight as a matrix. `from_weight` says
+    that both are read from the weight, so that neither is zero. ΔW is then measured from these
+    first values: the base stays as it is, and ΔW starts at zero.
     """
 
     draw: Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
@@ -37,15 +38,16 @@ def gaussian(weight: Matrix, r: int, scale: float, generator: torch.Generator) -
 
 
 def orthogonal(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
-    """A with orthonormal rows, uniform among all such; B zero."""
+    """A with orthonormal rows, uniform among all such matrices; B zero."""
     A = torch.empty(r, weight.shape[1], dtype=torch.float32)
     return nn.init.orthogonal_(A, generator=generator), _zeros(weight, r)
 
 
 def pissa(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
-    """scale · B A is the weight's best rank-r approximation, halved evenly between the factors.
+    """scale · B A is the weight's best rank-r approximation, split evenly between the factors.
 
-    A = √(S/scale) Vᵀ, B = U √(S/scale) (Meng et al. 2024, equations 2 and 3).
+    With the weight's singular value decomposition U S Vᵀ, cut to r: A = √(S/scale) Vᵀ and
+    B = U √(S/scale) (Meng et al. 2024, equations 2 and 3).
     """
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     root = (S[:r] / scale).sqrt()
@@ -53,7 +55,7 @@ def pissa(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> F
 
 
 def olora(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
-    """B = Q and A = R, the first r columns and rows of the weight's QR (Büyükakyüz 2024)."""
+    """B and A are the first r columns of Q and rows of R of the weight's QR (Büyükakyüz 2024)."""
     Q, R = torch.linalg.qr(weight)
     return R[:r], Q[:, :r]
 
@@ -76,3 +78,4 @@ INITS: dict[str, Init] = {
     "olora": Init(olora, from_weight=True),
     "svd": Init(svd, from_weight=True),
 }
+"""All inits by name."""

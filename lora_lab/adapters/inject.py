@@ -7,9 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters import weight
-from lora_lab.adapters.adapter import Adapter, AdapterError, Recipe
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
-from lora_lab.adapters.slots import Slot, all_adapters, chosen, layer_of, switch
+from lora_lab.adapters.slots import (
+    Slot,
+    all_adapters,
+    layer_of,
+    merged_adapters,
+    require_attached,
+    switch,
+)
 from lora_lab.adapters.targets import Target, find_sites
 from lora_lab.seeding import generator
 
@@ -30,14 +38,19 @@ def attach(
     seed: int = 0,
     name: str = "default",
 ) -> list[Site]:
-    """Puts an adapter on every site that `targets` pick, freezes the rest, and makes it active.
+    """Puts an adapter on each site that `targets` pick, freezes the rest, and makes it active.
 
-    `targets` may be a kind ("linear"), "attention" or "all". Layers keep their object, weight and
-    state-dict key; norms that keep running statistics are held in eval mode while they are frozen.
-    Each site's factors are drawn from a generator of its own, seeded by (seed, site, r): what else
-    is targeted never changes them. A second call with another `name` puts another adapter beside
-    the first. Raises what `find_sites` raises, and AdapterError where a layer has an adapter of
-    that name already.
+    Args:
+        targets: {label: Target}, or one of GROUPS, as "linear", "attention" or "all".
+        r, alpha, dropout, init, scaling, trains, dora: see Recipe.
+        rank_pattern, alpha_pattern: {glob on names: r or alpha} for single sites.
+        seed: Each site's factors are drawn from a generator of that site, seeded by (seed, site,
+            r): what else is targeted never changes them.
+        name: A second call with another name puts another adapter beside the first.
+
+    Layers keep their object, weight and state-dict key. Norms with running statistics are held in
+    eval mode while they are frozen. Gives the sites. Raises what `find_sites` raises, and
+    AdapterError where a layer already has an adapter of that name.
 
     Load the base before attaching DoRA or an init that starts from the weight: they read it here.
     Code that reads the weight of a Linear, Conv or Embedding without calling the layer, as
@@ -46,70 +59,80 @@ def attach(
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     recipe = Recipe(r, alpha, dropout, init, scaling, trains, dora)
     sites = find_sites(model, targets, recipe, rank_pattern, alpha_pattern)
-    made = {}
+    adapters = {}
     for site in sites:
         assert site.recipe is not None
         layer = model.get_submodule(site.layer)
         adapter = adapter_class(layer)(layer, site.parameter, site.rows, site.recipe)
-        made[site] = adapter.draw(layer, generator(seed, site.name, site.recipe.r))
-    place(model, made, name)
+        adapters[site] = adapter.draw(layer, generator(seed, site.name, site.recipe.r))
+    place_adapters(model, adapters, name)
     return sites
 
 
-def place(model: nn.Module, made: Mapping[Site, Adapter], name: str) -> None:
-    """Puts adapters on their sites under `name`, active, and freezes every other parameter."""
+def place_adapters(model: nn.Module, adapters: Mapping[Site, Adapter], name: str) -> None:
+    """Puts adapters on their sites under `name`, active, and freezes all other parameters.
+
+    Raises AdapterError, and changes nothing, where that cannot be.
+    """
+    _check_placeable(model, [site.name for site in adapters], name)
+    placements = []
+    for site, adapter in adapters.items():
+        owner = model.get_submodule(site.layer)
+        placements.append((owner, site.name, adapter))
+        for other in site.tied_to:
+            path, _, parameter = other.rpartition(".")
+            layer = model.get_submodule(path)
+            if layer is not owner:  # it may be one layer under two names
+                twin = _adapter_of_twin(layer, owner, site, parameter, adapter)
+                placements.append((layer, other, twin))
+    freeze_base(model)
+    for layer, site, adapter in placements:
+        place_on_layer(layer, name, site, adapter)
+    switch(model, name)
+
+
+def _check_placeable(model: nn.Module, sites: list[str], name: str) -> None:
     if not name.isidentifier() or hasattr(Slot(), name):
         raise AdapterError(f"name={name!r}: must be a plain word, and not one of nn.ModuleDict's")
-    there = all_adapters(model)
-    if merged := [site for (_, site), adapter in there.items() if adapter.kept is not None]:
+    if merged := merged_adapters(model):
         shown = ", ".join(site or "the model itself" for site in merged)
         raise AdapterError(f"these layers are merged: {shown}; unmerge them first")
-    if taken := [site.name for site in made if (name, site.name) in there]:
+    present = all_adapters(model)
+    if taken := [site for site in sites if (name, site) in present]:
         raise AdapterError(
             f"there is an adapter '{name}' already on {', '.join(taken) or 'the model itself'}; "
             "detach it, or give this one another name"
         )
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == "lora" and not isinstance(module, Slot):
-            raise AdapterError(f"the model's own module '{path}' has the name of an adapter")
-    seats = []
-    for site, adapter in made.items():
-        owner = model.get_submodule(site.layer)
-        seats.append((owner, site.name, adapter))
-        for other in site.tied_to:
-            path, _, parameter = other.rpartition(".")
-            layer = model.get_submodule(path)
-            if layer is not owner:  # it may be one layer under two names
-                seats.append((layer, other, _shared(layer, owner, site, parameter, adapter)))
-    freeze(model)
-    for layer, site, adapter in seats:
-        sit(layer, name, site, adapter)
-    switch(model, name)
+            raise AdapterError(f"the model's module '{path}' has the name of an adapter")
 
 
-def freeze(model: nn.Module) -> None:
-    """Lets nothing of `model` but its adapters train, and holds running statistics."""
+def freeze_base(model: nn.Module) -> None:
+    """Makes nothing of `model` but its adapters train, and holds norms' running statistics."""
     for module in model.modules():
         if isinstance(module, Adapter):
             continue
-        # Remembered by each module, so that detach thaws it, from any root and after deepcopy.
-        own = dict(module.named_parameters(recurse=False))
-        if thaw := [key for key, parameter in own.items() if parameter.requires_grad]:
-            module.__dict__.setdefault("_frozen_by_lora", []).extend(thaw)
-        for parameter in own.values():
+        parameters = dict(module.named_parameters(recurse=False))
+        # Each module remembers what was frozen here, so that detach undoes it, from whichever
+        # parent it is called and after a deepcopy.
+        if trained := [key for key, parameter in parameters.items() if parameter.requires_grad]:
+            module.__dict__.setdefault("_frozen_by_lora", []).extend(trained)
+        for parameter in parameters.values():
             parameter.requires_grad_(False)
         if getattr(module, "track_running_stats", False) and "_held_by_lora" not in vars(module):
             module.__dict__["_held_by_lora"] = True
-            module.register_forward_pre_hook(_hold)
+            # Before each call, since model.train() puts the norm in train mode again.
+            module.register_forward_pre_hook(_hold_in_eval_mode)
 
 
-def sit(layer: nn.Module, name: str, site: str, adapter: Any) -> None:
-    """Puts an adapter, or what acts in its place, on its layer under `name`."""
+def place_on_layer(layer: nn.Module, name: str, site: str, adapter: Any) -> None:
+    """Puts an adapter, or a pack's PackedAdapter, on its layer under `name`."""
     if not isinstance(slot := getattr(layer, "lora", None), Slot):
         layer.lora = slot = Slot()
         if adapter.kind != "weight":
-            # First of all hooks: the others are meant for the layer's whole output.
-            layer.register_forward_hook(_adapt, with_kwargs=True, prepend=True)
+            # First of all hooks: the others are meant for the layer's full output.
+            layer.register_forward_hook(_adapt_output, with_kwargs=True, prepend=True)
     if adapter.kind == "weight":
         weight.watch(layer, adapter.parameter)
     if name not in slot:
@@ -119,10 +142,13 @@ def sit(layer: nn.Module, name: str, site: str, adapter: Any) -> None:
     adapter.train(layer.training)
 
 
-def _shared(
+def _adapter_of_twin(
     layer: nn.Module, owner: nn.Module, site: Site, parameter: str, adapter: Adapter
 ) -> Adapter:
-    """The adapter of another layer that uses the same weight: the very same factors."""
+    """The adapter for another `layer` that uses the weight of `owner`, with the same factors.
+
+    Raises AdapterError where they cannot be shared.
+    """
     twin = adapter_class(layer)(layer, parameter, None, adapter.recipe)
     if adapter.recipe.dora or adapter.core is not None or adapter.A0 is not None:
         raise AdapterError(
@@ -135,22 +161,23 @@ def _shared(
     if len({(weight.shape, weight.stride()) for weight in weights}) > 1:
         raise AdapterError(f"'{site.name}' is tied to a transpose or a part of it: exclude it")
     twin.fill({})
-    object.__setattr__(twin, "source", adapter)
-    adapter.tied = True
+    object.__setattr__(twin, "source", adapter)  # not a child: see Adapter.__init__
+    adapter.is_tied = True
+    # An embedding's padding token has no gradient, but the other layer would change its row.
     tokens = (getattr(one, "padding", None) for one in (twin, adapter))
-    twin.masked = adapter.masked = next((token for token in tokens if token is not None), None)
+    twin.masked_token = adapter.masked_token = next((t for t in tokens if t is not None), None)
     return twin
 
 
-def _hold(norm: nn.Module, args: tuple) -> None:
-    """A frozen norm's running statistics stay what they are."""
+def _hold_in_eval_mode(norm: nn.Module, args: tuple) -> None:
+    """The forward pre-hook of a frozen norm, so that its running statistics stay as they are."""
     norm.eval()
 
 
-def _adapt(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-    """The forward hook: the layer's output as it is with the adapter."""
+def _adapt_output(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+    """The forward hook of layers with a factored adapter: the output with W + ΔW."""
     slot: Any = layer._modules["lora"]
-    for adapter in slot.acting():
+    for adapter in slot.active_adapters():
         input = args[0] if args else next(iter(kwargs.values()))
         if not output.is_nested:
             return adapter(layer, input, output)
@@ -158,22 +185,21 @@ def _adapt(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tenso
             ragged: Any = output
             values = adapter(layer, input.values(), ragged.values())
             return torch.nested.nested_tensor_from_jagged(values, ragged.offsets())
-        # nn.TransformerEncoder's, of padded sequences in eval mode
+        # nn.TransformerEncoder makes these of padded sequences in eval mode.
         pairs = zip(input.unbind(), output.unbind(), strict=True)
         return torch.nested.as_nested_tensor([adapter(layer, *pair) for pair in pairs])
     return None
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Takes the adapter `name` off, or every adapter: the model is then as before any was attached.
+    """Takes the adapter `name` off, or all adapters: the model is then as before `attach`.
 
-    Whatever is merged is unmerged first. Where the active adapter goes, none is active.
+    Whatever is merged is unmerged first. If the active adapter is taken off, none is active.
     """
     if name is not None:
-        chosen(model, name)
-    for (_, site), adapter in all_adapters(model).items():
-        if adapter.kept is not None:
-            put_back(layer_of(model, site, adapter), adapter)
+        require_attached(model, name)
+    for site, adapter in merged_adapters(model).items():
+        restore_weight(layer_of(model, site, adapter), adapter)
     for layer in list(model.modules()):
         if not isinstance(slot := layer._modules.get("lora"), Slot):
             continue
@@ -182,31 +208,35 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 del slot[other]
             slot.active = None if slot.active == other else slot.active
         if not len(slot):
-            _clear(layer)
+            _remove_slot(layer)
     if not all_adapters(model):
-        for module in model.modules():
-            for key in module.__dict__.pop("_frozen_by_lora", []):
-                module.get_parameter(key).requires_grad_(True)
-            if module.__dict__.pop("_held_by_lora", False):
-                _unhook(module._forward_pre_hooks, _hold)
-                module.train(model.training)
+        _unfreeze_base(model)
 
 
-def put_back(layer: nn.Module, adapter: Adapter) -> None:
-    """The weight as it was before the merge, bit for bit."""
-    assert adapter.kept is not None
-    adapter.weight_of(layer).data.copy_(adapter.kept)
-    adapter.kept = None
+def restore_weight(layer: nn.Module, adapter: Adapter) -> None:
+    """Undoes a merge: the weight is what it was before, bit for bit."""
+    assert adapter.weight_before_merge is not None
+    adapter.weight_of(layer).data.copy_(adapter.weight_before_merge)
+    adapter.weight_before_merge = None
+
+
+def _unfreeze_base(model: nn.Module) -> None:
+    for module in model.modules():
+        for key in module.__dict__.pop("_frozen_by_lora", []):
+            module.get_parameter(key).requires_grad_(True)
+        if module.__dict__.pop("_held_by_lora", False):
+            _unhook(module._forward_pre_hooks, _hold_in_eval_mode)
+            module.train(model.training)
+
+
+def _remove_slot(layer: nn.Module) -> None:
+    _unhook(layer._forward_hooks, _adapt_output)
+    for key in set(layer._forward_hooks_with_kwargs) - set(layer._forward_hooks):
+        del layer._forward_hooks_with_kwargs[key]
+    weight.unwatch(layer)
+    del layer.lora
 
 
 def _unhook(hooks: dict[int, Any], hook: Any) -> None:
     for key in [key for key, one in hooks.items() if one is hook]:
         del hooks[key]
-
-
-def _clear(layer: nn.Module) -> None:
-    _unhook(layer._forward_hooks, _adapt)
-    for key in set(layer._forward_hooks_with_kwargs) - set(layer._forward_hooks):
-        del layer._forward_hooks_with_kwargs[key]
-    weight.unwatch(layer)
-    del layer.lora

@@ -8,24 +8,24 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import FactoredAdapter, Stacks
+from lora_lab.adapters.factored import FactoredAdapter, StackedTensors
 
 
 class LinearAdapter(FactoredAdapter):
-    """ΔW = scale · B A on nn.Linear: two thin products, O(r (in + out)) a row."""
+    """ΔW = scale · B A on nn.Linear: two thin products, which cost O(r (in + out)) a row."""
 
     kind = "linear"
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """nn.Linear itself: a subclass may have another forward."""
+        """Exactly nn.Linear: a subclass may have another forward."""
         return type(layer) is nn.Linear
 
     def down(
         self, layer: nn.Module, input: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]
     ) -> Float[Tensor, "*batch r"]:
         """A x."""
-        return F.linear(self.dropped(input), A)
+        return F.linear(self.apply_dropout(input), A)
 
     def up(
         self,
@@ -34,105 +34,122 @@ class LinearAdapter(FactoredAdapter):
         B: Float[Tensor, "out r"],
         output: Float[Tensor, "*batch out"],
     ) -> Float[Tensor, "*batch out"]:
-        """One product onto the layer's output: no pass over it for the scale or the sum.
-
-        As a batch of one, B's gradient is r × out, several times faster than out × r where r is
-        small, and so is the hidden gradient by a B laid out as r × out; two dimensions, mostly
-        fewer rows, are spared the views.
-        """
+        """`output` + scale · `hidden` Bᵀ, in one product without another pass over the output."""
+        # Two dimensions mostly have few rows, and are spared the views below.
         if output.dim() == 2:
             return torch.addmm(output, hidden, B.T, alpha=self.scale)
+        # As a batch of one, with B laid out as r × out: the gradients of `hidden` and of B are then
+        # products with their long side contiguous, several times faster where r is small.
+        # output (batch 8, tokens 16, out 64) → (1, 128, 64), hidden → (1, 128, r), B → (1, r, 64)
         rows = output.reshape(1, -1, output.shape[-1])
         hidden = hidden.reshape(1, -1, hidden.shape[-1])
-        across = B.T.contiguous()[None]
-        return torch.baddbmm(rows, hidden, across, alpha=self.scale).view(output.shape)
+        B_transposed = B.T.contiguous()[None]  # (1, r, out)
+        return torch.baddbmm(rows, hidden, B_transposed, alpha=self.scale).view(output.shape)
 
     def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
-        """One product for all runs where they share the input, and none drops its own of it."""
+        """One product for all runs where they share the input and none drops entries of it."""
         if len(input) == 1 and not (self.recipe.dropout and self.training):
-            return F.linear(input[0], A.flatten(0, 1)).unflatten(-1, A.shape[:2]).movedim(-2, 0)
-        input = self.dropped(input.expand(len(A), *input.shape[1:]))
-        hidden: Any = _Lowered.apply(input.reshape(len(A), -1, input.shape[-1]), A)
+            hidden = F.linear(input[0], A.flatten(0, 1))  # (*batch, runs · r)
+            return hidden.unflatten(-1, A.shape[:2]).movedim(-2, 0)  # (runs, *batch, r)
+        input = self.apply_dropout(input.expand(len(A), *input.shape[1:]))
+        hidden: Any = _StackedDown.apply(input.reshape(len(A), -1, input.shape[-1]), A)
         return hidden.view(*input.shape[:-1], A.shape[1])
 
-    def up_stacked(self, layer: nn.Module, hidden: Stacks, B: Stacks, output: Tensor) -> Tensor:
-        """One product for each stack, all into one result: no copy to join them."""
-        onto, *hidden = (t.reshape(len(t), -1, t.shape[-1]) for t in (output, *hidden))
-        added: Any = _Added.apply(onto, len(B), *hidden, *B)
-        return added.view(-1, *output.shape[1:])
+    def up_stacked(
+        self, layer: nn.Module, hidden: StackedTensors, B: StackedTensors, output: Tensor
+    ) -> Tensor:
+        """One product for each stack, all into one result that nothing has to join."""
+        rows, *hidden = (t.reshape(len(t), -1, t.shape[-1]) for t in (output, *hidden))
+        result: Any = _StackedUp.apply(rows, len(B), *hidden, *B)
+        return result.view(-1, *output.shape[1:])
 
 
-class _Lowered(torch.autograd.Function):
-    """x Aᵀ of k runs: x (k, M, in), A (k, r, in); A's gradient as r × in, not in × r."""
+# x Aᵀ for the runs of a stack, as torch.bmm(x, A.mT) with a faster backward. For 3 runs, 128 rows,
+# 64 features and r = 4: x (3, 128, 64), A (3, 4, 64), the result (3, 128, 4). torch's backward
+# computes the gradient of A.mT, xᵀ g (3, 64, 4), and transposes it. Here it is gᵀ x (3, 4, 64), the
+# same numbers with the long side contiguous: such thin products are several times faster.
+class _StackedDown(torch.autograd.Function):
+    """x Aᵀ of k runs: x (k, rows, in) and A (k, r, in) → (k, rows, r)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
-        hidden = torch.bmm(x, A.mT)
+        hidden = torch.bmm(x, A.mT)  # (k, rows, r)
+        # Under autocast the product is in a lower precision than x and A, and so is its backward.
         ctx.save_for_backward(x.to(hidden.dtype), A.to(hidden.dtype))
         return hidden
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore
         x, A = ctx.saved_tensors
-        to_x, to_A = ctx.needs_input_grad
+        needs_x, needs_A = ctx.needs_input_grad
         return (
-            torch.bmm(gradient, A) if to_x else None,
-            torch.bmm(gradient.mT, x) if to_A else None,
+            torch.bmm(gradient, A) if needs_x else None,  # (k, rows, in)
+            torch.bmm(gradient.mT, x) if needs_A else None,  # (k, r, in)
         )
 
 
-class _Added(torch.autograd.Function):
-    """onto + h Bᵀ for runs in stacks: onto (runs or 1, M, out), h (k, M, r), B (k, out, r).
+# output + h Bᵀ for all runs of a pack. Stacks have different ranks, so each is a product. It writes
+# its runs of the one result, so that nothing is concatenated. Two stacks, of 2 runs with r = 4 and
+# of 1 run with r = 16, on 128 rows and 64 output features:
+#   output (1, 128, 64), shared by the runs, or (3, 128, 64)
+#   hidden (2, 128, 4) and (1, 128, 16), B (2, 64, 4) and (1, 64, 16)
+#   result (3, 128, 64): the first product writes result[0:2], the second result[2:3]
+# B is laid out as r × out and so is its gradient, since thin products are several times faster with
+# their long side contiguous.
+class _StackedUp(torch.autograd.Function):
+    """output + h Bᵀ of all runs, stack by stack: h (k, rows, r), B (k, out, r) → (runs, rows, out).
 
-    Thin products are several times faster with their long side contiguous: B is laid out as
-    r × out, and so is its gradient.
+    `output` is (runs, rows, out), or (1, rows, out) where the runs share it. `factors` are first
+    the h of all `stacks` stacks, then their B.
     """
 
     @staticmethod
-    def forward(ctx: Any, onto: Tensor, stacks: int, *factors: Tensor) -> Tensor:
-        kind = onto.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else onto.dtype
-        onto = onto.to(dtype)
+    def forward(ctx: Any, output: Tensor, stacks: int, *factors: Tensor) -> Tensor:
+        # Autocast does not act on products with `out=`, so its dtype is applied here.
+        kind = output.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
+        output = output.to(dtype)
         hidden = [h.to(dtype) for h in factors[:stacks]]
-        across = [B.mT.to(dtype).contiguous() for B in factors[stacks:]]
-        result = onto.new_empty(sum(map(len, hidden)), *onto.shape[1:])
-        at = 0
-        for h, b in zip(hidden, across, strict=True):
-            part = slice(at, at := at + len(h))
-            torch.baddbmm(onto if len(onto) == 1 else onto[part], h, b, out=result[part])
-        ctx.save_for_backward(*hidden, *across)
-        ctx.stacks, ctx.shared = stacks, len(onto) == 1 < len(result)
+        B_transposed = [B.mT.to(dtype).contiguous() for B in factors[stacks:]]  # (k, r, out)
+        result = output.new_empty(sum(map(len, hidden)), *output.shape[1:])
+        first_run = 0
+        for h, b in zip(hidden, B_transposed, strict=True):
+            runs = slice(first_run, first_run := first_run + len(h))
+            torch.baddbmm(output if len(output) == 1 else output[runs], h, b, out=result[runs])
+        ctx.save_for_backward(*hidden, *B_transposed)
+        ctx.stacks, ctx.is_shared = stacks, len(output) == 1 < len(result)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore
-        hidden, across = ctx.saved_tensors[: ctx.stacks], ctx.saved_tensors[ctx.stacks :]
-        to_onto = None
+        hidden, B_transposed = ctx.saved_tensors[: ctx.stacks], ctx.saved_tensors[ctx.stacks :]
+        to_output = None
         if ctx.needs_input_grad[0]:
-            to_onto = gradient.sum(0, keepdim=True) if ctx.shared else gradient
-        parts = gradient.split([len(h) for h in hidden])
-        to_hidden = [torch.bmm(g, b.mT) for g, b in zip(parts, across, strict=True)]
-        to_B = [torch.bmm(h.mT, g).mT for h, g in zip(hidden, parts, strict=True)]
-        return to_onto, None, *to_hidden, *to_B
+            to_output = gradient.sum(0, keepdim=True) if ctx.is_shared else gradient
+        parts = gradient.split([len(h) for h in hidden])  # (k, rows, out) for each stack
+        to_hidden = [torch.bmm(g, b.mT) for g, b in zip(parts, B_transposed, strict=True)]
+        to_B = [torch.bmm(h.mT, g).mT for h, g in zip(hidden, parts, strict=True)]  # (k, out, r)
+        return to_output, None, *to_hidden, *to_B
 
 
 class TransposedLinearAdapter(LinearAdapter):
-    """The same on the `Conv1D` of Hugging Face's GPT-2, whose weight is in × out."""
+    """LinearAdapter on the `Conv1D` of Hugging Face's GPT-2, whose weight is in × out."""
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Known by its name: nothing here imports transformers."""
-        made = type(layer)
-        return (made.__module__, made.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        """The class is known by its name, so that nothing here imports transformers."""
+        layer_class = type(layer)
+        name = (layer_class.__module__, layer_class.__name__)
+        return name == ("transformers.pytorch_utils", "Conv1D")
 
     @staticmethod
     def weight_to_matrix(weight: Float[Tensor, "in out"]) -> Float[Tensor, "out in"]:
-        """out × in, as of any linear layer."""
+        """The transpose, out × in as for nn.Linear."""
         return weight.T
 
     @staticmethod
     def matrix_to_weight(
         matrix: Float[Tensor, "out in"], shape: Sequence[int]
     ) -> Float[Tensor, "in out"]:
-        """in × out, as the weight."""
+        """The transpose, in × out as the weight."""
         return matrix.T

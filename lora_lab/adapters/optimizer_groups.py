@@ -14,8 +14,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The active adapter's trained parameters in the groups of a torch optimizer.
 
-    With a `ratio` other than 1 the factor that starts at zero (B; of an embedding, A) is a group of
-    its own and learns at ratio · lr (LoRA+, Hayou et al. 2024). Weight decay is off unless given:
+    With a `ratio` other than 1 the factor that starts at zero (B; of an embedding, A) is a separate
+    group that learns at ratio · lr (LoRA+, Hayou et al. 2024). Weight decay is off unless given:
     on A and B it pulls the adapted model toward the base.
     """
     return groups_of(attached(model).values(), lr, ratio, weight_decay)
@@ -24,7 +24,7 @@ def parameter_groups(
 def groups_of(
     adapters: Iterable[Adapter], lr: float, ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """The groups of `parameter_groups` for these adapters alone, which may be stacks of a pack."""
+    """The groups of `parameter_groups` for these adapters only, which may be stacks of a pack."""
     starts_at_zero: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for adapter in adapters:

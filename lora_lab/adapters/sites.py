@@ -1,4 +1,4 @@
-"""Where an adapter can sit: every weight of a model, by name, kind and shape."""
+"""Where an adapter can sit: all weights of a model, by name, kind and shape."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import Adapter, Recipe
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.conv import ConvAdapter
 from lora_lab.adapters.embedding import EmbeddingAdapter
 from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter
-from lora_lab.adapters.weight import WeightAdapter, blocks
+from lora_lab.adapters.recipe import Recipe
+from lora_lab.adapters.weight import WeightAdapter, row_blocks
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     LinearAdapter,
@@ -19,15 +20,21 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     EmbeddingAdapter,
     WeightAdapter,
 )
-"""Every adapter, the first that fits a layer taken."""
+"""The adapter classes. A layer gets the first that fits it."""
 
 KINDS = tuple(dict.fromkeys(Adapter.kind for Adapter in ADAPTERS))
-"""Every kind of site. Tests run over this table."""
+"""The kinds of site. Tests run over this table."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place where an adapter sits: one weight of a layer, or a block of its rows, as a matrix."""
+    """A place where an adapter sits: one weight of a layer, or a block of its rows, as a matrix.
+
+    It is named by its layer where that has one adaptable weight (`encoder.fc1`), else by its
+    parameter (`attn.out_proj_weight`) or block of one (`attn.in_proj_weight_q`). `layer` is the
+    layer's name in the model, `parameter` the weight's name in the layer, `rows` the first row of
+    the block and the one after its last. `attention` says whether it belongs to attention.
+    """
 
     name: str
     kind: str
@@ -39,19 +46,20 @@ class Site:
     rows: tuple[int, int] | None = None
     attention: bool = False
     tied_to: tuple[str, ...] = ()
-    """The other parameters that are the same weight."""
+    """The names of other parameters that are the same weight."""
 
     @property
     def key(self) -> str:
-        """The weight's name in the model."""
+        """The weight's state-dict key in the model."""
         return f"{self.layer}.{self.parameter}" if self.layer else self.parameter
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers train here."""
+        """How many numbers train at this site."""
         assert self.recipe is not None
         (out, rest), r = self.shape, self.recipe.r
-        # The factor at zero is of `out`, also an embedding's, whose rows are its tokens.
+        # The zero factor has r numbers for each of `out`: B for each output feature, and A of an
+        # embedding for each token, since its table is tokens × features.
         factors = {"both": r * (out + rest), "zero": r * out, "core": r * r}
         magnitude = (rest if self.kind == "embedding" else out) if self.recipe.dora else 0
         return factors[self.recipe.trains] + magnitude
@@ -62,39 +70,39 @@ def adapter_class(layer: nn.Module) -> type[Adapter]:
     return next(Adapter for Adapter in ADAPTERS if Adapter.fits(layer))
 
 
-def candidates(model: nn.Module) -> Iterator[Site]:
-    """Every weight of `model` that an adapter could sit on, in the model's own order."""
-    inside_attention: list[str] = []
+def candidate_sites(model: nn.Module) -> Iterator[Site]:
+    """All weights of `model` on which an adapter could sit, in the model's order."""
+    attention_modules: list[str] = []
     for name, layer in model.named_modules():
         path = name.split(".")
         if "lora" in path or "parametrizations" in path:
             continue
         if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            continue  # a child `lora` would be one more of its members
+            continue  # a child `lora` would be one more of its layers
         if isinstance(layer, nn.MultiheadAttention):
-            inside_attention.append(name)
-        attention = any(name == a or name.startswith(f"{a}.") for a in inside_attention) or any(
+            attention_modules.append(name)
+        attention = any(name == a or name.startswith(f"{a}.") for a in attention_modules) or any(
             "attn" in part.lower() or "attention" in part.lower() for part in path
         )
         kind = adapter_class(layer).kind
         if kind != "weight":
-            if _adaptable(weight := getattr(layer, "weight", None)):
+            if _is_adaptable(weight := getattr(layer, "weight", None)):
                 out, rest = weight.flatten(1).shape
                 shape = (rest, out) if TransposedLinearAdapter.fits(layer) else (out, rest)
                 yield Site(name, kind, shape, None, name, attention=attention)
             continue
         for parameter, weight in layer._parameters.items():
-            if not _adaptable(weight) or weight.dim() < 2:
+            if not _is_adaptable(weight) or weight.dim() < 2:
                 continue
             out, rest = weight.flatten(1).shape
-            for part, rows in blocks(layer, parameter, out).items():
+            for block, rows in row_blocks(layer, parameter, out).items():
                 shape = (out if rows is None else rows[1] - rows[0], rest)
-                site = f"{name}.{part}" if name else part
+                site = f"{name}.{block}" if name else block
                 yield Site(site, kind, shape, None, name, parameter, rows, attention)
 
 
-def _adaptable(weight: object) -> TypeGuard[Tensor]:
-    """Numbers that a change can be added to: no integers, and no lazy layer's, not there yet."""
+def _is_adaptable(weight: object) -> TypeGuard[Tensor]:
+    """Whether a change can be added: floating point, and not a lazy layer's that has no shape."""
     return (
         isinstance(weight, Tensor)
         and not nn.parameter.is_lazy(weight)
@@ -102,8 +110,12 @@ def _adaptable(weight: object) -> TypeGuard[Tensor]:
     )
 
 
-def place_in_memory(weight: Tensor) -> tuple[int, int, int]:
-    """Storage, first byte and last: what two tied weights share, each a Parameter of its own."""
+def memory_span(weight: Tensor) -> tuple[int, int, int]:
+    """Where a weight is in memory: its storage, and its first and last element in bytes.
+
+    Two tied weights have the same span, also where each is a Parameter object of its own. A weight
+    on the meta device has no memory, and is known by its object.
+    """
     if weight.is_meta:
         return id(weight), 0, 0
     size, first = weight.element_size(), int(weight.storage_offset())
@@ -113,6 +125,6 @@ def place_in_memory(weight: Tensor) -> tuple[int, int, int]:
     return weight.untyped_storage().data_ptr(), first * size, last * size
 
 
-def overlap(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-    """Whether two places are not the same and have bytes in common."""
+def overlaps(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    """Whether two different memory spans have bytes in common."""
     return one != other and one[0] == other[0] and one[1] <= other[2] and other[1] <= one[2]

@@ -1,4 +1,4 @@
-"""What a model carries: every adapter on it, which of them acts, and switching between them."""
+"""Which adapters a model has, which of them is active, and switching between them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,25 +6,36 @@ from typing import Any
 
 from torch import nn
 
-from lora_lab.adapters.adapter import Adapter, AdapterError
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.recipe import AdapterError
 
 
+# A layer `fc1` with two adapters, and an nn.MultiheadAttention `attn` with one, are these modules:
+#   fc1.lora                                    Slot {"default": …, "second": …}, active "default"
+#   fc1.lora.default.weight                     LinearAdapter; its A has the state-dict key
+#                                               fc1.lora.default.weight.A
+#   attn.lora.default.in_proj_weight_q          WeightAdapter on a block of in_proj_weight
+# So the base's keys stay as they are, and each key with `lora` between its dots is an adapter's.
 class Slot(nn.ModuleDict):
-    """What a layer carries as its child `lora`: {adapter's name: {part of the layer: Adapter}}."""
+    """The child `lora` of an adapted layer: {adapter's name: {part of the layer: Adapter}}.
+
+    The part is "weight" for a factored adapter, and the parameter or its block for others.
+    """
 
     active: str | None = None
-    """The adapter that acts; None: the layer is its base."""
+    """The name of the adapter that acts; None: the layer is its base."""
 
-    def acting(self) -> list[Any]:
-        """The active adapters, or a pack's seats, that are not merged into the weight already."""
+    def active_adapters(self) -> list[Any]:
+        """The adapters (of a pack: PackedAdapters) that act and are not merged into the weight."""
         if self.active is None:
             return []
         parts: Any = self._modules[self.active]
-        return [adapter for adapter in parts._modules.values() if adapter.kept is None]
+        return [a for a in parts._modules.values() if a.weight_before_merge is None]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
         error_msgs: list[str] = args[-1]
-        if any(isinstance(m, Adapter) and m.kept is not None for m in self.modules()):
+        adapters = [module for module in self.modules() if isinstance(module, Adapter)]
+        if any(adapter.weight_before_merge is not None for adapter in adapters):
             error_msgs.append(
                 f"{prefix}: merged, and unmerge would undo what is loaded; unmerge first"
             )
@@ -32,20 +43,27 @@ class Slot(nn.ModuleDict):
 
 
 def all_adapters(model: nn.Module) -> dict[tuple[str, str], Adapter]:
-    """Every adapter in `model`, active or not, by its name and the name of its site."""
-    found = {}
+    """All adapters in `model`, active or not, by (adapter's name, site's name).
+
+    Not those that use the tensors of another layer's adapter.
+    """
+    adapters = {}
     for path, module in model.named_modules():
         if isinstance(module, Adapter) and module.source is None:
-            parts = path.split(".")
-            at = len(parts) - 3  # layer . lora . name . part
-            layer, (name, part) = ".".join(parts[:at]), parts[at + 1 :]
-            inside = part if module.kind == "weight" else ""
-            found[name, ".".join(filter(None, [layer, inside]))] = module
-    return found
+            *layer, _, name, part = path.split(".")  # layer . lora . name . part
+            site = [*layer, part] if module.kind == "weight" else layer
+            adapters[name, ".".join(site)] = module
+    return adapters
+
+
+def merged_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters that are merged into their weights, by site."""
+    adapters = all_adapters(model).items()
+    return {site: a for (_, site), a in adapters if a.weight_before_merge is not None}
 
 
 def attached(model: nn.Module, name: str | None = None) -> dict[str, Adapter]:
-    """The adapters of that `name`, or the active ones, by the names of their sites."""
+    """The adapters named `name`, or the active ones, by site."""
     slots = [m for m in model.modules() if isinstance(m, Slot) and m.active is not None]
     active = {id(a) for slot in slots for a in slot[slot.active].children()}  # pyright: ignore
     return {
@@ -55,12 +73,12 @@ def attached(model: nn.Module, name: str | None = None) -> dict[str, Adapter]:
     }
 
 
-def chosen(model: nn.Module, name: str | None) -> dict[str, Adapter]:
-    """As `attached`, but raises AdapterError where that is none."""
-    if made := attached(model, name):
-        return made
-    asked = "no adapter is active" if name is None else f"there is no adapter '{name}'"
-    raise AdapterError(f"{asked}; on the model: {', '.join(names(model)) or 'none'}")
+def require_attached(model: nn.Module, name: str | None) -> dict[str, Adapter]:
+    """As `attached`, but raises AdapterError where there is none."""
+    if adapters := attached(model, name):
+        return adapters
+    missing = "no adapter is active" if name is None else f"there is no adapter '{name}'"
+    raise AdapterError(f"{missing}; on the model: {', '.join(names(model)) or 'none'}")
 
 
 def names(model: nn.Module) -> list[str]:
@@ -69,12 +87,12 @@ def names(model: nn.Module) -> list[str]:
 
 
 def layer_path(site: str, adapter: Adapter) -> str:
-    """The name of the layer that a site is on."""
+    """The name of the layer that holds a site."""
     return site.rpartition(".")[0] if adapter.kind == "weight" else site
 
 
 def layer_of(model: nn.Module, site: str, adapter: Adapter) -> nn.Module:
-    """The layer that a site is on."""
+    """The layer that holds a site."""
     return model.get_submodule(layer_path(site, adapter))
 
 
@@ -92,24 +110,24 @@ def switch(model: nn.Module, name: str | None) -> None:
         if isinstance(module, Slot):
             module.active = name if name is not None and name in module else None
     for (other, _), adapter in all_adapters(model).items():
-        adapter.thaw(other == name)
+        adapter.set_trainable(other == name)
 
 
 def _check_unmerged(model: nn.Module) -> None:
     for (name, site), adapter in all_adapters(model).items():
-        if adapter.kept is not None:
+        if adapter.weight_before_merge is not None:
             raise AdapterError(f"the adapter '{name}' of '{site}' is merged: unmerge it first")
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within it the model is its base, bit for bit; after it, each adapter is as it was."""
+    """A context in which the model is its base, bit for bit; then adapters act as before."""
     _check_unmerged(model)
-    slots = {m: m.active for m in model.modules() if isinstance(m, Slot)}
-    for slot in slots:
+    active_by_slot = {m: m.active for m in model.modules() if isinstance(m, Slot)}
+    for slot in active_by_slot:
         slot.active = None
     try:
         yield
     finally:
-        for slot, active in slots.items():
+        for slot, active in active_by_slot.items():
             slot.active = active

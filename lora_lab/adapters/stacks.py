@@ -1,4 +1,4 @@
-"""Many runs' adapters on one site, their tensors side by side in one."""
+"""The adapters of several runs on one site, stacked in one adapter."""
 
 import copy
 from collections.abc import Mapping
@@ -10,70 +10,92 @@ from torch import Tensor
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.weight import WeightAdapter
 
-PADDED = 2**13
-"""Zeros that cost a step no more than the stack they save, at a few hundred rows on a CPU."""
+MAX_PADDING = 2**13
+"""Zeros that may be added to a stack so that it takes in runs of another rank.
+
+At a few hundred rows on a CPU they cost a step no more than the further stack would.
+"""
 
 
-def of_near_rank(run_adapters: list[Adapter]) -> list[list[Adapter]]:
-    """The neighbours that share a stack: of one rank, or padded to one by few enough zeros."""
-    parts: list[list[Adapter]] = []
-    for r, same in groupby(run_adapters, lambda member: member.r):
-        more, last = [*same], parts[-1] if parts else []
-        widest = max((member.r for member in last), default=0)
-        each = more[0].A.shape[-1] + more[0].B.shape[-2]
-        narrower = len(last) if r > widest else len(more)
-        if last and narrower * abs(r - widest) * each <= PADDED:
-            last += more
+def group_by_rank(run_adapters: list[Adapter]) -> list[list[Adapter]]:
+    """Splits the adapters of consecutive runs into those that share a stack.
+
+    Neighbours share one where they have the same rank, or where MAX_PADDING zeros suffice to pad
+    them to the highest. For ranks (1, 2, 2, 64) on a weight of 1024 × 1024 the first three share a
+    stack, which takes 2048 zeros. To pad them to rank 64 would take 380 928.
+    """
+    groups: list[list[Adapter]] = []
+    for r, neighbours in groupby(run_adapters, lambda adapter: adapter.r):
+        same_rank, previous = [*neighbours], groups[-1] if groups else []
+        highest = max((adapter.r for adapter in previous), default=0)
+        zeros_a_rank = same_rank[0].A.shape[-1] + same_rank[0].B.shape[-2]  # rest + out
+        padded_runs = len(previous) if r > highest else len(same_rank)
+        if previous and padded_runs * abs(r - highest) * zeros_a_rank <= MAX_PADDING:
+            previous += same_rank
         else:
-            parts.append(more)
-    return parts
+            groups.append(same_rank)
+    return groups
 
 
 class Stack:
-    """The adapters of k runs on one site as one `adapter`, whose tensors they are views of.
+    """The adapters of k runs on one site as one `adapter` with a dimension of runs.
 
-    Those of lower rank have zeros beside them, which take no gradient but zero. B is laid out as
-    r × out: thin products are several times faster with their long side contiguous.
+    Its tensors are new, and the runs' tensors become views of them. So a step of an optimizer on
+    the stack moves each run's adapter, and what is read or loaded there is the stack's.
+
+    Runs of a lower rank are padded with zeros. Three runs of ranks 1, 2 and 2 on a weight of
+    64 × 32:
+        A (3, 2, 32), where A[0, 1] is zeros, and the first run's A is the view A[0][:1] (1, 32)
+        B (3, 64, 2), where B[0, :, 1] is zeros, and the first run's B is the view B[0][:, :1]
+    The zeros stay zeros: the gradient of a row of A is by the same column of B, which is zero, and
+    the reverse.
+
+    `setting` is what else the runs of a stack have in common, as their optimizer's settings.
     """
 
     def __init__(self, run_adapters: list[Adapter], setting: object):
         self.run_adapters, self.setting = run_adapters, setting
-        self.adapter = copy.deepcopy(max(run_adapters, key=lambda member: member.r))
-        tensors = [member.tensors() for member in run_adapters]
+        self.adapter = copy.deepcopy(max(run_adapters, key=lambda adapter: adapter.r))
+        tensors = [adapter.tensors() for adapter in run_adapters]
         self.adapter.fill({name: _padded([t[name] for t in tensors]) for name in tensors[0]})
+        # The shape stays (k, out, r), the memory is laid out as (k, r, out): thin products are
+        # several times faster with their long side contiguous.
         self.adapter.B.data = self.adapter.B.data.mT.contiguous().mT
-        scales = [member.scale for member in run_adapters]
-        held = next(self.adapter.parameters())
-        self.scale = torch.tensor(scales, dtype=held.dtype, device=held.device)[:, None, None]
+        scales = [adapter.scale for adapter in run_adapters]
+        like = next(self.adapter.parameters())
+        self.scale = torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
         self.adapter.scale = self.scale  # pyright: ignore
         for name in tensors[0]:
             stacked = getattr(self.adapter, name).data
-            for i, member in enumerate(run_adapters):
-                own = getattr(member, name)
-                own.data = self.view_of_run(stacked, i, own)
+            for i, adapter in enumerate(run_adapters):
+                tensor = getattr(adapter, name)
+                tensor.data = self.view_of_run(stacked, i, tensor)
 
     @staticmethod
-    def view_of_run(stacked: Tensor, i: int, own: Tensor) -> Tensor:
-        """What run `i` has of a stacked tensor, or its like; in the shape of the run's `own`."""
-        return stacked[i][tuple(map(slice, own.shape))]
+    def view_of_run(stacked: Tensor, i: int, like: Tensor) -> Tensor:
+        """The part of a stacked tensor that is run `i`'s, without padding, in the shape of `like`.
 
-    def change(self, weight: Tensor) -> Tensor:
-        """The dense changes to a weight that no factored adapter fits: (k, *weight)."""
+        `stacked` may also be what belongs to a stacked tensor, as an optimizer's moment of it.
+        """
+        return stacked[i][tuple(map(slice, like.shape))]
+
+    def parameter_delta(self, weight: Tensor) -> Tensor:
+        """Each run's ΔW of a parameter that no factored adapter fits: (k, *weight)."""
         assert isinstance(self.adapter, WeightAdapter)
-        return self.adapter.change(weight)
+        return self.adapter.parameter_delta(weight)
 
 
-def unstack(run: Mapping[str, Adapter]) -> None:
-    """Gives a run's adapters tensors of their own again, laid out as they are alone."""
-    for adapter in run.values():
+def unstack(adapters_by_site: Mapping[str, Adapter]) -> None:
+    """Gives a run's adapters tensors of their own again, laid out as before they were stacked."""
+    for adapter in adapters_by_site.values():
         for name, tensor in adapter.tensors().items():
             getattr(adapter, name).data = tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(tensors: list[Tensor]) -> Tensor:
-    """Tensors of several ranks in one, (k, …), with zeros where the greatest has more."""
+    """Tensors of different ranks stacked in one, (k, …), with zeros beyond the lower ranks."""
     shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
     stacked = tensors[0].new_zeros(len(tensors), *shape)
-    for i, own in enumerate(tensors):
-        Stack.view_of_run(stacked, i, own).copy_(own)
+    for i, tensor in enumerate(tensors):
+        Stack.view_of_run(stacked, i, tensor).copy_(tensor)
     return stacked

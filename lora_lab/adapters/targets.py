@@ -1,4 +1,4 @@
-"""Which weights get an adapter: targets → sites, each with its recipe."""
+"""Which weights get an adapter: targets pick sites, and each site gets its recipe."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,27 +7,30 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lora_lab.adapters.adapter import AdapterError, Recipe
+from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import (
     ADAPTERS,
     KINDS,
     Site,
     adapter_class,
-    candidates,
-    overlap,
-    place_in_memory,
+    candidate_sites,
+    memory_span,
+    overlaps,
 )
 
 GROUPS = (*KINDS, "attention", "all")
-"""What a target can ask for: a kind, what belongs to attention whatever its kind, or everything."""
+"""What a target's `kind` can be: a kind of site, whatever belongs to attention, or all sites."""
+
+Span = tuple[int, int, int]
+"""Where a weight is in memory: see `memory_span`."""
 
 
 class TargetError(AdapterError):
-    """A target that picks no weight, or not the ones its writer can have meant."""
+    """A target that picks no weight, or not those that its writer can have meant."""
 
 
 class RankError(AdapterError):
-    """A rank that the weight cannot have."""
+    """A rank that exceeds what the weight can have."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Target:
 
     A name is that of a layer (`encoder.fc1`), of a parameter (`attn.in_proj_weight`) or of one of
     its blocks (`attn.in_proj_weight_q`). Names that fit a glob of `exclude` are left out. r, alpha,
-    dropout and init, where given, are these sites' own. `tied`: a weight that several layers share
-    is adapted, once and for all of them.
+    dropout and init, where given, replace the recipe's at these sites. With `tied` a weight that
+    several layers share is adapted, once for all of them; else it is an error.
     """
 
     kind: str = "all"
@@ -55,9 +58,9 @@ class Target:
         return of_kind and _fits(site, self.match) and not _fits(site, self.exclude)
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """`recipe` with what this target says of its own."""
-        own = {key: getattr(self, key) for key in ("r", "alpha", "dropout", "init")}
-        return replace(recipe, **{key: value for key, value in own.items() if value is not None})
+        """`recipe` with what this target sets instead."""
+        settings = {key: getattr(self, key) for key in ("r", "alpha", "dropout", "init")}
+        return replace(recipe, **{key: v for key, v in settings.items() if v is not None})
 
 
 def find_sites(
@@ -67,14 +70,39 @@ def find_sites(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> list[Site]:
-    """The sites that `targets` pick in `model`, in the model's own order.
+    """The sites that `targets` pick in `model`, in the model's order.
 
-    Works on a model on the meta device: no weight is read. With `recipe` every site has its own:
-    the recipe, over which goes what its target says, over which go the patterns ({glob: value},
-    the first that fits). Raises TargetError when a target or a pattern picks nothing, when two
-    targets pick one site, when a picked weight is tied to another layer's or is no parameter;
-    RankError when r is over a site's rank; AdapterError for a recipe that cannot be.
+    Works on a model on the meta device: no weight is read. With `recipe` each site gets a recipe:
+    what its target sets goes before `recipe`, and the patterns ({glob: value}, the first that fits)
+    go before both.
+
+    Raises TargetError when a target or a pattern picks nothing, when two targets pick one site,
+    when a picked weight is tied to another layer's or is no parameter; RankError when r exceeds a
+    site's rank; AdapterError for an invalid recipe.
     """
+    _check_targets(targets)
+    candidates = list(candidate_sites(model))
+    label_by_site = _pick(model, targets, candidates)
+    picked = [site for site in candidates if site.name in label_by_site]
+    patterns = {"r": rank_pattern or {}, "alpha": alpha_pattern or {}}
+    _check_patterns(patterns, picked)
+    names_by_span = _parameters_in_memory(model)
+    sites: list[Site] = []
+    taken: set[object] = set()
+    for site in picked:
+        layer, target = model.get_submodule(site.layer), targets[label_by_site[site.name]]
+        span, tied_to = _check_weight(site, layer, target, names_by_span)
+        if (span, site.rows) in taken:
+            continue  # tied on purpose, and adapted with the first layer that has it
+        taken.add((span, site.rows))
+        if recipe is not None:
+            site = replace(site, recipe=_site_recipe(site, target.recipe(recipe), patterns))
+            _check_recipe(site, layer)
+        sites.append(replace(site, tied_to=tied_to))
+    return sites
+
+
+def _check_targets(targets: Mapping[str, Target]) -> None:
     if not isinstance(targets, Mapping) or not all(
         isinstance(target, Target) for target in targets.values()
     ):
@@ -82,89 +110,96 @@ def find_sites(
             f"targets={targets!r}: must be one of {', '.join(GROUPS)}, or "
             "{label: Target(match=…)} with a glob on names"
         )
-    every = list(candidates(model))
-    picked: dict[str, str] = {}
+
+
+def _pick(
+    model: nn.Module, targets: Mapping[str, Target], candidates: Sequence[Site]
+) -> dict[str, str]:
+    """The names of the sites that the targets pick, each with the label of its target."""
+    label_by_site: dict[str, str] = {}
     for label, target in targets.items():
         if target.kind not in GROUPS:
             raise TargetError(
                 f"target '{label}': kind={target.kind!r} must be one of {', '.join(GROUPS)}"
             )
-        hits = [site.name for site in every if target.picks(site)]
-        if not hits:
-            raise TargetError(_no_match(label, target, model, every))
+        names = [site.name for site in candidates if target.picks(site)]
+        if not names:
+            raise TargetError(_reason_nothing_picked(label, target, model, candidates))
         for glob in (*_globs(target.match), *_globs(target.exclude)):
-            if not any(_fits(site, glob) for site in every):
+            if not any(_fits(site, glob) for site in candidates):
+                nearest = _nearest(glob, [site.name for site in candidates])
+                raise TargetError(f"target '{label}': '{glob}' fits no weight{nearest}")
+        for name in names:
+            if name in label_by_site:
                 raise TargetError(
-                    f"target '{label}': '{glob}' fits no weight{_nearest(glob, every)}"
-                )
-        for name in hits:
-            if name in picked:
-                raise TargetError(
-                    f"targets '{picked[name]}' and '{label}' both pick '{name}': "
+                    f"targets '{label_by_site[name]}' and '{label}' both pick '{name}': "
                     "a weight takes one adapter; leave one of the two out, or narrow its match"
                 )
-            picked[name] = label
-    patterns = {"r": rank_pattern or {}, "alpha": alpha_pattern or {}}
+            label_by_site[name] = label
+    return label_by_site
+
+
+def _check_patterns(patterns: Mapping[str, Mapping[str, float]], picked: Sequence[Site]) -> None:
     for pattern in (glob for globs in patterns.values() for glob in globs):
-        if not any(_fits(site, pattern) for site in every if site.name in picked):
-            raise TargetError(f"pattern '{pattern}' fits no site{_nearest(pattern, picked)}")
-    owners: dict[tuple[int, int, int], list[str]] = {}
+        if not any(_fits(site, pattern) for site in picked):
+            nearest = _nearest(pattern, [site.name for site in picked])
+            raise TargetError(f"pattern '{pattern}' fits no site{nearest}")
+
+
+def _parameters_in_memory(model: nn.Module) -> dict[Span, list[str]]:
+    """The names of the model's parameters by where they are in memory: several where tied."""
+    names_by_span: dict[Span, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not nn.parameter.is_lazy(parameter):
-            owners.setdefault(place_in_memory(parameter), []).append(name)
-    sites: list[Site] = []
-    taken: set[object] = set()
-    for site in every:
-        if site.name not in picked:
-            continue
-        label = picked[site.name]
-        place, tied = _checked(site, model.get_submodule(site.layer), targets[label], owners)
-        if (place, site.rows) in taken:
-            continue  # tied on purpose, and adapted with the first layer that has it
-        taken.add((place, site.rows))
-        if recipe is not None:
-            own = targets[label].recipe(recipe)
-            for key, globs in patterns.items():
-                fit = [value for glob, value in globs.items() if _fits(site, glob)]
-                own = replace(own, **{key: fit[0]}) if fit else own
-            _check_recipe(site, own, model.get_submodule(site.layer))
-            site = replace(site, recipe=own)
-        sites.append(replace(site, tied_to=tied))
-    return sites
+            names_by_span.setdefault(memory_span(parameter), []).append(name)
+    return names_by_span
 
 
-def _checked(
-    site: Site, layer: nn.Module, target: Target, owners: Mapping[tuple[int, int, int], list[str]]
-) -> tuple[object, tuple[str, ...]]:
-    """Where the site's weight is in memory, and which other parameters are the same."""
+def _check_weight(
+    site: Site, layer: nn.Module, target: Target, names_by_span: Mapping[Span, list[str]]
+) -> tuple[Span, tuple[str, ...]]:
+    """Where the site's weight is in memory, and the names of parameters tied to it.
+
+    Raises TargetError where it cannot be adapted.
+    """
     weight = layer._parameters.get(site.parameter)
     if weight is None:
         raise TargetError(
             f"the weight of '{site.name}' is no parameter but computed from others (a norm or "
             "another parametrization): exclude it by a glob"
         )
-    if why := adapter_class(layer).refusal(layer):
-        raise TargetError(f"'{site.name}' cannot be adapted: {why}, or exclude it by a glob")
-    place = place_in_memory(weight)
-    names = owners[place]
-    parts = [name for other in owners if overlap(place, other) for name in owners[other]]
+    if reason := adapter_class(layer).reason_not_adaptable(layer):
+        raise TargetError(f"'{site.name}' cannot be adapted: {reason}, or exclude it by a glob")
+    span = memory_span(weight)
+    names = names_by_span[span]
+    parts = [n for other in names_by_span if overlaps(span, other) for n in names_by_span[other]]
     if parts:
         raise TargetError(
             f"the weight of '{site.name}' shares some of its memory with {', '.join(parts)}: an "
             "adapter would change one and not the other; exclude it by a glob"
         )
     if len(names) == 1:
-        return place, ()
+        return span, ()
     if not target.tied:
         raise TargetError(
             f"the weight of '{site.name}' is tied ({' = '.join(names)}): an adapter would change "
             "one use of it and not the other; untie it first, exclude it by a glob, or say "
             "tied=true in the target, to adapt it once for all of them"
         )
-    return place, tuple(name for name in names if name != site.key)
+    return span, tuple(name for name in names if name != site.key)
 
 
-def _check_recipe(site: Site, recipe: Recipe, layer: nn.Module) -> None:
+def _site_recipe(site: Site, recipe: Recipe, patterns: Mapping[str, Mapping[str, float]]) -> Recipe:
+    """`recipe` with r and alpha of the first patterns that fit the site."""
+    for key, globs in patterns.items():
+        values = [value for glob, value in globs.items() if _fits(site, glob)]
+        recipe = replace(recipe, **{key: values[0]}) if values else recipe
+    return recipe
+
+
+def _check_recipe(site: Site, layer: nn.Module) -> None:
+    recipe = site.recipe
+    assert recipe is not None
     recipe.check()
     if recipe.r > min(site.shape):
         out, rest = site.shape
@@ -189,27 +224,28 @@ def _globs(globs: str | Sequence[str]) -> Sequence[str]:
     return [globs] if isinstance(globs, str) else globs
 
 
-def _nearest(glob: str, names: Iterable[Site | str]) -> str:
-    known = [name.name if isinstance(name, Site) else name for name in names]
-    return f"; nearest: {', '.join(difflib.get_close_matches(glob, known, n=3, cutoff=0.0))}"
+def _nearest(glob: str, names: Iterable[str]) -> str:
+    return f"; nearest: {', '.join(difflib.get_close_matches(glob, names, n=3, cutoff=0.0))}"
 
 
-def _no_match(label: str, target: Target, model: nn.Module, every: Sequence[Site]) -> str:
+def _reason_nothing_picked(
+    label: str, target: Target, model: nn.Module, candidates: Sequence[Site]
+) -> str:
     globs = list(_globs(target.match))
-    what = "weight" if target.kind in ("all", "weight") else f"{target.kind} weight"
-    of_kind = [site for site in every if replace(target, match="*", exclude=()).picks(site)]
+    noun = "weight" if target.kind in ("all", "weight") else f"{target.kind} weight"
+    of_kind = [site for site in candidates if replace(target, match="*", exclude=()).picks(site)]
     if not of_kind:
-        return f"target '{label}' picks nothing: the model has no {what}"
+        return f"target '{label}' picks nothing: the model has no {noun}"
     if any(_fits(site, globs) for site in of_kind):
         return f"target '{label}' picks nothing: its exclude leaves out all that its match picks"
-    other = [site for site in every if _fits(site, globs)]
-    if other:
-        shown = ", ".join(f"{site.name} ({site.kind})" for site in other[:3])
-        return f"target '{label}' picks no {what}, only {shown}"
+    of_other_kinds = [site for site in candidates if _fits(site, globs)]
+    if of_other_kinds:
+        shown = ", ".join(f"{site.name} ({site.kind})" for site in of_other_kinds[:3])
+        return f"target '{label}' picks no {noun}, only {shown}"
     layers = {n: m for n, m in model.named_modules() if n and any(fnmatchcase(n, g) for g in globs)}
     if layers and globs != ["*"]:
         shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in list(layers.items())[:3])
-        return f"target '{label}' picks no {what}, only {shown}"
+        return f"target '{label}' picks no {noun}, only {shown}"
     names = [site.name for site in of_kind]
     near = difflib.get_close_matches(globs[0], names, n=3, cutoff=0.0)
     return f"target '{label}' picks no weight; nearest names: {', '.join(near)}"

@@ -1,4 +1,4 @@
-"""The adapter of any other weight: a parameter of two or more dimensions, whoever reads it."""
+"""The adapter of all other weights: parameters of two or more dimensions, whoever reads them."""
 
 from functools import cache
 from typing import Any
@@ -8,17 +8,21 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 
-STACKED = {nn.MultiheadAttention: "qkv", nn.LSTM: "ifgo", nn.GRU: "rzn"}
-"""The blocks that are stacked in one parameter, in their order: each is a site of its own."""
+BLOCK_NAMES = {nn.MultiheadAttention: "qkv", nn.LSTM: "ifgo", nn.GRU: "rzn"}
+"""Layers that hold several matrices as blocks of rows of one parameter, with a letter for each.
+
+Each block is a site, as `in_proj_weight_q`, in the order in which torch stacks them.
+"""
 
 
 class WeightAdapter(Adapter):
-    """ΔW = scale · B A on `weight.flatten(1)` or one block of its rows, formed when it is read.
+    """ΔW = scale · B A on `weight.flatten(1)`, or on a block of its rows, formed when it is read.
 
-    The parameter stays where it is and under its own key; reading the attribute gives W + ΔW, in
-    the layer's own forward and in any other (nn.MultiheadAttention reads out_proj.weight and never
-    calls out_proj). Dense: it costs what full fine-tuning costs, and is right for every layer. One
-    dropout mask over A's columns, the input features, serves all that one reading is used for.
+    The parameter stays where it is, under its state-dict key. Reading the attribute gives W + ΔW,
+    in the layer's forward and anywhere else: nn.MultiheadAttention reads out_proj.weight and never
+    calls out_proj. This is right for all layers and costs what full fine-tuning costs, since ΔW is
+    formed. Dropout is on A's columns, the input features, with one mask each time the weight is
+    read.
     """
 
     kind = "weight"
@@ -26,12 +30,12 @@ class WeightAdapter(Adapter):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Any layer that no factored adapter fits."""
+        """Any layer: it is the last of the kinds, for layers that no factored adapter fits."""
         return True
 
     @staticmethod
-    def refusal(layer: nn.Module) -> str | None:
-        """What torch does to the weight itself in forward, or to its gradient."""
+    def reason_not_adaptable(layer: nn.Module) -> str | None:
+        """Layers that rewrite their weight in forward, or whose gradient is sparse, cannot be."""
         if getattr(layer, "max_norm", None) is not None:
             return "its max_norm rewrites the weight in every forward pass; set it to None"
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
@@ -39,86 +43,111 @@ class WeightAdapter(Adapter):
         return None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The whole parameter `weight` with this adapter's rows changed."""
-        return weight + self.change(weight)
+        """The parameter `weight`, all of it, with ΔW on this adapter's rows."""
+        return weight + self.parameter_delta(weight)
 
-    def change(self, weight: Tensor) -> Tensor:
-        """What is added to the whole parameter `weight`: (…, *weight), of each run of a stack."""
+    def parameter_delta(self, weight: Tensor) -> Tensor:
+        """ΔW in the shape of the full parameter `weight`, zero outside of this adapter's rows.
+
+        It is (k, *weight) where this adapter holds those of k runs.
+        """
         A, B = self.factors()
-        product = self.scale * B @ self.dropped_columns(A)
-        change = product.view(*product.shape[:-2], *self.shape).to(weight.dtype)
+        product = self.scale * B @ self.drop_columns(A)  # (*runs, rows, rest)
+        delta = product.view(*product.shape[:-2], *self.shape).to(weight.dtype)
         if self.rows is None:
-            return change
+            return delta
         before, after = self.rows[0], weight.shape[0] - self.rows[1]
-        return F.pad(change, [0, 0] * (weight.dim() - 1) + [before, after])
+        # F.pad takes the dimensions from the last to the first: none is padded but the rows.
+        return F.pad(delta, [0, 0] * (weight.dim() - 1) + [before, after])
 
-    def dropped_columns(self, A: Tensor) -> Tensor:
-        """A with some of its columns dropped."""
-        ones = A.new_ones(*A.shape[:-2], 1, A.shape[-1])
-        return A * self.dropped(ones) if self.recipe.dropout else A
+    def drop_columns(self, A: Tensor) -> Tensor:
+        """A with columns dropped in training, by the recipe's dropout."""
+        ones = A.new_ones(*A.shape[:-2], 1, A.shape[-1])  # (*runs, 1, rest)
+        return A * self.apply_dropout(ones) if self.recipe.dropout else A
 
 
-def blocks(layer: nn.Module, parameter: str, rows: int) -> dict[str, tuple[int, int] | None]:
-    """The sites of a parameter by their names: itself, or its blocks of rows."""
-    names = next((names for Kind, names in STACKED.items() if isinstance(layer, Kind)), "")
-    stacked = parameter.startswith(("in_proj_weight", "weight_ih", "weight_hh"))
-    if not names or not stacked:
+def row_blocks(layer: nn.Module, parameter: str, rows: int) -> dict[str, tuple[int, int] | None]:
+    """The sites of a parameter with this many rows, by name, each with its range of rows.
+
+    For `in_proj_weight` of 192 rows in nn.MultiheadAttention: {"in_proj_weight_q": (0, 64),
+    "in_proj_weight_k": (64, 128), "in_proj_weight_v": (128, 192)}. A parameter without blocks is
+    one site, with None for all rows.
+    """
+    letters = next(
+        (letters for kind, letters in BLOCK_NAMES.items() if isinstance(layer, kind)), ""
+    )
+    has_blocks = parameter.startswith(("in_proj_weight", "weight_ih", "weight_hh"))
+    if not letters or not has_blocks:
         return {parameter: None}
-    size = rows // len(names)
-    return {f"{parameter}_{gate}": (i * size, (i + 1) * size) for i, gate in enumerate(names)}
+    size = rows // len(letters)
+    return {f"{parameter}_{name}": (i * size, (i + 1) * size) for i, name in enumerate(letters)}
+
+
+# How reading `layer.weight` gives W + ΔW. An attribute of one object can be computed only by its
+# class, so the layer's class is swapped at run time for a subclass of itself, in which `weight` is
+# a property. For an nn.Bilinear:
+#   watch(layer, "weight")   type(layer) is now a subclass of nn.Bilinear, also named "Bilinear"
+#   layer.weight             the property: W from layer._parameters, + ΔW of the active adapter
+#   layer.state_dict()       still the key "weight" with W: it reads layer._parameters
+#   unwatch(layer)           type(layer) is nn.Bilinear again
+# torch's parametrizations swap the class in the same way. But they rename the parameter's key to
+# parametrizations.weight.original, and they refuse to be pickled.
 
 
 def watch(layer: nn.Module, parameter: str) -> None:
-    """From now on reading `parameter` of `layer` gives it with whatever adapters act on it."""
-    Base, watched = _unwatched(layer)
-    layer.__class__ = _watching(Base, tuple(sorted({*watched, parameter})))
+    """From now on reading `parameter` of `layer` gives it with the adapters that act on it."""
+    base_class, watched = _base_class(layer)
+    layer.__class__ = _watching_class(base_class, tuple(sorted({*watched, parameter})))
 
 
 def unwatch(layer: nn.Module) -> None:
-    """Reading gives the parameters themselves again."""
-    layer.__class__ = _unwatched(layer)[0]
+    """Undoes `watch`: reading gives the parameters themselves again."""
+    layer.__class__ = _base_class(layer)[0]
 
 
-def _unwatched(layer: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
+def _base_class(layer: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
+    """The layer's class before `watch`, and the parameters that are watched now."""
     return getattr(type(layer), "_watches", (type(layer), ()))
 
 
+# Cached, so that all layers of a class with the same watched parameters share one subclass.
 @cache
-def _watching(Base: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
-    """`Base`, but that reading one of `parameters` gives the adapted weight.
+def _watching_class(base_class: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of `base_class` in which each of `parameters` reads as the adapted weight."""
 
-    torch's own parametrizations do the same and rename the parameter's key in the state dict, and
-    refuse to be pickled.
-    """
-
-    def adapted(name: str) -> property:
+    def adapted_parameter(name: str) -> property:
         def read(layer: nn.Module) -> Any:
             weight = layer._parameters[name]
             slot: Any = layer._modules.get("lora")
             if weight is None or slot is None or layer.__dict__.get("_being_copied"):
                 return weight
-            for adapter in slot.acting():
+            for adapter in slot.active_adapters():
                 if adapter.parameter == name:
                     weight = adapter(weight)
             return weight
 
         return property(read)
 
+    # The subclass has no name that pickle could import. So a layer is pickled, and copied, as the
+    # call _blank(base_class, parameters), which builds the subclass again, and its state.
     def __reduce_ex__(layer: nn.Module, protocol: Any) -> Any:  # noqa: N807
-        # An LSTM keeps the weights it read last, which are no leaves: it reads them once more.
+        # An LSTM keeps the weights that it read last. These are results of W + ΔW, which cannot be
+        # copied, so it reads them once more while _being_copied makes reading give W.
         layer.__dict__["_being_copied"] = True
         try:
             getstate: Any = layer.__getstate__
             state = {k: v for k, v in getstate().items() if k != "_being_copied"}
         finally:
             del layer.__dict__["_being_copied"]
-        return _blank, (Base, parameters), state
+        return _blank, (base_class, parameters), state
 
-    members = {"_watches": (Base, parameters), "__reduce_ex__": __reduce_ex__}
-    members |= {"__module__": Base.__module__, "__qualname__": Base.__qualname__}
-    return type(Base.__name__, (Base,), {**members, **{n: adapted(n) for n in parameters}})
+    members = {"_watches": (base_class, parameters), "__reduce_ex__": __reduce_ex__}
+    members |= {"__module__": base_class.__module__, "__qualname__": base_class.__qualname__}
+    members |= {name: adapted_parameter(name) for name in parameters}
+    return type(base_class.__name__, (base_class,), members)
 
 
-def _blank(Base: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
-    Watching = _watching(Base, parameters)
-    return Watching.__new__(Watching)
+def _blank(base_class: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
+    """A layer of the watching subclass without its state, which pickle sets next."""
+    watching_class = _watching_class(base_class, parameters)
+    return watching_class.__new__(watching_class)

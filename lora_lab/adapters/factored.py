@@ -1,0 +1,65 @@
+"""Adapters that change the output of their layer, so that ΔW is never formed in training."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.adapter import Adapter
+
+StackedTensors = Sequence[Tensor]
+"""A tensor for each stack of a `Pack`: (k, …) for the k runs whose adapters are one stack."""
+
+
+class FactoredAdapter(Adapter):
+    """An adapter that adds scale · B (A x) to the output of its layer, in a forward hook.
+
+    ΔW is never formed in training. The adapter computes in the dtype of the layer's output. A kind
+    of layer says what A and B do to its input: `down` applies A, `up` applies B and adds the
+    output. `down_stacked` and `up_stacked` do the same for the runs of a `Pack`.
+    """
+
+    def forward(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
+        """The layer's output with W + ΔW, from its `input` and its `output` with W."""
+        A, B = self.factors()
+        if A.dtype != output.dtype:
+            A, B = A.to(output.dtype), B.to(output.dtype)
+        adapted = self.up(layer, self.down(layer, input, A), B, output)
+        if self.magnitude is None:
+            return adapted
+        # DoRA scales the rows of W + ΔW and not the bias: gain · (adapted − bias) + bias. As a sum
+        # onto `adapted` it adds exactly nothing at the start, where the gain is 1.
+        bias = getattr(layer, "bias", None)
+        linear = adapted if bias is None else adapted - self.align_with_output(bias, output)
+        gain = self.row_gain(self.weight_of(layer)).to(output.dtype)
+        return adapted + (self.align_with_output(gain, output) - 1) * linear
+
+    def align_with_output(self, values: Float[Tensor, "*runs out"], output: Tensor) -> Tensor:
+        """One value for each output feature, in a shape that broadcasts over `output`."""
+        return values
+
+    @abstractmethod
+    def down(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+        """A applied to the layer's input: r numbers where the layer gives `out`."""
+
+    @abstractmethod
+    def up(self, layer: nn.Module, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
+        """`output` + scale · B applied to `hidden`, which `down` gave."""
+
+    @abstractmethod
+    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+        """`down` for the k runs of one stack, with A (k, r, rest).
+
+        `input` is (k, …), or (1, …) where the runs share it. Gives (k, …).
+        """
+
+    @abstractmethod
+    def up_stacked(
+        self, layer: nn.Module, hidden: StackedTensors, B: StackedTensors, output: Tensor
+    ) -> Tensor:
+        """`up` for all runs of a pack: `hidden` and `B` have a tensor for each stack.
+
+        Each B (k, out, r) is already multiplied by the scale. `output` is (runs, …), or (1, …)
+        where the runs share it. Gives (runs, …).
+        """

@@ -1,0 +1,150 @@
+"""One layer's adapter as PEFT's tensors, and PEFT's tensors as an adapter.
+
+PEFT's LoRA has lora_A and lora_B where ours has A and B. Their shapes differ for convolutions. A
+Conv2d with 6 output channels, 4 input channels, 2 groups and kernel size 3, with r = 2:
+
+- ours: A (r, in/groups · k…) = (2, 18), B (out, r) = (6, 2)
+- PEFT: lora_A (r', in, k…) = (4, 4, 3, 3), lora_B (out, r'/groups, 1…) = (6, 2, 1, 1), where r' is
+  groups · r. lora_A is a convolution without groups, so here it is block diagonal: each group's r
+  filters, which are all the same A, have zeros in the channels of the other groups.
+"""
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.recipe import AdapterError, Recipe
+from lora_lab.adapters.sites import Site, adapter_class
+
+TENSOR_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+EMBEDDING_TENSOR_KEYS = {**TENSOR_KEYS, "A": "lora_embedding_A", "B": "lora_embedding_B"}
+
+
+def tensor_keys(kind: str) -> dict[str, str]:
+    """PEFT's keys of A, B and the magnitude in a layer of this kind."""
+    return EMBEDDING_TENSOR_KEYS if kind == "embedding" else TENSOR_KEYS
+
+
+def alpha_for_scale(scale: float, r: int, rslora: bool) -> float:
+    """The alpha with which alpha/r, or with rslora alpha/√r, is `scale`, or the next float to it.
+
+    It is rounded to 9 digits where that gives exactly `scale`.
+    """
+    divisor = math.sqrt(r) if rslora else r
+    alpha = scale * divisor
+    if round(alpha, 9) / divisor == scale:
+        alpha = round(alpha, 9)
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def to_peft(layer: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's A, B and magnitude in PEFT's shapes.
+
+    A is (groups · r, in, k…), B (out, r, 1…) and the magnitude (out,), of a convolution (1, out,
+    1…).
+    """
+    A, B = (factor.detach() for factor in adapter.factors())
+    groups, kernel = _groups_and_kernel(layer)
+    filters = A.reshape(1, len(A), -1, *kernel).expand(groups, -1, -1, *kernel)
+    tensors = {"A": _block_diagonal(filters), "B": B.reshape(*B.shape, *[1] * len(kernel))}
+    if adapter.magnitude is not None:
+        magnitude = adapter.magnitude.detach()
+        tensors["magnitude"] = magnitude.view(1, -1, *[1] * len(kernel)) if kernel else magnitude
+    return tensors
+
+
+def from_peft(
+    site: Site, layer: nn.Module, peft_tensors: dict[str, Tensor], config: dict[str, Any]
+) -> tuple[Site, Adapter]:
+    """The site with its recipe, and its adapter, from PEFT's tensors of one layer and its config.
+
+    Raises AdapterError where their shapes do not fit, or their product is no ΔW of this layer.
+    """
+    r = _first_match(config["rank_pattern"], site.name, config["r"])
+    alpha = _first_match(config["alpha_pattern"], site.name, config["lora_alpha"])
+    rslora, dora = config["use_rslora"], config["use_dora"]
+    scale = alpha / (math.sqrt(r) if rslora else r)
+    _check_shapes(site, layer, peft_tensors, r, dora)
+    weight = layer.get_parameter(site.parameter)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    tensors = {
+        part: peft_tensors[key].to(weight.device, dtype)
+        for part, key in tensor_keys(site.kind).items()
+        if dora or part != "magnitude"
+    }
+    groups, kernel = _groups_and_kernel(layer)
+    tensors["A"], tensors["B"] = _factors(tensors["A"], tensors["B"], groups, kernel)
+    if dora:
+        tensors["magnitude"] = tensors["magnitude"].flatten()
+    r = len(tensors["A"])
+    recipe = Recipe(
+        r,
+        alpha_for_scale(scale, r, rslora),
+        dropout=0.0 if site.kind == "embedding" else config["lora_dropout"],  # PEFT's has none
+        scaling="alpha/sqrt(r)" if rslora else "alpha/r",
+        dora=dora,
+    )
+    adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
+    adapter.scale = scale
+    return replace(site, recipe=recipe), adapter.fill(tensors)
+
+
+def _check_shapes(
+    site: Site, layer: nn.Module, peft_tensors: dict[str, Tensor], r: int, dora: bool
+) -> None:
+    """Raises AdapterError unless the tensors have PEFT's keys and shapes for this layer."""
+    out, rest = site.shape[::-1] if site.kind == "embedding" else site.shape
+    groups, kernel = _groups_and_kernel(layer)
+    ones, keys = [1] * len(kernel), tensor_keys(site.kind)
+    inputs = groups * rest // math.prod(kernel)
+    wanted = {keys["A"]: [r, inputs, *kernel], keys["B"]: [out, r // groups, *ones]}
+    if dora:
+        wanted[keys["magnitude"]] = [1, out, *ones] if kernel else [out]
+    if (shapes := {key: list(tensor.shape) for key, tensor in peft_tensors.items()}) != wanted:
+        raise AdapterError(f"tensors must be {wanted}, they are {shapes}")
+
+
+def _factors(
+    peft_A: Tensor, peft_B: Tensor, groups: int, kernel: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Our A (r, rest) and B (out, r) of PEFT's.
+
+    Groups that have different filters in PEFT's A share an A of rank groups · r here, with a block
+    diagonal B. Groups with the same filters, as `to_peft` writes them, have rank r again.
+    """
+    r_by_group, each = len(peft_A) // groups, torch.arange(groups)
+    # (groups · r, groups · channels, k…): of the blocks (group, r, group, channels, k…) those on
+    # the diagonal → (groups, r, channels, k…)
+    A = peft_A.view(groups, r_by_group, groups, -1, *kernel)[each, :, each]
+    B = peft_B.view(groups, -1, r_by_group)  # (groups, out/groups, r)
+    if not torch.equal(_block_diagonal(A), peft_A):
+        raise AdapterError("A takes channels of other groups, so ΔW is no weight of this layer")
+    same = bool((A[0] == A).all())
+    rest = A[0, 0].numel()
+    return (A[0] if same else A).reshape(-1, rest), B.flatten(0, 1) if same else _block_diagonal(B)
+
+
+def _groups_and_kernel(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
+    """A convolution's groups and kernel size; 1 and () for other layers."""
+    is_conv = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return (layer.groups, layer.kernel_size) if is_conv else (1, ())
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """(groups, a, b, k…) → (groups · a, groups · b, k…), with zeros off the diagonal of blocks."""
+    groups, a, b, *kernel = blocks.shape
+    each = torch.arange(groups)
+    dense = blocks.new_zeros(groups, a, groups, b, *kernel)
+    dense[each, :, each] = blocks
+    return dense.view(groups * a, groups * b, *kernel)
+
+
+def _first_match(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first of `patterns` that matches this path by PEFT's rule."""
+    values = [v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
+    return values[0] if values else default

@@ -1,0 +1,56 @@
+"""How an adapter is built: its rank, scale, init and what of it trains."""
+
+import math
+from dataclasses import dataclass
+
+from lora_lab.adapters.init import INITS
+from lora_lab.adapters.scaling import SCALINGS
+
+TRAINS = ("both", "zero", "core")
+"""What trains of an adapter.
+
+- "both": both factors.
+- "zero": only the factor that starts at zero, which is B, or A of an embedding. The other one keeps
+  the values it was drawn with (LoRA-FA, Zhang et al. 2023).
+- "core": only an r × r core between two frozen factors (LoRA-XS, Bałazy et al. 2024).
+"""
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be built, loaded, merged or switched as requested."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is built: all choices but the place where it sits.
+
+    `init` is a key of INITS, `scaling` a key of SCALINGS, `trains` one of TRAINS. `dropout` is the
+    probability with which an input feature of the adapter is dropped in training.
+    """
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    init: str = "kaiming"
+    scaling: str = "alpha/r"
+    trains: str = "both"
+    dora: bool = False
+
+    def check(self) -> None:
+        """Raises AdapterError for a choice that does not exist or does not go with another."""
+        if type(self.r) is not int or self.r < 1:
+            raise AdapterError(f"r={self.r!r}: must be an integer of at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise AdapterError(f"alpha={self.alpha}: must be more than 0")
+        for name, table in (("init", INITS), ("scaling", SCALINGS), ("trains", TRAINS)):
+            if getattr(self, name) not in table:
+                value = getattr(self, name)
+                raise AdapterError(f"{name}={value!r}: must be one of {', '.join(table)}")
+        if not 0 <= self.dropout < 1:
+            raise AdapterError(f"dropout={self.dropout}: must be at least 0 and less than 1")
+        if self.trains == "core" and not INITS[self.init].from_weight:
+            able = ", ".join(name for name, init in INITS.items() if init.from_weight)
+            raise AdapterError(
+                f"trains=core with init={self.init}: B is zero, so no core could move ΔW; "
+                f"take an init from the weight: {able}"
+            )
