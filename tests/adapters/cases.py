@@ -1,4 +1,4 @@
-"""The one table of layers and variants that every adapter test runs over."""
+"""The table of layers and variants that all adapter tests run over, and what they build of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Layer:
 
 
 class Doubled(nn.Linear):
-    """A Linear with a forward of its own."""
+    """A Linear with another forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)

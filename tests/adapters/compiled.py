@@ -1,6 +1,7 @@
 """`python -m tests.adapters.compiled`: factored adapters under torch.compile, without a break.
 
-Every layer with LoRA, and every variant of the first layer; with `all`, every pair of them.
+All layers with LoRA, and all variants of the first layer; with `all`, all pairs of them. The truth
+is the same model without compilation.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Tensors here are tiny: two threads would spend their time waiting for each other."""
+"""One thread for each test: tensors here are tiny, and threads would wait for each other."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def elsewhere() -> Iterator[None]:
-    """In place of every test's own folder: thousands of them here write nothing."""
+    """Replaces the folder that other tests get each: the thousands of tests here write nothing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

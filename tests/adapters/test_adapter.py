@@ -1,4 +1,11 @@
-"""What every adapter must be, over the whole table of kinds and variants."""
+"""What all adapters have in common, over the table of kinds and variants in cases.py.
+
+Tested are ΔW, outputs, gradients, merge, detach, copies, dropout and inits. The truth is the plain
+layer called with the weight W + ΔW, ΔW written out from the papers' formulas in float64, gradcheck,
+and the moments of the distributions that inits draw from.
+
+Run: make test ARGS=tests/adapters/test_adapter.py
+"""
 
 import copy
 import pickle
@@ -90,7 +97,7 @@ def test_the_rank_of_delta(case: Case):
 
 @every_case
 def test_gradients_are_the_changed_weights_chained_to_the_factors(case: Case):
-    """dL/dW of a plain layer at W + ΔW, then through ΔW's own formula."""
+    """dL/dW of a plain layer at W + ΔW, then through the formula of ΔW."""
     model, x = case.build(), case.inputs()
     parameters = trained(model)
     y = model(*x)
@@ -253,8 +260,8 @@ def test_dropout_is_on_in_training_alone_and_right_in_the_mean(case: Case):
     model, x = case.plain(), case.inputs()
     adapters.attach(model, "all", **case.how, dropout=0.5)
     move(model)
-    whole = case.build()
-    assert torch.equal(model.eval()(*x), whole(*x))
+    without_dropout = case.build()
+    assert torch.equal(model.eval()(*x), without_dropout(*x))
     torch.manual_seed(0)
     one, other = model.train()(*x), model(*x)
     assert not torch.equal(one, other)
@@ -322,7 +329,7 @@ def test_the_padding_tokens_change_stays_zero(variant: str):
     case = case_of("embedding-padding", variant)
     model = case.plain()
     with torch.no_grad():
-        model.site.weight[2] = 1.0  # a pretrained table need not have zeros there
+        model.site.weight[2] = 1.0  # a pretrained table may have other than zeros in that row
     case.attach(model)
     optimizer = torch.optim.AdamW(trained(model), lr=0.1)
     for _ in range(3):

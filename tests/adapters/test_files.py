@@ -1,4 +1,10 @@
-"""Adapters saved and loaded, and what is said of files that do not fit."""
+"""Adapters saved and loaded, and the errors for files that do not fit.
+
+The truth is the model that was saved (outputs equal bit for bit), and the files read back with
+safetensors and json.
+
+Run: make test ARGS=tests/adapters/test_files.py
+"""
 
 import json
 from pathlib import Path
@@ -94,8 +100,8 @@ def test_another_base_is_an_error(tmp_path: Path):
 
 def edit(tmp_path: Path, **changes: torch.Tensor | None) -> None:
     tensors = {**load_file(tmp_path / "adapter.safetensors"), **changes}
-    kept = {k: v for k, v in tensors.items() if v is not None}
-    save_file(kept, tmp_path / "adapter.safetensors")
+    remaining = {k: v for k, v in tensors.items() if v is not None}
+    save_file(remaining, tmp_path / "adapter.safetensors")
 
 
 @pytest.mark.parametrize(

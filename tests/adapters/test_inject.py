@@ -1,4 +1,10 @@
-"""Several adapters on one base: switching, disabling, combining; and tied weights."""
+"""Several adapters on one base, tied weights, costs, and what else a model with adapters must do.
+
+The truth is the outputs from before a switch, a plain model with W + ΔW in its weights, numbers
+counted by hand, and the state that torch's Adam holds.
+
+Run: make test ARGS=tests/adapters/test_inject.py
+"""
 
 import copy
 import pickle
@@ -154,7 +160,7 @@ def test_a_tied_weight_takes_plain_factors_alone(how: dict):
     assert all(p.requires_grad for p in tied.parameters())
 
 
-def test_the_count_of_the_third_text():
+def test_the_count_for_one_large_layer_at_rank_1():
     """d × k = 1000 × 5000 at r = 1: 6,000 parameters against 5,000,000."""
     model = nn.Linear(5000, 1000, bias=False)
     adapters.attach(model, r=1, alpha=1)
@@ -181,11 +187,11 @@ def test_optimizer_bytes_are_adams():
 def test_lora_plus_groups():
     model = nn.ModuleDict({"embed": nn.Embedding(9, 5), "fc": nn.Linear(5, 4)})
     adapters.attach(model, "all", r=2, alpha=1)
-    made = adapters.attached(model)
+    attached = adapters.attached(model)
     slow, fast = adapters.parameter_groups(model, 0.1, ratio=16.0)
     assert (slow["lr"], fast["lr"]) == (0.1, 1.6)
-    assert [id(p) for p in fast["params"]] == [id(made["embed"].A), id(made["fc"].B)]
-    assert [id(p) for p in slow["params"]] == [id(made["embed"].B), id(made["fc"].A)]
+    assert [id(p) for p in fast["params"]] == [id(attached["embed"].A), id(attached["fc"].B)]
+    assert [id(p) for p in slow["params"]] == [id(attached["embed"].B), id(attached["fc"].A)]
     assert slow["weight_decay"] == fast["weight_decay"] == 0
 
 

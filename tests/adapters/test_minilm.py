@@ -1,4 +1,9 @@
-"""A pretrained transformer, fine-tuned on real sentences, out to PEFT and into its own weights."""
+"""A pretrained transformer, fine-tuned on real sentences, exported to PEFT, and merged.
+
+The truth is PEFT's outputs with the exported folder, and the model before export.
+
+Run: make test-slow ARGS=tests/adapters/test_minilm.py
+"""
 
 import copy
 import re
@@ -26,10 +31,12 @@ def pairs(count: int) -> tuple[list[str], list[str]]:
     first, second = [], []
     for _, text in sorted(topics.items()):
         prose = " ".join(text.split())
-        found = [s for s in re.split(r"(?<=[.!?]) ", prose) if 40 < len(s) < 120 and "**" not in s]
-        if len(found) >= 2:
-            first.append(found[0])
-            second.append(found[1])
+        sentences = [
+            s for s in re.split(r"(?<=[.!?]) ", prose) if 40 < len(s) < 120 and "**" not in s
+        ]
+        if len(sentences) >= 2:
+            first.append(sentences[0])
+            second.append(sentences[1])
     assert len(first) >= count
     return first[:count], second[:count]
 

@@ -1,4 +1,11 @@
-"""Runs that are computed in one pass must be what each is on a model of its own."""
+"""Packs: the runs that are computed in one pass must be what each is by itself.
+
+Tested are outputs, gradients, optimizer steps, dropout, what is shared, and what is refused. The
+truth is each run's model, computed separately in float64 with the same factors, a count of floating
+point operations by hand, and the distribution of dropout masks.
+
+Run: make test ARGS=tests/adapters/test_packed.py
+"""
 
 import copy
 from collections.abc import Sequence
@@ -14,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lora_lab import adapters
 from lora_lab.adapters import stacks
-from lora_lab.adapters.pack import Pack, copy_sharing_weights, refusal
+from lora_lab.adapters.pack import Pack, copy_sharing_weights, reason_not_packable
 from lora_lab.models.cnn import CNN
 from lora_lab.models.mlp import MLP
 from lora_lab.models.transformer import Transformer
@@ -50,31 +57,31 @@ def four(how: dict[str, Any]) -> list[dict[str, Any]]:
 def models(
     base: nn.Module, runs: Sequence[dict[str, Any]], target: Any = "all", far: float = 1.0
 ) -> list[nn.Module]:
-    """A model for each run, of the base's own weights, moved as training could, so far."""
-    made = [copy_sharing_weights(base) for _ in runs]
-    for i, (model, run) in enumerate(zip(made, runs, strict=True)):
+    """A model for each run, with the base's weights and an adapter that is moved by `far`."""
+    run_models = [copy_sharing_weights(base) for _ in runs]
+    for i, (model, run) in enumerate(zip(run_models, runs, strict=True)):
         adapters.attach(model, target, **run)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         move(model, seed=10 + i)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data.lerp_(start[name], 1 - far)
-    return made
+    return run_models
 
 
-def pack(base: nn.Module, made: Sequence[nn.Module]) -> Pack:
-    return Pack(base, [adapters.attached(model) for model in made])
+def pack(base: nn.Module, run_models: Sequence[nn.Module]) -> Pack:
+    return Pack(base, [adapters.attached(model) for model in run_models])
 
 
-def gradient(pack: Pack, own: Tensor) -> Tensor:
-    """That of one run's tensor, of which the pack's parameter must hold the memory."""
+def gradient(pack: Pack, run_tensor: Tensor) -> Tensor:
+    """The gradient of one run's tensor, which must lie in the memory of a parameter of the pack."""
     for parameter in pack.parameters():
-        whole = parameter.untyped_storage()
-        if parameter.requires_grad and whole.data_ptr() == own.untyped_storage().data_ptr():
+        memory, run_memory = parameter.untyped_storage(), run_tensor.untyped_storage()
+        if parameter.requires_grad and memory.data_ptr() == run_memory.data_ptr():
             assert parameter.grad is not None
             laid = torch.empty_like(parameter).copy_(parameter.grad)  # in the same memory layout
-            at = own.storage_offset() - parameter.storage_offset()
-            return laid.detach().as_strided(own.shape, own.stride(), at)
+            offset = run_tensor.storage_offset() - parameter.storage_offset()
+            return laid.detach().as_strided(run_tensor.shape, run_tensor.stride(), offset)
     raise AssertionError("a run's tensor is no view of the pack's")
 
 
@@ -83,33 +90,33 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 def as_each_alone(
-    base: nn.Module, made: Sequence[nn.Module], *inputs: Tensor, exact: float = EXACT
+    base: nn.Module, run_models: Sequence[nn.Module], *inputs: Tensor, exact: float = EXACT
 ) -> None:
-    """The pack's outputs and gradients, beside those of every run's own model."""
-    alone = [copy.deepcopy(model) for model in made]
-    packed = pack(base, made)
+    """The pack's outputs and gradients, beside those of each run's model."""
+    alone = [copy.deepcopy(model) for model in run_models]
+    packed = pack(base, run_models)
     outputs = packed(*inputs)
-    assert len(outputs) == len(made)
+    assert len(outputs) == len(run_models)
     wanted = [model(*inputs) for model in alone]
     weights = torch.randn_like(wanted[0])
     (outputs * weights).sum().backward()
     for i, (model, want) in enumerate(zip(alone, wanted, strict=True)):
         assert apart(outputs[i], want) <= exact, i
         (want * weights).sum().backward()
-        own = dict(made[i].named_parameters())
+        run_parameters = dict(run_models[i].named_parameters())
         trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert trains
         for name, parameter in trains.items():
             assert parameter.grad is not None
-            got = gradient(packed, own[name])
+            got = gradient(packed, run_parameters[name])
             assert apart(got, parameter.grad) <= exact or parameter.grad.norm() < 1e-12, (i, name)
     assert not [p for p in packed.base.parameters() if p.requires_grad and p.grad is None]
     # No run is what another is: were one computed in another's place, it would have been seen.
     assert all(apart(a, b) > 1e-6 for i, a in enumerate(wanted) for b in wanted[:i] if b.norm() > 0)
 
 
-def no_pass(case: Case) -> str | None:
-    """Why a case cannot be packed: in words that the error has."""
+def reason_not_packed(case: Case) -> str | None:
+    """Words of the error for a case that cannot be packed; None for one that can."""
     if case.layer.name in NO_VMAP:
         return "Batching rule not implemented"
     if case.layer.name == "embedding-freq":
@@ -119,35 +126,35 @@ def no_pass(case: Case) -> str | None:
     return None
 
 
-@cases_where(lambda case: no_pass(case) is None)
-def test_each_is_what_it_is_alone(case: Case):
+@cases_where(lambda case: reason_not_packed(case) is None)
+def test_each_run_is_what_it_is_alone(case: Case):
     base = case.plain()
     as_each_alone(base, models(base, four(case.how)), *case.inputs())
 
 
-@cases_where(lambda case: no_pass(case) is not None)
-def test_or_it_says_why_it_cannot_be(case: Case):
-    base, why = case.plain(), no_pass(case)
-    made = models(base, four(case.how))
+@cases_where(lambda case: reason_not_packed(case) is not None)
+def test_a_case_that_cannot_be_packed_is_an_error_with_the_reason(case: Case):
+    base, why = case.plain(), reason_not_packed(case)
+    run_models = models(base, four(case.how))
     error = RuntimeError if case.layer.name in NO_VMAP else adapters.AdapterError
     with pytest.raises(error, match=why):
-        pack(base, made)(*case.inputs())
+        pack(base, run_models)(*case.inputs())
 
 
 def test_most_cases_are_packed():
-    assert sum(no_pass(case) is None for case in CASES) > len(CASES) * 0.85
+    assert sum(reason_not_packed(case) is None for case in CASES) > len(CASES) * 0.85
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_runs_that_cannot_be_a_pack_are_refused():
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)).double()
 
     def why(*runs: dict[str, Any]) -> str | None:
-        made = []
+        run_models = []
         for run in runs:
-            made.append(copy_sharing_weights(base))
+            run_models.append(copy_sharing_weights(base))
             target = run.pop("target", "linear")
-            adapters.attach(made[-1], target, **{"r": 2, "alpha": 1.0, **run})
-        return refusal(base, [adapters.attached(model) for model in made])
+            adapters.attach(run_models[-1], target, **{"r": 2, "alpha": 1.0, **run})
+        return reason_not_packable(base, [adapters.attached(model) for model in run_models])
 
     first = {"target": {"some": adapters.Target(match="0")}}
     assert why({}, {"r": 3, "alpha": 2.0, "seed": 4, "init": "gaussian"}) is None
@@ -173,13 +180,13 @@ class Tied(nn.Module):
 def test_adapters_that_are_tied_are_refused():
     seeded(0)
     base = Tied().double()
-    made = models(base, four({}), {"both": adapters.Target(tied=True)})
+    run_models = models(base, four({}), {"both": adapters.Target(tied=True)})
     with pytest.raises(adapters.AdapterError, match="tied"):
-        pack(base, made)
+        pack(base, run_models)
 
 
 class Masked(nn.Module):
-    """BERT, told which tokens are there."""
+    """BERT with a mask for padding tokens."""
 
     def __init__(self, attention: str):
         super().__init__()
@@ -197,7 +204,7 @@ class Masked(nn.Module):
 
 
 class Attending(nn.Module):
-    """Self-attention, causal, by torch's own layer."""
+    """Causal self-attention by torch's layer."""
 
     def __init__(self, bias: bool = True):
         super().__init__()
@@ -268,7 +275,7 @@ VARIED: dict[str, dict[str, Any]] = {
 }
 
 
-def whole(name: str) -> tuple[nn.Module, Tensor]:
+def base_and_input(name: str) -> tuple[nn.Module, Tensor]:
     seeded(0)
     make, x, _ = MODELS[name]
     return make().double().eval(), x.double() if x.is_floating_point() else x
@@ -277,24 +284,24 @@ def whole(name: str) -> tuple[nn.Module, Tensor]:
 DENSE = {(name, target) for name in ("encoder", "attention") for target in ("all", "attention")}
 DENSE |= {("convs", "all"), ("convs", "weight")}
 """Targets with a weight that no DoRA is for."""
-WHOLE = [
+MODEL_CASES = [
     (name, target, how)
-    for name, (*_, every) in MODELS.items()
-    for target in every
+    for name, (*_, targets) in MODELS.items()
+    for target in targets
     for how in VARIED
     if how != "dora" or (name, target) not in {*DENSE, ("bert-eager", "all")}
 ]
 
 
-@pytest.mark.parametrize(("name", "target", "how"), WHOLE)
+@pytest.mark.parametrize(("name", "target", "how"), MODEL_CASES)
 def test_whole_models(name: str, target: str, how: str):
-    base, x = whole(name)
+    base, x = base_and_input(name)
     as_each_alone(base, models(base, four(VARIED[how]), target, far=0.1), x)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "encoder"])
 def test_in_single_precision(name: str):
-    base, x = whole(name)
+    base, x = base_and_input(name)
     base, x = base.float(), x.float() if x.is_floating_point() else x
     as_each_alone(base, models(base, four({}), far=0.1), x, exact=1e-4)
 
@@ -303,28 +310,28 @@ def test_in_single_precision(name: str):
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "encoder", "convs"])
 def test_runs_of_many_ranks_and_of_one_run(name: str, zeros: int, monkeypatch: pytest.MonkeyPatch):
     """In a stack for each rank, in some, and in one that is padded."""
-    monkeypatch.setattr(stacks, "PADDED", zeros)
-    base, x = whole(name)
+    monkeypatch.setattr(stacks, "MAX_PADDING", zeros)
+    base, x = base_and_input(name)
     ranks = (3, 1, 1, 2, 1, 3, 3, 2)
     runs = [{"r": r, "alpha": 1.0 + i, "seed": i} for i, r in enumerate(ranks)]
     # Far away attention is all on one place, and its gradient rounding.
     far = 0.1 if name in ("transformer", "encoder") else 1.0
-    made = models(base, runs, far=far)
-    as_each_alone(base, made, x)
-    counts = [len(seat.stacks) for seat in pack(base, made).seats]
+    run_models = models(base, runs, far=far)
+    as_each_alone(base, run_models, x)
+    counts = [len(packed.stacks) for packed in pack(base, run_models).packed_adapters]
     assert {0: min(counts) == 6, 50: 1 <= min(counts) < 6, 10**9: max(counts) == 1}[zeros]
     as_each_alone(base, models(base, runs[3:4], far=far), x)
 
 
 def test_a_rank_of_its_own_at_every_site():
-    base, x = whole("mlp")
+    base, x = base_and_input("mlp")
     first, *_, last = adapters.attached(models(base, four({}))[0])
     runs = four({})
     runs[0]["rank_pattern"], runs[1]["alpha_pattern"] = {first: 4}, {last: 7.0}
     as_each_alone(base, models(base, runs), x)
 
 
-@cases_where(lambda c: c.variant in ("lora", "pissa", "dora") and no_pass(c) is None)
+@cases_where(lambda c: c.variant in ("lora", "pissa", "dora") and reason_not_packed(c) is None)
 def test_at_the_start_every_run_gives_what_the_base_gives(case: Case):
     base, x = case.plain(), case.inputs()
     wanted = base(*x)
@@ -338,11 +345,11 @@ def test_at_the_start_every_run_gives_what_the_base_gives(case: Case):
     [*(("mlp", by) for by in ELEMENTWISE_OPTIMIZERS), ("transformer", "SGD"), ("encoder", "SGD")],
 )
 def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str, by: str):
-    """Three steps on the pack's parameters, beside three on each run's own. Padding stays zero."""
-    base, x = whole(name)
-    made = models(base, four({}), far=0.1)
-    alone = [copy.deepcopy(model) for model in made]
-    packed, make = pack(base, made), partial(getattr(torch.optim, by), lr=0.01)
+    """Three steps on the pack's parameters, beside three on each run's. Padding stays zero."""
+    base, x = base_and_input(name)
+    run_models = models(base, four({}), far=0.1)
+    alone = [copy.deepcopy(model) for model in run_models]
+    packed, make = pack(base, run_models), partial(getattr(torch.optim, by), lr=0.01)
     make = make if by == "Rprop" else partial(make, weight_decay=0.01)
     optimizer = make([p for p in packed.parameters() if p.requires_grad])
     for _ in range(3):
@@ -350,35 +357,35 @@ def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str, by: str):
         packed(x).square().flatten(1).mean(1).sum().backward()
         optimizer.step()
     for model in alone:
-        own = make([p for p in model.parameters() if p.requires_grad])
+        run_optimizer = make([p for p in model.parameters() if p.requires_grad])
         for _ in range(3):
-            own.zero_grad()
+            run_optimizer.zero_grad()
             model(x).square().mean().backward()
-            own.step()
+            run_optimizer.step()
     outputs = packed(x)
-    for i, (model, other) in enumerate(zip(made, alone, strict=True)):
+    for i, (model, other) in enumerate(zip(run_models, alone, strict=True)):
         assert apart(model(x), other(x)) <= EXACT
         assert apart(outputs[i], other(x)) <= EXACT
         changes = zip(adapters.deltas(model).values(), adapters.deltas(other).values(), strict=True)
         assert all(apart(a, b) <= EXACT for a, b in changes)
     for _, stack in packed.stacks:
         for name, tensor in stack.adapter.tensors().items():
-            own = sum(member.tensors()[name].abs().sum().item() for member in stack.run_adapters)
-            assert tensor.abs().sum().item() == pytest.approx(own, rel=1e-12)
+            of_runs = sum(a.tensors()[name].abs().sum().item() for a in stack.run_adapters)
+            assert tensor.abs().sum().item() == pytest.approx(of_runs, rel=1e-12)
 
 
 def test_the_base_has_no_gradient_and_stays():
-    base, x = whole("mlp")
+    base, x = base_and_input("mlp")
     before = copy.deepcopy(base.state_dict())
-    made = models(base, four({}))
-    packed = pack(copy_sharing_weights(base), made)
+    run_models = models(base, four({}))
+    packed = pack(copy_sharing_weights(base), run_models)
     packed(x).sum().backward()
-    own = [p for name, p in packed.base.named_parameters() if "lora" not in name.split(".")]
-    assert len(own) == len(before)
-    assert not any(p.requires_grad or p.grad is not None for p in own)
+    of_base = [p for name, p in packed.base.named_parameters() if "lora" not in name.split(".")]
+    assert len(of_base) == len(before)
+    assert not any(p.requires_grad or p.grad is not None for p in of_base)
     assert all(torch.equal(base.state_dict()[key], value) for key, value in before.items())
-    # No weight is there twice.
-    assert {p.data_ptr() for p in own} == {p.data_ptr() for p in base.parameters()}
+    # No weight is held twice.
+    assert {p.data_ptr() for p in of_base} == {p.data_ptr() for p in base.parameters()}
 
 
 def flops(packed: nn.Module, x: Tensor) -> int:
@@ -391,8 +398,8 @@ def flops(packed: nn.Module, x: Tensor) -> int:
 def test_what_precedes_the_first_adapter_is_computed_once(
     padded: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """And each product of an adapter costs its own rank, or the one it is padded to."""
-    monkeypatch.setattr(stacks, "PADDED", 10**9 if padded else 0)
+    """And each product of an adapter costs its rank, or the one it is padded to."""
+    monkeypatch.setattr(stacks, "MAX_PADDING", 10**9 if padded else 0)
     rows, widths, ranks = 8, (16, 32, 24, 10), (1, 2, 2, 5)
     layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
     base = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).double()
@@ -406,8 +413,8 @@ def test_what_precedes_the_first_adapter_is_computed_once(
         return 2 * rows * (n * max(ranks) if padded else sum(ranks)) * (widths[i] + widths[i + 1])
 
     def cost(match: list[str]) -> int:
-        made = models(base, runs, {"some": adapters.Target(match=match)})
-        return flops(pack(copy_sharing_weights(base), made), x)
+        run_models = models(base, runs, {"some": adapters.Target(match=match)})
+        return flops(pack(copy_sharing_weights(base), run_models), x)
 
     assert cost(["4"]) == dense(0) + dense(1) + dense(2) + thin(2)
     assert cost(["2"]) == dense(0) + dense(1) + n * dense(2) + thin(1)
@@ -418,13 +425,16 @@ def test_what_precedes_the_first_adapter_is_computed_once(
 
 def test_the_shared_part_of_a_language_model_is_computed_once():
     """With adapters on the head alone it costs less than two models, whatever the runs."""
-    base, x = whole("transformer")
+    base, x = base_and_input("transformer")
     runs = [{"r": 1, "alpha": 1.0, "seed": i} for i in range(8)]
     last = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)][-1]
     target = {"head": adapters.Target(match=last)}
-    made = models(base, runs, target)
+    run_models = models(base, runs, target)
     with torch.no_grad():
-        alone, all_runs = flops(made[0], x), flops(pack(copy_sharing_weights(base), made), x)
+        alone, all_runs = (
+            flops(run_models[0], x),
+            flops(pack(copy_sharing_weights(base), run_models), x),
+        )
     assert all_runs < 2 * alone
 
 
@@ -458,25 +468,25 @@ def test_every_run_drops_its_own(kind: str, p: float):
     weight = cast(Any, base.layer).weight
     r = weight[0].numel()
     runs = [{"r": r, "alpha": 1.0, "scaling": "alpha", "dropout": p, "seed": 0}] * 4
-    made = models(base, runs, far=0.0)
-    for model in made:
+    run_models = models(base, runs, far=0.0)
+    for model in run_models:
         (adapter,) = adapters.attached(model).values()
         adapter.A.data.copy_(torch.eye(r))
         adapter.B.data.copy_(torch.eye(r).repeat(adapter.B.shape[0] // r, 1))
-    packed = pack(base, made)
+    packed = pack(base, run_models)
     seeded(0)
     outputs = packed.train()(x)
     assert all(apart(a, b) > 0.1 for i, a in enumerate(outputs) for b in outputs[:i])
     if kind == "embedding":  # the numbers looked up: one column each
         outputs = outputs.diagonal(dim1=-2, dim2=-1) if outputs.dim() == 4 else outputs
         outputs = torch.stack([output[torch.arange(len(x)), x] for output in outputs])
-    kept = outputs != 0
-    torch.testing.assert_close(outputs[kept], torch.full_like(outputs[kept], 1 / (1 - p)))
-    for mask in kept:
+    passed = outputs != 0
+    torch.testing.assert_close(outputs[passed], torch.full_like(outputs[passed], 1 / (1 - p)))
+    for mask in passed:
         n = mask.numel()
         assert abs(mask.double().mean() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5
     again = packed(x)
-    assert apart(again.flatten(), packed(x).flatten()) > 0.1  # another mask in every pass
+    assert apart(again.flatten(), packed(x).flatten()) > 0.1  # another mask in each pass
     still = packed.eval()(x)
     assert torch.equal(still, packed(x))
     assert all(torch.equal(output, still[0]) for output in still)
@@ -490,20 +500,20 @@ def test_a_run_without_dropout_is_untouched_by_the_others(kind: str):
     base, x = case.plain(), case.inputs()
     runs = four({})
     runs[0]["dropout"] = runs[2]["dropout"] = 0.5
-    made = models(base, runs)
-    alone = [copy.deepcopy(model).train()(*x) for model in made]
-    outputs = pack(base, made).train()(*x)
+    run_models = models(base, runs)
+    alone = [copy.deepcopy(model).train()(*x) for model in run_models]
+    outputs = pack(base, run_models).train()(*x)
     assert apart(outputs[1], alone[1]) <= EXACT
     assert apart(outputs[3], alone[3]) <= EXACT
 
 
 def test_dropout_upstream_is_the_runs_own_too():
     """Behind the first adapter runs share nothing: with the same seed they still differ."""
-    base, x = whole("mlp")
-    made = models(base, [{"r": 2, "alpha": 2.0, "dropout": 0.5, "seed": 1}] * 3, far=0.0)
-    for model in made:
+    base, x = base_and_input("mlp")
+    run_models = models(base, [{"r": 2, "alpha": 2.0, "dropout": 0.5, "seed": 1}] * 3, far=0.0)
+    for model in run_models:
         move(model, seed=1)
-    outputs = pack(base, made).train()(x)
+    outputs = pack(base, run_models).train()(x)
     assert all(apart(a, b) > 1e-3 for i, a in enumerate(outputs) for b in outputs[:i])
 
 
@@ -513,6 +523,6 @@ def test_a_models_own_dropout_is_drawn_for_each_run(before: bool):
     seeded(0)
     layers = [nn.Dropout(0.5), nn.Linear(8, 8)]
     base = nn.Sequential(*(layers if before else layers[::-1])).double()
-    made = models(base, [{"r": 2, "alpha": 2.0}] * 3, far=0.0)
-    outputs = pack(base, made).train()(torch.randn(6, 8).double())
+    run_models = models(base, [{"r": 2, "alpha": 2.0}] * 3, far=0.0)
+    outputs = pack(base, run_models).train()(torch.randn(6, 8).double())
     assert all(apart(a, b) > 0.1 for i, a in enumerate(outputs) for b in outputs[:i])

@@ -1,4 +1,9 @@
-"""PEFT as the independent truth: the same numbers, and each other's folders."""
+"""Adapters beside PEFT's: the same outputs and gradients, and each reads the other's folders.
+
+The truth is PEFT itself, its layers with the same factors and its models from saved folders.
+
+Run: make test ARGS=tests/adapters/test_peft.py
+"""
 
 import copy
 import json
@@ -68,7 +73,7 @@ def holding(layer: nn.Module, name: str = "site") -> Any:
 
 
 class Net(nn.Module):
-    """Layers of every kind, with names that end alike."""
+    """Layers of all kinds, with names that end alike."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +140,7 @@ def relative(value: Tensor, truth: Tensor) -> float:
 
 
 def from_peft(base: nn.Module, folder: Path) -> Any:
-    """PEFT's model of that folder, with every tensor found."""
+    """PEFT's model of that folder; a tensor that is missing there is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         return PeftModel.from_pretrained(base, str(folder)).eval()
@@ -172,18 +177,18 @@ def test_outputs_and_gradients_are_pefts(kind: Kind, dora: bool):
     if dora:
         pairs.append((adapter.magnitude, layer.lora_magnitude_vector["default"].weight))
     with torch.no_grad():
-        for own, peers in pairs:
-            own.copy_(peers.view(own.shape))
+        for parameter, peft_parameter in pairs:
+            parameter.copy_(peft_parameter.view(parameter.shape))
     y, truth = ours(x), theirs(x)
     assert relative(y, truth) < 1e-6
     assert relative(y, layer.base_layer(x)) > 1e-2
     target = torch.randn_like(truth)
     (y - target).square().mean().backward()
     (truth - target).square().mean().backward()
-    for own, peers in pairs:
-        assert own.grad is not None
-        assert peers.grad.abs().max() > 1e-4
-        assert relative(own.grad, peers.grad.view(own.shape)) < 1e-6
+    for parameter, peft_parameter in pairs:
+        assert parameter.grad is not None
+        assert peft_parameter.grad.abs().max() > 1e-4
+        assert relative(parameter.grad, peft_parameter.grad.view(parameter.shape)) < 1e-6
 
 
 # Our folders in PEFT, and back.
@@ -250,21 +255,21 @@ def test_every_way_loads_in_peft_and_back(how: dict[str, Any], tmp_path: Path):
     save_peft(ours, tmp_path)
     theirs = from_peft(net(), tmp_path)
     assert relative(outputs(theirs, x), y) < 1e-5
-    made = adapters.attached(ours)
+    attached = adapters.attached(ours)
     adapted = {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "scaling")}
     assert {n: m.scaling["default"] for n, m in adapted.items()} == pytest.approx(
-        {site: adapter.scale for site, adapter in made.items()}, rel=3e-16, abs=0
+        {site: adapter.scale for site, adapter in attached.items()}, rel=3e-16, abs=0
     )
     again = net()
     sites = load_peft(again, tmp_path)
     assert relative(outputs(again, x), y) < 1e-6
-    assert {site.name for site in sites} == set(made)
+    assert {site.name for site in sites} == set(attached)
     for site, adapter in adapters.attached(again).items():
         delta, truth = adapters.deltas(again)[site], adapters.deltas(ours)[site]
         assert relative(delta, truth) < 1e-6
-        assert adapter.scale == pytest.approx(made[site].scale, rel=3e-16, abs=0)
-        assert adapter.r == len(made[site].factors()[0])
-        assert adapter.recipe.dropout == (made[site].recipe.dropout if site != "embed" else 0)
+        assert adapter.scale == pytest.approx(attached[site].scale, rel=3e-16, abs=0)
+        assert adapter.r == len(attached[site].factors()[0])
+        assert adapter.recipe.dropout == (attached[site].recipe.dropout if site != "embed" else 0)
 
 
 @pytest.mark.parametrize("r", [1, 3, 7])
@@ -277,10 +282,10 @@ def test_the_scale_is_the_same_number(alpha: float, r: int, tmp_path: Path):
         save_peft(ours, tmp_path)
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert scaling == "alpha" or config["lora_alpha"] == alpha
-        found = from_peft(base, tmp_path).base_model.model.fc.scaling["default"]
+        peft_scale = from_peft(base, tmp_path).base_model.model.fc.scaling["default"]
         scale = adapters.attached(ours)["fc"].scale
         # Not every float is the quotient of another and r: then it is the next one.
-        assert abs(found - scale) <= (math.ulp(scale) if scaling == "alpha" else 0)
+        assert abs(peft_scale - scale) <= (math.ulp(scale) if scaling == "alpha" else 0)
 
 
 def test_one_of_several_and_a_combination_of_them(tmp_path: Path):
@@ -414,11 +419,11 @@ def test_a_grouped_convolution_of_blocks_that_peft_saved(tmp_path: Path):
 
 
 def test_the_scale_is_pefts_also_where_the_rank_is_not(tmp_path: Path):
-    """Of rank groups · 7 there, of rank 7 here, and its alpha is not always a third of PEFT's."""
+    """It has rank groups · 7 in PEFT and 7 here, where alpha is not always a third of PEFT's."""
     tensors = {"lora_A.weight": torch.zeros(21, 6, 3), "lora_B.weight": torch.zeros(6, 7, 1)}
     for alpha in range(1, 30):
-        found = {f"base_model.model.site.{key}": tensor for key, tensor in tensors.items()}
-        write(tmp_path, found, r=21, lora_alpha=alpha)
+        named = {f"base_model.model.site.{key}": tensor for key, tensor in tensors.items()}
+        write(tmp_path, named, r=21, lora_alpha=alpha)
         model = holding(nn.Conv1d(6, 6, 3, groups=3))
         load_peft(model, tmp_path)
         adapter = adapters.attached(model)["site"]
@@ -439,7 +444,7 @@ def padded() -> nn.Embedding:
     return layer
 
 
-OTHERWISE: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
+DIFFERS_IN_PEFT: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
     "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), False, r"dilation=\(2,\)"),
     "dilation-same": (
         lambda: nn.Conv2d(4, 6, 3, dilation=2, padding="same"),
@@ -467,8 +472,8 @@ OTHERWISE: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", OTHERWISE.values(), ids=OTHERWISE)
-def test_layers_that_peft_has_otherwise_are_not_saved(case: Any, tmp_path: Path):
+@pytest.mark.parametrize("case", DIFFERS_IN_PEFT.values(), ids=DIFFERS_IN_PEFT)
+def test_layers_that_peft_computes_differently_are_not_saved(case: Any, tmp_path: Path):
     make, dora, says = case
     model = nn.ModuleDict({"right": nn.Linear(3, 3), "site": make()})
     adapters.attach(model, "all", r=1, alpha=1, dora=dora)
@@ -477,8 +482,8 @@ def test_layers_that_peft_has_otherwise_are_not_saved(case: Any, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", OTHERWISE.values(), ids=OTHERWISE)
-def test_layers_that_peft_has_otherwise_are_not_loaded(case: Any, tmp_path: Path):
+@pytest.mark.parametrize("case", DIFFERS_IN_PEFT.values(), ids=DIFFERS_IN_PEFT)
+def test_layers_that_peft_computes_differently_are_not_loaded(case: Any, tmp_path: Path):
     make, dora, says = case
     model = holding(make())
     tensors = {f"lora_{part}.weight": torch.zeros(1, 1) for part in "AB"}
@@ -491,7 +496,7 @@ def test_what_peft_makes_of_those_layers():
     """The refusals are needed: PEFT's outputs are not those of the weight that it would merge."""
     for name in ("dilation-same", "reflect", "circular", "subclass"):
         torch.manual_seed(0)
-        make, _, _ = OTHERWISE[name]
+        make, _, _ = DIFFERS_IN_PEFT[name]
         base = holding(make())
         x = torch.randn(2, 4, 8, 8)[tuple([slice(None)] * base.site.weight.dim() + [0] * 4)[:4]]
         theirs = peft_of(copy.deepcopy(base), target_modules=["site"])

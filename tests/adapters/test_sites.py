@@ -1,4 +1,9 @@
-"""Targets: what they pick, and what is said when they pick nothing that can be meant."""
+"""Which sites targets pick, with which recipe, and the errors where they pick none.
+
+The truth is small models whose sites, shapes and numbers of parameters are written out by hand.
+
+Run: make test ARGS=tests/adapters/test_sites.py
+"""
 
 import subprocess
 import sys
@@ -29,7 +34,7 @@ def test_sites_are_in_the_models_order_with_their_matrix():
     ]
 
 
-def test_find_works_on_the_meta_device():
+def test_find_sites_works_on_the_meta_device():
     with torch.device("meta"):
         assert len(adapters.find_sites(model(), {"linear": Target("linear")}, Recipe(3, 1.0))) == 3
 
@@ -230,12 +235,12 @@ def test_a_targets_own_settings_and_patterns_over_them():
         ("fc2", (4, 8.0)),
         ("head", (3, 1.5)),
     ]
-    made = adapters.attached(one)
-    assert [a.scale for a in made.values()] == [8 / 5, 2.0, 0.5]
-    assert [a.recipe.dropout for a in made.values()] == [0.5, 0.5, 0.0]
-    assert [a.recipe.init for a in made.values()] == ["gaussian", "gaussian", "kaiming"]
+    attached = adapters.attached(one)
+    assert [a.scale for a in attached.values()] == [8 / 5, 2.0, 0.5]
+    assert [a.recipe.dropout for a in attached.values()] == [0.5, 0.5, 0.0]
+    assert [a.recipe.init for a in attached.values()] == ["gaussian", "gaussian", "kaiming"]
     assert [s.trainable_parameters for s in sites] == [5 * 14, 4 * 16, 3 * 11]
-    counted = {n: sum(p.numel() for p in a.parameters()) for n, a in made.items()}
+    counted = {n: sum(p.numel() for p in a.parameters()) for n, a in attached.items()}
     assert counted == {s.name: s.trainable_parameters for s in sites}
 
 
@@ -245,8 +250,9 @@ def test_a_site_counts_what_trains(trains: str, dora: bool):
     one = nn.ModuleDict({"e": nn.Embedding(9, 5), "l": nn.Linear(4, 7), "c": nn.Conv2d(3, 4, 2)})
     sites = adapters.attach(one, "all", r=2, alpha=1, init="svd", trains=trains, dora=dora)
     for site in sites:
-        made = adapters.attached(one)[site.name].parameters()
-        assert site.trainable_parameters == sum(p.numel() for p in made if p.requires_grad), site
+        parameters = adapters.attached(one)[site.name].parameters()
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        assert site.trainable_parameters == trained, site
 
 
 def test_a_pattern_that_fits_nothing_is_an_error():
@@ -311,8 +317,8 @@ def test_a_model_without_its_weights_is_an_error():
         adapters.attach(nn.Linear(3, 3, device="meta"), r=1, alpha=1)
 
 
-def test_what_is_no_target_or_share_is_said():
-    """In a process of its own: here jaxtyping would say it first."""
+def test_arguments_of_a_wrong_type_are_errors():
+    """In another process: here jaxtyping would raise an error first."""
     program = """
 from torch import nn
 from lora_lab import adapters

@@ -1,4 +1,9 @@
-"""What people put models through: adapters must be the same there as in a plain forward pass."""
+"""Adapters under torch.compile, autocast, checkpointing, vmap, torch's fast path, DDP and FSDP.
+
+The truth is the same model in a plain forward pass, or in one process.
+
+Run: make test ARGS=tests/adapters/test_works_under.py
+"""
 
 import subprocess
 import sys
@@ -19,10 +24,10 @@ from tests.adapters.two_processes import everything, step
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("which", [[], pytest.param(["all"], marks=pytest.mark.slow)], ids=str)
-def test_compile_without_a_graph_break(which: list[str]):
-    """In a process of its own: the type checks of the tests' import hook cannot be compiled."""
-    command = [sys.executable, "-m", "tests.adapters.compiled", *which]
+@pytest.mark.parametrize("options", [[], pytest.param(["all"], marks=pytest.mark.slow)], ids=str)
+def test_compile_without_a_graph_break(options: list[str]):
+    """In another process: the type checks of the tests' import hook cannot be compiled."""
+    command = [sys.executable, "-m", "tests.adapters.compiled", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -59,7 +64,7 @@ def test_vmap_is_not_for_plain_recurrent_layers_either(case: Case):
     plain, x = case.plain(), case.inputs()
     stacked = {key: torch.stack([value, value]) for key, value in plain.named_parameters()}
     with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-        vmap(lambda own: functional_call(plain, own, x))(stacked)
+        vmap(lambda parameters: functional_call(plain, parameters, x))(stacked)
 
 
 @cases_where(lambda case: case.variant == "lora" and case.layer.name not in NO_VMAP)
@@ -78,20 +83,20 @@ def test_vmap_over_adapters_of_one_base(case: Case):
     }
     base = models[0]
 
-    def one(own: dict[str, Tensor]) -> Tensor:
-        return functional_call(base, own, x)
+    def one_run(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(base, parameters, x)
 
-    y = vmap(one)(stacked)
+    y = vmap(one_run)(stacked)
     alone = [model(*x) for model in models]
     torch.testing.assert_close(y, torch.stack(alone), rtol=1e-10, atol=1e-10)
     y.square().sum().backward()
     for i, model in enumerate(models):
         alone[i].square().sum().backward()
         for key, value in stacked.items():
-            grad, own = value.grad, dict(model.named_parameters())[key].grad
-            if own is not None:
+            grad, expected = value.grad, dict(model.named_parameters())[key].grad
+            if expected is not None:
                 assert grad is not None
-                torch.testing.assert_close(grad[i], own, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(grad[i], expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("targets", ["all", "linear", "attention"])
@@ -115,7 +120,7 @@ def test_the_eval_fast_path_of_a_transformer_encoder_sees_the_adapters(targets: 
 
 
 def test_two_processes_are_one(tmp_path: Path):
-    """Half the batch in each of two gloo processes gives the whole batch's step."""
+    """Half the batch in each of two gloo processes gives the step of the full batch."""
     mp.spawn(two_processes.work, (str(tmp_path),), nprocs=2)  # pyright: ignore
     for way, targets in two_processes.WAYS.items():
         model = everything(targets)

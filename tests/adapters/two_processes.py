@@ -47,7 +47,7 @@ def work(rank: int, folder: str) -> None:
         state = of(model, torch.randn(4, 5).double()[2 * rank :][:2])
         if rank == 0:
             torch.save(state, f"{folder}/{way}.pt")
-    gc.collect()  # DDP's reducer has threads of its own, and must go before the group
+    gc.collect()  # DDP's reducer has threads, and must go before the group
     dist.barrier()  # and no process before the other has all it was sent
     dist.destroy_process_group()
 

@@ -27,12 +27,12 @@ from tests.adapters.test_packed import (
     EXACT,
     MODELS,
     apart,
+    base_and_input,
     four,
     gradient,
     models,
-    no_pass,
     pack,
-    whole,
+    reason_not_packed,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -75,7 +75,7 @@ def check_against_single_runs(base: nn.Module, run_models: list[nn.Module], x: T
 @cases_where(
     lambda case: (
         case.variant == ("dora" if case.layer.name == "linear" else "lora")
-        and no_pass(case) is None
+        and reason_not_packed(case) is None
         and len(case.inputs()) == 1
     )
 )
@@ -101,13 +101,13 @@ def test_a_linear_layers_bias_is_added_within_its_product():
     [(name, targets[0]) for name, (*_, targets) in MODELS.items() if "bert" not in name],
 )
 def test_models_of_many_layers(name: str, target: str):
-    base, x = whole(name)
+    base, x = base_and_input(name)
     check_against_single_runs(base, models(base, four({}), target, far=0.1), x)
 
 
 def test_a_model_that_branches_on_its_mask_is_not_recorded(caplog: pytest.LogCaptureFixture):
     """Hugging Face's BERT leaves out a mask that masks nothing."""
-    base, x = whole("bert")
+    base, x = base_and_input("bert")
     run_models = models(base, four({}), "attention", far=0.1)
     step, y = RecordedStep(pack(base, run_models), F.mse_loss), torch.randn_like(run_models[0](x))
     with caplog.at_level(logging.INFO, "lora_lab"):
@@ -118,7 +118,7 @@ def test_a_model_that_branches_on_its_mask_is_not_recorded(caplog: pytest.LogCap
 
 
 def step_with_dropout(dropout: float) -> tuple[Pack, RecordedStep, Tensor]:
-    base, x = whole("mlp")
+    base, x = base_and_input("mlp")
     runs = [{"r": 2, "alpha": 2.0, "dropout": dropout, "seed": i} for i in range(3)]
     packed = pack(base, models(base, runs)).train()
     return packed, RecordedStep(packed, F.mse_loss), x
