@@ -38,9 +38,7 @@ class Pack(nn.Module):
     Raises AdapterError for runs that cannot be a pack (`reason_not_packable`).
     """
 
-    def __init__(
-        self, base: nn.Module, runs: Sequence[RunAdapters], settings: Sequence[object] = ()
-    ):
+    def __init__(self, base: nn.Module, runs: Sequence[RunAdapters], settings: Sequence[Any] = ()):
         super().__init__()
         if reason := reason_not_packable(base, runs):
             raise AdapterError(reason)
@@ -63,7 +61,7 @@ class Pack(nn.Module):
         # As children, they follow the pack's train() and eval(), and are among its parameters().
         self.stacked_adapters = nn.ModuleList(stack.adapter for _, stack in self.stacks)
 
-    def _stack_runs(self, site: str, settings: Sequence[object]) -> list[Stack]:
+    def _stack_runs(self, site: str, settings: Sequence[Any]) -> list[Stack]:
         """Stacks the runs' adapters on one site, in the order of the runs."""
         pairs = zip(self.runs, settings, strict=True)
         keys = [(run[site].recipe.dropout, setting) for run, setting in pairs]
@@ -85,7 +83,9 @@ class Pack(nn.Module):
         """The outputs of all runs for one batch: (runs, …)."""
         dense = [packed for packed in self.packed_adapters if packed.kind == WeightAdapter.kind]
         deltas = [
-            torch.cat([stack.parameter_delta(packed.base_weight()) for stack in packed.stacks])
+            torch.cat(
+                [stack.adapter.parameter_delta(packed.base_weight()) for stack in packed.stacks]
+            )
             for packed in dense
         ]  # (runs, *weight) for each parameter that is adapted where it is read
 
@@ -117,18 +117,20 @@ class PackedAdapter(nn.Module):
         self.base_weight: Callable[[], Any] = partial(layer._parameters.get, first.parameter)
 
     def forward(self, *args: Any) -> Tensor:
-        """As the adapter's forward, for the one run that vmap shows: with (weight,) it is given
-        the weight with ΔW, with (layer, input, output) the layer's output with W + ΔW."""
+        """As the forward of the adapter, for the one run that vmap shows.
+
+        (weight,) → the weight + ΔW where it is adapted where it is read; of a factored adapter
+        (layer, input, output) → the layer's output with W + ΔW.
+        """
         if self.kind == WeightAdapter.kind:
             (weight,) = args
             return weight + self.run_delta
         return adapt_layer(self, *args)
 
     def adapt_all_runs(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
-        """The layer's outputs in all runs (runs, …), from its input and the base's output.
+        """The layer's outputs in all runs, (runs, …): FactoredAdapter.forward, stack by stack.
 
-        These are (runs, …), or (1, …) where all runs share them. It is FactoredAdapter.forward,
-        stack by stack.
+        `input` and `output` are the layer's with W: (runs, …), or (1, …) where all runs share them.
         """
         hidden, B, gains = [], [], []
         adapter: Any = None
@@ -148,7 +150,7 @@ class PackedAdapter(nn.Module):
             return adapted
         bias = getattr(layer, "bias", None)
         linear = adapted if bias is None else adapted - adapter.align_with_output(bias, output)
-        # (runs, out) → (runs, out, 1…) for a convolution → (runs, 1…, out, 1…) over the batch
+        # (runs, out) → of a convolution (runs, out, 1…) → over the batch (runs, 1…, out, 1…)
         gain = adapter.align_with_output(torch.cat(gains).to(output.dtype), output)
         gain = gain.view(len(gain), *[1] * (adapted.dim() - gain.dim()), *gain.shape[1:])
         return adapted + (gain - 1) * linear

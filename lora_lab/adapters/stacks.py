@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.weight import WeightAdapter
 
 MAX_PADDING = 2**13
 """Zeros that may be added to a stack so that it takes in runs of another rank.
@@ -47,15 +47,15 @@ class Stack:
     64 × 32:
         A (3, 2, 32), where A[0, 1] is zeros, and the first run's A is the view A[0][:1] (1, 32)
         B (3, 64, 2), where B[0, :, 1] is zeros, and the first run's B is the view B[0][:, :1]
-    The zeros stay zeros: the gradient of a row of A is by the same column of B, which is zero, and
-    the reverse.
+    The zeros stay zeros: the gradient of a row of A is a product with the same column of B, which
+    is zero, and that of a column of B one with the same row of A.
 
     `setting` is what else the runs of a stack have in common, as their optimizer's settings.
     """
 
     def __init__(self, run_adapters: list[Adapter], setting: object):
         self.run_adapters, self.setting = run_adapters, setting
-        self.adapter = copy.deepcopy(max(run_adapters, key=lambda adapter: adapter.r))
+        self.adapter: Any = copy.deepcopy(max(run_adapters, key=lambda adapter: adapter.r))
         tensors = [adapter.tensors() for adapter in run_adapters]
         self.adapter.fill({name: _padded([t[name] for t in tensors]) for name in tensors[0]})
         # The shape stays (k, out, r), the memory is laid out as (k, r, out): thin products are
@@ -64,7 +64,7 @@ class Stack:
         scales = [adapter.scale for adapter in run_adapters]
         like = next(self.adapter.parameters())
         self.scale = torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
-        self.adapter.scale = self.scale  # pyright: ignore
+        self.adapter.scale = self.scale
         for name in tensors[0]:
             stacked = getattr(self.adapter, name).data
             for i, adapter in enumerate(run_adapters):
@@ -79,14 +79,9 @@ class Stack:
         """
         return stacked[i][tuple(map(slice, like.shape))]
 
-    def parameter_delta(self, weight: Tensor) -> Tensor:
-        """Each run's ΔW of a parameter that no factored adapter fits: (k, *weight)."""
-        assert isinstance(self.adapter, WeightAdapter)
-        return self.adapter.parameter_delta(weight)
-
 
 def unstack(adapters_by_site: Mapping[str, Adapter]) -> None:
-    """Gives a run's adapters tensors of their own again, laid out as before they were stacked."""
+    """Undoes stacking for one run: its adapters get copies of their tensors, laid out as before."""
     for adapter in adapters_by_site.values():
         for name, tensor in adapter.tensors().items():
             getattr(adapter, name).data = tensor.clone(memory_format=torch.contiguous_format)

@@ -3,11 +3,7 @@
 vmap lets a model that is written for one run be computed for many. A tensor that differs between
 runs is *batched*: the model sees the shape of one run, as (batch 8, in 64), and vmap keeps the
 dimension of runs aside, (runs 3, batch 8, in 64). Each operation has a rule that computes it on the
-tensor with that dimension. An autograd.Function can bring its own, a static method `vmap`:
-
-- `in_dims` says for each argument where its dimension of runs is; None: it is the same for all.
-- it gives the result with a dimension of runs, and where that is (here always 0).
-- autograd records the operations within the rule, so that the Function needs no backward.
+tensor with that dimension. Here are rules for adapted layers, frozen linear layers and attention.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,19 +18,18 @@ from torch import Tensor, nn
 from lora_lab.adapters.recipe import AdapterError
 
 
-# An adapted layer, for all runs at once. vmap's rules would take A and B of each run as they come:
-# products broadcast over runs, in passes of their own over the outputs for the scale and the sum,
-# and impossible where ranks differ. Here the stacks are computed by PackedAdapter.adapt_all_runs.
-# The first adapted layer of a model, nn.Linear(64, 10), for 3 runs:
-#   input (batch 8, in 64) and output (batch 8, out 10) are not batched, since all runs share them
-#   → input (1, 8, 64), output (1, 8, 10) → adapt_all_runs → (3, 8, 10), batched from here on
-# A later one, nn.Linear(10, 5): input (3, 8, 10), output (3, 8, 5) → (3, 8, 5).
-class _AdaptAllRuns(torch.autograd.Function):
-    """The outputs of an adapted layer, for (input, output, run_marker, layer, packed_adapter)."""
+# An autograd.Function can bring its own rule for vmap. For `function(a, b)` with a (3, 8, 64)
+# batched along its first dimension and b the same for all runs, vmap calls
+# `rule(3, (0, None), function, a, b)`: the number of runs, where each argument has its dimension of
+# runs (None: nowhere), the function and the arguments. The result must have the dimension of runs
+# first. autograd records what the rule does, so that no backward is needed.
+# Where no argument is batched, vmap calls `function` itself, once for all runs.
+class _WithVmapRule(torch.autograd.Function):
+    """`function(*args)`, computed by `rule` where an argument is batched."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        raise AdapterError("a pack's base is called by its pack alone")
+    def forward(function: Callable[..., Tensor], rule: Callable[..., Tensor], *args: Any) -> Tensor:
+        return function(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -42,56 +37,58 @@ class _AdaptAllRuns(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        input, output, _, layer, packed_adapter = args
-        is_shared = in_dims[0] is None and in_dims[1] is None
-        # The dimension of runs goes first: (runs, …), or (1, …) where both are shared by the runs.
-        input, output = (
-            t.movedim(dim, 0)
-            if dim is not None
-            else t.expand(1 if is_shared else info.batch_size, *t.shape)
-            for t, dim in zip((input, output), in_dims[:2], strict=True)
-        )
-        # Autocast leaves an embedding's lookups as they are.
-        without_autocast = torch.autocast(output.device.type, enabled=False)
-        with without_autocast if packed_adapter.kind == "embedding" else nullcontext():
-            return packed_adapter.adapt_all_runs(layer, input, output), 0
+        function, rule, *arguments = args
+        return rule(info.batch_size, in_dims[2:], function, *arguments), 0
 
 
 def adapt_layer(packed_adapter: Any, layer: nn.Module, input: Tensor, output: Tensor) -> Any:
     """The output of a pack's layer with W + ΔW, from its input and the base's output.
 
-    The run marker is not read. It is batched, and a Function's vmap rule is called only where one
-    of its arguments is: at the first adapted layer all others are shared by the runs.
+    The run marker is batched and not read. At the first adapted layer all other arguments are
+    shared by the runs, and without it the rule would not be called.
     """
-    return _AdaptAllRuns.apply(input, output, packed_adapter.run_marker, layer, packed_adapter)
+    args = (input, output, packed_adapter.run_marker, layer, packed_adapter)
+    return _WithVmapRule.apply(_outside_of_pack, _adapt_all_runs, *args)
 
 
-# A frozen nn.Linear, whose weight and bias all runs share. vmap's own rule for it is a product and
-# then a pass over the outputs, which adds the bias. torch adds it within the product if it is given
-# the dimension of runs as one more of the batch: (runs 3, batch 8, in 64) → (3, 8, out 10).
-class _FrozenLinear(torch.autograd.Function):
-    """A linear layer's forward, called on all runs as on one larger batch."""
+def _outside_of_pack(*args: Any) -> Tensor:
+    raise AdapterError("a pack's base is called by its pack alone")
 
-    @staticmethod
-    def forward(input: Tensor, layer_forward: Callable[[Tensor], Tensor]) -> Tensor:
-        return layer_forward(input)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        input, layer_forward = args
-        return layer_forward(input.movedim(in_dims[0], 0)), 0
+# vmap's rules would take A and B of each run as they come: products broadcast over runs, passes of
+# their own over the outputs for the scale and the sum, and nothing for runs of different ranks.
+# Here PackedAdapter.adapt_all_runs computes the stacks of all runs.
+# The first adapted layer of a model, nn.Linear(64, 10), for 3 runs:
+#   input (batch 8, in 64) and output (batch 8, out 10) are not batched, since all runs share them
+#   → input (1, 8, 64), output (1, 8, 10) → adapt_all_runs → (3, 8, 10), batched from here on
+# A later one, nn.Linear(10, 5): input (3, 8, 10), output (3, 8, 5) → (3, 8, 5)
+def _adapt_all_runs(runs: int, in_dims: Any, function: Any, *args: Any) -> Tensor:
+    input, output, _, layer, packed_adapter = args
+    is_shared = in_dims[0] is None and in_dims[1] is None
+    # The dimension of runs goes first: (runs, …), or (1, …) where both are shared by the runs.
+    input, output = (
+        t.movedim(dim, 0) if dim is not None else t.expand(1 if is_shared else runs, *t.shape)
+        for t, dim in zip((input, output), in_dims[:2], strict=True)
+    )
+    # Autocast leaves an embedding's lookups as they are.
+    without_autocast = torch.autocast(output.device.type, enabled=False)
+    with without_autocast if packed_adapter.kind == "embedding" else nullcontext():
+        return packed_adapter.adapt_all_runs(layer, input, output)
 
 
 def frozen_linear(layer_forward: Callable[[Tensor], Tensor], input: Tensor) -> Any:
-    """The forward of an nn.Linear with a vmap rule that adds the bias within the product.
+    """The forward of an nn.Linear whose weight and bias all runs share.
 
     It takes `input` by name, too, as a module's forward does and `apply` does not.
     """
-    return _FrozenLinear.apply(input, layer_forward)
+    return _WithVmapRule.apply(layer_forward, _linear_of_all_runs, input)
+
+
+# vmap's own rule is a product and then a pass over the outputs, which adds the bias. torch adds it
+# within the product where the runs are one more dimension of the batch:
+#   (runs 3, batch 8, in 64) → (3, 8, out 10)
+def _linear_of_all_runs(runs: int, in_dims: Any, layer_forward: Any, input: Tensor) -> Tensor:
+    return layer_forward(input.movedim(in_dims[0], 0))
 
 
 # vmap has no rule for attention: it would call it run by run. Attention treats the members of its
@@ -99,33 +96,20 @@ def frozen_linear(layer_forward: Callable[[Tensor], Tensor], input: Tensor) -> A
 #   query, key, value (runs 3, batch 8, heads 2, tokens 16, 4) → (24, 2, 16, 4)
 #   a mask for all (tokens 16, 16) → (1, 1, 1, 16, 16) → (3, 8, 1, 16, 16) → (24, 1, 16, 16)
 #   result (24, 2, 16, 4) → (3, 8, 2, 16, 4)
-class _FoldedAttention(torch.autograd.Function):
-    """Attention with the dimension of runs folded into the batch: (runs, batch, …) → the same."""
-
-    @staticmethod
-    def forward(q: Any, k: Any, v: Any, mask: Any, attention: Any, rest: Any) -> Any:
-        return attention(q, k, v, mask, *rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        *tensors, attention, rest = args
-        runs, query, dim = info.batch_size, tensors[0], in_dims[0]
-        query = query.movedim(dim, 0) if dim is not None else query[None]  # (runs or 1, batch, …)
-        folded: list[Tensor | None] = []
-        for tensor, dim in zip(tensors, in_dims[:4], strict=True):
-            if tensor is None:
-                folded.append(None)
-                continue
-            tensor = tensor[None] if dim is None else tensor.movedim(dim, 0)
-            while tensor.dim() < query.dim():  # a mask for all of the batch, or all of the heads
-                tensor = tensor[:, None]
-            tensor = tensor.expand(runs, query.shape[1], *tensor.shape[2:])
-            folded.append(tensor.flatten(0, 1))  # (runs · batch, …)
-        return attention(*folded, *rest).unflatten(0, (runs, query.shape[1])), 0
+def _attention_of_all_runs(runs: int, in_dims: Any, attention: Any, *args: Any) -> Tensor:
+    tensors, rest, dim = args[:4], args[4:], in_dims[0]  # query, key, value and mask
+    query = tensors[0].movedim(dim, 0) if dim is not None else tensors[0][None]
+    folded: list[Tensor | None] = []
+    for tensor, dim in zip(tensors, in_dims[:4], strict=True):
+        if tensor is None:
+            folded.append(None)
+            continue
+        tensor = tensor[None] if dim is None else tensor.movedim(dim, 0)  # (runs or 1, …)
+        while tensor.dim() < query.dim():  # a mask for all of the batch, or all of the heads
+            tensor = tensor[:, None]
+        tensor = tensor.expand(runs, query.shape[1], *tensor.shape[2:])
+        folded.append(tensor.flatten(0, 1))  # (runs · batch, …)
+    return attention(*folded, *rest).unflatten(0, (runs, query.shape[1]))
 
 
 @contextmanager
@@ -142,9 +126,8 @@ def folded_attention() -> Iterator[None]:
     def folded(
         query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any
     ) -> Any:
-        return _FoldedAttention.apply(
-            query, key, value, attn_mask, partial(attention, **options), rest
-        )
+        args = (query, key, value, attn_mask, *rest)
+        return _WithVmapRule.apply(partial(attention, **options), _attention_of_all_runs, *args)
 
     has_fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
