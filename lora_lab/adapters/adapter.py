@@ -155,12 +155,9 @@ class Adapter(nn.Module, ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that this adapter holds, by name."""
-        names = TENSOR_NAMES
-        return {name: t.detach() for name in names if (t := getattr(self, name)) is not None}
+        return {name: t.detach() for name in TENSOR_NAMES if (t := getattr(self, name)) is not None}
 
-    def factors(
-        self,
-    ) -> tuple[Float[Tensor, "*runs rank rest"], Float[Tensor, "*runs out rank"]]:
+    def factors(self) -> tuple[Float[Tensor, "*runs rank rest"], Float[Tensor, "*runs out rank"]]:
         """A and B with ΔW = scale · B A, before DoRA's magnitude.
 
         Their rank is r, or 2r where ΔW is measured from factors that start from the weight.

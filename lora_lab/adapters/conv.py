@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.factored import FactoredAdapter, StackedTensors
+from lora_lab.adapters.factored import ByStack, FactoredAdapter
 
 
 class ConvAdapter(FactoredAdapter):
@@ -65,9 +65,7 @@ class ConvAdapter(FactoredAdapter):
         inputs = input.expand(len(A), *input.shape[1:])
         return torch.stack([self.down(layer, x, a) for x, a in zip(inputs, A, strict=True)])
 
-    def up_stacked(
-        self, layer: nn.Module, hidden: StackedTensors, B: StackedTensors, output: Tensor
-    ) -> Tensor:
+    def up_stacked(self, layer: nn.Module, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
         """One product for each stack, over its runs, their batches and groups."""
         conv: Any = layer
         shape, runs = output.shape[1:], [len(h) for h in hidden]  # (batch, out, …)

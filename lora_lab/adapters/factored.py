@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 
-StackedTensors = Sequence[Tensor]
+ByStack = Sequence[Tensor]
 """A tensor for each stack of a `Pack`: (k, …) for the k runs whose adapters are one stack."""
 
 
@@ -55,9 +55,7 @@ class FactoredAdapter(Adapter):
         """
 
     @abstractmethod
-    def up_stacked(
-        self, layer: nn.Module, hidden: StackedTensors, B: StackedTensors, output: Tensor
-    ) -> Tensor:
+    def up_stacked(self, layer: nn.Module, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
         """`up` for all runs of a pack: `hidden` and `B` have a tensor for each stack.
 
         Each B (k, out, r) is already multiplied by the scale. `output` is (runs, …), or (1, …)

@@ -31,8 +31,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     It also needs tensors that do not train (LoRA-FA's A, the first values of PiSSA's factors). The
     same call of `attach` draws these again, and `save` writes all.
     """
-    named = model.named_parameters()
-    trained = {key for key, p in named if is_adapter_key(key) and p.requires_grad}
+    trained = {k for k, p in model.named_parameters() if is_adapter_key(k) and p.requires_grad}
     return {key: value for key, value in model.state_dict().items() if key in trained}
 
 
@@ -104,11 +103,9 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
     adapters: dict[Site, Adapter] = {}
     for path, description in sites.items():
         prefix = f"{path}." if path else ""
-        parts = [part for part in TENSOR_NAMES if prefix + part in tensors]
-        site_tensors = {part: tensors.pop(prefix + part) for part in parts}
+        stored = {key: tensors.pop(prefix + key) for key in TENSOR_NAMES if prefix + key in tensors}
         try:
-            site, adapter = _built(model, path, description, site_tensors)
-            adapters[site] = adapter
+            adapters |= [_build(model, path, description, stored)]
         except (AdapterError, KeyError, TypeError) as error:
             errors.append(f"'{path}': {error}")
     if errors := [*errors, *(f"unknown tensor {key}" for key in tensors)]:
@@ -116,7 +113,7 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
     place_adapters(model, adapters, name)
 
 
-def _built(
+def _build(
     model: nn.Module, path: str, description: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[Site, Adapter]:
     """The site named `path` and its adapter, as the JSON describes it and with these tensors."""
@@ -128,7 +125,7 @@ def _built(
     adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
     adapter.scale = description["scale"]  # stored, not computed again from alpha and r
     # A tensor read from a file may lie in memory at an address of another alignment, where kernels
-    # sum in another order. A copy is aligned as a tensor that was made here.
+    # sum in another order. A copy is aligned as any new tensor.
     device = adapter.weight_of(layer).device
     tensors = {key: tensor.to(device, copy=True) for key, tensor in tensors.items()}
     _check_fit(adapter, description, tensors)

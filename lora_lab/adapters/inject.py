@@ -6,18 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters import weight
+from lora_lab.adapters import slots, weight
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
-from lora_lab.adapters.slots import (
-    Slot,
-    all_adapters,
-    layer_of,
-    merged_adapters,
-    require_attached,
-    switch,
-)
+from lora_lab.adapters.slots import Slot
 from lora_lab.adapters.targets import Target, find_sites
 from lora_lab.seeding import generator
 
@@ -83,21 +76,20 @@ def place_adapters(model: nn.Module, adapters: Mapping[Site, Adapter], name: str
             path, _, parameter = other.rpartition(".")
             layer = model.get_submodule(path)
             if layer is not owner:  # it may be one layer under two names
-                twin = _adapter_of_twin(layer, owner, site, parameter, adapter)
-                placements.append((layer, other, twin))
+                placements.append((layer, other, _twin(layer, owner, site, parameter, adapter)))
     freeze_base(model)
     for layer, site, adapter in placements:
         place_on_layer(layer, name, site, adapter)
-    switch(model, name)
+    slots.switch(model, name)
 
 
 def _check_placeable(model: nn.Module, sites: list[str], name: str) -> None:
     if not name.isidentifier() or hasattr(Slot(), name):
         raise AdapterError(f"name={name!r}: must be a plain word, and not one of nn.ModuleDict's")
-    if merged := merged_adapters(model):
+    if merged := slots.merged_adapters(model):
         shown = ", ".join(site or "the model itself" for site in merged)
         raise AdapterError(f"these layers are merged: {shown}; unmerge them first")
-    present = all_adapters(model)
+    present = slots.all_adapters(model)
     if taken := [site for site in sites if (name, site) in present]:
         raise AdapterError(
             f"there is an adapter '{name}' already on {', '.join(taken) or 'the model itself'}; "
@@ -142,7 +134,7 @@ def place_on_layer(layer: nn.Module, name: str, site: str, adapter: Any) -> None
     adapter.train(layer.training)
 
 
-def _adapter_of_twin(
+def _twin(
     layer: nn.Module, owner: nn.Module, site: Site, parameter: str, adapter: Adapter
 ) -> Adapter:
     """The adapter for another `layer` that uses the weight of `owner`, with the same factors.
@@ -197,9 +189,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Whatever is merged is unmerged first. If the active adapter is taken off, none is active.
     """
     if name is not None:
-        require_attached(model, name)
-    for site, adapter in merged_adapters(model).items():
-        restore_weight(layer_of(model, site, adapter), adapter)
+        slots.require_attached(model, name)
+    for site, adapter in slots.merged_adapters(model).items():
+        restore_weight(slots.layer_of(model, site, adapter), adapter)
     for layer in list(model.modules()):
         if not isinstance(slot := layer._modules.get("lora"), Slot):
             continue
@@ -209,7 +201,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             slot.active = None if slot.active == other else slot.active
         if not len(slot):
             _remove_slot(layer)
-    if not all_adapters(model):
+    if not slots.all_adapters(model):
         _unfreeze_base(model)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.factored import FactoredAdapter, StackedTensors
+from lora_lab.adapters.factored import ByStack, FactoredAdapter
 
 
 class LinearAdapter(FactoredAdapter):
@@ -55,9 +55,7 @@ class LinearAdapter(FactoredAdapter):
         hidden: Any = _StackedDown.apply(input.reshape(len(A), -1, input.shape[-1]), A)
         return hidden.view(*input.shape[:-1], A.shape[1])
 
-    def up_stacked(
-        self, layer: nn.Module, hidden: StackedTensors, B: StackedTensors, output: Tensor
-    ) -> Tensor:
+    def up_stacked(self, layer: nn.Module, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
         """One product for each stack, all into one result that nothing has to join."""
         rows, *hidden = (t.reshape(len(t), -1, t.shape[-1]) for t in (output, *hidden))
         result: Any = _StackedUp.apply(rows, len(B), *hidden, *B)
@@ -138,9 +136,8 @@ class TransposedLinearAdapter(LinearAdapter):
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         """The class is known by its name, so that nothing here imports transformers."""
-        layer_class = type(layer)
-        name = (layer_class.__module__, layer_class.__name__)
-        return name == ("transformers.pytorch_utils", "Conv1D")
+        Layer = type(layer)
+        return (Layer.__module__, Layer.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
     @staticmethod
     def weight_to_matrix(weight: Float[Tensor, "in out"]) -> Float[Tensor, "out in"]:
@@ -148,8 +145,6 @@ class TransposedLinearAdapter(LinearAdapter):
         return weight.T
 
     @staticmethod
-    def matrix_to_weight(
-        matrix: Float[Tensor, "out in"], shape: Sequence[int]
-    ) -> Float[Tensor, "in out"]:
+    def matrix_to_weight(matrix: Float[Tensor, "out in"], shape: Sequence[int]) -> Tensor:
         """The transpose, in × out as the weight."""
         return matrix.T

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.inject import detach, place_adapters, restore_weight
 from lora_lab.adapters.recipe import AdapterError
-from lora_lab.adapters.slots import (
-    attached,
-    layer_of,
-    merged_adapters,
-    names,
-    require_attached,
-)
+from lora_lab.adapters.slots import attached, layer_of, merged_adapters, names, require_attached
 from lora_lab.adapters.targets import Target, find_sites
 
 

@@ -54,12 +54,12 @@ def save_peft(model: nn.Module, directory: str | Path, name: str | None = None) 
     each site that PEFT would compute differently.
     """
     adapters = require_attached(model, name)
-    layers = {site: layer_of(model, site, adapter) for site, adapter in adapters.items()}
-    _check_savable(model, adapters, layers)
+    _check_savable(model, adapters)
     rslora = all(adapter.recipe.scaling == "alpha/sqrt(r)" for adapter in adapters.values())
     tensors, ranks, alphas = {}, {}, {}
     for site, adapter in adapters.items():
-        site_tensors, keys = to_peft(layers[site], adapter), tensor_keys(adapter.kind)
+        keys = tensor_keys(adapter.kind)
+        site_tensors = to_peft(layer_of(model, site, adapter), adapter)
         ranks[site] = len(site_tensors["A"])
         alphas[site] = alpha_for_scale(adapter.scale, ranks[site], rslora)
         for part, tensor in site_tensors.items():
@@ -71,16 +71,14 @@ def save_peft(model: nn.Module, directory: str | Path, name: str | None = None) 
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _check_savable(
-    model: nn.Module, adapters: dict[str, Adapter], layers: dict[str, nn.Module]
-) -> None:
+def _check_savable(model: nn.Module, adapters: dict[str, Adapter]) -> None:
     """Raises AdapterError with the reason for each site that PEFT would compute differently."""
     shared = {id(m.source) for m in model.modules() if isinstance(m, Adapter)}
     any_dora = any(adapter.magnitude is not None for adapter in adapters.values())
     errors = []
     for site, adapter in adapters.items():
         dora = adapter.magnitude is not None
-        reason = _reason_peft_differs(layers[site], adapter.kind, dora)
+        reason = _reason_peft_differs(layer_of(model, site, adapter), adapter.kind, dora)
         if not site:
             reason = "it is the model itself, and PEFT replaces layers of a model"
         elif id(adapter) in shared:

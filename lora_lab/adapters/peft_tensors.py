@@ -109,24 +109,22 @@ def _check_shapes(
         raise AdapterError(f"tensors must be {wanted}, they are {shapes}")
 
 
-def _factors(
-    peft_A: Tensor, peft_B: Tensor, groups: int, kernel: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Our A (r, rest) and B (out, r) of PEFT's.
+def _factors(A: Tensor, B: Tensor, groups: int, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Our A (r, rest) and B (out, r) for PEFT's A and B.
 
     Groups that have different filters in PEFT's A share an A of rank groups · r here, with a block
     diagonal B. Groups with the same filters, as `to_peft` writes them, have rank r again.
     """
-    r_by_group, each = len(peft_A) // groups, torch.arange(groups)
-    # (groups · r, groups · channels, k…): of the blocks (group, r, group, channels, k…) those on
-    # the diagonal → (groups, r, channels, k…)
-    A = peft_A.view(groups, r_by_group, groups, -1, *kernel)[each, :, each]
-    B = peft_B.view(groups, -1, r_by_group)  # (groups, out/groups, r)
-    if not torch.equal(_block_diagonal(A), peft_A):
+    r, each = len(A) // groups, torch.arange(groups)
+    # Of the blocks of A (groups · r, groups · channels, k…), which are (groups, r, groups,
+    # channels, k…), those on the diagonal → (groups, r, channels, k…)
+    A_blocks = A.view(groups, r, groups, -1, *kernel)[each, :, each]
+    B_blocks = B.view(groups, -1, r)  # (groups, out/groups, r)
+    if not torch.equal(_block_diagonal(A_blocks), A):
         raise AdapterError("A takes channels of other groups, so ΔW is no weight of this layer")
-    same = bool((A[0] == A).all())
-    rest = A[0, 0].numel()
-    return (A[0] if same else A).reshape(-1, rest), B.flatten(0, 1) if same else _block_diagonal(B)
+    if (A_blocks[0] == A_blocks).all():
+        return A_blocks[0].flatten(1), B_blocks.flatten(0, 1)
+    return A_blocks.flatten(2).flatten(0, 1), _block_diagonal(B_blocks)
 
 
 def _groups_and_kernel(layer: nn.Module) -> tuple[int, tuple[int, ...]]:

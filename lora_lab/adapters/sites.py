@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.conv import ConvAdapter
@@ -103,25 +104,19 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
 
 def _is_adaptable(weight: object) -> TypeGuard[Tensor]:
     """Whether a change can be added: floating point, and not a lazy layer's that has no shape."""
-    return (
-        isinstance(weight, Tensor)
-        and not nn.parameter.is_lazy(weight)
-        and weight.is_floating_point()
-    )
+    return isinstance(weight, Tensor) and not is_lazy(weight) and weight.is_floating_point()
 
 
 def memory_span(weight: Tensor) -> tuple[int, int, int]:
     """Where a weight is in memory: its storage, and its first and last element in bytes.
 
-    Two tied weights have the same span, also where each is a Parameter object of its own. A weight
+    Two tied weights have the same span, also where they are different Parameter objects. A weight
     on the meta device has no memory, and is known by its object.
     """
     if weight.is_meta:
         return id(weight), 0, 0
     size, first = weight.element_size(), int(weight.storage_offset())
-    last = first + sum(
-        (n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True)
-    )
+    last = first + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
     return weight.untyped_storage().data_ptr(), first * size, last * size
 
 

@@ -33,12 +33,10 @@ class Slot(nn.ModuleDict):
         return [a for a in parts._modules.values() if a.weight_before_merge is None]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
-        error_msgs: list[str] = args[-1]
+        errors: list[str] = args[-1]
         adapters = [module for module in self.modules() if isinstance(module, Adapter)]
         if any(adapter.weight_before_merge is not None for adapter in adapters):
-            error_msgs.append(
-                f"{prefix}: merged, and unmerge would undo what is loaded; unmerge first"
-            )
+            errors.append(f"{prefix}: merged, and unmerge would undo what is loaded; unmerge first")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

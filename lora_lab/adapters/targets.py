@@ -24,6 +24,9 @@ GROUPS = (*KINDS, "attention", "all")
 Span = tuple[int, int, int]
 """Where a weight is in memory: see `memory_span`."""
 
+Patterns = Mapping[str, Mapping[str, float]]
+"""Values for single sites: {"r" or "alpha": {glob on names: value}}."""
+
 
 class TargetError(AdapterError):
     """A target that picks no weight, or not those that its writer can have meant."""
@@ -103,18 +106,15 @@ def find_sites(
 
 
 def _check_targets(targets: Mapping[str, Target]) -> None:
-    if not isinstance(targets, Mapping) or not all(
-        isinstance(target, Target) for target in targets.values()
-    ):
+    is_mapping = isinstance(targets, Mapping)
+    if not is_mapping or not all(isinstance(target, Target) for target in targets.values()):
         raise TargetError(
             f"targets={targets!r}: must be one of {', '.join(GROUPS)}, or "
             "{label: Target(match=…)} with a glob on names"
         )
 
 
-def _pick(
-    model: nn.Module, targets: Mapping[str, Target], candidates: Sequence[Site]
-) -> dict[str, str]:
+def _pick(model: nn.Module, targets: Mapping[str, Target], sites: Sequence[Site]) -> dict[str, str]:
     """The names of the sites that the targets pick, each with the label of its target."""
     label_by_site: dict[str, str] = {}
     for label, target in targets.items():
@@ -122,13 +122,13 @@ def _pick(
             raise TargetError(
                 f"target '{label}': kind={target.kind!r} must be one of {', '.join(GROUPS)}"
             )
-        names = [site.name for site in candidates if target.picks(site)]
+        names = [site.name for site in sites if target.picks(site)]
         if not names:
-            raise TargetError(_reason_nothing_picked(label, target, model, candidates))
+            raise TargetError(_reason_none_picked(label, target, model, sites))
         for glob in (*_globs(target.match), *_globs(target.exclude)):
-            if not any(_fits(site, glob) for site in candidates):
-                nearest = _nearest(glob, [site.name for site in candidates])
-                raise TargetError(f"target '{label}': '{glob}' fits no weight{nearest}")
+            if not any(_fits(site, glob) for site in sites):
+                nearest = _nearest(glob, sites)
+                raise TargetError(f"target '{label}': '{glob}' fits no weight; nearest: {nearest}")
         for name in names:
             if name in label_by_site:
                 raise TargetError(
@@ -139,11 +139,11 @@ def _pick(
     return label_by_site
 
 
-def _check_patterns(patterns: Mapping[str, Mapping[str, float]], picked: Sequence[Site]) -> None:
+def _check_patterns(patterns: Patterns, picked: Sequence[Site]) -> None:
     for pattern in (glob for globs in patterns.values() for glob in globs):
         if not any(_fits(site, pattern) for site in picked):
-            nearest = _nearest(pattern, [site.name for site in picked])
-            raise TargetError(f"pattern '{pattern}' fits no site{nearest}")
+            nearest = _nearest(pattern, picked)
+            raise TargetError(f"pattern '{pattern}' fits no site; nearest: {nearest}")
 
 
 def _parameters_in_memory(model: nn.Module) -> dict[Span, list[str]]:
@@ -189,7 +189,7 @@ def _check_weight(
     return span, tuple(name for name in names if name != site.key)
 
 
-def _site_recipe(site: Site, recipe: Recipe, patterns: Mapping[str, Mapping[str, float]]) -> Recipe:
+def _site_recipe(site: Site, recipe: Recipe, patterns: Patterns) -> Recipe:
     """`recipe` with r and alpha of the first patterns that fit the site."""
     for key, globs in patterns.items():
         values = [value for glob, value in globs.items() if _fits(site, glob)]
@@ -224,21 +224,20 @@ def _globs(globs: str | Sequence[str]) -> Sequence[str]:
     return [globs] if isinstance(globs, str) else globs
 
 
-def _nearest(glob: str, names: Iterable[str]) -> str:
-    return f"; nearest: {', '.join(difflib.get_close_matches(glob, names, n=3, cutoff=0.0))}"
+def _nearest(glob: str, sites: Iterable[Site]) -> str:
+    names = [site.name for site in sites]
+    return ", ".join(difflib.get_close_matches(glob, names, n=3, cutoff=0.0))
 
 
-def _reason_nothing_picked(
-    label: str, target: Target, model: nn.Module, candidates: Sequence[Site]
-) -> str:
+def _reason_none_picked(label: str, target: Target, model: nn.Module, sites: Sequence[Site]) -> str:
     globs = list(_globs(target.match))
     noun = "weight" if target.kind in ("all", "weight") else f"{target.kind} weight"
-    of_kind = [site for site in candidates if replace(target, match="*", exclude=()).picks(site)]
+    of_kind = [site for site in sites if replace(target, match="*", exclude=()).picks(site)]
     if not of_kind:
         return f"target '{label}' picks nothing: the model has no {noun}"
     if any(_fits(site, globs) for site in of_kind):
         return f"target '{label}' picks nothing: its exclude leaves out all that its match picks"
-    of_other_kinds = [site for site in candidates if _fits(site, globs)]
+    of_other_kinds = [site for site in sites if _fits(site, globs)]
     if of_other_kinds:
         shown = ", ".join(f"{site.name} ({site.kind})" for site in of_other_kinds[:3])
         return f"target '{label}' picks no {noun}, only {shown}"
@@ -246,6 +245,4 @@ def _reason_nothing_picked(
     if layers and globs != ["*"]:
         shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in list(layers.items())[:3])
         return f"target '{label}' picks no {noun}, only {shown}"
-    names = [site.name for site in of_kind]
-    near = difflib.get_close_matches(globs[0], names, n=3, cutoff=0.0)
-    return f"target '{label}' picks no weight; nearest names: {', '.join(near)}"
+    return f"target '{label}' picks no weight; nearest names: {_nearest(globs[0], of_kind)}"

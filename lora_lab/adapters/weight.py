@@ -73,14 +73,12 @@ def row_blocks(layer: nn.Module, parameter: str, rows: int) -> dict[str, tuple[i
     "in_proj_weight_k": (64, 128), "in_proj_weight_v": (128, 192)}. A parameter without blocks is
     one site, with None for all rows.
     """
-    letters = next(
-        (letters for kind, letters in BLOCK_NAMES.items() if isinstance(layer, kind)), ""
-    )
+    names = next((names for kind, names in BLOCK_NAMES.items() if isinstance(layer, kind)), "")
     has_blocks = parameter.startswith(("in_proj_weight", "weight_ih", "weight_hh"))
-    if not letters or not has_blocks:
+    if not names or not has_blocks:
         return {parameter: None}
-    size = rows // len(letters)
-    return {f"{parameter}_{name}": (i * size, (i + 1) * size) for i, name in enumerate(letters)}
+    size = rows // len(names)
+    return {f"{parameter}_{name}": (i * size, (i + 1) * size) for i, name in enumerate(names)}
 
 
 # How reading `layer.weight` gives W + ΔW. An attribute of one object can be computed only by its

@@ -413,7 +413,7 @@ def test_init_of_a_site_depends_on_seed_site_and_rank_alone(init: str):
     assert torch.equal(everything["2"], alone["2"])
     assert not torch.equal(everything["0"][:, 0], everything["2"][:, 0])
     if adapters.INITS[init].from_weight:
-        return  # the weight's own, whatever the seed
+        return  # the factors are read from the weight, whatever the seed
     assert not torch.equal(drawn(8, 1, {"all": adapters.Target()})["2"], alone["2"])
     wider = drawn(16, 0, {"all": adapters.Target()})["2"]
     assert not (wider[:, None] == alone["2"][None]).all(-1).any()

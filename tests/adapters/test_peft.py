@@ -140,7 +140,7 @@ def relative(value: Tensor, truth: Tensor) -> float:
 
 
 def from_peft(base: nn.Module, folder: Path) -> Any:
-    """PEFT's model of that folder; a tensor that is missing there is an error."""
+    """PEFT's model of that folder; a missing tensor is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         return PeftModel.from_pretrained(base, str(folder)).eval()
