@@ -1,4 +1,4 @@
-"""Runs trained together from start to end: each has its own directory, and fails by itself."""
+"""Runs trained together from start to end: each has a directory to itself, and fails alone."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -149,7 +149,7 @@ def _train(
         assert isinstance(trial.module, LoRAModule)
         members[Member(trial.module, trial.tracking, fail[i])] = trial
     first = next(iter(trials.values()))
-    # Dropout masks of all runs are drawn from one stream, so its seed is made of all their configs.
+    # Dropout masks of all runs are drawn from one stream, so its seed depends on all their configs.
     identities = [trial.plan.cfg.identity() for trial in trials.values()]
     pl.seed_everything(generator("pack", *identities).initial_seed() % 2**32, verbose=False)
     module = PackedModule(model, first.data, list(members))
