@@ -20,8 +20,8 @@ Schedule = tuple[float, str, float]
 #
 #     A (3, 2, 64)    B (3, 10, 2)    their gradients, and Adam's exp_avg and exp_avg_sq, likewise
 #
-# Run 0 has r = 1. Its A (1, 64) is the view A[0, :1], its B (10, 1) the view B[0, :, :1]; A[0, 1] and
-# B[0, :, 1] are padding. The optimizers allowed here are elementwise: a number moves by nothing
+# Run 0 has r = 1. Its A (1, 64) is the view A[0, :1], its B (10, 1) the view B[0, :, :1]. A[0, 1]
+# and B[0, :, 1] are padding. The optimizers allowed here are elementwise: a number moves by nothing
 # but its gradient and its moments. So one optimizer over the stack moves each run's numbers as an
 # optimizer for that run would, and no loop over runs is needed.
 #
