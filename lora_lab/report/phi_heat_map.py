@@ -1,4 +1,7 @@
-"""The heat map of φ."""
+"""The heat map of φ(i, j), how much two subspaces overlap (Hu et al. 2021, equation 4).
+
+A run's report draws ΔW against W with it, and `lora-lab analyze` one run against another.
+"""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -6,8 +9,13 @@ from matplotlib.figure import Figure
 
 
 def phi_heat_map(figure: Figure, panel: Axes, phi: np.ndarray) -> None:
-    """φ(i, j) as a picture, from 0 to 1, counted from 1."""
+    """Draws φ (i × j, values from 0 to 1) into `panel`, with a colour bar.
+
+    Row i and column j stand for the first i and the first j directions, counted from 1.
+    """
     i, j = phi.shape
+    # imshow counts cells from 0 and from the top. This extent (left, right, bottom, top) puts the
+    # centre of the first cell at (1, 1), and row 1 at the top.
     extent = (0.5, j + 0.5, i + 0.5, 0.5)
     image = panel.imshow(phi, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
     panel.locator_params(integer=True, min_n_ticks=1)

@@ -1,250 +1,282 @@
-"""A sweep's figures against r: metrics, theory, ranks of ΔW, and spectra by r."""
+"""A sweep's figures against r: metrics, theory, the effective and stable rank of ΔW, and spectra.
+
+Runs that differ only in r and seeds form a series (rank_series.py), which has one colour. Each
+function returns None where there is nothing to draw.
+"""
 
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from lora_lab.report import rank_series
 from lora_lab.report.cells import RunResult
 from lora_lab.report.plotting import (
     MAX_PANELS,
+    graded_colors,
     legend_label,
     log_scale,
     metric_label,
     panels,
     rank_axis,
+    series_legend_lines,
     series_style,
-)
-from lora_lab.report.rank_series import (
-    best_series,
-    best_without_rank,
-    lora_runs_by_series,
-    mean_spectra,
-    truncation_losses,
-    values_by_rank,
 )
 from lora_lab.report.theory import TheoryCheck
 
 
-def metric_by_rank(results: Sequence[RunResult], name: str) -> Figure | None:
-    """A metric against r: runs as points, their mean as a line, ΔW cut, full fine-tuning, the base.
+def metric_by_rank(results: Sequence[RunResult], metric: str) -> Figure | None:
+    """A metric against r: each run as a point, the mean over the runs of a series and r as a line.
 
-    A colour for each series; None where no series has two ranks.
+    Full fine-tuning and the frozen base are horizontal lines. The validation loss also has the
+    truncation curve of each series' largest r. None where no series has two ranks.
     """
+    series = rank_series.lora_runs_by_series(results)
     series = {
-        k: own
-        for k, own in lora_runs_by_series(results).items()
-        if len(values_by_rank(own, name)) > 1
+        name: runs
+        for name, runs in series.items()
+        if len(rank_series.values_by_rank(runs, metric)) > 1
     }
     if not series:
         return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    every: list[float] = []
-    ticks: set[int] = set()
-    kinds: dict[str, Line2D] = {}
-    for i, own in enumerate(series.values()):
-        color, marker = series_style(i)
-        trained = values_by_rank(own, name)
-        cut, top = truncation_losses(own) if name == "val/loss" else ({}, 0)
-        points = [(r, value) for r, values in trained.items() for value in values]
-        every += [value for _, value in points]
-        axes.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
-        means = [mean(values) for values in trained.values()]
-        (kinds["trained at r, mean"],) = axes.plot(list(trained), means, color=color)
-        if shown := {k: mean(losses) for k, losses in sorted(cut.items()) if k}:
-            label = f"cut from r = {top}" if len(series) == 1 else "cut from the largest r"
-            line = axes.plot(list(shown), list(shown.values()), "--", color=color, linewidth=1)
-            kinds[label] = line[0]
-            every += shown.values()
-        if theory := sorted(
-            {(r.rank, h.theory) for r in own for h in r.theory_checks if h.metric == name}
-        ):
-            (kinds["theory"],) = axes.plot(*zip(*theory, strict=True), "k+", markersize=9)
-        ticks |= {*trained, *shown}
-    for method, words, color in (
-        ("full", "full fine-tuning", "black"),
-        ("none", "frozen base", "gray"),
-    ):
-        if found := best_without_rank(results, method, name):
-            where, level = found
-            label = f"{words}, {legend_label(where)}" if where else words
-            kinds[label] = axes.axhline(level, color=color, linewidth=1.1, linestyle=":")
-            every.append(level)
-    axes.set(xlabel="r", ylabel=metric_label(name), title=results[0].experiment)
-    rank_axis(axes, ticks)
-    # What rounding leaves of a zero would fill a log axis.
-    if name.endswith("loss") and min(every) > 1e-6 * max(every):
-        log_scale(axes, min(every), max(every))
+    figure, (axes,) = panels(1, width=7, height=4.5)
+    values: list[float] = []
+    ranks: set[int] = set()
+    lines: dict[str, Line2D] = {}
+    for i, runs in enumerate(series.values()):
+        series_lines, drawn = _draw_series(axes, runs, metric, i, is_only=len(series) == 1)
+        lines |= series_lines
+        ranks |= drawn.keys()
+        values += [value for at_rank in drawn.values() for value in at_rank]
+    references = (("full", "full fine-tuning", "black"), ("none", "frozen base", "gray"))
+    for method, label, color in references:
+        if reference := rank_series.best_reference(results, method, metric):
+            name, level = reference
+            label = f"{label}, {legend_label(name)}" if name else label
+            lines[label] = axes.axhline(level, color=color, linewidth=1.1, linestyle=":")
+            values.append(level)
+    axes.set(xlabel="r", ylabel=metric_label(metric), title=results[0].experiment)
+    rank_axis(axes, ranks)
+    # A loss of zero comes out as rounding error, which would stretch a log axis over many decades.
+    if metric.endswith("loss") and min(values) > 1e-6 * max(values):
+        log_scale(axes, min(values), max(values))
     axes.grid(alpha=0.3)
-    _legends(figure, axes, list(series), kinds)
+    _add_legends(figure, list(series), lines)
     return figure
 
 
-def _legends(figure: Figure, axes: Axes, names: Sequence[str], kinds: dict[str, Line2D]) -> None:
-    """Colours say the series, beside the plot; line styles what is drawn, below it."""
-    if len(names) > 1:
-        for kind, line in kinds.items():
-            if kind.startswith(("trained", "cut")):
-                style_of = {"linestyle": line.get_linestyle(), "linewidth": line.get_linewidth()}
-                kinds[kind] = Line2D([], [], color="dimgray", **style_of)
-        marks = []
-        for i in range(len(names)):
-            color, marker = series_style(i)
-            marks.append(Line2D([], [], color=color, marker=marker, markersize=4))
-        columns = 1 + (len(names) - 1) // 18
-        labels = [legend_label(name) for name in names]
+def _draw_series(
+    axes: Axes, runs: Sequence[RunResult], metric: str, i: int, is_only: bool
+) -> tuple[dict[str, Line2D], dict[int, list[float]]]:
+    """Draws the i-th series: its runs, their means, the truncation curve, and theory.
+
+    Returns the lines by their label in the legend, and the values drawn by r, theory left out.
+    """
+    drawn = rank_series.values_by_rank(runs, metric)
+    lines = {"trained at r, mean": _draw_runs_and_means(axes, drawn, i)}
+    losses, largest = rank_series.truncation_losses(runs) if metric == "val/loss" else ({}, 0)
+    # k = 0, with nothing left of ΔW, has no place on a log axis.
+    if cut := {k: mean(at_rank) for k, at_rank in sorted(losses.items()) if k}:
+        label = f"cut from r = {largest}" if is_only else "cut from the largest r"
+        color, _ = series_style(i)
+        (lines[label],) = axes.plot(list(cut), list(cut.values()), "--", color=color, linewidth=1)
+        for k, loss in cut.items():
+            drawn.setdefault(k, []).append(loss)
+    theory = {
+        (run.rank, one.theory) for run in runs for one in run.theory_checks if one.metric == metric
+    }
+    if theory:
+        (lines["theory"],) = axes.plot(*zip(*sorted(theory), strict=True), "k+", markersize=9)
+    return lines, drawn
+
+
+def _draw_runs_and_means(axes: Axes, by_rank: dict[int, list[float]], i: int) -> Line2D:
+    """Draws each value as a point and the mean of each r as a line, which is returned.
+
+    They have the colour and marker of the i-th series.
+    """
+    color, marker = series_style(i)
+    points = [(r, value) for r, values in by_rank.items() for value in values]
+    axes.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
+    means = [mean(values) for values in by_rank.values()]
+    (line,) = axes.plot(list(by_rank), means, color=color)
+    return line
+
+
+def _add_legends(figure: Figure, series_names: Sequence[str], lines: dict[str, Line2D]) -> None:
+    """Adds a legend of line styles below the plot, and of several series' colours to its right.
+
+    `lines` holds a line of each style, by its label.
+    """
+    if len(series_names) > 1:
+        # Lines of these styles have each series' colour, so that the legend's are grey.
+        for label, line in lines.items():
+            if label.startswith(("trained", "cut")):
+                style = {"linestyle": line.get_linestyle(), "linewidth": line.get_linewidth()}
+                lines[label] = Line2D([], [], color="dimgray", **style)
+        columns = 1 + (len(series_names) - 1) // 18
+        marks = series_legend_lines(len(series_names))
+        labels = [legend_label(name) for name in series_names]
         figure.legend(marks, labels, loc="outside right upper", fontsize=7, ncols=columns)
         figure.set_figwidth(figure.get_figwidth() + columns * (0.6 + 0.06 * max(map(len, labels))))
     dot = Line2D([], [], color="dimgray", marker="o", linestyle="", alpha=0.6, markersize=4)
-    labels = ["a run", *kinds]
-    figure.legend(
-        [dot, *kinds.values()], labels, loc="outside lower center", fontsize=8, ncols=len(labels)
-    )
+    labels = ["a run", *lines]
+    marks = [dot, *lines.values()]
+    figure.legend(marks, labels, loc="outside lower center", fontsize=8, ncols=len(labels))
 
 
 def theory_by_rank(results: Sequence[RunResult]) -> Figure | None:
-    """Every metric that theory speaks of against r: measured as points, theory as a line."""
-    found: dict[str, dict[str, dict[int, list[TheoryCheck]]]] = {}
-    for name, own in lora_runs_by_series(results).items():
-        for result in own:
-            for one in result.theory_checks:
-                by_r = found.setdefault(one.metric, {}).setdefault(name, {})
-                by_r.setdefault(result.rank or 0, []).append(one)
-    found = {
-        name: series
-        for name, series in found.items()
-        if any(len(by_r) > 1 for by_r in series.values())
+    """Theory as lines and measurements as points against r; a panel for each metric with a theory.
+
+    None where no metric with a theory was measured at two ranks of one series.
+    """
+    by_metric: dict[str, dict[str, dict[int, list[TheoryCheck]]]] = {}  # metric → series → r
+    for name, runs in rank_series.lora_runs_by_series(results).items():
+        for result in runs:
+            for comparison in result.theory_checks:
+                by_rank = by_metric.setdefault(comparison.metric, {}).setdefault(name, {})
+                by_rank.setdefault(result.rank or 0, []).append(comparison)
+    by_metric = {
+        metric: series
+        for metric, series in by_metric.items()
+        if any(len(by_rank) > 1 for by_rank in series.values())
     }
-    if not found:
+    if not by_metric:
         return None
-    figure, axes = panels(len(found), width=4.5)
-    for panel, (name, series) in zip(axes, found.items(), strict=True):
-        ticks: set[int] = set()
-        for i, (label, by_r) in enumerate(series.items()):
-            color, marker = series_style(i)
-            ranks = sorted(by_r)
-            values = np.array([mean(o.theory for o in by_r[r]) for r in ranks])
-            errors = np.array([mean(o.standard_error for o in by_r[r]) for r in ranks])
-            panel.plot(ranks, values, color=color, label=f"theory {legend_label(label)}".strip())
-            if errors.any():
-                band = (values - 3 * errors, values + 3 * errors)
-                panel.fill_between(ranks, *band, color=color, alpha=0.15, label="± 3 s.e.")
-            points = [(r, o.measured) for r in ranks for o in by_r[r]]
-            marks: dict[str, Any] = {"fillstyle": "none", "color": color, "label": "measured"}
-            panel.plot(*zip(*points, strict=True), marker, **marks)
-            ticks |= set(ranks)
-        panel.set(title=metric_label(name), xlabel="r")
-        rank_axis(panel, ticks)
+    figure, axes = panels(len(by_metric), width=4.5)
+    for panel, (metric, series) in zip(axes, by_metric.items(), strict=True):
+        for i, (name, by_rank) in enumerate(series.items()):
+            _draw_theory(panel, name, by_rank, i)
+        panel.set(title=metric_label(metric), xlabel="r")
+        rank_axis(panel, {r for by_rank in series.values() for r in by_rank})
         low, high = panel.get_ylim()
+        # Values that differ by rounding only are drawn as a flat line.
         if (middle := abs(low + high) / 2) and high - low < 0.02 * middle:
-            panel.set_ylim(low - 0.02 * middle, high + 0.02 * middle)  # rounding is no shape
+            panel.set_ylim(low - 0.02 * middle, high + 0.02 * middle)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     return figure
 
 
-def update_ranks_by_rank(results: Sequence[RunResult]) -> Figure | None:
-    """Effective and stable rank of ΔW against r, and the bound r itself.
+def _draw_theory(panel: Axes, series: str, by_rank: dict[int, list[TheoryCheck]], i: int) -> None:
+    """Draws what theory says of the i-th series as a line, and each run's measurement as a point.
 
-    Of one series a line for each site, of several the mean over a run's sites.
+    A theory with standard errors has a band of three of them around its line.
     """
-    series = {
-        k: own for k, own in lora_runs_by_series(results).items() if len({r.rank for r in own}) > 1
-    }
+    color, marker = series_style(i)
+    ranks = sorted(by_rank)
+    theory = np.array([mean(one.theory for one in by_rank[r]) for r in ranks])
+    errors = np.array([mean(one.standard_error for one in by_rank[r]) for r in ranks])
+    panel.plot(ranks, theory, color=color, label=f"theory {legend_label(series)}".strip())
+    if errors.any():
+        band = (theory - 3 * errors, theory + 3 * errors)
+        panel.fill_between(ranks, *band, color=color, alpha=0.15, label="± 3 s.e.")
+    points = [(r, one.measured) for r in ranks for one in by_rank[r]]
+    style: dict[str, Any] = {"fillstyle": "none", "color": color, "label": "measured"}
+    panel.plot(*zip(*points, strict=True), marker, **style)
+
+
+def update_ranks_by_rank(results: Sequence[RunResult]) -> Figure | None:
+    """Effective and stable rank of ΔW against r, in two panels, with r itself as their bound.
+
+    One series has a line for each site, of the 12 with the largest values. Each of several series
+    has one line, the mean over sites. None where no series has two ranks.
+    """
+    series = rank_series.lora_runs_by_series(results)
+    series = {name: runs for name, runs in series.items() if len({run.rank for run in runs}) > 1}
     if not series:
         return None
     figure, axes = panels(2, width=4.5)
-    drawn: list[str] = []
+    names: list[str] = []
     for panel, measure in zip(axes, ("effective_rank", "stable_rank"), strict=True):
-        lines: dict[str, dict[int, list[float]]] = {}
-        for name, own in series.items():
-            for result in own:
-                for key, value in _sites(result, measure, mean_only=len(series) > 1).items():
-                    lines.setdefault(key or name, {}).setdefault(result.rank or 0, []).append(value)
-        if not lines:
+        by_rank = _measure_by_rank(series, measure)
+        if not by_rank:
             return None
-        if len(series) == 1:
-            top = sorted(lines, key=lambda site: -max(map(mean, lines[site].values())))[:MAX_PANELS]
-            lines = {site: lines[site] for site in lines if site in top}
-        ticks = sorted({r for by_r in lines.values() for r in by_r})
-        panel.plot(ticks, ticks, ":", color="gray", linewidth=1)
-        for i, by_r in enumerate(lines.values()):
-            color, marker = series_style(i)
-            by_r = dict(sorted(by_r.items()))
-            points = [(r, value) for r, values in by_r.items() for value in values]
-            panel.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
-            panel.plot(list(by_r), [mean(values) for values in by_r.values()], color=color)
+        ranks = sorted({r for values in by_rank.values() for r in values})
+        panel.plot(ranks, ranks, ":", color="gray", linewidth=1)
+        for i, values in enumerate(by_rank.values()):
+            _draw_runs_and_means(panel, dict(sorted(values.items())), i)
         panel.set(xlabel="r", ylabel=f"{measure.replace('_', ' ')} of ΔW")
-        rank_axis(panel, set(ticks))
-        top = max(ticks)  # the most that it can be stays in sight
-        panel.set_ylim(0.95, max(2, 1.15 * top))
-        if top > 10:
-            log_scale(panel, 1, top)
+        rank_axis(panel, set(ranks))
+        largest = max(ranks)
+        panel.set_ylim(0.95, max(2, 1.15 * largest))  # so that the bound is in view at all ranks
+        if largest > 10:
+            log_scale(panel, 1, largest)
         panel.grid(alpha=0.3)
-        drawn = list(lines)
-    marks = [Line2D([], [], color="gray", linestyle=":", linewidth=1)]
-    for i in range(len(drawn)):
-        color, marker = series_style(i)
-        marks.append(Line2D([], [], color=color, marker=marker, markersize=4))
-    labels = ["r, the most it can be", *(legend_label(name) for name in drawn)]
+        names = list(by_rank)
+    bound = Line2D([], [], color="gray", linestyle=":", linewidth=1)
+    marks = [bound, *series_legend_lines(len(names))]
+    labels = ["r, the most it can be", *(legend_label(name) for name in names)]
     figure.legend(marks, labels, loc="outside right upper", fontsize=8)
     figure.set_figwidth(figure.get_figwidth() + 0.6 + 0.07 * max(map(len, labels)))
     return figure
 
 
-def _sites(result: RunResult, measure: str, mean_only: bool) -> dict[str, float]:
-    """A measure of ΔW by site; by "" its mean."""
-    found = {
-        key.removeprefix("spectra/").removesuffix(f"/{measure}"): value
-        for key, value in result.metrics.items()
-        if key.startswith("spectra/") and key.endswith(f"/{measure}")
-    }
-    return {"": mean(found.values())} if mean_only and found else found
+def _measure_by_rank(
+    series: dict[str, list[RunResult]], measure: str
+) -> dict[str, dict[int, list[float]]]:
+    """Label of a line → r → `measure` in each run: the effective_rank or stable_rank of ΔW.
+
+    With one series the labels are its sites. With several they are the names of the series, and the
+    values are means over sites.
+    """
+    lines: dict[str, dict[int, list[float]]] = {}
+    for name, runs in series.items():
+        for result in runs:
+            values = {
+                key.removeprefix("spectra/").removesuffix(f"/{measure}"): value
+                for key, value in result.metrics.items()
+                if key.startswith("spectra/") and key.endswith(f"/{measure}")
+            }
+            if len(series) > 1 and values:
+                values = {name: mean(values.values())}
+            for line, value in values.items():
+                lines.setdefault(line, {}).setdefault(result.rank or 0, []).append(value)
+    if len(series) > 1:
+        return lines
+    largest = sorted(lines, key=lambda site: -max(map(mean, lines[site].values())))[:MAX_PANELS]
+    return {site: lines[site] for site in lines if site in largest}
 
 
 def spectra_by_rank(results: Sequence[RunResult]) -> Figure | None:
-    """σ_i against i for each r, the mean over its runs; a panel for each of the largest sites.
+    """The final singular values σ_i of ΔW against i, a line for each r and a panel for each site.
 
-    Of several series the one that reaches the lowest loss.
+    Values are means over the runs of an r. Only the sites with the largest ΔW have a panel, and of
+    several series only the one that reaches the lowest loss is drawn.
     """
-    name, own = best_series(results)
-    every = mean_spectra(own)
-    if not every:
+    name, runs = rank_series.best_series(results)
+    spectra = rank_series.mean_spectra(runs)
+    if not spectra:
         return None
-    by_norm = sorted(every, key=lambda s: -max(np.linalg.norm(v) for v in every[s].values()))
-    shown = {site: every[site] for site in every if site in by_norm[:MAX_PANELS]}
-    ranks = sorted({r for by_r in shown.values() for r in by_r})
-    colors = {
-        r: matplotlib.colormaps["viridis"](0.92 * i / max(1, len(ranks) - 1))
-        for i, r in enumerate(ranks)
-    }
+    by_norm = sorted(spectra, key=lambda s: -max(np.linalg.norm(v) for v in spectra[s].values()))
+    shown = {site: spectra[site] for site in spectra if site in by_norm[:MAX_PANELS]}
+    ranks = sorted({r for by_rank in shown.values() for r in by_rank})
+    colors = dict(zip(ranks, graded_colors(len(ranks)), strict=True))
     figure, axes = panels(len(shown), width=4)
-    for panel, (site, by_r) in zip(axes, shown.items(), strict=True):
-        peak = max(values.max() for values in by_r.values())
-        for r, values in by_r.items():
-            # What rounding leaves of a zero has no place on a log axis.
-            values = np.where(values > 1e-7 * peak, values, np.nan)
+    for panel, (site, by_rank) in zip(axes, shown.items(), strict=True):
+        largest = max(values.max() for values in by_rank.values())
+        # A singular value of zero comes out as rounding error, and is left out of the log axis.
+        threshold = 1e-7 * largest
+        for r, values in by_rank.items():
+            values = np.where(values > threshold, values, np.nan)
             panel.plot(np.arange(1, len(values) + 1), values, ".-", color=colors[r], linewidth=1)
-        shown_values = [v for values in by_r.values() for v in values if v > 1e-7 * peak]
+        smallest = min(v for values in by_rank.values() for v in values if v > threshold)
         panel.set(title=legend_label(site), xlabel="i", ylabel=r"$\sigma_i$ of ΔW")
-        log_scale(panel, min(shown_values), peak)
+        log_scale(panel, smallest, largest)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3, which="both")
     marks = [Line2D([], [], color=color, marker=".") for color in colors.values()]
     columns = 1 + (len(ranks) - 1) // 20
-    figure.legend(
-        marks, [f"r = {r}" for r in ranks], loc="outside right upper", fontsize=8, ncols=columns
-    )
+    labels = [f"r = {r}" for r in ranks]
+    figure.legend(marks, labels, loc="outside right upper", fontsize=8, ncols=columns)
     figure.set_figwidth(figure.get_figwidth() + 0.9 * columns)
-    parts = [f"the series with the lowest loss: {name}"] if name else []
-    parts += [f"{len(shown)} of {len(every)} sites"] if len(shown) < len(every) else []
-    if parts:
-        figure.suptitle("; ".join(parts), fontsize=9)
+    notes = [f"the series with the lowest loss: {name}"] if name else []
+    notes += [f"{len(shown)} of {len(spectra)} sites"] if len(shown) < len(spectra) else []
+    if notes:
+        figure.suptitle("; ".join(notes), fontsize=9)
     return figure

@@ -1,4 +1,4 @@
-"""Runs compared in pairs: a table, φ as heat maps, and every φ in one file."""
+"""Compares the directions of ΔW between runs, two runs at a time: a table and heat maps of φ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,75 +11,84 @@ from rich.table import Table
 
 from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import MAX_PANELS, panels, save
-from lora_lab.report.tables import csv_of
+from lora_lab.report.tables import Rows, csv_of
 from lora_lab.runs import write_atomic
 
 
 @dataclass(frozen=True)
 class SubspacePair:
-    """How the directions of one site's ΔW lie to each other in two runs.
+    """How similar the directions of one site's ΔW are in two runs."""
 
-    `side`: the right singular vectors of A, as in Figures 3 and 4 of Hu et al. 2021; or those of ΔW
-    on the side of the input or of the output. `phi` (i × j) is their similarity.
-    """
-
-    one: str
-    other: str
+    first_run: str
+    second_run: str
     site: str
     side: str
+    """Which directions: `A`, the right singular vectors of A, as in Figures 3 and 4 of Hu et al.
+    2021; or the singular vectors of ΔW on the side of its `input` or its `output`.
+    """
     phi: np.ndarray
-    distance: float
-    """Grassmann's, of the spans of as many directions as the smaller has."""
-    features: int
+    """φ (i × j), from 0 to 1: how far the first i directions of the first run lie in the first j of
+    the second, or the other way round where j is smaller.
+    """
+    grassmann_distance: float
+    """Between the spans of as many directions as the run with fewer of them has; in radians."""
+    dimension: int
+    """d, the number of entries of a direction: the site's inputs or outputs."""
 
     @property
-    def random(self) -> float:
+    def random_phi(self) -> float:
         """The mean of φ at its last i and j for two random subspaces: max(i, j) / d."""
-        return max(self.phi.shape) / self.features
+        return max(self.phi.shape) / self.dimension
 
 
-WORDS = """\
+EXPLANATION = """\
 φ(i, j): the share of the first i directions that lies in the first j of the other run, from 0 to 1;
 random: its mean at the last i, j for random directions; distance: Grassmann's, √Σθ² in radians.
 """
 
 
-def write_pairs(found: Sequence[SubspacePair], directory: Path, console: Console) -> None:
+def write_pairs(pairs: Sequence[SubspacePair], directory: Path, console: Console) -> None:
     """Writes pairs.csv, phi.npz and the figures to `directory`, and prints the table."""
     directory.mkdir(parents=True, exist_ok=True)
-    names = {name: f"run {i + 1}" for i, name in enumerate(_names(found))}
-    console.print(WORDS, highlight=False)
-    rows = [["runs", "site", "side", "φ(1, 1)", "φ(i, j)", "i, j", "random", "distance"]]
-    arrays: dict[str, np.ndarray] = {}
-    for pair in found:
-        i, j = pair.phi.shape
-        which = f"{names[pair.one]}, {names[pair.other]}"
-        numbers = (pair.phi[0, 0], pair.phi[-1, -1])
-        last = [f"{i}, {j}", f"{pair.random:.4f}", f"{pair.distance:.4f}"]
-        rows.append([which, pair.site, pair.side, *(f"{phi:.4f}" for phi in numbers), *last])
-        arrays[f"{pair.one}|{pair.other}|{pair.site}|{pair.side}"] = pair.phi
+    runs = dict.fromkeys(run for pair in pairs for run in (pair.first_run, pair.second_run))
+    short_names = {run: f"run {i + 1}" for i, run in enumerate(runs)}
+    rows = _rows(pairs, short_names)
     write_atomic(directory / "pairs.csv", csv_of(rows))
+    arrays = {f"{p.first_run}|{p.second_run}|{p.site}|{p.side}": p.phi for p in pairs}
     np.savez_compressed(directory / "phi.npz", allow_pickle=False, **arrays)  # pyright: ignore
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in rows[0]:
-        table.add_column(heading)
+    console.print(EXPLANATION, highlight=False)
+    for run, short_name in short_names.items():
+        console.print(f"{short_name}: {run}", highlight=False, soft_wrap=True)
+    table = Table(*rows[0], box=box.SIMPLE, pad_edge=False)
     for row in rows[1:]:
         table.add_row(*row)
-    for name, short in names.items():
-        console.print(f"{short}: {name}", highlight=False, soft_wrap=True)
     console.print(table)
-    for side in dict.fromkeys(pair.side for pair in found):
-        own = [pair for pair in found if pair.side == side]
-        figure, axes = panels(min(len(own), MAX_PANELS), width=4.5)
-        for panel, pair in zip(axes, own, strict=False):
-            phi_heat_map(figure, panel, pair.phi)
-            panel.set_title(f"{pair.site}: {names[pair.one]}, {names[pair.other]}", fontsize=10)
-            panel.set(
-                xlabel=f"first j of {names[pair.other]}", ylabel=f"first i of {names[pair.one]}"
-            )
-        save(figure, directory / f"phi_{side}")
+    _write_heat_maps(pairs, short_names, directory)
     console.print(f"written  {directory} (pairs.csv, phi.npz, figures)", highlight=False)
 
 
-def _names(found: Sequence[SubspacePair]) -> list[str]:
-    return list(dict.fromkeys(name for pair in found for name in (pair.one, pair.other)))
+def _rows(pairs: Sequence[SubspacePair], short_names: dict[str, str]) -> Rows:
+    """The table of the pairs, its head first; runs are called by their short names."""
+    rows = [["runs", "site", "side", "φ(1, 1)", "φ(i, j)", "i, j", "random", "distance"]]
+    for pair in pairs:
+        i, j = pair.phi.shape
+        runs = f"{short_names[pair.first_run]}, {short_names[pair.second_run]}"
+        similarities = [f"{phi:.4f}" for phi in (pair.phi[0, 0], pair.phi[-1, -1])]
+        comparison = [f"{i}, {j}", f"{pair.random_phi:.4f}", f"{pair.grassmann_distance:.4f}"]
+        rows.append([runs, pair.site, pair.side, *similarities, *comparison])
+    return rows
+
+
+def _write_heat_maps(
+    pairs: Sequence[SubspacePair], short_names: dict[str, str], directory: Path
+) -> None:
+    """Writes a figure for each side, with a heat map of φ for each of its first 12 pairs."""
+    for side in dict.fromkeys(pair.side for pair in pairs):
+        pairs_of_side = [pair for pair in pairs if pair.side == side][:MAX_PANELS]
+        figure, axes = panels(len(pairs_of_side), width=4.5)
+        for panel, pair in zip(axes, pairs_of_side, strict=True):
+            first, second = short_names[pair.first_run], short_names[pair.second_run]
+            phi_heat_map(figure, panel, pair.phi)
+            panel.set_title(f"{pair.site}: {first}, {second}", fontsize=10)
+            panel.set(xlabel=f"first j of {second}", ylabel=f"first i of {first}")
+        save(figure, directory / f"phi_{side}")

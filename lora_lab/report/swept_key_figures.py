@@ -1,4 +1,10 @@
-"""A sweep's figures over its cells: parameters against metric, and metrics over the swept keys."""
+"""A sweep's metrics over the settings that were swept, whichever they are.
+
+The figure depends on how the cells lie: two settings of a grid are a heat map; two settings of
+which one was sampled for each cell, as random search does, are points; more settings are parallel
+coordinates. A `key` is a setting's name in the config, as `adapter.alpha`, and a level one of the
+values it has in the sweep.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,17 +18,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lora_lab.report.cells import Cell, goal_of, short_text, sort_key, swept_keys
-from lora_lab.report.plotting import log_scale, metric_label, panels
+from lora_lab.report.plotting import graded_colors, log_scale, metric_label, panels
 
 MAX_LABELS = 16
-"""Cells on the front that are named, at most; values of a key that its axis names."""
+"""Largest number of levels that are all labelled on an axis or in a legend."""
 
 
 def metrics_by_swept_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figure | None:
-    """Two swept keys: a heat map of each metric's mean; more: parallel coordinates of the first.
+    """The mean of each metric over two swept settings, or of the first metric over more of them.
 
-    Of the LoRA cells, where there are any: the others have none of the keys. Full fine-tuning has
-    a column beside r, though. A key that was drawn, each cell's its own, is an axis of points.
+    Only LoRA cells are drawn where there are any, because the others do not have LoRA's settings.
+    A heat map over r and another setting also has a column for full fine-tuning. None where fewer
+    than two settings were swept.
     """
     lora = [cell for cell in cells if cell.results[0].rank is not None]
     full = [cell for cell in cells if cell.results[0].config["adapter"]["method"] == "full"]
@@ -33,169 +40,200 @@ def metrics_by_swept_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figu
         return None
     points = [tuple(short_text(cell.value_of(key)) for key in keys) for cell in cells]
     if len(keys) == 2 and len(set(points)) == len(points):
-        if drawn := [key for key in keys if _drawn(cells, key)]:
-            return _scatter(cells, keys, drawn[-1], metrics)
+        if sampled := [key for key in keys if _is_sampled(cells, key)]:
+            return _scatter(cells, keys, sampled[-1], metrics)
         first, second = keys
+        # A cell of full fine-tuning belongs in the grid if it differs from the other such cells
+        # in the second setting only.
         if lora and first == "adapter.r" and {*swept_keys(full)} <= {second}:
             cells = [*cells, *(cell for cell in full if second in cell.settings)]
-        return _heat(cells, keys, metrics)
-    return _parallel(cells, keys, metrics[0])
+        return _heat_map(cells, keys, metrics)
+    return _parallel_axes(cells, keys, metrics[0])
 
 
 def _levels(cells: Sequence[Cell], key: str) -> list[Any]:
-    """A key's values, in order."""
-    found = {short_text(cell.value_of(key)): cell.value_of(key) for cell in cells}
-    return sorted(found.values(), key=sort_key)
+    """The different values of a setting, sorted."""
+    levels = {short_text(cell.value_of(key)): cell.value_of(key) for cell in cells}
+    return sorted(levels.values(), key=sort_key)
 
 
-def _drawn(cells: Sequence[Cell], key: str) -> bool:
-    """Whether a number was drawn for each cell, as random and bayes do, not taken from a grid."""
+def _is_sampled(cells: Sequence[Cell], key: str) -> bool:
+    """Whether each cell has a number of its own, as random and Bayesian search give, not a grid."""
     levels = _levels(cells, key)
-    return 2 < len(levels) == len(cells) and all(isinstance(one, int | float) for one in levels)
+    return 2 < len(levels) == len(cells) and all(isinstance(level, int | float) for level in levels)
 
 
-def _scatter(cells: Sequence[Cell], keys: dict[str, str], x: str, metrics: Sequence[str]) -> Figure:
-    """The mean of each metric against the key `x`, the other key as colour."""
-    (other,) = (key for key in keys if key != x)
-    levels, at = _levels(cells, other), [cell.value_of(x) for cell in cells]
+def _scatter(
+    cells: Sequence[Cell], keys: dict[str, str], x_key: str, metrics: Sequence[str]
+) -> Figure:
+    """Each metric's mean against the setting `x_key`, with the other of two settings as colour.
+
+    A dotted line stands for a cell without a finished run.
+    """
+    (color_key,) = (key for key in keys if key != x_key)
+    levels, x_values = _levels(cells, color_key), [cell.value_of(x_key) for cell in cells]
+    colors = graded_colors(len(levels))
     figure, axes = panels(len(metrics), width=5)
     for panel, metric in zip(axes, metrics, strict=True):
         for i, level in enumerate(levels):
-            color = matplotlib.colormaps["viridis"](0.92 * i / max(1, len(levels) - 1))
-            own = [
-                (cell.value_of(x), cell.metrics[metric].mean)
+            points = [
+                (cell.value_of(x_key), cell.metrics[metric].mean)
                 for cell in cells
-                if short_text(cell.value_of(other)) == short_text(level) and metric in cell.metrics
+                if short_text(cell.value_of(color_key)) == short_text(level)
+                and metric in cell.metrics
             ]
-            label = f"{keys[other]}={short_text(level)}"
-            label = label if len(levels) <= MAX_LABELS or i in (0, len(levels) - 1) else None
-            if own:
-                panel.plot(*zip(*own, strict=True), "o", color=color, label=label)
+            is_labelled = len(levels) <= MAX_LABELS or i in (0, len(levels) - 1)
+            label = f"{keys[color_key]}={short_text(level)}" if is_labelled else None
+            if points:
+                panel.plot(*zip(*points, strict=True), "o", color=colors[i], label=label)
         values = [cell.metrics[metric].mean for cell in cells if metric in cell.metrics]
         for cell in cells:
             if not cell.finished:
-                panel.axvline(cell.value_of(x), color="darkred", linewidth=0.8, linestyle=":")
-        if min(at) > 0 and max(at) > 10 * min(at):
-            log_scale(panel, min(at), max(at), "x")
+                panel.axvline(cell.value_of(x_key), color="darkred", linewidth=0.8, linestyle=":")
+        if min(x_values) > 0 and max(x_values) > 10 * min(x_values):
+            log_scale(panel, min(x_values), max(x_values), "x")
         if metric.endswith("loss") and 0 < 10 * min(values) < max(values) < np.inf:
             log_scale(panel, min(values), max(values))
-        panel.set(xlabel=keys[x], ylabel=metric_label(metric))
-        if failed := sum(not cell.finished for cell in cells):
-            panel.set_title(f"dotted: {failed} not finished", fontsize=9)
+        panel.set(xlabel=keys[x_key], ylabel=metric_label(metric))
+        if unfinished := sum(not cell.finished for cell in cells):
+            panel.set_title(f"dotted: {unfinished} not finished", fontsize=9)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     return figure
 
 
 def _column(cell: Cell, key: str) -> str:
-    """A cell's place along r: full fine-tuning has its own."""
-    full = cell.results[0].config["adapter"]["method"] == "full"
-    return "full" if full and key == "adapter.r" else short_text(cell.value_of(key))
+    """The label of a cell's column in a heat map: its level, or `full` on the axis of r."""
+    is_full = cell.results[0].config["adapter"]["method"] == "full"
+    return "full" if is_full and key == "adapter.r" else short_text(cell.value_of(key))
 
 
-def _heat(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -> Figure:
+def _heat_map(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -> Figure:
+    """Each metric's mean in a grid, the first setting across and the second down."""
     (first, second), names = keys, list(keys.values())
-    across = [short_text(v) for v in _levels(cells, first) if v is not None or first != "adapter.r"]
-    across += ["full"] if any(_column(cell, first) == "full" for cell in cells) else []
-    down = [short_text(v) for v in _levels(cells, second)]
-    width = min(14.0, max(4.5, 1.5 + 0.75 * len(across)))
-    figure, axes = panels(len(metrics), width=width)
-    figure.set_figheight(max(3.0, 1.6 + 0.4 * len(down)) * (figure.get_figheight() / 4))
+    columns = [
+        short_text(v) for v in _levels(cells, first) if v is not None or first != "adapter.r"
+    ]
+    columns += ["full"] if any(_column(cell, first) == "full" for cell in cells) else []
+    rows = [short_text(level) for level in _levels(cells, second)]
+    figure, axes = panels(len(metrics), width=min(14.0, max(4.5, 1.5 + 0.75 * len(columns))))
+    figure.set_figheight(max(3.0, 1.6 + 0.4 * len(rows)) * (figure.get_figheight() / 4))
     for panel, metric in zip(axes, metrics, strict=True):
-        grid = np.full((len(down), len(across)), np.nan)
-        lost: dict[tuple[int, int], str] = {}
+        grid = np.full((len(rows), len(columns)), np.nan)
+        unfinished: dict[tuple[int, int], str] = {}
         for cell in cells:
-            i, j = down.index(short_text(cell.value_of(second))), across.index(_column(cell, first))
+            i, j = (
+                rows.index(short_text(cell.value_of(second))),
+                columns.index(_column(cell, first)),
+            )
             if metric in cell.metrics:
                 grid[i, j] = cell.metrics[metric].mean
             elif not cell.finished:
-                lost[i, j] = cell.results[0].state
-        colors, norm = _scale(grid[np.isfinite(grid)].tolist(), metric)
-        panel.set_facecolor("whitesmoke")
-        image = panel.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
-        for i, j in lost:
-            box = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", edgecolor="silver")
-            panel.add_patch(box)
-        panel.set_xticks(
-            range(len(across)), across, rotation=45 if max(map(len, across)) > 7 else 0
-        )
-        panel.set_yticks(range(len(down)), down)
+                unfinished[i, j] = cell.results[0].state
+        _draw_grid(panel, grid, unfinished, metric)
+        rotation = 45 if max(map(len, columns)) > 7 else 0
+        panel.set_xticks(range(len(columns)), columns, rotation=rotation)
+        panel.set_yticks(range(len(rows)), rows)
         panel.set(xlabel=names[0], ylabel=names[1], title=f"{metric_label(metric)}, mean")
-        if len(across) <= MAX_LABELS and len(down) <= MAX_LABELS:
-            for (i, j), value in np.ndenumerate(grid):
-                shade = colors(norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
-                ink = "white" if np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
-                text = f"{value:.3g}" if np.isfinite(value) else lost.get((i, j), "–")
-                panel.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
-        figure.colorbar(image, ax=panel)
     return figure
 
 
-def _scale(values: Sequence[float], metric: str) -> tuple[Colormap, Normalize]:
-    """Bright is good. A loss over more than a decade is on a log scale."""
+def _draw_grid(
+    panel: Axes, grid: np.ndarray, unfinished: dict[tuple[int, int], str], metric: str
+) -> None:
+    """Draws the means of a metric (rows × columns, NaN for none) as colours, and as numbers.
+
+    `unfinished` has the state of cells without a finished run, by row and column: they are hatched
+    and labelled with it. A grid of more than `MAX_LABELS` rows or columns has no numbers.
+    """
+    colors, norm = _color_scale(grid[np.isfinite(grid)].tolist(), metric)
+    panel.set_facecolor("whitesmoke")
+    image = panel.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+    for i, j in unfinished:
+        box = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", edgecolor="silver")
+        panel.add_patch(box)
+    if max(grid.shape) <= MAX_LABELS:
+        for (i, j), value in np.ndenumerate(grid):
+            background = colors(norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
+            # Brightness as the eye sees it, weighted by red, green and blue (ITU-R BT.601).
+            is_dark = np.dot(background[:3], (0.299, 0.587, 0.114)) < 0.5
+            color = "white" if is_dark else "black"
+            text = f"{value:.3g}" if np.isfinite(value) else unfinished.get((i, j), "–")
+            panel.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
+    panel.figure.colorbar(image, ax=panel)
+
+
+def _color_scale(values: Sequence[float], metric: str) -> tuple[Colormap, Normalize]:
+    """A colour map whose bright end is the better one, and the scale from values to it.
+
+    The scale is logarithmic for positive values over more than a decade.
+    """
     colors = matplotlib.colormaps["viridis_r" if goal_of(metric) == "minimize" else "viridis"]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     return colors, (LogNorm if low > 0 and high > 10 * low else Normalize)(low, high)
 
 
-def _parallel(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figure | None:
+def _parallel_axes(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> Figure | None:
+    """Parallel coordinates: a vertical axis for each setting and for the metric, a line a cell.
+
+    None with fewer than two cells that have a finite mean.
+    """
     cells = [cell for cell in cells if metric in cell.metrics]
     cells = [cell for cell in cells if np.isfinite(cell.metrics[metric].mean)]
     if len(cells) < 2:
         return None
     means = [cell.metrics[metric].mean for cell in cells]
-    colors, norm = _scale(means, metric)
+    colors, norm = _color_scale(means, metric)
     low, high = norm(min(means)), norm(max(means))
-    heights: list[list[float]] = []
-    figure = Figure(figsize=(max(7.0, 1.6 * (len(keys) + 1)), 4.5), layout="constrained")
-    axes = figure.subplots()
+    heights: list[list[float]] = []  # axes × cells, each from 0 to 1
+    figure, (axes,) = panels(1, width=max(7.0, 1.6 * (len(keys) + 1)), height=4.5)
     for x, key in enumerate(keys):
         levels = _levels(cells, key)
-        place = _places(levels)
-        heights.append([place[short_text(cell.value_of(key))] for cell in cells])
-        named = (
-            levels
-            if len(levels) <= MAX_LABELS
-            else [levels[0], levels[len(levels) // 2], levels[-1]]
-        )
-        for level in named:
-            _label(axes, short_text(level), x, place[short_text(level)])
+        level_heights = _level_heights(levels)
+        heights.append([level_heights[short_text(cell.value_of(key))] for cell in cells])
+        if len(levels) > MAX_LABELS:
+            levels = [levels[0], levels[len(levels) // 2], levels[-1]]
+        for level in levels:
+            _label_axis(axes, short_text(level), x, level_heights[short_text(level)])
     heights.append([float(norm(m) - low) / float(high - low or 1) for m in means])
-    # The worst first, so that the best lie on top; the lines of one value fan out a little.
+    # Better cells are drawn later, on top of worse ones. Lines through one level would hide each
+    # other, so that each is moved up or down a little.
     sign = 1 if goal_of(metric) != "maximize" else -1
     for n in sorted(range(len(cells)), key=lambda n: -sign * means[n]):
-        fan = 0.012 * (2 * n / max(1, len(cells) - 1) - 1)
-        y = [height[n] + fan for height in heights[:-1]] + [heights[-1][n]]
+        offset = 0.012 * (2 * n / max(1, len(cells) - 1) - 1)
+        y = [height[n] + offset for height in heights[:-1]] + [heights[-1][n]]
         axes.plot(range(len(heights)), y, color=colors(norm(means[n])), alpha=0.75, linewidth=1.1)
     for x in range(len(heights)):
         axes.axvline(x, color="dimgray", linewidth=0.8)
     for height in (0.0, 0.5, 1.0) if high > low else (0.5,):
         value = norm.inverse(low + height * (high - low))
-        _label(axes, f"{value:.3g}", len(heights) - 1, height)
+        _label_axis(axes, f"{value:.3g}", len(heights) - 1, height)
     axes.set_xticks(range(len(heights)), [*keys.values(), metric_label(metric)])
-    axes.set_yticks([])
-    axes.set(xlim=(-0.15, len(heights) - 0.75), ylim=(-0.06, 1.06))
+    axes.set(xlim=(-0.15, len(heights) - 0.75), ylim=(-0.06, 1.06), yticks=[])
     axes.set_title(f"{cells[0].results[0].experiment}: {len(cells)} cells")
-    for side in ("left", "right", "top", "bottom"):
-        axes.spines[side].set_visible(False)
+    axes.spines[:].set_visible(False)
     figure.colorbar(ScalarMappable(norm, colors), ax=axes, label=f"{metric_label(metric)}, mean")
     return figure
 
 
-def _label(axes: Axes, text: str, x: float, y: float) -> None:
-    """Beside a point of a vertical axis, legible over lines."""
+def _label_axis(axes: Axes, text: str, x: float, y: float) -> None:
+    """Writes `text` beside a point of a vertical axis, on white so that lines do not hide it."""
     box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
     offset: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points"}
     axes.annotate(text, (x, y), fontsize=8, va="center", zorder=5, bbox=box, **offset)
 
 
-def _places(levels: Sequence[Any]) -> dict[str, float]:
-    """Where each level is on its axis, 0 to 1: evenly if few or words, else as its number says."""
-    numbers = all(isinstance(level, int | float) for level in levels)
-    if len(levels) > MAX_LABELS and numbers:
-        at = np.array(levels, float)
-        at = np.log(at) if at.min() > 0 and at.max() > 30 * at.min() else at
-        spread = (at - at.min()) / (at.max() - at.min())
+def _level_heights(levels: Sequence[Any]) -> dict[str, float]:
+    """The height of each level on its vertical axis, from 0 to 1.
+
+    Words, and up to `MAX_LABELS` numbers, are evenly spaced. More numbers stand where their values
+    put them, on a log scale where positive values differ by more than a factor of 30.
+    """
+    are_numbers = all(isinstance(level, int | float) for level in levels)
+    if len(levels) > MAX_LABELS and are_numbers:
+        values = np.array(levels, float)
+        values = np.log(values) if values.min() > 0 and values.max() > 30 * values.min() else values
+        heights = (values - values.min()) / (values.max() - values.min())
     else:
-        spread = np.linspace(0, 1, len(levels)) if len(levels) > 1 else np.array([0.5])
-    return {short_text(level): float(place) for level, place in zip(levels, spread, strict=True)}
+        heights = np.linspace(0, 1, len(levels)) if len(levels) > 1 else np.array([0.5])
+    return {short_text(level): float(height) for level, height in zip(levels, heights, strict=True)}

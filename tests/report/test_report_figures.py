@@ -1,4 +1,9 @@
-"""A sweep's figures hold the right data: what matplotlib was told, against the runs' files."""
+"""A sweep's figures show the right data, and the Pareto front has the right points.
+
+Truth: for a figure, the lines, images and labels that matplotlib holds are compared with means
+computed here from the runs' own files; for the front, with a search of all pairs of points.
+Run: make test ARGS=tests/report/test_report_figures.py
+"""
 
 import sys
 from itertools import product
@@ -27,26 +32,26 @@ RANKS, ALPHAS, SEEDS = (1, 2, 3), (4.0, 8.0), (0, 1)
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A real run, of which sweeps are copies."""
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that was trained; the runs of a sweep are copies of it with other settings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("first"))
+        patch.chdir(tmp_path_factory.mktemp("real_run"))
         patch.setattr(sys, "argv", ["lora-lab"])
         assert small("digits", "adapter.r=3") == 0
         return Run(only_run().path.absolute())
 
 
-def sweep(first: Run, **values: Any) -> list[RunResult]:
+def sweep(real_run: Run, **values: Any) -> list[RunResult]:
     keys = [key.replace("__", ".") for key in values]
     points = (dict(zip(keys, point, strict=True)) for point in product(*values.values()))
-    return [read_run(run) for run in copy_run(first, points, Path("sweep"))]
+    return [read_run(run) for run in copy_run(real_run, points, Path("sweep"))]
 
 
-def by(results: list[RunResult], key: str, metric: str) -> dict[Any, list[float]]:
-    found: dict[Any, list[float]] = {}
+def values_by(results: list[RunResult], key: str, metric: str) -> dict[Any, list[float]]:
+    values: dict[Any, list[float]] = {}
     for result in results:
-        found.setdefault(result.settings[key], []).append(result.metrics[metric])
-    return found
+        values.setdefault(result.settings[key], []).append(result.metrics[metric])
+    return values
 
 
 def lines(axes: Axes) -> list[list[tuple[float, float]]]:
@@ -54,27 +59,27 @@ def lines(axes: Axes) -> list[list[tuple[float, float]]]:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 64), (2, 3), (64, 1)])
-def test_directions_are_counted_in_whole_numbers(shape: tuple[int, int]):
+def test_directions_are_counted_in_integers(shape: tuple[int, int]):
     axes = (figure := Figure()).subplots()
     phi_heat_map(figure, axes, np.full(shape, 0.5))
     for axis, count in zip((axes.yaxis, axes.xaxis), shape, strict=True):
-        shown = [tick for tick in axis.get_ticklocs() if 0.5 <= tick <= count + 0.5]
-        assert shown
-        assert all(tick == round(tick) for tick in shown)
+        ticks = [tick for tick in axis.get_ticklocs() if 0.5 <= tick <= count + 0.5]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks)
 
 
 @pytest.mark.parametrize("metric", ["val/loss", "val/accuracy"])
-def test_a_metric_against_r(first: Run, metric: str):
-    results = sweep(first, adapter__r=RANKS, seed=SEEDS)
+def test_a_metric_against_r(real_run: Run, metric: str):
+    results = sweep(real_run, adapter__r=RANKS, seed=SEEDS)
     figure = rank_figures.metric_by_rank(results, metric)
     assert figure is not None
     (axes,) = figure.axes
-    values = by(results, "adapter.r", metric)
+    values = values_by(results, "adapter.r", metric)
     drawn = lines(axes)
-    assert sorted(drawn[0]) == sorted((r, v) for r, own in values.items() for v in own)
-    assert drawn[1] == [(r, pytest.approx(mean(own))) for r, own in values.items()]
+    assert sorted(drawn[0]) == sorted((r, v) for r, at_r in values.items() for v in at_r)
+    assert drawn[1] == [(r, pytest.approx(mean(at_r))) for r, at_r in values.items()]
     if metric == "val/loss":
-        with np.load(first.path / "spectra.npz") as arrays:
+        with np.load(real_run.path / "spectra.npz") as arrays:
             cut = dict(zip(arrays["truncation/ranks"], arrays["truncation/loss"], strict=True))
         assert drawn[2] == [(k, pytest.approx(cut[k])) for k in (1, 2, 3)]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "3"]
@@ -94,11 +99,13 @@ def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
         assert label in labels
 
 
-def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, first: Run):
+def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, real_run: Run):
     for lr in (1e-4, 1e-2):
         assert lab("digits", "adapter=full", "runs_dir=full", f"optimizer.lr={lr}") == 0
     full = [read_run(run) for run in find_runs(Path("full"))]
-    figure = rank_figures.metric_by_rank([*sweep(first, adapter__r=(1, 2)), *full], "val/accuracy")
+    figure = rank_figures.metric_by_rank(
+        [*sweep(real_run, adapter__r=(1, 2)), *full], "val/accuracy"
+    )
     assert figure is not None
     best = max(full, key=lambda result: result.metrics["val/accuracy"])
     level = best.metrics["val/accuracy"]
@@ -108,24 +115,24 @@ def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, first: Run):
     assert f"full fine-tuning, lr={best.settings['optimizer.lr']:g}" in labels
 
 
-def test_ranks_of_the_update_against_r(first: Run):
-    results = sweep(first, adapter__r=RANKS, seed=SEEDS)
+def test_ranks_of_the_update_against_r(real_run: Run):
+    results = sweep(real_run, adapter__r=RANKS, seed=SEEDS)
     figure = rank_figures.update_ranks_by_rank(results)
     assert figure is not None
     for axes, measure in zip(figure.axes, ("effective_rank", "stable_rank"), strict=True):
         drawn = lines(axes)
         assert drawn[0] == [(1, 1), (2, 2), (3, 3)], "the bound"
         for i, site in enumerate(("body.fc1", "head")):
-            values = by(results, "adapter.r", f"spectra/{site}/{measure}")
+            values = values_by(results, "adapter.r", f"spectra/{site}/{measure}")
             assert drawn[2 + 2 * i] == [(r, pytest.approx(mean(v))) for r, v in values.items()]
-    several = sweep(first, adapter__r=RANKS, adapter__alpha=(2.0, 16.0))
-    figure = rank_figures.update_ranks_by_rank(several)
+    results = sweep(real_run, adapter__r=RANKS, adapter__alpha=(2.0, 16.0))
+    figure = rank_figures.update_ranks_by_rank(results)
     assert figure is not None
     assert [text.get_text() for text in figure.legends[0].texts][1:] == ["alpha=2", "alpha=16"]
 
 
-def test_spectra_by_r(first: Run):
-    results = sweep(first, adapter__r=RANKS, seed=SEEDS)
+def test_spectra_by_r(real_run: Run):
+    results = sweep(real_run, adapter__r=RANKS, seed=SEEDS)
     figure = rank_figures.spectra_by_rank(results)
     assert figure is not None
     for axes in figure.axes:
@@ -140,8 +147,8 @@ def test_spectra_by_r(first: Run):
             assert [s for _, s in drawn] == pytest.approx(np.mean(ends, axis=0).tolist())
 
 
-def test_a_heat_map_of_two_keys_has_the_means_and_leaves_holes(first: Run):
-    results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
+def test_a_heat_map_of_two_keys_has_the_means_and_leaves_holes(real_run: Run):
+    results = sweep(real_run, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
     results = [r for r in results if (r.rank, r.settings["adapter.alpha"]) != (3, 4.0)]
     figure = metrics_by_swept_keys(cells_of(results), ["val/loss", "val/accuracy"])
     assert figure is not None
@@ -149,18 +156,18 @@ def test_a_heat_map_of_two_keys_has_the_means_and_leaves_holes(first: Run):
     for axes, metric in zip(panels, ("val/loss", "val/accuracy"), strict=True):
         grid = np.ma.filled(axes.images[0].get_array(), np.nan)  # pyright: ignore
         for (i, alpha), (j, r) in product(enumerate(ALPHAS), enumerate(RANKS)):
-            own = [x for x in results if (x.rank, x.settings["adapter.alpha"]) == (r, alpha)]
-            want = mean(x.metrics[metric] for x in own) if own else np.nan
-            assert grid[i, j] == pytest.approx(want, nan_ok=True)
+            runs = [x for x in results if (x.rank, x.settings["adapter.alpha"]) == (r, alpha)]
+            expected = mean(x.metrics[metric] for x in runs) if runs else np.nan
+            assert grid[i, j] == pytest.approx(expected, nan_ok=True)
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("r", "alpha")
 
 
-def test_a_heat_map_has_a_place_for_full_and_for_what_failed(lab: Lab, first: Run):
+def test_a_heat_map_has_a_place_for_full_and_for_what_failed(lab: Lab, real_run: Run):
     assert lab("digits", "adapter=full", "runs_dir=full", "optimizer.lr=0.01") == 0
     (full,) = [read_run(only_run("full"))]
-    results = sweep(first, adapter__r=(1, 2), optimizer__lr=(0.1, 0.01))
-    lost = next(r for r in results if (r.rank, r.settings["optimizer.lr"]) == (2, 0.1))
-    lost.status["state"] = "failed"
+    results = sweep(real_run, adapter__r=(1, 2), optimizer__lr=(0.1, 0.01))
+    failed = next(r for r in results if (r.rank, r.settings["optimizer.lr"]) == (2, 0.1))
+    failed.status["state"] = "failed"
     figure = metrics_by_swept_keys(cells_of([*results, full]), ["val/loss"])
     assert figure is not None
     axes = figure.axes[0]
@@ -174,10 +181,10 @@ def test_a_heat_map_has_a_place_for_full_and_for_what_failed(lab: Lab, first: Ru
     assert len(axes.patches) == 1
 
 
-def test_a_key_that_was_drawn_is_an_axis_of_points(first: Run):
+def test_a_sampled_setting_is_an_axis_of_points(real_run: Run):
     points = ((1, 0.002), (1, 0.03), (2, 0.07), (2, 0.4))
     runs = copy_run(
-        first, ({"adapter.r": r, "optimizer.lr": lr} for r, lr in points), Path("sweep")
+        real_run, ({"adapter.r": r, "optimizer.lr": lr} for r, lr in points), Path("sweep")
     )
     results = [read_run(run) for run in runs]
     figure = metrics_by_swept_keys(cells_of(results), ["val/loss"])
@@ -194,25 +201,27 @@ def test_a_key_that_was_drawn_is_an_axis_of_points(first: Run):
 
 
 @pytest.mark.parametrize("alphas", [(4.0,), ALPHAS])
-def test_the_front_is_named_by_r_alone_or_by_letters(first: Run, alphas: tuple[float, ...]):
-    cells = cells_of(sweep(first, adapter__r=RANKS, adapter__alpha=alphas))
+def test_the_front_is_labelled_with_r_or_with_letters(real_run: Run, alphas: tuple[float, ...]):
+    cells = cells_of(sweep(real_run, adapter__r=RANKS, adapter__alpha=alphas))
     figure = metric_by_parameters(cells, "val/loss")
     assert figure is not None
     cost = "parameters/trainable"
     points = [(c.metrics[cost].mean, c.metrics["val/loss"].mean) for c in cells]
-    at = [cells[i].results[0] for i in pareto_front(points, "minimize")]
-    found = [text.get_text() for text in figure.axes[0].texts]
+    front = [cells[i].results[0] for i in pareto_front(points, "minimize")]
+    labels = [text.get_text() for text in figure.axes[0].texts]
     if len(alphas) == 1:
-        assert found == [f"r={result.rank}" for result in at]
+        assert labels == [f"r={result.rank}" for result in front]
     else:
-        assert found == list("abcdef"[: len(at)])
-        words = [f"r={r.rank}, alpha={r.settings['adapter.alpha']:g}" for r in at]
-        keys = [text.get_text() for text in figure.legends[-1].texts]
-        assert keys == [f"{letter}: {text}" for letter, text in zip(found, words, strict=True)]
+        assert labels == list("abcdef"[: len(front)])
+        settings = [f"r={r.rank}, alpha={r.settings['adapter.alpha']:g}" for r in front]
+        legend = [text.get_text() for text in figure.legends[-1].texts]
+        assert legend == [
+            f"{letter}: {text}" for letter, text in zip(labels, settings, strict=True)
+        ]
 
 
-def test_parallel_coordinates_of_three_keys(first: Run):
-    results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, optimizer__lr=(0.1, 0.01))
+def test_parallel_coordinates_of_three_keys(real_run: Run):
+    results = sweep(real_run, adapter__r=RANKS, adapter__alpha=ALPHAS, optimizer__lr=(0.1, 0.01))
     cells = cells_of(results)
     figure = metrics_by_swept_keys(cells, ["val/loss"])
     assert figure is not None
@@ -228,14 +237,14 @@ def test_parallel_coordinates_of_three_keys(first: Run):
     assert names == ["r", "alpha", "lr", "validation loss"]
 
 
-def test_nothing_to_show_is_no_figure(first: Run):
-    one = [read_run(first)]
-    assert rank_figures.metric_by_rank(one, "val/loss") is None
-    assert rank_figures.update_ranks_by_rank(one) is None
-    assert rank_figures.spectra_by_rank(one) is None
-    assert rank_figures.theory_by_rank(one) is None
-    assert metric_by_parameters(cells_of(one), "val/loss") is None
-    assert metrics_by_swept_keys(cells_of(one), ["val/loss"]) is None
+def test_one_run_has_no_figure_of_a_sweep(real_run: Run):
+    results = [read_run(real_run)]
+    assert rank_figures.metric_by_rank(results, "val/loss") is None
+    assert rank_figures.update_ranks_by_rank(results) is None
+    assert rank_figures.spectra_by_rank(results) is None
+    assert rank_figures.theory_by_rank(results) is None
+    assert metric_by_parameters(cells_of(results), "val/loss") is None
+    assert metrics_by_swept_keys(cells_of(results), ["val/loss"]) is None
 
 
 @given(
@@ -249,23 +258,23 @@ def test_the_front_against_brute_force(points: list[tuple[int, int]], goal: str)
         no_worse = a[0] <= b[0] and sign * a[1] <= sign * b[1]
         return no_worse and a != b
 
-    want = {p for p in points if not any(beats(q, p) for q in points)}
-    found = pareto_front(points, goal)
-    assert {points[i] for i in found} == want
-    assert len(found) == sum(p in want for p in points), "equal points are on it together"
-    assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
+    expected = {p for p in points if not any(beats(q, p) for q in points)}
+    front = pareto_front(points, goal)
+    assert {points[i] for i in front} == expected
+    assert len(front) == sum(p in expected for p in points), "equal points are on it together"
+    assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 
 
-def test_the_front_is_marked(first: Run):
-    results = sweep(first, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
+def test_the_front_is_marked(real_run: Run):
+    results = sweep(real_run, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
     cells = cells_of(results)
     figure = metric_by_parameters(cells, "val/loss")
     assert figure is not None
     points = [(c.metrics["parameters/trainable"].mean, c.metrics["val/loss"].mean) for c in cells]
-    at = pareto_front(points, "minimize")
+    front = pareto_front(points, "minimize")
     containers = figure.axes[0].containers
     marked = [tuple(map(float, p)) for p in containers[-1].lines[0].get_xydata()]  # pyright: ignore
-    assert marked == [pytest.approx(points[i]) for i in at]
+    assert marked == [pytest.approx(points[i]) for i in front]
     plain = [tuple(map(float, p)) for p in containers[0].lines[0].get_xydata()]  # pyright: ignore
     assert len(plain) + len(marked) == len(cells)
 
