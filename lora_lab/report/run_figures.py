@@ -31,8 +31,8 @@ def largest_updates(spectrum: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def write_figures(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str]:
     """Writes the figures the run has numbers for to `directory`, and returns their names.
 
-    `spectrum` holds the singular values of each site's ΔW (time × k). It is empty for a run
-    without adapters, which has the figure of its losses only.
+    `spectrum` holds the singular values of each site's ΔW (time × k). Where it is empty, only the
+    losses are drawn.
     """
     figures = {"loss": _loss(run)}
     if spectrum:
