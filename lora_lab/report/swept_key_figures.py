@@ -38,7 +38,7 @@ def metrics_by_swept_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figu
     metrics = [m for m in metrics if any(m in cell.metrics for cell in cells)]
     if len(keys) < 2 or not metrics:
         return None
-    points = [tuple(short_text(cell.value_of(key)) for key in keys) for cell in cells]
+    points = [tuple(_level(cell, key) for key in keys) for cell in cells]
     if len(keys) == 2 and len(set(points)) == len(points):
         if sampled := [key for key in keys if _is_sampled(cells, key)]:
             return _scatter(cells, keys, sampled[-1], metrics)
@@ -51,16 +51,21 @@ def metrics_by_swept_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figu
     return _parallel_axes(cells, keys, metrics[0])
 
 
-def _levels(cells: Sequence[Cell], key: str) -> list[Any]:
-    """The different values of a setting, sorted."""
-    levels = {short_text(cell.value_of(key)): cell.value_of(key) for cell in cells}
-    return sorted(levels.values(), key=sort_key)
+def _level(cell: Cell, key: str) -> str:
+    """A cell's value of a setting, as text."""
+    return short_text(cell.value_of(key))
+
+
+def _levels(cells: Sequence[Cell], key: str) -> dict[str, Any]:
+    """The different values of a setting, each by its text, in ascending order."""
+    levels = {_level(cell, key): cell.value_of(key) for cell in cells}
+    return dict(sorted(levels.items(), key=lambda level: sort_key(level[1])))
 
 
 def _is_sampled(cells: Sequence[Cell], key: str) -> bool:
     """Whether each cell has a number of its own, as random and Bayesian search give, not a grid."""
-    levels = _levels(cells, key)
-    return 2 < len(levels) == len(cells) and all(isinstance(level, int | float) for level in levels)
+    values = _levels(cells, key).values()
+    return 2 < len(values) == len(cells) and all(isinstance(value, int | float) for value in values)
 
 
 def _scatter(
@@ -79,11 +84,10 @@ def _scatter(
             points = [
                 (cell.value_of(x_key), cell.metrics[metric].mean)
                 for cell in cells
-                if short_text(cell.value_of(color_key)) == short_text(level)
-                and metric in cell.metrics
+                if _level(cell, color_key) == level and metric in cell.metrics
             ]
             is_labelled = len(levels) <= MAX_LABELS or i in (0, len(levels) - 1)
-            label = f"{keys[color_key]}={short_text(level)}" if is_labelled else None
+            label = f"{keys[color_key]}={level}" if is_labelled else None
             if points:
                 panel.plot(*zip(*points, strict=True), "o", color=colors[i], label=label)
         values = [cell.metrics[metric].mean for cell in cells if metric in cell.metrics]
@@ -105,27 +109,23 @@ def _scatter(
 def _column(cell: Cell, key: str) -> str:
     """The label of a cell's column in a heat map: its level, or `full` on the axis of r."""
     is_full = cell.results[0].config["adapter"]["method"] == "full"
-    return "full" if is_full and key == "adapter.r" else short_text(cell.value_of(key))
+    return "full" if is_full and key == "adapter.r" else _level(cell, key)
 
 
 def _heat_map(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str]) -> Figure:
     """Each metric's mean in a grid, the first setting across and the second down."""
     (first, second), names = keys, list(keys.values())
-    columns = [
-        short_text(v) for v in _levels(cells, first) if v is not None or first != "adapter.r"
-    ]
-    columns += ["full"] if any(_column(cell, first) == "full" for cell in cells) else []
-    rows = [short_text(level) for level in _levels(cells, second)]
+    # Full fine-tuning, which has no r, is in the last column.
+    in_order = sorted(cells, key=lambda cell: sort_key(cell.value_of(first)))
+    columns = list(dict.fromkeys(_column(cell, first) for cell in in_order))
+    rows = list(_levels(cells, second))
     figure, axes = panels(len(metrics), width=min(14.0, max(4.5, 1.5 + 0.75 * len(columns))))
     figure.set_figheight(max(3.0, 1.6 + 0.4 * len(rows)) * (figure.get_figheight() / 4))
     for panel, metric in zip(axes, metrics, strict=True):
         grid = np.full((len(rows), len(columns)), np.nan)
         unfinished: dict[tuple[int, int], str] = {}
         for cell in cells:
-            i, j = (
-                rows.index(short_text(cell.value_of(second))),
-                columns.index(_column(cell, first)),
-            )
+            i, j = rows.index(_level(cell, second)), columns.index(_column(cell, first))
             if metric in cell.metrics:
                 grid[i, j] = cell.metrics[metric].mean
             elif not cell.finished:
@@ -190,11 +190,12 @@ def _parallel_axes(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> 
     for x, key in enumerate(keys):
         levels = _levels(cells, key)
         level_heights = _level_heights(levels)
-        heights.append([level_heights[short_text(cell.value_of(key))] for cell in cells])
-        if len(levels) > MAX_LABELS:
-            levels = [levels[0], levels[len(levels) // 2], levels[-1]]
-        for level in levels:
-            _label_axis(axes, short_text(level), x, level_heights[short_text(level)])
+        heights.append([level_heights[_level(cell, key)] for cell in cells])
+        labels = list(levels)
+        if len(labels) > MAX_LABELS:
+            labels = [labels[0], labels[len(labels) // 2], labels[-1]]
+        for label in labels:
+            _label_axis(axes, label, x, level_heights[label])
     heights.append([float(norm(m) - low) / float(high - low or 1) for m in means])
     # Better cells are drawn later, on top of worse ones. Lines through one level would hide each
     # other, so that each is moved up or down a little.
@@ -223,17 +224,17 @@ def _label_axis(axes: Axes, text: str, x: float, y: float) -> None:
     axes.annotate(text, (x, y), fontsize=8, va="center", zorder=5, bbox=box, **offset)
 
 
-def _level_heights(levels: Sequence[Any]) -> dict[str, float]:
+def _level_heights(levels: dict[str, Any]) -> dict[str, float]:
     """The height of each level on its vertical axis, from 0 to 1.
 
     Words, and up to `MAX_LABELS` numbers, are evenly spaced. More numbers stand where their values
     put them, on a log scale where positive values differ by more than a factor of 30.
     """
-    are_numbers = all(isinstance(level, int | float) for level in levels)
+    are_numbers = all(isinstance(value, int | float) for value in levels.values())
     if len(levels) > MAX_LABELS and are_numbers:
-        values = np.array(levels, float)
+        values = np.array(list(levels.values()), float)
         values = np.log(values) if values.min() > 0 and values.max() > 30 * values.min() else values
         heights = (values - values.min()) / (values.max() - values.min())
     else:
         heights = np.linspace(0, 1, len(levels)) if len(levels) > 1 else np.array([0.5])
-    return {short_text(level): float(height) for level, height in zip(levels, heights, strict=True)}
+    return dict(zip(levels, heights.tolist(), strict=True))
