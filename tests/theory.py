@@ -121,7 +121,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         ]
         for pair in compare_updates(own) if len(own) > 1 else []:
             if pair.side == "A":
-                d, (r, other) = pair.features, sorted(pair.phi.shape)
+                d, (r, other) = pair.dimension, sorted(pair.phi.shape)
                 for i, j in {(2, 2), (SHARED, SHARED), (r, r), (r, other)}:
                     said = theory.similarity(i, j, d, SHARED)
                     i_one, i_other = (i, j) if pair.phi.shape[0] == r else (j, i)
