@@ -8,3 +8,4 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),  # rsLoRA, Kalajdzievski 2023
     "alpha": lambda alpha, r: alpha,
 }
+"""The scale from (alpha, r), by name."""

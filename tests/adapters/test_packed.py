@@ -47,7 +47,7 @@ FROM_WEIGHT = tuple(
 )
 
 
-def four(how: dict[str, Any]) -> list[dict[str, Any]]:
+def four_runs(how: dict[str, Any]) -> list[dict[str, Any]]:
     """Four runs of one variant."""
     starts = FROM_WEIGHT if how.get("init") in ("pissa", "olora", "svd") else DRAWN
     rest = {k: v for k, v in how.items() if k in ("trains", "dora", "dropout")}
@@ -85,11 +85,11 @@ def gradient(pack: Pack, run_tensor: Tensor) -> Tensor:
     raise AssertionError("a run's tensor is no view of the pack's")
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def relative_error(one: Tensor, other: Tensor) -> float:
     return ((one - other).norm() / other.norm().clamp(min=1e-30)).item()
 
 
-def as_each_alone(
+def check_against_single_runs(
     base: nn.Module, run_models: Sequence[nn.Module], *inputs: Tensor, exact: float = EXACT
 ) -> None:
     """The pack's outputs and gradients, beside those of each run's model."""
@@ -101,7 +101,7 @@ def as_each_alone(
     weights = torch.randn_like(wanted[0])
     (outputs * weights).sum().backward()
     for i, (model, want) in enumerate(zip(alone, wanted, strict=True)):
-        assert apart(outputs[i], want) <= exact, i
+        assert relative_error(outputs[i], want) <= exact, i
         (want * weights).sum().backward()
         run_parameters = dict(run_models[i].named_parameters())
         trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -109,10 +109,18 @@ def as_each_alone(
         for name, parameter in trains.items():
             assert parameter.grad is not None
             got = gradient(packed, run_parameters[name])
-            assert apart(got, parameter.grad) <= exact or parameter.grad.norm() < 1e-12, (i, name)
+            assert relative_error(got, parameter.grad) <= exact or parameter.grad.norm() < 1e-12, (
+                i,
+                name,
+            )
     assert not [p for p in packed.base.parameters() if p.requires_grad and p.grad is None]
-    # No run is what another is: were one computed in another's place, it would have been seen.
-    assert all(apart(a, b) > 1e-6 for i, a in enumerate(wanted) for b in wanted[:i] if b.norm() > 0)
+    # All runs differ, so that one computed in the place of another would be noticed.
+    assert all(
+        relative_error(a, b) > 1e-6
+        for i, a in enumerate(wanted)
+        for b in wanted[:i]
+        if b.norm() > 0
+    )
 
 
 def reason_not_packed(case: Case) -> str | None:
@@ -129,13 +137,13 @@ def reason_not_packed(case: Case) -> str | None:
 @cases_where(lambda case: reason_not_packed(case) is None)
 def test_each_run_is_what_it_is_alone(case: Case):
     base = case.plain()
-    as_each_alone(base, models(base, four(case.how)), *case.inputs())
+    check_against_single_runs(base, models(base, four_runs(case.how)), *case.inputs())
 
 
 @cases_where(lambda case: reason_not_packed(case) is not None)
 def test_a_case_that_cannot_be_packed_is_an_error_with_the_reason(case: Case):
     base, why = case.plain(), reason_not_packed(case)
-    run_models = models(base, four(case.how))
+    run_models = models(base, four_runs(case.how))
     error = RuntimeError if case.layer.name in NO_VMAP else adapters.AdapterError
     with pytest.raises(error, match=why):
         pack(base, run_models)(*case.inputs())
@@ -180,7 +188,7 @@ class Tied(nn.Module):
 def test_adapters_that_are_tied_are_refused():
     seeded(0)
     base = Tied().double()
-    run_models = models(base, four({}), {"both": adapters.Target(tied=True)})
+    run_models = models(base, four_runs({}), {"both": adapters.Target(tied=True)})
     with pytest.raises(adapters.AdapterError, match="tied"):
         pack(base, run_models)
 
@@ -266,7 +274,7 @@ MODELS: dict[str, tuple[Any, Tensor, tuple[str, ...]]] = {
         ("all", "conv", "weight"),
     ),
 }
-VARIED: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"dora": True},
     "pissa": {"init": "pissa"},
@@ -281,29 +289,31 @@ def base_and_input(name: str) -> tuple[nn.Module, Tensor]:
     return make().double().eval(), x.double() if x.is_floating_point() else x
 
 
-DENSE = {(name, target) for name in ("encoder", "attention") for target in ("all", "attention")}
-DENSE |= {("convs", "all"), ("convs", "weight")}
+WITHOUT_DORA = {
+    (name, target) for name in ("encoder", "attention") for target in ("all", "attention")
+}
+WITHOUT_DORA |= {("convs", "all"), ("convs", "weight")}
 """Targets with a weight that no DoRA is for."""
 MODEL_CASES = [
     (name, target, how)
     for name, (*_, targets) in MODELS.items()
     for target in targets
-    for how in VARIED
-    if how != "dora" or (name, target) not in {*DENSE, ("bert-eager", "all")}
+    for how in VARIANTS
+    if how != "dora" or (name, target) not in {*WITHOUT_DORA, ("bert-eager", "all")}
 ]
 
 
 @pytest.mark.parametrize(("name", "target", "how"), MODEL_CASES)
 def test_whole_models(name: str, target: str, how: str):
     base, x = base_and_input(name)
-    as_each_alone(base, models(base, four(VARIED[how]), target, far=0.1), x)
+    check_against_single_runs(base, models(base, four_runs(VARIANTS[how]), target, far=0.1), x)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "encoder"])
 def test_in_single_precision(name: str):
     base, x = base_and_input(name)
     base, x = base.float(), x.float() if x.is_floating_point() else x
-    as_each_alone(base, models(base, four({}), far=0.1), x, exact=1e-4)
+    check_against_single_runs(base, models(base, four_runs({}), far=0.1), x, exact=1e-4)
 
 
 @pytest.mark.parametrize("zeros", [0, 50, 10**9])
@@ -317,25 +327,25 @@ def test_runs_of_many_ranks_and_of_one_run(name: str, zeros: int, monkeypatch: p
     # Far away attention is all on one place, and its gradient rounding.
     far = 0.1 if name in ("transformer", "encoder") else 1.0
     run_models = models(base, runs, far=far)
-    as_each_alone(base, run_models, x)
+    check_against_single_runs(base, run_models, x)
     counts = [len(packed.stacks) for packed in pack(base, run_models).packed_adapters]
     assert {0: min(counts) == 6, 50: 1 <= min(counts) < 6, 10**9: max(counts) == 1}[zeros]
-    as_each_alone(base, models(base, runs[3:4], far=far), x)
+    check_against_single_runs(base, models(base, runs[3:4], far=far), x)
 
 
 def test_a_rank_of_its_own_at_every_site():
     base, x = base_and_input("mlp")
-    first, *_, last = adapters.attached(models(base, four({}))[0])
-    runs = four({})
+    first, *_, last = adapters.attached(models(base, four_runs({}))[0])
+    runs = four_runs({})
     runs[0]["rank_pattern"], runs[1]["alpha_pattern"] = {first: 4}, {last: 7.0}
-    as_each_alone(base, models(base, runs), x)
+    check_against_single_runs(base, models(base, runs), x)
 
 
 @cases_where(lambda c: c.variant in ("lora", "pissa", "dora") and reason_not_packed(c) is None)
 def test_at_the_start_every_run_gives_what_the_base_gives(case: Case):
     base, x = case.plain(), case.inputs()
     wanted = base(*x)
-    outputs = pack(base, models(base, four(case.how), far=0.0))(*x)
+    outputs = pack(base, models(base, four_runs(case.how), far=0.0))(*x)
     for output in outputs:
         torch.testing.assert_close(output, wanted, rtol=EXACT, atol=EXACT)
 
@@ -347,7 +357,7 @@ def test_at_the_start_every_run_gives_what_the_base_gives(case: Case):
 def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str, by: str):
     """Three steps on the pack's parameters, beside three on each run's. Padding stays zero."""
     base, x = base_and_input(name)
-    run_models = models(base, four({}), far=0.1)
+    run_models = models(base, four_runs({}), far=0.1)
     alone = [copy.deepcopy(model) for model in run_models]
     packed, make = pack(base, run_models), partial(getattr(torch.optim, by), lr=0.01)
     make = make if by == "Rprop" else partial(make, weight_decay=0.01)
@@ -364,10 +374,10 @@ def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str, by: str):
             run_optimizer.step()
     outputs = packed(x)
     for i, (model, other) in enumerate(zip(run_models, alone, strict=True)):
-        assert apart(model(x), other(x)) <= EXACT
-        assert apart(outputs[i], other(x)) <= EXACT
+        assert relative_error(model(x), other(x)) <= EXACT
+        assert relative_error(outputs[i], other(x)) <= EXACT
         changes = zip(adapters.deltas(model).values(), adapters.deltas(other).values(), strict=True)
-        assert all(apart(a, b) <= EXACT for a, b in changes)
+        assert all(relative_error(a, b) <= EXACT for a, b in changes)
     for _, stack in packed.stacks:
         for name, tensor in stack.adapter.tensors().items():
             of_runs = sum(a.tensors()[name].abs().sum().item() for a in stack.run_adapters)
@@ -377,7 +387,7 @@ def test_what_an_optimizer_does_to_the_pack_each_run_has(name: str, by: str):
 def test_the_base_has_no_gradient_and_stays():
     base, x = base_and_input("mlp")
     before = copy.deepcopy(base.state_dict())
-    run_models = models(base, four({}))
+    run_models = models(base, four_runs({}))
     packed = pack(copy_sharing_weights(base), run_models)
     packed(x).sum().backward()
     of_base = [p for name, p in packed.base.named_parameters() if "lora" not in name.split(".")]
@@ -476,7 +486,7 @@ def test_every_run_drops_its_own(kind: str, p: float):
     packed = pack(base, run_models)
     seeded(0)
     outputs = packed.train()(x)
-    assert all(apart(a, b) > 0.1 for i, a in enumerate(outputs) for b in outputs[:i])
+    assert all(relative_error(a, b) > 0.1 for i, a in enumerate(outputs) for b in outputs[:i])
     if kind == "embedding":  # the numbers looked up: one column each
         outputs = outputs.diagonal(dim1=-2, dim2=-1) if outputs.dim() == 4 else outputs
         outputs = torch.stack([output[torch.arange(len(x)), x] for output in outputs])
@@ -486,7 +496,7 @@ def test_every_run_drops_its_own(kind: str, p: float):
         n = mask.numel()
         assert abs(mask.double().mean() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5
     again = packed(x)
-    assert apart(again.flatten(), packed(x).flatten()) > 0.1  # another mask in each pass
+    assert relative_error(again.flatten(), packed(x).flatten()) > 0.1  # another mask in each pass
     still = packed.eval()(x)
     assert torch.equal(still, packed(x))
     assert all(torch.equal(output, still[0]) for output in still)
@@ -498,13 +508,13 @@ def test_a_run_without_dropout_is_untouched_by_the_others(kind: str):
     case = {"weight": "bilinear", "grouped": "conv2d-grouped", "conv": "conv1d"}.get(kind, kind)
     (case,) = (c for c in CASES if c.layer.name == case and c.variant == "lora")
     base, x = case.plain(), case.inputs()
-    runs = four({})
+    runs = four_runs({})
     runs[0]["dropout"] = runs[2]["dropout"] = 0.5
     run_models = models(base, runs)
     alone = [copy.deepcopy(model).train()(*x) for model in run_models]
     outputs = pack(base, run_models).train()(*x)
-    assert apart(outputs[1], alone[1]) <= EXACT
-    assert apart(outputs[3], alone[3]) <= EXACT
+    assert relative_error(outputs[1], alone[1]) <= EXACT
+    assert relative_error(outputs[3], alone[3]) <= EXACT
 
 
 def test_dropout_upstream_is_the_runs_own_too():
@@ -514,7 +524,7 @@ def test_dropout_upstream_is_the_runs_own_too():
     for model in run_models:
         move(model, seed=1)
     outputs = pack(base, run_models).train()(x)
-    assert all(apart(a, b) > 1e-3 for i, a in enumerate(outputs) for b in outputs[:i])
+    assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(outputs) for b in outputs[:i])
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -525,4 +535,4 @@ def test_a_models_own_dropout_is_drawn_for_each_run(before: bool):
     base = nn.Sequential(*(layers if before else layers[::-1])).double()
     run_models = models(base, [{"r": 2, "alpha": 2.0}] * 3, far=0.0)
     outputs = pack(base, run_models).train()(torch.randn(6, 8).double())
-    assert all(apart(a, b) > 0.1 for i, a in enumerate(outputs) for b in outputs[:i])
+    assert all(relative_error(a, b) > 0.1 for i, a in enumerate(outputs) for b in outputs[:i])

@@ -26,13 +26,13 @@ from tests.adapters.cases import Case, cases_where, seeded
 from tests.adapters.test_packed import (
     EXACT,
     MODELS,
-    apart,
     base_and_input,
-    four,
+    four_runs,
     gradient,
     models,
     pack,
     reason_not_packed,
+    relative_error,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -53,13 +53,13 @@ def check_against_single_runs(base: nn.Module, run_models: list[nn.Module], x: T
             model.zero_grad()
             expected = F.mse_loss(model(x), y)
             expected.backward()
-            assert apart(loss, expected.detach()) <= EXACT
+            assert relative_error(loss, expected.detach()) <= EXACT
             packed_parameters = dict(run_models[i].named_parameters())
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     assert parameter.grad is not None
                     packed_gradient = gradient(packed, packed_parameters[name])
-                    distance = apart(packed_gradient, parameter.grad)
+                    distance = relative_error(packed_gradient, parameter.grad)
                     assert distance <= EXACT or parameter.grad.norm() < 1e-12
         for parameter in packed.parameters():  # moved in place, as by a step of an optimizer
             if parameter.requires_grad:
@@ -82,13 +82,13 @@ def check_against_single_runs(base: nn.Module, run_models: list[nn.Module], x: T
 def test_a_replay_is_each_runs_own_step(case: Case):
     base = case.plain()
     (x,) = case.inputs()
-    check_against_single_runs(base, models(base, four(case.how)), x)
+    check_against_single_runs(base, models(base, four_runs(case.how)), x)
 
 
 def test_a_linear_layers_bias_is_added_within_its_product():
     """Adapted or not. The rule of vmap itself would add it in a second pass over all outputs."""
     base = nn.Sequential(*(nn.Linear(width, width + 1) for width in (5, 6, 7))).double()
-    run_models = models(base, four({}), {"first": Target(kind="linear", match=["0", "1"])})
+    run_models = models(base, four_runs({}), {"first": Target(kind="linear", match=["0", "1"])})
     step = RecordedStep(pack(base, run_models), F.mse_loss)
     step(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64))
     assert step.graph is not None
@@ -102,13 +102,13 @@ def test_a_linear_layers_bias_is_added_within_its_product():
 )
 def test_models_of_many_layers(name: str, target: str):
     base, x = base_and_input(name)
-    check_against_single_runs(base, models(base, four({}), target, far=0.1), x)
+    check_against_single_runs(base, models(base, four_runs({}), target, far=0.1), x)
 
 
 def test_a_model_that_branches_on_its_mask_is_not_recorded(caplog: pytest.LogCaptureFixture):
     """Hugging Face's BERT leaves out a mask that masks nothing."""
     base, x = base_and_input("bert")
-    run_models = models(base, four({}), "attention", far=0.1)
+    run_models = models(base, four_runs({}), "attention", far=0.1)
     step, y = RecordedStep(pack(base, run_models), F.mse_loss), torch.randn_like(run_models[0](x))
     with caplog.at_level(logging.INFO, "lora_lab"):
         losses = [step(x, y) for _ in range(3)][-1]
@@ -136,7 +136,7 @@ def test_a_replay_draws_the_dropout_masks_of_a_computed_step():
     seeded(5)
     computed = [step._compute(x, y)[0] for _ in range(3)]
     torch.testing.assert_close(replayed, computed, rtol=EXACT, atol=0)
-    assert all(apart(a, b) > 1e-6 for i, a in enumerate(replayed) for b in replayed[:i])
+    assert all(relative_error(a, b) > 1e-6 for i, a in enumerate(replayed) for b in replayed[:i])
 
 
 def test_recording_leaves_the_random_stream_as_it_is():
@@ -212,7 +212,7 @@ def test_a_model_that_changes_from_call_to_call_is_not_recorded(
     scale, reason = STATEFUL[how]
     seeded(0)
     base = StatefulModel(scale).double()
-    run_models = models(base, four({}))
+    run_models = models(base, four_runs({}))
     packed = Pack(base, [adapters.attached(model) for model in run_models])
     step = RecordedStep(packed, F.mse_loss)
     x, y = torch.randn(5, 6).double(), torch.randn(5, 4).double()
