@@ -1,18 +1,16 @@
-"""Run directories: whole files, true states."""
+"""Run directories: the state of a run, what a new try keeps, and files after a crash.
+
+Independent truth: how the context was left, and files that the test writes or reads itself.
+Run: make test ARGS=tests/test_runs.py
+"""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from lora_lab.runs import (
-    Run,
-    RunBusyError,
-    RunFinishedError,
-    find_runs,
-    record_run,
-    write_atomic,
-)
+from lora_lab.runs import Run, RunBusyError, RunFinishedError, find_runs, write_atomic
+from lora_lab.training.run_record import record_run
 
 
 def test_states(tmp_path: Path):

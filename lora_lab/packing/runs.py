@@ -15,7 +15,7 @@ from lora_lab.data import Data
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.check import UnpackableError, runs_per_pass
 from lora_lab.packing.module import Member, PackedModule
-from lora_lab.runs import Run, RunBusyError, RunFinishedError, log_only_to
+from lora_lab.runs import Run, RunBusyError, RunFinishedError
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment
@@ -24,6 +24,7 @@ from lora_lab.training.experiment import Trial
 from lora_lab.training.modules import DivergedError, LoRAModule
 from lora_lab.training.plan import Plan
 from lora_lab.training.precision import device_type, precision_plugin
+from lora_lab.training.run_record import log_only_to
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates, full_tensor
 from lora_lab.config.schema import Lora, TrainedBase
 from lora_lab.data import Data
-from lora_lab.runs import CHECKPOINTS, Run, process_rank, record_run
+from lora_lab.runs import CHECKPOINTS, Run, process_rank
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, precision
@@ -30,6 +30,7 @@ from lora_lab.training.callbacks.spectra import SpectraCallback
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.modules import BaseModule, LoRAModule
 from lora_lab.training.plan import Plan
+from lora_lab.training.run_record import record_run
 
 
 @dataclass

@@ -1,0 +1,181 @@
+"""How a run directory is written while its run trains: lock, status.json, log.txt, env.json."""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from lora_lab.runs import CHECKPOINTS, PREVIOUS, Run, RunBusyError, RunFinishedError, write_atomic
+
+PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
+"""Packages whose versions env.json names."""
+
+_logged_run: ContextVar[Path | None] = ContextVar("_logged_run", default=None)
+
+
+@contextmanager
+def log_only_to(path: Path) -> Iterator[None]:
+    """Within it, log messages go to the log.txt of the run at `path` only.
+
+    A pack has many runs open at once, each with a handler on the root logger; without this each
+    message would be written to the log of all of them.
+    """
+    token = _logged_run.set(path)
+    try:
+        yield
+    finally:
+        _logged_run.reset(token)
+
+
+@contextmanager
+def record_run(
+    path: Path, config: dict[str, Any], *, overwrite: bool = False, **about: Any
+) -> Iterator[Run]:
+    """A context in which a run trains; it keeps status.json, log.txt and the directory's lock.
+
+    The state is `running` within it, and afterwards `finished`, `interrupted` (Ctrl-C, SIGTERM) or
+    `failed` (another exception, which is raised further). A run that was interrupted before keeps
+    its checkpoints and its log, and its tries and seconds are added up; all other files of an
+    earlier try are removed. A finished run that is repeated is kept in previous/ until the new one
+    is finished. `about` are further fields of status.json. Raises RunBusyError where another
+    process holds the lock, RunFinishedError where the run is finished and `overwrite` is not set.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    run = Run(path)
+    with _lock(run):
+        # This process has the lock now: a state of "running" is that of a process that was killed.
+        before = run.status
+        if before["state"] == "finished" and not overwrite:
+            raise RunFinishedError(str(path))
+        started = time.time()
+        status = {"state": "running", "started": started, "host": socket.gethostname(), **about}
+        continues = before["state"] in ("running", "interrupted") and not overwrite
+        if continues:
+            status |= {"tries": before.get("tries", 1) + 1, "spent": _seconds_spent(path, before)}
+            status |= {"wandb": before["wandb"]} if "wandb" in before else {}
+        _clear(path, status, before["state"] == "finished", continues)
+        write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_atomic(path / "env.json", json.dumps(environment(), indent=2) + "\n")
+        with _log_file(path), _outcome(run, started, status.get("spent", 0.0)):
+            yield run
+
+
+def _lock(run: Run) -> AcquireReturnProxy:
+    """The run's lock, acquired. Raises RunBusyError where another process holds it."""
+    try:
+        return FileLock(run.path / "lock").acquire(timeout=1)
+    except Timeout:
+        host = run.status.get("host", "an unknown host")
+        raise RunBusyError(f"{run.path} is being run by another process, on {host}") from None
+
+
+def _clear(path: Path, status: dict[str, Any], was_finished: bool, continues: bool) -> None:
+    """Writes the new status.json, and removes the files of the try before.
+
+    Those of a finished run are moved to previous/. The order matters: previous/ has a copy of the
+    status before status.json is replaced, and status.json says `running` before any other file
+    goes, so that a crash in between leaves no directory that claims to be finished and is not.
+    """
+    stays = {"lock", "status.json", PREVIOUS, *((CHECKPOINTS, "log.txt") if continues else ())}
+    if was_finished:
+        shutil.rmtree(path / PREVIOUS, ignore_errors=True)
+        (path / PREVIOUS).mkdir()
+        shutil.copy(path / "status.json", path / PREVIOUS)
+    write_atomic(path / "status.json", json.dumps(status, indent=2) + "\n")
+    for old in [old for old in path.iterdir() if old.name not in stays]:
+        if was_finished:
+            old.rename(path / PREVIOUS / old.name)
+        elif old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Within it the root logger writes to the run's log.txt too."""
+    handler = logging.FileHandler(path / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(lambda _: _logged_run.get() in (None, path))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _outcome(run: Run, started: float, spent: float) -> Iterator[None]:
+    """Writes to status.json how the run ended. `spent` are the seconds of earlier tries."""
+    try:
+        yield
+    except BaseException as error:
+        # Lightning turns Ctrl-C and SIGTERM into SystemExit.
+        is_stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        with (run.path / "log.txt").open("a") as file:
+            file.write(traceback.format_exc())
+        run.update_status(
+            state="interrupted" if is_stopped else "failed",
+            seconds=spent + time.time() - started,
+            error=f"{type(error).__name__}: {error}",
+            traceback=traceback.format_exc(),
+        )
+        raise
+    run.update_status(state="finished", seconds=spent + time.time() - started)
+    for folder in (CHECKPOINTS, PREVIOUS):
+        shutil.rmtree(run.path / folder, ignore_errors=True)
+
+
+def _seconds_spent(path: Path, before: dict[str, Any]) -> float:
+    """Seconds that all earlier tries took, by the status `before` this one.
+
+    A try that was killed wrote no `seconds`: it is taken to have lasted until its last file write.
+    """
+    if "seconds" in before:
+        return before["seconds"]
+    last_write = max(file.stat().st_mtime for file in path.glob("*.*"))
+    return before.get("spent", 0.0) + max(0.0, last_write - before.get("started", last_write))
+
+
+def environment() -> dict[str, Any]:
+    """The content of env.json: the machine, package versions and git commit of a run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+        "git": _git("rev-parse", "HEAD"),
+        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*command: str) -> str | None:
+    """The output of a git command; None where git or the repository is missing."""
+    try:
+        return subprocess.run(
+            ["git", *command], capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
