@@ -1,4 +1,4 @@
-"""Random generators by key: each thing that is drawn has its generator, independent of all others."""
+"""Random generators by key: what is drawn with one key does not depend on any other draw."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ import torch
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by the hash of `key`, as ("adapter", site, r): alike on all machines.
+    """A CPU generator seeded by the hash of `key`, as (seed, site, r): the same on all machines.
 
-    The seed is the first 8 bytes of the SHA-256 of the key's parts joined by slashes. Python's own
-    `hash` would differ from process to process.
+    The seed is the first 8 bytes of the SHA-256 of the key's parts joined by slashes. (Python's
+    built-in `hash` of a text differs from process to process.)
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -1,8 +1,8 @@
-"""Every check of a config that needs no model and no data: its values, and what they are for."""
+"""Checks of a config that need no model and no data: its keys and values, and each `_target_`."""
 
 import inspect
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -16,51 +16,61 @@ from lora_lab.config.schema import (
     Full,
     Lora,
     NoAdapter,
+    Node,
     TargetRule,
     TrainedBase,
     nearest,
 )
 
 
-def parse_config(content: dict[str, Any], said: Collection[str] = ()) -> Config:
-    """The config, typed, or a ConfigError that names every wrong key and value.
+def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -> Config:
+    """The typed config of nested plain data. Raises ConfigError with all wrong keys and values.
 
-    An experiment may set what only one choice of a group has, as adapter.r for LoRA: with another
-    choice (adapter=full) that falls away, but for the keys `said` on the command line.
+    An experiment's YAML may set keys that only one choice of a group has, such as adapter.r, which
+    LoRA alone has. Under another choice (adapter=full) these keys are dropped, but not those that
+    the command line sets, `explicit_keys`: there they are errors.
     """
     if isinstance(node := content.get("adapter"), dict) and node.get("r") == "full":
-        # A sweep over r has full fine-tuning beside the ranks, with what is said of these.
+        # adapter.r=1,2,full sweeps full fine-tuning beside ranks. Settings of the adapter on the
+        # same command line are meant for the ranks, so that here they are not errors.
         content["adapter"] = {**node, "method": "full"}
-        said = [key for key in said if not key.startswith("adapter.")]
-    for group, choices in (
-        ("adapter", (Lora, Full, NoAdapter)),
-        ("base", (TrainedBase, CheckpointBase)),
-    ):
-        if not isinstance(node := content.get(group), dict):
-            continue
-        chosen, others = set(), set()
-        for choice in choices:
-            methods = get_args(choice.model_fields["method"].annotation)
-            (chosen if node.get("method") in methods else others).update(choice.model_fields)
-        content[group] = {
-            key: value
-            for key, value in node.items()
-            if key not in others - chosen or f"{group}.{key}" in said
-        }
+        explicit_keys = [key for key in explicit_keys if not key.startswith("adapter.")]
+    _drop_foreign_keys(content, "adapter", (Lora, Full, NoAdapter), explicit_keys)
+    _drop_foreign_keys(content, "base", (TrainedBase, CheckpointBase), explicit_keys)
     if isinstance(adapter := content.get("adapter"), dict):
         for pattern in ("rank_pattern", "alpha_pattern"):
             if isinstance(globs := adapter.get(pattern), dict):
-                # Hydra reads the names of nn.Sequential's layers as numbers.
+                # Hydra reads the names of nn.Sequential's layers ("0", "1") as numbers.
                 adapter[pattern] = {str(name): value for name, value in globs.items()}
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_say(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_message(e) for e in error.errors())) from None
 
 
-def _say(error: Any) -> str:
+def _drop_foreign_keys(
+    content: dict[str, Any], group: str, choices: Sequence[type[Node]], explicit: Collection[str]
+) -> None:
+    """Removes from content[group] the keys that only choices other than its `method` have.
+
+    Those that are `explicit`, as "adapter.dropout", stay.
+    """
+    if not isinstance(node := content.get(group), dict):
+        return
+    chosen, others = set(), set()
+    for choice in choices:
+        methods = get_args(choice.model_fields["method"].annotation)
+        (chosen if node.get("method") in methods else others).update(choice.model_fields)
+    content[group] = {
+        key: value
+        for key, value in node.items()
+        if key not in others - chosen or f"{group}.{key}" in explicit
+    }
+
+
+def _message(error: Any) -> str:
     """One of pydantic's errors as `key=value: rule`."""
-    # pydantic puts a union's tag into the path: adapter.lora.r is our adapter.r.
+    # pydantic puts a union's tag into the path: what it calls adapter.lora.r is adapter.r here.
     path = [str(part) for part in error["loc"]]
     if len(path) > 1 and path[0] in ("adapter", "base"):
         del path[1]
@@ -85,11 +95,10 @@ def _say(error: Any) -> str:
 def resolve_component(
     key: str, component: Component, given: Collection[str] = ()
 ) -> Callable[..., Any]:
-    """What a component's `_target_` names, once the arguments are found to fit its signature.
+    """The callable that a component's `_target_` names, after a check of the arguments.
 
-    `given` are the arguments the program adds of its own. Each value is held against the
-    parameter's annotation. Raises ConfigError for a target that cannot be imported, an unknown or
-    missing argument, and a value of the wrong type or out of its range.
+    `key` is the component's key in the config, for messages. Raises ConfigError where the target
+    cannot be imported, and as `check_arguments` does.
     """
     callee = import_target(key, component)
     check_arguments(key, callee, component.arguments, given)
@@ -97,7 +106,7 @@ def resolve_component(
 
 
 def import_target(key: str, component: Component) -> Callable[..., Any]:
-    """What a component's `_target_` names. Raises ConfigError where it cannot be imported."""
+    """The callable that a component's `_target_` names. Raises ConfigError where it has none."""
     try:
         return component.callee
     except Exception as error:
@@ -108,7 +117,11 @@ def import_target(key: str, component: Component) -> Callable[..., Any]:
 def check_arguments(
     key: str, callee: Callable[..., Any], arguments: dict[str, Any], given: Collection[str] = ()
 ) -> None:
-    """Raises ConfigError unless `arguments`, with those `given`, fit the callee's signature."""
+    """Checks `arguments` against the signature and the annotations of `callee`.
+
+    `given` are the names of arguments that the program itself passes. Raises ConfigError for an
+    unknown or missing argument, and for a value of the wrong type or out of its range.
+    """
     parameters = inspect.signature(callee).parameters
     hints = get_type_hints(callee.__init__ if inspect.isclass(callee) else callee, None, None, True)
     for name, value in arguments.items():
@@ -119,24 +132,25 @@ def check_arguments(
                 f"{nearest(name, known)} (it takes {', '.join(known)})"
             )
         try:
-            # Strict, but for lists, which YAML has and tuples are written as.
+            # Strict: "3" is no int. But a list may stand for a tuple, which YAML does not have.
             strict = not isinstance(value, list)
             TypeAdapter(hints.get(name, Any)).validate_python(value, strict=strict)
         except ValidationError as error:
-            # A union fails once for each of its members.
-            said = dict.fromkeys(_say({**e, "loc": ()}).partition(": ")[2] for e in error.errors())
-            raise ConfigError(f"{key}.{name}={value}: {' or '.join(said)}") from None
+            # A union fails once for each of its members: the rules are joined by "or".
+            messages = (_message({**e, "loc": ()}) for e in error.errors())
+            rules = dict.fromkeys(message.partition(": ")[2] for message in messages)
+            raise ConfigError(f"{key}.{name}={value}: {' or '.join(rules)}") from None
         except PydanticUserError:
-            pass  # an annotation that is no type of plain values: the callee's own to check
+            pass  # pydantic cannot check this annotation: the callee has to
     for name, parameter in parameters.items():
-        needed = parameter.default is inspect.Parameter.empty and parameter.kind not in (
+        is_required = parameter.default is inspect.Parameter.empty and parameter.kind not in (
             inspect.Parameter.VAR_POSITIONAL,
             inspect.Parameter.VAR_KEYWORD,
         )
-        if needed and name not in arguments and name not in given:
+        if is_required and name not in arguments and name not in given:
             raise ConfigError(f"{key}.{name}: must be given, {_name_of(callee)} needs it")
 
 
 def _name_of(callee: Callable[..., Any]) -> str:
-    """The short name of a component in messages."""
+    """The name of a callable in messages."""
     return getattr(callee, "__name__", repr(callee))

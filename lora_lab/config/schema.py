@@ -1,4 +1,4 @@
-"""The typed schema of a run, and what identifies it."""
+"""The schema of a config: the keys that can be set, their types, and the hash of a run."""
 
 import difflib
 import hashlib
@@ -7,31 +7,27 @@ from collections.abc import Callable, Collection, Iterable
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from lora_lab.adapters import GROUPS, INITS, SCALINGS, TRAINS
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be: the message names the key, the value, the rule, the nearest one."""
+    """A setting is wrong. The message names its key, its value, the rule, the nearest valid one."""
 
 
 def nearest(word: object, choices: Iterable[object]) -> str:
-    """'; nearest: …' with the choice that looks most like `word`, '' where none does."""
-    found = difflib.get_close_matches(str(word), list(map(str, choices)), n=1, cutoff=0.5)
-    return f"; nearest: {found[0]}" if found else ""
+    """The end of an error message: "; nearest: WORD" with the choice most like `word`.
+
+    Empty where no choice is alike.
+    """
+    matches = difflib.get_close_matches(str(word), list(map(str, choices)), n=1, cutoff=0.5)
+    return f"; nearest: {matches[0]}" if matches else ""
 
 
 def one_of(choices: Collection[str]) -> AfterValidator:
-    """A validator for a key of a table, as INITS: its error lists the keys."""
+    """A pydantic validator for a name in a table such as INITS. Its error lists the names."""
 
     def check(value: str) -> str:
         if value not in choices:
@@ -42,11 +38,11 @@ def one_of(choices: Collection[str]) -> AfterValidator:
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What numpy and scikit-learn take too."""
+"""A seed in the range that numpy and scikit-learn accept."""
 
 
 class Node(BaseModel):
-    """A node of the config: no key beyond those named, no value of another type."""
+    """Base class of the config's nodes: unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False
@@ -54,25 +50,26 @@ class Node(BaseModel):
 
 
 class Component(Node, extra="allow"):
-    """A node that names a callable by `_target_`, and gives its arguments."""
+    """A node that names a callable by `_target_`; its other keys are the callable's arguments."""
 
     target: str = Field(alias="_target_")
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What is given beside `_target_`."""
+        """Keyword arguments of the callable: all keys but `_target_`."""
         return dict(self.model_extra or {})
 
     @property
     def callee(self) -> Callable[..., Any]:
-        """What `_target_` names."""
+        """The class or function that `_target_` names, imported."""
         return resolve_name(self.target)
 
 
 class Optimizer(Component):
-    """A torch optimizer, and its learning rate over the run: constant, linear or cosine to zero.
+    """A torch optimizer, and the schedule of its learning rate.
 
-    `warmup` is the share of all steps in which the rate first rises from zero.
+    `lr` is the highest rate. After a warm-up it stays constant, or falls to zero linearly or as a
+    cosine. `warmup` is the share of all steps during which it rises from zero.
     """
 
     lr: float = Field(gt=0)
@@ -81,12 +78,12 @@ class Optimizer(Component):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the torch optimizer is given."""
+        """Keyword arguments of the torch optimizer."""
         return {"lr": self.lr, **super().arguments}
 
 
 class TrainedBase(Node):
-    """A base that is trained here, on the data's `base` phase."""
+    """A base that is trained here on the data's `base` phase, and kept in bases_dir."""
 
     method: Literal["train"]
     epochs: PositiveInt
@@ -95,7 +92,7 @@ class TrainedBase(Node):
 
 
 class CheckpointBase(Node):
-    """A base that is loaded from a safetensors file, known by its content, not by its path."""
+    """A base loaded from a safetensors file. Its `sha256`, not its path, counts in the identity."""
 
     method: Literal["checkpoint"]
     path: str
@@ -108,9 +105,11 @@ InitName = Annotated[str, one_of(INITS)]
 
 
 class Lora(Node):
-    """Low-rank adapters. Patterns are {glob on sites: value}, the first that fits.
+    """Low-rank adapters: ΔW = scale · B A, with r and alpha of all sites that set none of theirs.
 
-    `lr_ratio` is the learning rate of the factor that starts at zero, over the other's (LoRA+).
+    `rank_pattern` and `alpha_pattern` are {glob on site names: value}; the first glob that matches
+    a site decides. `lr_ratio` is the learning rate of the factor that starts at zero divided by
+    that of the other one (LoRA+).
     """
 
     method: Literal["lora"]
@@ -127,19 +126,23 @@ class Lora(Node):
 
 
 class Full(Node):
-    """Full fine-tuning."""
+    """Full fine-tuning: all parameters train, and no adapter is attached."""
 
     method: Literal["full"]
 
 
 class NoAdapter(Node):
-    """The base as it is."""
+    """No training: the base is evaluated as it is."""
 
     method: Literal["none"]
 
 
 class TargetRule(Node):
-    """What a target picks, by kind and by globs on names, and what is its sites' own."""
+    """A rule that picks sites: by the kind of layer, and by globs on names that match or exclude.
+
+    r, alpha, dropout and init, where given, replace those of the adapter at its sites. `tied`: two
+    layers that share a weight share the adapter's factors.
+    """
 
     kind: Annotated[str, one_of(GROUPS)] = "all"
     match: str | list[str] = "*"
@@ -151,15 +154,16 @@ class TargetRule(Node):
     tied: bool = False
 
     @model_validator(mode="after")
-    def _says_what(self) -> Self:
-        # Settings of a target that was not chosen would otherwise make one that picks everything.
+    def _names_sites(self) -> Self:
+        # target.conv.r=2 where only target=linear is chosen makes a rule with r alone, which by its
+        # defaults would pick all layers.
         if not {"kind", "match"} & self.model_fields_set:
             raise ValueError("must say a kind or a match, as the targets of conf/target do")
         return self
 
 
 class Trainer(Node, extra="allow"):
-    """The arguments of lightning's Trainer."""
+    """Arguments of Lightning's Trainer: these four and any other that it takes."""
 
     accelerator: str
     devices: int | str | list[int]
@@ -168,12 +172,13 @@ class Trainer(Node, extra="allow"):
 
 
 class Spectra(Node):
-    """When ΔW's spectrum is measured, and what is asked of the finished update.
+    """When ΔW's singular values are measured, and what is computed from the finished ΔW.
 
-    At the start, every so many epochs or steps, at the end. `truncation`: the validation loss with
-    ΔW cut to each lower rank, of the whole model or of each site too; `keep` is the share of the
-    gain that the advised ranks keep. `against_base` takes an SVD of each W, kept in bases_dir.
-    `first_step` measures the dense gradient and the descent of the first step.
+    They are measured at the start, each `every_n_epochs` epochs (or `every_n_steps` steps), and at
+    the end. `truncation` measures the validation loss with ΔW cut to each lower rank: at all sites
+    at once (model), at single sites too (sites), or not (none). The advised ranks keep the share
+    `keep` of the loss's improvement. `against_base` compares ΔW with the SVD of each W, stored in
+    bases_dir. `first_step` measures the dense gradient and the loss's descent at the first step.
     """
 
     every_n_epochs: PositiveInt
@@ -185,7 +190,7 @@ class Spectra(Node):
 
 
 class Tracking(Node):
-    """Where W&B keeps the run."""
+    """The W&B project of the run, and whether it is logged there: offline, online or off."""
 
     mode: Literal["offline", "online", "off"]
     project: str = Field(pattern=r"^[^/\\#?%:]{1,128}$")  # W&B's rule
@@ -194,22 +199,22 @@ class Tracking(Node):
 
 
 class Sweep(Node):
-    """A multirun: whether the first failure ends it."""
+    """Settings of a multirun. `fail_fast`: the first run that fails ends it."""
 
     fail_fast: bool = False
 
 
 class Published(Node):
-    """Loss on all data by epoch, as published for an experiment."""
+    """Published losses of an experiment, on all data, by epoch: of the base, and when adapted."""
 
     base: dict[int, float] = {}
     adapted: dict[int, float] = {}
 
 
 class Config(Node):
-    """One run."""
+    """The complete config of one run."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64)  # it is a tag in W&B
+    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64)  # W&B's rule for a tag
     seed: Seed
     data: Component
     model: Component
@@ -220,7 +225,7 @@ class Config(Node):
     trainer: Trainer
     spectra: Spectra
     tracking: Tracking
-    sweep: Sweep = Sweep()  # what an older run's config.yaml does not have has a default
+    sweep: Sweep = Sweep()  # a default, as the config.yaml of older runs has no such key
     published: Published | None
     runs_dir: str = Field(min_length=1)
     bases_dir: str = Field(min_length=1)
@@ -229,56 +234,67 @@ class Config(Node):
     checkpoint_every: float = Field(default=60, ge=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain dicts, lists and numbers: what config.yaml holds."""
+        """The config as nested dicts, lists, texts and numbers, as config.yaml has it."""
         return self.model_dump(by_alias=True)
 
     def identity(self) -> str:
-        """The hash of what can change the run's result: not paths, tracking or devices."""
-        return content_hash(self._matters())
+        """The hash of all settings that can change the run's result.
 
-    def _matters(self) -> dict[str, Any]:
+        Paths, tracking, devices and the other keys of NOT_IN_IDENTITY and DEVICE_KEYS are left out.
+        """
+        return content_hash(self._identifying_settings())
+
+    def _identifying_settings(self) -> dict[str, Any]:
+        """The settings that `identity` hashes."""
         config = self.model_dump(by_alias=True, exclude=set(NOT_IN_IDENTITY))
-        for device in DEVICE_KEYS:
-            config["trainer"].pop(device, None)
+        for key in DEVICE_KEYS:
+            config["trainer"].pop(key, None)
         if isinstance(self.base, CheckpointBase):
             del config["base"]["path"]
         for pattern in ("rank_pattern", "alpha_pattern"):
             if globs := config["adapter"].get(pattern):
-                config["adapter"][pattern] = list(globs.items())  # the first that fits wins
+                # The first glob that matches decides, so their order is part of the identity; a
+                # list keeps it where the hash sorts a dict's keys.
+                config["adapter"][pattern] = list(globs.items())
         return config
 
     def cell(self) -> str:
-        """One point of an ablation: the run without its seed, in words and by a short hash."""
-        config = self._matters()
+        """The name of the run's cell (all settings but the seed): readable, then a short hash."""
+        config = self._identifying_settings()
         del config["seed"]
         return f"{self.readable_name()}-{content_hash(config)[:6]}"
 
     def readable_name(self) -> str:
-        """What is most asked of a run, but for its seed; the rest is in its hash."""
+        """The main settings as a directory name, as r8-alpha16-kaiming; the seed is not in it."""
         adapter = self.adapter
-        words = [adapter.method]
+        parts = [adapter.method]
         if isinstance(adapter, Lora):
-            words = [f"r{adapter.r}", f"alpha{adapter.alpha:g}", adapter.init]
-            words += ["dora"] if adapter.dora else []
-            words += [f"trains-{adapter.trains}"] if adapter.trains != "both" else []
-            words += [f"ratio{adapter.lr_ratio:g}"] if adapter.lr_ratio != 1 else []
-            words += [adapter.scaling.replace("/", "-")] if adapter.scaling != "alpha/r" else []
-            words += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
+            parts = [f"r{adapter.r}", f"alpha{adapter.alpha:g}", adapter.init]
+            parts += ["dora"] if adapter.dora else []
+            parts += [f"trains-{adapter.trains}"] if adapter.trains != "both" else []
+            parts += [f"ratio{adapter.lr_ratio:g}"] if adapter.lr_ratio != 1 else []
+            parts += [adapter.scaling.replace("/", "-")] if adapter.scaling != "alpha/r" else []
+            parts += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
         targets = "+".join(self.target) if adapter.method != "none" else ""
         data = f"data{self.data.arguments['seed']}" if "seed" in self.data.arguments else ""
         rate = f"lr{self.optimizer.lr:g}" if adapter.method != "none" else ""
-        text = "-".join(filter(None, [*words, targets, rate, data]))
-        return "".join(c if c.isalnum() or c in "-+._" else "_" for c in text)[:120]
+        name = "-".join(filter(None, [*parts, targets, rate, data]))
+        # The cut keeps the directory's name, which seed and hash follow, under 255 bytes.
+        return "".join(c if c.isalnum() or c in "-+._" else "_" for c in name)[:120]
 
 
 def content_hash(content: Any) -> str:
-    """The SHA-256 of plain nested data, whatever the order of its keys; 1.0 is 1."""
-    return hashlib.sha256(json.dumps(_whole(content), sort_keys=True).encode()).hexdigest()
+    """The SHA-256 of nested dicts, lists and numbers, whatever the order of a dict's keys.
+
+    A float with an integral value counts as the int, so that lr=1 and lr=1.0 are one run.
+    """
+    return hashlib.sha256(json.dumps(_as_ints(content), sort_keys=True).encode()).hexdigest()
 
 
-def _whole(content: Any) -> Any:
+def _as_ints(content: Any) -> Any:
+    """The content with each float of integral value as an int: 1.0 as 1."""
     if isinstance(content, dict):
-        return {key: _whole(value) for key, value in content.items()}
+        return {key: _as_ints(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_whole(value) for value in content]
+        return [_as_ints(value) for value in content]
     return int(content) if isinstance(content, float) and content.is_integer() else content
