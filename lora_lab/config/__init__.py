@@ -1,1 +1,1 @@
-"""What can be set, and whether it is right: the schema of a config, its checks, its composition."""
+"""What can be set, and is it right? The schema of a config, its checks and its composition."""

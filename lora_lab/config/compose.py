@@ -1,4 +1,4 @@
-"""Hydra's grammar and composition: what is said on the command line → typed configs."""
+"""From the command line to typed configs and back, by Hydra's grammar and composition."""
 
 import copy
 import json
@@ -33,8 +33,8 @@ HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: '
 
 
 def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
-    """What Hydra composed by `overrides`, checked. Raises ConfigError."""
-    said = [override.split("=")[0].lstrip("+~") for override in overrides]
+    """The typed config of what Hydra composed by `overrides`. Raises ConfigError."""
+    explicit_keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     try:
         plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -42,97 +42,106 @@ def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from None
     assert isinstance(plain, dict)
-    return parse_config({str(key): value for key, value in plain.items()}, said)
+    return parse_config({str(key): value for key, value in plain.items()}, explicit_keys)
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
-    """The config of one run, where Hydra is initialized. Raises ConfigError, and Hydra's errors."""
+    """The config of one run; Hydra must be initialized. Raises ConfigError and Hydra's errors."""
     return config_from_hydra(hydra.compose("train", list(overrides)), overrides)
 
 
 def sweep_points(arguments: Sequence[str]) -> list[list[str]]:
-    """The overrides of every run of a multirun: the product of what each argument sweeps.
+    """The overrides of each run of a multirun: the product of the values that arguments sweep.
 
-    None where another sweeper than Hydra's own decides on them.
+    adapter.r=1,2 seed=0,1 gives four points, of which the last argument varies fastest. Empty
+    where the arguments choose another sweeper, which makes its points itself.
     """
     if any(a.startswith(("hydra.sweeper", "hydra/sweeper")) for a in arguments):
         return []
     settings = [a for a in arguments if "=" in a or a.startswith("~")]
     settings = [a for a in settings if not a.startswith(("hydra.", "hydra/"))]
-    every: list[list[str]] = []
+    choices: list[list[str]] = []
     for override in OverridesParser.create().parse_overrides(settings):
         key = override.get_key_element()
         if override.is_delete():
-            every.append([str(override.input_line)])
+            choices.append([str(override.input_line)])
         elif override.is_sweep_override():
-            every.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
-            every.append([f"{key}={override.get_value_element_as_str()}"])
-    return [list(point) for point in product(*every)]
+            choices.append([f"{key}={override.get_value_element_as_str()}"])
+    return [list(point) for point in product(*choices)]
 
 
 def compose_points(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | ConfigError]]:
-    """Each point of a multirun: its overrides, and its config or why it has none."""
-    ready = GlobalHydra.instance().is_initialized()  # a sweeper asks from within Hydra
+    """The overrides of each point of a multirun with its config, or the error where it has none."""
+    is_ready = GlobalHydra.instance().is_initialized()  # as when Hydra's sweeper is the caller
     start = partial(hydra.initialize_config_module, "lora_lab.conf", version_base="1.3")
-    with nullcontext() if ready else start():
+    with nullcontext() if is_ready else start():
         for overrides in points:
             try:
-                yield overrides, _point(overrides)
+                yield overrides, _compose_point(overrides)
             except ConfigError as error:
                 yield overrides, error
             except (HydraException, OmegaConfBaseException) as error:
                 yield overrides, ConfigError(hydra_error_message(error))
 
 
-def _point(overrides: list[str]) -> Config:
-    """What `compose_config` gives; of points that differ in values the choices are composed once.
+def _compose_point(overrides: list[str]) -> Config:
+    """The same config as `compose_config` gives, in 1 ms instead of 100.
 
-    Values are set on a copy as Hydra sets them, in 1 ms where it takes 100 for the whole.
+    Most points of a multirun choose the same YAML files and differ in single values. So Hydra
+    composes each set of choices (adapter=dora, target=[linear,conv]) once, and the values
+    (adapter.r=4, seed=1) are set on a copy, as Hydra sets them.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
     choices = [o for o in parsed if o.package is not None or o.key_or_group in options()]
     values = [o for o in parsed if o not in choices]
     if any(o.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) for o in values):
-        return compose_config(overrides)
-    config = copy.deepcopy(_chosen(tuple(str(o.input_line) for o in choices)))
+        return compose_config(overrides)  # +key, ~key: Hydra checks whether the key exists
+    config = copy.deepcopy(_compose_choices(tuple(str(o.input_line) for o in choices)))
     try:
         for o in values:
             added = o.is_force_add()
             OmegaConf.update(config, o.key_or_group, o.value(), merge=True, force_add=added)
     except OmegaConfBaseException:
-        return compose_config(overrides)  # raises the same in Hydra's words
+        return compose_config(overrides)  # raises Hydra's error, whose message is the better one
     return config_from_hydra(config, overrides)
 
 
 @cache
-def _chosen(choices: tuple[str, ...]) -> DictConfig:
+def _compose_choices(choices: tuple[str, ...]) -> DictConfig:
     return hydra.compose("train", list(choices))
 
 
 def published_config(experiment: str, cfg: Config) -> Config:
-    """The experiment as its YAML has it, but for this run's seeds: what the paper's rows are of."""
-    paper = _experiment(experiment)
-    changed: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra}
+    """The config that an experiment's published losses belong to, with the seeds of `cfg`.
+
+    It is the experiment as its YAML has it, but with the seeds and the spectra settings of `cfg`:
+    a run that differs in these alone may be shown beside the published losses.
+    """
+    published = _compose_experiment(experiment)
+    changes: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra}
     for key in ("data", "base"):
-        node, own = getattr(paper, key), getattr(cfg, key)
-        if hasattr(node, "seed") and hasattr(own, "seed"):
-            changed[key] = node.model_copy(update={"seed": own.seed})
-    return paper.model_copy(update=changed)
+        node, run_node = getattr(published, key), getattr(cfg, key)
+        if hasattr(node, "seed") and hasattr(run_node, "seed"):
+            changes[key] = node.model_copy(update={"seed": run_node.seed})
+    return published.model_copy(update=changes)
 
 
 @cache
-def _experiment(name: str) -> Config:
+def _compose_experiment(name: str) -> Config:
     return compose_config([f"experiment={name}"])
 
 
 def hydra_arguments(arguments: list[str]) -> list[str]:
-    """The arguments as Hydra can read them.
+    """Command-line arguments rewritten so that Hydra can read them.
 
-    Flags come before overrides; the brackets of alpha/sqrt(r) are no function call; and a glob on
-    module names, target='*.fc1', becomes an option of conf/target that no YAML has. What holds a *,
-    a ? or a dot is a glob, any other word the name of an option. What a target or a pattern may say
-    it need not say beforehand, so that Hydra must take it as new.
+    - A glob on module names, target='*.fc1', is registered as an option of conf/target, as if a
+      YAML file had it. A word with a *, a ? or a dot is a glob, any other the name of an option.
+    - Keys of a target, and the globs of a pattern, need not be in the YAML before: they get Hydra's
+      ++, which adds a key or changes it.
+    - The brackets of alpha/sqrt(r) are escaped: Hydra would read a function call.
+    - Flags go before overrides.
     """
     for argument in arguments:
         if argument.startswith("target="):
@@ -147,7 +156,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
 
 
 def hydra_error_message(error: Exception) -> str:
-    """Hydra's and OmegaConf's errors in one paragraph that names the nearest valid word."""
+    """The message for an error of Hydra or OmegaConf: key=value, rule and nearest valid word."""
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read{HINT}"
@@ -170,44 +179,49 @@ def hydra_error_message(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def train_command(config: dict[str, Any], always: Collection[str] = ()) -> str | None:
-    """The `lora-lab train` command that makes a run's config again, as short as it can be.
+def train_command(config: dict[str, Any], shown_keys: Collection[str] = ()) -> str | None:
+    """The shortest `lora-lab train` command that composes a run's config.
 
-    It says the dotted keys of `always` even where they are at their defaults. None where conf/ has
-    changed so that none does.
+    It sets the dotted keys of `shown_keys` even where they have their defaults. None where no
+    command does, because conf/ has changed since.
     """
-    experiment = config["name"] in options().get("experiment", {})
-    said = [f"experiment={config['name']}"] if experiment else [f"name={config['name']}"]
+    is_experiment = config["name"] in options().get("experiment", {})
+    start = [f"experiment={config['name']}"] if is_experiment else [f"name={config['name']}"]
     with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
         try:
-            wanted, start = parse_config(dict(config)), compose_config(said).to_dict()
-            differ = _differ(wanted.to_dict(), start, always)
-            if compose_config([*said, *differ]).identity() != wanted.identity():
+            wanted, defaults = parse_config(dict(config)), compose_config(start).to_dict()
+            changes = _overrides_between(defaults, wanted.to_dict(), shown_keys)
+            if compose_config([*start, *changes]).identity() != wanted.identity():
                 return None
         except (ConfigError, HydraException, OmegaConfBaseException):
             return None
-    return shlex.join(["lora-lab", "train", *said, *differ])
+    return shlex.join(["lora-lab", "train", *start, *changes])
 
 
-def _differ(
-    wanted: dict[str, Any], start: dict[str, Any], always: Collection[str], prefix: str = ""
+def _overrides_between(
+    start: dict[str, Any], wanted: dict[str, Any], shown_keys: Collection[str], prefix: str = ""
 ) -> list[str]:
-    """The overrides that make one config of another, and those of the keys in `always`."""
-    found = []
+    """The overrides that make `start` into `wanted`, and those of `shown_keys`.
+
+    Keys that cannot change a result are left out, but for the directories. `prefix` is the dotted
+    key of the two nodes, with its last dot.
+    """
+    overrides = []
     for key, value in wanted.items():
         if prefix or key not in NOT_IN_IDENTITY or key in ("runs_dir", "bases_dir"):
             name = f"{prefix}{key}"
             if isinstance(value, dict) and isinstance(start.get(key), dict):
-                found += _differ(value, start[key], always, f"{name}.")
-            elif key not in start or value != start[key] or name in always:
-                known = key in start and not name.startswith("target.")
-                found.append(f"{'' if known else '++'}{name}={_grammar(value)}")
-    free = prefix in ("adapter.", "base.")  # parse_config() takes away what another method has
-    return found + [f"~{prefix}{key}" for key in start if key not in wanted and not free]
+                overrides += _overrides_between(start[key], value, shown_keys, f"{name}.")
+            elif key not in start or value != start[key] or name in shown_keys:
+                is_known = key in start and not name.startswith("target.")
+                overrides.append(f"{'' if is_known else '++'}{name}={_grammar(value)}")
+    # parse_config() drops the keys that another method of `adapter` or `base` has.
+    drops_itself = prefix in ("adapter.", "base.")
+    return overrides + [f"~{prefix}{k}" for k in start if k not in wanted and not drops_itself]
 
 
 def _grammar(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """A value as Hydra's grammar writes it: a text that is no plain word is quoted."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{_grammar(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):

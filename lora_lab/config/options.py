@@ -1,4 +1,4 @@
-"""What conf/ offers: every group, its options, and the first line each says of itself."""
+"""The groups of conf/, their options, and a line on each option."""
 
 from collections.abc import Iterator
 from importlib.abc import Traversable
@@ -6,23 +6,25 @@ from importlib.resources import files
 
 
 def options() -> dict[str, dict[str, str]]:
-    """Group → option → its YAML's first comment."""
+    """Group → option → the first comment of its YAML, as {"adapter": {"dora": "…"}}."""
     return dict(_groups(files("lora_lab.conf"), ""))
 
 
-def _groups(folder: Traversable, within: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _groups(folder: Traversable, prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each group below a folder of conf/ with its options; `prefix` is its path, as "hydra/"."""
     for group in sorted(folder.iterdir(), key=lambda group: group.name):
         if group.is_dir() and not group.name.startswith("_"):
-            found = {
+            choices = {
                 option.name.removesuffix(".yaml"): _first_comment(option.read_text())
                 for option in sorted(group.iterdir(), key=lambda option: option.name)
                 if option.name.endswith(".yaml")
             }
-            if found:
-                yield within + group.name, found
-            yield from _groups(group, f"{within}{group.name}/")
+            if choices:
+                yield prefix + group.name, choices
+            yield from _groups(group, f"{prefix}{group.name}/")
 
 
 def _first_comment(text: str) -> str:
+    """The first comment of a YAML file that is not Hydra's `# @package` line."""
     comments = (line[1:].strip() for line in text.splitlines() if line.startswith("#"))
     return next((comment for comment in comments if not comment.startswith("@package")), "")
