@@ -1,4 +1,4 @@
-"""The `lora-lab analyze` command: a run's ΔW again after the fact, and the ΔW of runs compared."""
+"""`lora-lab analyze`: computes again what is asked of a finished ΔW, or compares several ΔW."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,30 +24,34 @@ from lora_lab.training.restore import restore
 
 
 def analyze_again(run: Run, console: Console, **change: Any) -> findings.Findings:
-    """Analyzes a finished run's ΔW with its `spectra` settings changed by `change`.
+    """Analyzes a finished run's ΔW again, with its `spectra` settings changed by `change`.
 
-    Its spectra.npz and advice.yaml are written anew, its metrics have one row more; what was
-    measured in training stays. Raises what `restore` raises.
+    Writes spectra.npz and advice.yaml anew, and adds a row to metrics.jsonl. What was measured in
+    training stays. Raises what `restore` raises.
     """
-    found = restore(run)
-    cfg, data = found.plan.cfg, found.plan.data("adapt")
-    module = BaseModule(found.model, data.task, data.sizes["out_features"], cfg.optimizer)
-    updates = Updates(found.model, found.base, found.plan.sites)
+    restored = restore(run)
+    cfg, data = restored.plan.cfg, restored.plan.data("adapt")
+    module = BaseModule(restored.model, data.task, data.sizes["out_features"], cfg.optimizer)
+    updates = Updates(restored.model, restored.base, restored.plan.sites)
     pl.seed_everything(cfg.seed, verbose=False)
-    losses = partial(cut_losses, found.plan.single_device_trainer(None, []), module, data, updates)
-    asked = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
-    learned = findings.analyze(updates, losses, asked, cfg.bases_dir, console)
-    with np.load(run.path / "spectra.npz") as arrays:
-        kept = dict(arrays)
-    findings.write(run.path, {**kept, **learned.arrays}, learned.advice)
-    run.append_row({"step": run.rows()[-1]["step"], **learned.metrics})
-    return learned
+    trainer = restored.plan.single_device_trainer(None, [])
+    losses = partial(cut_losses, trainer, module, data, updates)
+    settings = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
+    results = findings.analyze(updates, losses, settings, cfg.bases_dir, console)
+    with np.load(run.path / "spectra.npz") as file:
+        stored_arrays = dict(file)
+    findings.write(run.path, {**stored_arrays, **results.arrays}, results.advice)
+    run.append_row({"step": run.rows()[-1]["step"], **results.metrics})
+    return results
 
 
 def compare_updates(runs: Sequence[Run]) -> list[SubspacePair]:
-    """Every pair of runs at every site they share, from their files alone.
+    """Compares the directions of ΔW for each pair of runs, at each site that both adapt.
 
-    Raises ValueError where a run is named twice or no two share a site whose weights have one
+    Only files are read; no model is built. At a site three subspaces are compared: the right
+    singular vectors of ΔW ("input"), the left ones ("output") and the rows of the factor "A".
+
+    Raises ValueError where a run is given twice or no two runs share a site with weights of one
     shape, FileNotFoundError for a run without spectra.npz.
     """
     spans = {str(run.path): _spans(run) for run in runs}
@@ -57,7 +61,7 @@ def compare_updates(runs: Sequence[Run]) -> list[SubspacePair]:
     for one, other in combinations(spans, 2):
         shared = [key for key in spans[one] if key in spans[other]]
         for site, side in shared:
-            U, V = spans[one][site, side], spans[other][site, side]
+            U, V = spans[one][site, side], spans[other][site, side]  # (features, directions) each
             if len(U) == len(V):
                 k = min(U.shape[1], V.shape[1])
                 distance = spectra.grassmann_distance(U[:, :k], V[:, :k])
@@ -69,31 +73,37 @@ def compare_updates(runs: Sequence[Run]) -> list[SubspacePair]:
 
 
 def _spans(run: Run) -> dict[tuple[str, str], Tensor]:
-    """A run's directions by site and side, as columns."""
+    """Orthonormal directions of a run's ΔW by (site, side), one a column: (features, directions).
+
+    Directions whose singular value is no more than rounding are left out.
+    """
     path = run.path / "spectra.npz"
     if not path.exists():
         raise FileNotFoundError(
             f"{run.path} has no spectra.npz: it is not finished, or adapts nothing"
         )
-    found: dict[tuple[str, str], Tensor] = {}
+    spans: dict[tuple[str, str], Tensor] = {}
     with np.load(path) as arrays:
         sites = [key.removesuffix("/S") for key in arrays.files if key.endswith("/S")]
         for site in sites:
             U, S, Vh = (torch.from_numpy(arrays[f"{site}/{name}"]) for name in ("U", "S", "Vh"))
-            seen = SVD(U.double(), S.double(), Vh.double()).above_rounding()
-            if len(seen.S):
-                found[site, "input"] = _orthonormal(seen.Vh.T)
-                found[site, "output"] = _orthonormal(seen.U)
+            svd = SVD(U.double(), S.double(), Vh.double()).above_rounding()
+            if len(svd.S):
+                spans[site, "input"] = _orthonormal(svd.Vh.T)  # (in, directions)
+                spans[site, "output"] = _orthonormal(svd.U)  # (out, directions)
     factors = run.path / "adapter" / "adapter.safetensors"
     for key, A in (load_file(factors) if factors.exists() else {}).items():
         site, _, name = key.rpartition(".")
         if name == "A":
-            seen = svd_of_matrix(A).above_rounding()
-            if len(seen.S):
-                found[site, "A"] = seen.Vh.T
-    return found
+            svd = svd_of_matrix(A).above_rounding()
+            if len(svd.S):
+                spans[site, "A"] = svd.Vh.T  # (in, directions)
+    return spans
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Stored in single precision, they are so to seven digits only."""
+    """The same span with columns that are orthonormal in double precision.
+
+    spectra.npz has single precision, in which they are orthonormal to seven digits only.
+    """
     return torch.linalg.qr(columns).Q

@@ -1,4 +1,8 @@
-"""What each subcommand does. What is heavy is imported where it is needed."""
+"""The subcommands of `lora-lab`, one function each, with the subcommand's name and arguments.
+
+A function imports what is heavy when it is called, and after the checks that need nothing heavy: so
+help and a wrong path answer at once. Exit codes: 0 done, 1 failed, 2 an error that `main` prints.
+"""
 
 import sys
 from pathlib import Path
@@ -14,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> None:
-    """Runs what `lora-lab train` was given, which is Hydra's to read."""
+    """Trains the runs of a `lora-lab train` command line, or prints its help.
+
+    Prints progress, then a table of the run or of the runs. Exits with 0 where all finished, 1
+    where one failed, 2 for a wrong config, 130 or 143 where it was interrupted.
+    """
     if {"-h", "--help"} & set(arguments):
         print(train_help())
         return
@@ -26,7 +34,7 @@ def train(arguments: list[str]) -> None:
 
 
 def report(path: Path) -> None:
-    """Writes and prints the report of a run, or of every run in a folder."""
+    """Writes the report of a run, or of all runs in a folder, and prints its tables."""
     from lora_lab import report
     from lora_lab.runs import find_run, find_runs
 
@@ -39,7 +47,7 @@ def report(path: Path) -> None:
 
 
 def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_run: bool) -> None:
-    """Runs a W&B sweep file here."""
+    """Runs a W&B sweep file here; prints and exits as `train` does. `dry_run`: prints commands."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     fork_server.start(overrides)
@@ -49,7 +57,10 @@ def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_ru
 
 
 def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: Path) -> None:
-    """Analyzes a finished run again, or compares the ΔW of several."""
+    """Analyzes a finished run again and prints its report; or compares the ΔW of several runs.
+
+    A comparison is written to the folder `to`, and its table printed.
+    """
     from lora_lab import report
     from lora_lab.runs import find_run
 
@@ -61,17 +72,17 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
     if len(runs) > 1:
         report.write_pairs(analyze.compare_updates(runs), to, _console())
         return
-    asked = {"keep": keep, "truncation": truncation}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    said = analyze.analyze_again(runs[0], _console(), **asked)
+    settings = {"keep": keep, "truncation": truncation}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    results = analyze.analyze_again(runs[0], _console(), **settings)
     report.write_run(runs[0])
     report.show_run(runs[0], _console())
-    if said.advice is not None:
-        print(f"advice   lora-lab train … {said.advice.overrides}")
+    if results.advice is not None:
+        print(f"advice   lora-lab train … {results.advice.overrides}")
 
 
 def export(path: Path, directory: Path, format: str) -> None:
-    """Writes a run's adapter, or its merged model."""
+    """Writes a run's adapter or its merged model, and prints the path of the file."""
     from lora_lab.runs import find_run
 
     run = find_run(path)
@@ -84,7 +95,10 @@ def export(path: Path, directory: Path, format: str) -> None:
 
 
 def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
-    """Runs a finished run again. Exits with 1 where its numbers are other ones."""
+    """Runs a finished run again and prints its numbers beside the stored ones.
+
+    Exits with 0 where they agree within `tolerance`, 1 where they do not or the run fails.
+    """
     from lora_lab.runs import RunFailedError, find_run
 
     run = find_run(path)
@@ -93,17 +107,20 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
 
     train.silence_lightning()
     try:
-        same = reproduce.show(
-            reproduce.reproduce_run(run, to, _console(), fresh), tolerance, _console()
-        )
+        reproduction = reproduce.reproduce_run(run, to, _console(), fresh)
+        is_same = reproduce.print_comparison(reproduction, tolerance, _console())
     except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
-        same = False
-    sys.exit(0 if same else 1)
+        is_same = False
+    sys.exit(0 if is_same else 1)
 
 
 def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
-    """Makes a workspace and a report in W&B, or prints what it would make."""
+    """Makes a workspace and a report in W&B and prints their addresses.
+
+    With `dry_run` or without a login, prints a table of what it would make. Exits with 1 where W&B
+    refuses.
+    """
     if "/" in project:
         owner, _, name = project.partition("/")
         raise ValueError(
@@ -131,12 +148,14 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
 
 
 def _console() -> "Console":
+    """A console of the terminal's width; 200 columns where the output is a file or a pipe."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _runs(root: Path) -> "list[Run]":
+    """All runs below a folder. Raises FileNotFoundError where it does not exist."""
     from lora_lab.runs import find_runs
 
     if not root.is_dir():
@@ -145,7 +164,7 @@ def _runs(root: Path) -> "list[Run]":
 
 
 def ls(root: Path, state: str | None, sort: str) -> None:
-    """Lists runs."""
+    """Prints a table of the runs in a folder."""
     runs = _runs(root)
     from lora_lab import report
 
@@ -153,7 +172,7 @@ def ls(root: Path, state: str | None, sort: str) -> None:
 
 
 def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
-    """Prints the best cells of a folder, and its best run."""
+    """Prints, of each experiment in a folder, its best cells, its best run and its command."""
     runs = _runs(root)
     from lora_lab import report
     from lora_lab.config import compose
@@ -172,7 +191,7 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
 
 
 def diff(paths: list[Path]) -> None:
-    """Prints what differs between two runs."""
+    """Prints what differs between two runs, in config, environment and results."""
     from lora_lab.runs import find_run
 
     runs = [find_run(path) for path in paths]

@@ -1,4 +1,4 @@
-"""A finished run's result, for use elsewhere: PEFT's adapter folder, or the whole merged model."""
+"""`lora-lab export`: writes a finished run's adapter as PEFT loads it, or its merged model."""
 
 from pathlib import Path
 
@@ -13,14 +13,15 @@ FORMATS = {
     "peft": "adapter_model.safetensors",
     "merged": "model.safetensors",
 }
-"""Format → the file that it writes, among others."""
+"""Format → the main file of what it writes."""
 
 
 def export(run: Run, format: str, directory: Path) -> Path:
-    """Writes the run's adapter as PEFT loads it, or its model with ΔW in the weights.
+    """Writes a run's adapter (peft), or its model with ΔW added to the weights (merged).
 
-    Raises AdapterError where the run has no such thing, the format cannot hold it or the file is
-    there already, and what `restore` raises.
+    Returns the path of the file written. A fully fine-tuned model is written as it was stored.
+    Raises AdapterError where the run has no adapter, the format cannot represent it or the file
+    exists, and what `restore` raises.
     """
     path = directory / FORMATS[format]
     if path.exists():
@@ -37,7 +38,7 @@ def export(run: Run, format: str, directory: Path) -> Path:
         adapters.save_peft(model, directory)
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        # Copies: safetensors does not write one memory under two names, as tied weights have.
+        # Tied weights are one tensor under two keys, which safetensors refuses: each gets a copy.
         state = {key: value.clone() for key, value in adapters.merged(model).state_dict().items()}
         save_file(state, path, {"format": "pt"})
     return path

@@ -1,4 +1,4 @@
-"""What `lora-lab`, `lora-lab train` and `lora-lab sweep` say of themselves."""
+"""Help texts of `lora-lab`, `lora-lab train` and `lora-lab sweep`."""
 
 from lora_lab.config.options import options
 
@@ -103,9 +103,9 @@ examples:
 
 
 def train_help() -> str:
-    """What `lora-lab train` takes: groups with their options as conf/ has them, and settings."""
+    """The help of `lora-lab train`: the settings, and the groups of conf/ with their options."""
     lines, width = [], 1 + max(len(o) for choices in options().values() for o in choices)
     for group, choices in options().items():
-        for i, (option, says) in enumerate(choices.items()):
-            lines.append(f"  {group + '=' if i == 0 else '':<16}{option:<{width}}{says}")
+        for i, (option, comment) in enumerate(choices.items()):
+            lines.append(f"  {group + '=' if i == 0 else '':<16}{option:<{width}}{comment}")
     return TRAIN.format(groups="\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""The `lora-lab reproduce` command: a finished run from its config again, held against itself."""
+"""`lora-lab reproduce`: runs a finished run again and compares each number with the stored one."""
 
 import json
 import math
@@ -24,23 +24,27 @@ from lora_lab.runs import Run, RunFailedError, write_atomic
 from lora_lab.training import bases, experiment
 from lora_lab.training.plan import Plan, on_one_device, plan
 
-SAID = "reproduction.md"
-"""What was found, in the new directory: a directory that has it may be run over again."""
+REPORT = "reproduction.md"
+"""The comparison's file in the new directory. A directory that has it may be overwritten."""
 
-OURS = ("runs_dir", "bases_dir", "overwrite", "figures", "tracking.mode")
-"""Settings that a reproduction changes itself."""
+CHANGED_SETTINGS = ("runs_dir", "bases_dir", "overwrite", "figures", "tracking.mode")
+"""Settings that a reproduction changes, and that are not compared therefore."""
 
 BEYOND = "≠"
+"""Marks a value that differs by more than the tolerance."""
 
 WEIGHTS = ("adapter/adapter.safetensors", "model/model.safetensors")
-"""Where a run keeps what it has trained: the one or the other."""
+"""The file of a run's trained parameters: its adapter, or its model after full fine-tuning."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """A number of both runs, or of an array the largest entry; None where a run has no such thing.
+class Comparison:
+    """A number or an array of the stored run beside that of the new run.
 
-    `absolute` is the largest difference of an entry, `relative` that over the largest stored one.
+    `stored` and `new` are the number, or the array's entry of largest magnitude; None where a run
+    does not have it. `absolute` is the largest difference between entries, `relative` is that
+    divided by the largest magnitude stored. Both are infinite where one is missing or the shapes
+    differ.
     """
 
     name: str
@@ -52,76 +56,77 @@ class Held:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A run beside itself run again."""
+    """A stored run and the new run of the same config."""
 
-    old: Run
+    stored: Run
     new: Run
     base: str
-    """Where the new run's base came from, and whether it is the stored run's."""
+    """A text: where the base of the new run came from, and the hashes of both runs' bases."""
 
-    def held(self) -> list[Held]:
-        """Every metric at its end, every site's singular values over time, every trained tensor."""
-        old, new = _numbers(self.old), _numbers(self.new)
-        return [_difference(name, old.get(name), new.get(name)) for name in {**old, **new}]
+    def comparisons(self) -> list[Comparison]:
+        """Each metric's last value, each site's singular values over time, each trained tensor."""
+        stored, new = _numbers(self.stored), _numbers(self.new)
+        return [_compare(name, stored.get(name), new.get(name)) for name in {**stored, **new}]
 
-    def files(self) -> dict[str, bool]:
-        """Which of the files that hold numbers are the stored run's bit for bit."""
-        rows = [(r.path / "metrics.jsonl").read_bytes().splitlines() for r in (self.old, self.new)]
-        # `lora-lab analyze` adds rows to a run that was finished.
-        same = {"metrics.jsonl": rows[0][: len(rows[1])] == rows[1]}
+    def identical_files(self) -> dict[str, bool]:
+        """For each file that holds numbers, whether it is the same bit for bit in both runs."""
+        runs = (self.stored, self.new)
+        rows = [(run.path / "metrics.jsonl").read_bytes().splitlines() for run in runs]
+        # `lora-lab analyze` adds rows to a finished run: those after the last new one do not count.
+        identical = {"metrics.jsonl": rows[0][: len(rows[1])] == rows[1]}
         for name in WEIGHTS:
-            both = [r.path / name for r in (self.old, self.new)]
-            if all(path.exists() for path in both):
-                same[name] = both[0].read_bytes() == both[1].read_bytes()
-        return same
+            stored, new = (run.path / name for run in runs)
+            if stored.exists() and new.exists():
+                identical[name] = stored.read_bytes() == new.read_bytes()
+        return identical
 
-    def differ(self) -> Rows:
-        """What of the environment and the settings is not the same: its name, stored, new."""
-        found: Rows = []
+    def differing_settings(self) -> Rows:
+        """Rows of (name, stored, new) for what differs in the environment and the settings."""
+        rows: Rows = []
         for read in (_environment, _settings):
-            old, new = read(self.old), read(self.new)
-            for name in {**old, **new}:
-                both = [str(values.get(name, "–")) for values in (old, new)]
-                if both[0] != both[1]:
-                    found.append([name, *both])
-        return found
+            stored, new = read(self.stored), read(self.new)
+            for name in {**stored, **new}:
+                texts = [str(values.get(name, "–")) for values in (stored, new)]
+                if texts[0] != texts[1]:
+                    rows.append([name, *texts])
+        return rows
 
 
 def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> Reproduction:
-    """Runs it again below `to`, untracked; the run itself is only read.
+    """Runs a finished run again in a new directory below `to`; the stored run is only read.
 
-    On one device, whatever it was trained on. The base is found in bases/ as any run finds it; with
-    `fresh` it is trained again, in the new
-    directory. Raises ValueError where the run is not finished, its config can no longer be, the
-    file of its base has changed or the new directory is another run's; RunFailedError where the new
-    run fails.
+    The new run is untracked and on one device, whatever the stored one was trained on. Its base is
+    taken from bases/ as for any run; with `fresh` it is trained again, in the new directory. Raises
+    ValueError where the run is not finished, its config is not valid (any more), the file of its
+    base has changed or the new directory is another run's; RunFailedError where the new run fails.
     """
-    planned = _planned(run, to, fresh)
-    file = bases.path(planned.cfg)
-    before = _written(file)
-    console.print(f"reproducing {run.path} in {planned.path}", soft_wrap=True, highlight=False)
+    new_plan = _new_plan(run, to, fresh)
+    base_file = bases.path(new_plan.cfg)
+    modified_before = _modified_ns(base_file)
+    console.print(f"reproducing {run.path} in {new_plan.path}", soft_wrap=True, highlight=False)
     train.show_log(console)
     try:
-        new = experiment.run(planned, console)
+        new = experiment.run(new_plan, console)
     except (KeyboardInterrupt, SystemExit) as stop:
         console.print("interrupted: the same command begins again")
         sys.exit(train.interruption_code(stop))
     except Exception as error:
         raise RunFailedError(
-            f"{type(error).__name__}: {error}\nthe traceback is in {planned.path / 'log.txt'}"
+            f"{type(error).__name__}: {error}\nthe traceback is in {new_plan.path / 'log.txt'}"
         ) from error
-    if isinstance(planned.cfg.base, CheckpointBase):
-        base = f"loaded from {planned.cfg.base.path}, the file that the stored run had"
+    if isinstance(new_plan.cfg.base, CheckpointBase):
+        base = f"loaded from {new_plan.cfg.base.path}, the file that the stored run had"
     else:
-        how = "found, not trained again" if before == _written(file) else "trained again"
-        base = f"{how} ({file})"
-    if isinstance(planned.cfg.adapter, Lora):
-        stored, now = (adapters.base_hash(r.path / "adapter")[:10] for r in (run, new))
-        base += f"; its weights' hash: stored {stored}, new {now}"
+        is_reused = modified_before == _modified_ns(base_file)
+        base = f"{'found, not trained again' if is_reused else 'trained again'} ({base_file})"
+    if isinstance(new_plan.cfg.adapter, Lora):
+        stored_hash, new_hash = (adapters.base_hash(r.path / "adapter")[:10] for r in (run, new))
+        base += f"; its weights' hash: stored {stored_hash}, new {new_hash}"
     return Reproduction(run, new, base)
 
 
-def _planned(run: Run, to: Path, fresh: bool) -> Plan:
+def _new_plan(run: Run, to: Path, fresh: bool) -> Plan:
+    """The plan of the new run. Raises ValueError as `reproduce_run` does."""
     if (state := run.status["state"]) != "finished":
         raise ValueError(f"{run.path} is {state}: only a finished run can be reproduced")
     try:
@@ -129,112 +134,137 @@ def _planned(run: Run, to: Path, fresh: bool) -> Plan:
     except (yaml.YAMLError, TypeError) as error:
         raise ValueError(f"{run.path / 'config.yaml'} cannot be read: {error}") from None
     tracking = cfg.tracking.model_copy(update={"mode": "off"})
-    change = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}
-    planned = plan(on_one_device(cfg.model_copy(update=change)))
-    if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
+    changes = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}
+    new_plan = plan(on_one_device(cfg.model_copy(update=changes)))
+    if isinstance(cfg.base, CheckpointBase) and new_plan.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
-    path = planned.path
+    path = new_plan.path
     if path.resolve().is_relative_to(run.path.resolve()):
-        raise ValueError(f"--to {to}: the run itself is there; give another folder")
-    if Run(path).finished and not (path / SAID).exists():
-        raise ValueError(f"--to {to}: {path} is a run of its own; give another folder")
+        raise ValueError(f"--to {to}: the stored run is in that folder; give another one")
+    if Run(path).finished and not (path / REPORT).exists():
+        raise ValueError(f"--to {to}: {path} is another run; give another folder")
     if fresh:
-        cfg = planned.cfg.model_copy(update={"bases_dir": str(path / "bases")})
-        planned = replace(planned, cfg=cfg)
-    return planned
+        cfg = new_plan.cfg.model_copy(update={"bases_dir": str(path / "bases")})
+        new_plan = replace(new_plan, cfg=cfg)
+    return new_plan
 
 
-def _written(file: Path) -> int | None:
+def _modified_ns(file: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None where it does not exist."""
     return file.stat().st_mtime_ns if file.exists() else None
 
 
-def show(made: Reproduction, tolerance: float, console: Console) -> bool:
-    """Prints both runs side by side, and writes it to SAID. Gives whether they are the same.
+def print_comparison(reproduction: Reproduction, tolerance: float, console: Console) -> bool:
+    """Prints the numbers of both runs side by side, and writes them to reproduction.md.
 
-    They are where no stored value differs by more than `tolerance` of itself. A metric that only
-    the new run has, of a newer version, is no difference; one that only the stored run has is.
+    Returns whether the run is reproduced: no stored number differs by more than `tolerance`
+    relative to itself. A metric that only the stored run has counts as a difference. One that only
+    the new run has does not: a newer version may log more.
     """
-    held = made.held()
-    beyond = [one for one in held if one.stored is not None and one.relative > tolerance]
-    body = [_line(one, beyond) for one in held]
-    values: Rows = [["", "stored", "new", "absolute", "relative", "beyond"], *body]
-    differ: Rows = [["differs", "stored", "new"], *made.differ()]
-    files = made.files()
-    said = [f"base: {made.base}"]
-    if len(differ) == 1:
-        said.append("environment and settings: the same")
-    if any(_environment(run).get("git_changes") for run in (made.old, made.new)):
-        said.append("code: with uncommitted changes, so that a commit does not tell it")
-    for same, words in ((True, "bit for bit equal"), (False, "not equal bit for bit")):
-        if names := [name for name, is_same in files.items() if is_same is same]:
-            said.append(f"{words}: {', '.join(names)}")
-    if beyond:
-        most = max(beyond, key=lambda one: one.relative)
-        said.append(
-            f"NOT REPRODUCED: {len(beyond)} of {len(held)} values differ by more than "
-            f"--tolerance {tolerance:g}, most {most.name} ({most.relative:.3g} of what is stored)"
-        )
-    else:
-        most = max(one.relative for one in held if one.stored is not None)
-        how = f"none differs by more than {most:.3g} of what is stored" if most else "all equal"
-        said.append(f"reproduced: {len(held)} values, {how}")
-    for rows in (values, differ):
+    comparisons = reproduction.comparisons()
+    beyond = [c for c in comparisons if c.stored is not None and c.relative > tolerance]
+    values: Rows = [["", "stored", "new", "absolute", "relative", "beyond"]]
+    values += [_row(c, c in beyond) for c in comparisons]
+    settings: Rows = [["differs", "stored", "new"], *reproduction.differing_settings()]
+    lines = [f"base: {reproduction.base}"]
+    lines += ["environment and settings: the same"] if len(settings) == 1 else []
+    lines += [*_code_and_files(reproduction), _verdict(comparisons, beyond, tolerance)]
+    for rows in (values, settings):
         if len(rows) > 1:
-            table = Table(box=box.SIMPLE, pad_edge=False)
-            for i, heading in enumerate(rows[0]):
-                right = i > 0 and rows is values
-                table.add_column(heading, justify="right" if right else "left", overflow="fold")
-            for row in rows[1:]:
-                table.add_row(*row, style="bold red" if row[-1] == BEYOND else None)
-            console.print(table)
-    for line in said:
+            console.print(_terminal_table(rows, numeric=rows is values))
+    for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    parts = [f"# {made.old.path} again", "\n".join(f"- {line}" for line in said)]
-    parts += [markdown(rows, "l") for rows in (values, differ) if len(rows) > 1]
-    write_atomic(made.new.path / SAID, "\n\n".join(parts) + "\n")
+    parts = [f"# {reproduction.stored.path} again", "\n".join(f"- {line}" for line in lines)]
+    parts += [markdown(rows, "l") for rows in (values, settings) if len(rows) > 1]
+    write_atomic(reproduction.new.path / REPORT, "\n\n".join(parts) + "\n")
     return not beyond
 
 
-def _line(one: Held, beyond: list[Held]) -> list[str]:
-    missing = None in (one.stored, one.new)
-    values = ["–" if value is None else f"{value:.9g}" for value in (one.stored, one.new)]
-    gaps = ["–" if missing else f"{gap:.3g}" for gap in (one.absolute, one.relative)]
-    return [one.name, *values, *gaps, BEYOND if one in beyond else ""]
+def _code_and_files(reproduction: Reproduction) -> list[str]:
+    """Lines on uncommitted changes of the code, and on the files that are and are not identical."""
+    lines = []
+    if any(_environment(r).get("git_changes") for r in (reproduction.stored, reproduction.new)):
+        lines.append("code: with uncommitted changes, so that a commit does not tell it")
+    files = reproduction.identical_files()
+    for wanted, text in ((True, "bit for bit equal"), (False, "not equal bit for bit")):
+        if names := [name for name, is_identical in files.items() if is_identical is wanted]:
+            lines.append(f"{text}: {', '.join(names)}")
+    return lines
 
 
-def _difference(name: str, old: np.ndarray | None, new: np.ndarray | None) -> Held:
-    stored, now = (None if a is None else float(a.flat[np.abs(a).argmax()]) for a in (old, new))
-    if old is None or new is None or old.shape != new.shape:
-        return Held(name, stored, now, math.inf, math.inf)
-    same = (old == new) | (np.isnan(old) & np.isnan(new))
+def _verdict(comparisons: list[Comparison], beyond: list[Comparison], tolerance: float) -> str:
+    """The last line: whether the run is reproduced, and the largest difference."""
+    if beyond:
+        largest = max(beyond, key=lambda comparison: comparison.relative)
+        return (
+            f"NOT REPRODUCED: {len(beyond)} of {len(comparisons)} values differ by more than "
+            f"--tolerance {tolerance:g}, most {largest.name} "
+            f"({largest.relative:.3g} of what is stored)"
+        )
+    largest_gap = max(c.relative for c in comparisons if c.stored is not None)
+    how = f"none differs by more than {largest_gap:.3g} of what is stored"
+    return f"reproduced: {len(comparisons)} values, {how if largest_gap else 'all equal'}"
+
+
+def _terminal_table(rows: Rows, numeric: bool) -> Table:
+    """A table whose lines beyond the tolerance are red; `numeric`: columns stand to the right."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for i, heading in enumerate(rows[0]):
+        justify = "right" if numeric and i > 0 else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row, style="bold red" if row[-1] == BEYOND else None)
+    return table
+
+
+def _row(comparison: Comparison, is_beyond: bool) -> list[str]:
+    """A comparison as texts: name, stored, new, absolute, relative, mark."""
+    numbers = (comparison.stored, comparison.new)
+    values = ["–" if number is None else f"{number:.9g}" for number in numbers]
+    gaps = (comparison.absolute, comparison.relative)
+    gap_texts = ["–" if None in numbers else f"{gap:.3g}" for gap in gaps]
+    return [comparison.name, *values, *gap_texts, BEYOND if is_beyond else ""]
+
+
+def _compare(name: str, stored: np.ndarray | None, new: np.ndarray | None) -> Comparison:
+    """Compares two arrays of one shape; entries that are both NaN count as equal."""
+    numbers = [None if a is None else float(a.flat[np.abs(a).argmax()]) for a in (stored, new)]
+    if stored is None or new is None or stored.shape != new.shape:
+        return Comparison(name, numbers[0], numbers[1], math.inf, math.inf)
+    is_same = (stored == new) | (np.isnan(stored) & np.isnan(new))
     with np.errstate(invalid="ignore"):
-        gap = np.nan_to_num(np.where(same, 0, np.abs(new - old)), nan=math.inf)
-    absolute, scale = float(gap.max()), float(np.abs(old).max())
-    relative = absolute / scale if scale else math.inf
-    return Held(name, stored, now, absolute, relative if absolute else 0.0)
+        gaps = np.nan_to_num(np.where(is_same, 0, np.abs(new - stored)), nan=math.inf)
+    absolute, scale = float(gaps.max()), float(np.abs(stored).max())
+    relative = (absolute / scale if scale else math.inf) if absolute else 0.0
+    return Comparison(name, numbers[0], numbers[1], absolute, relative)
 
 
 def _numbers(run: Run) -> dict[str, np.ndarray]:
-    """By name: every metric's last value, singular values (time × k), every trained tensor."""
+    """The numbers that are compared, by name.
+
+    Each metric's last value (1,), each site's singular values (times, k), each trained tensor.
+    """
     last: dict[str, Any] = {}
     for row in run.rows():
         last |= row
-    found = {k: np.array([float(last[k])]) for k in last if k not in ("step", "epoch")}
-    found |= {
+    numbers = {k: np.array([float(last[k])]) for k in last if k not in ("step", "epoch")}
+    numbers |= {
         f"{site}: singular values": S for site, S in singular_values_by_site(run).items() if S.size
     }
     for file in WEIGHTS:
         if (run.path / file).exists():
             for key, tensor in load_file(run.path / file).items():
-                found[f"{file.partition('/')[0]}: {key}"] = tensor.double().numpy()
-    return found
+                numbers[f"{file.partition('/')[0]}: {key}"] = tensor.double().numpy()
+    return numbers
 
 
 def _environment(run: Run) -> dict[str, Any]:
+    """The machine, versions, host and threads that a run had, by dotted key."""
     path = run.path / "env.json"
-    found = flatten_config(json.loads(path.read_text())) if path.exists() else {}
-    return found | {key: run.status.get(key, "–") for key in ("host", "threads")}
+    environment = flatten_config(json.loads(path.read_text())) if path.exists() else {}
+    return environment | {key: run.status.get(key, "–") for key in ("host", "threads")}
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in flatten_config(run.config).items() if k not in OURS}
+    """The settings of a run by dotted key, without those that a reproduction changes."""
+    return {k: v for k, v in flatten_config(run.config).items() if k not in CHANGED_SETTINGS}

@@ -1,4 +1,4 @@
-"""A W&B sweep file run here, with no account: checked point by point, and launched."""
+"""`lora-lab sweep`: runs a W&B sweep file here, without an account, after a check of each point."""
 
 import shlex
 import sys
@@ -23,48 +23,55 @@ from lora_lab.training.plan import Plan
 from lora_lab.training.tasks import TASKS
 
 AGAINST_BASE = ("directions", "projection", "amplification", "intruders", "intruders_among")
-"""What analysis.py measures of ΔW beside W, where it is asked to."""
+"""Measures of ΔW against W, which a run logs where spectra.against_base is set."""
 
 
 def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry: bool) -> None:
-    """Runs a sweep file, or prints its commands. Raises ConfigError, before anything is begun."""
+    """Runs a sweep file, or with `dry` prints the command of each run.
+
+    `overrides` come before what the file says, `count` before its run_cap; `seed` draws the points
+    of random and bayes. All points, and both ends of each distribution, are checked before anything
+    runs. Raises ConfigError.
+    """
     try:
         sweep = read_sweep(path, overrides)
-        total = _total(sweep, count)
+        total = _run_count(sweep, count)
         train.silence_lightning()
-        points = [sweep.overrides_at(values) for values in _known(sweep, total, seed)]
-        tried = (
-            []
-            if sweep.method == "grid"
-            else [sweep.overrides_at(end) for end in sweep.extreme_points()]
-        )
-        plans = _plans([*tried, *points])
+        points = [sweep.overrides_at(values) for values in _known_points(sweep, total, seed)]
+        extremes = [] if sweep.method == "grid" else sweep.extreme_points()
+        checked = [sweep.overrides_at(values) for values in extremes]
+        plans = _plan_points([*checked, *points])
         _check_metric(sweep, plans)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if sweep.early_terminate:
-        print(f"{path}: early_terminate is for W&B's agents: here every run goes to its end")
+        print(f"{path}: early_terminate is for W&B's agents: here all runs go to their end")
     if dry:
         for point in points:
             print(shlex.join(["lora-lab", "train", *point]))
         if len(points) < total:
             print(f"# {total - len(points)} more, which depend on the results of these")
         return
+    # train.main() reads the command line of a multirun, as if it had been typed.
     sys.argv[1:] = ["-m", "hydra/sweeper=points", *sweep.hydra_overrides, *sweep.fixed_overrides]
     if sweep.method == "bayes":
-        return _bayes(path, sweep, total, seed, plans[0])
-    pairs = zip(points, plans[len(tried) :], strict=True)
+        return _run_bayes(path, sweep, total, seed, plans[0])
+    pairs = zip(points, plans[len(checked) :], strict=True)
     search = sweeper.JobList([Job(point, plan.path, plan=plan) for point, plan in pairs])
     train.announce_multirun(search.jobs)
     sweeper.use_search(search)
     train.main(search.jobs)
 
 
-def _bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> None:
-    """Runs trial after trial; what they are and gave is kept in the sweep's directory."""
+def _run_bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> None:
+    """Runs a Bayesian search, whose trials are stored in runs/.sweeps/NAME-HASH/study.db.
+
+    The hash is of the metric, the search space, the seed and the fixed settings (by the `first`
+    plan), so that the same sweep goes on with its trials. A lock lets one process run it at a time.
+    """
     space = {key: repr(swept.distribution) for key, swept in sweep.space.items()}
-    about = [sweep.metric, sweep.goal, space, seed, first.cfg.identity()]
-    directory = Path(first.cfg.runs_dir) / ".sweeps" / f"{path.stem}-{content_hash(about)[:10]}"
+    identity = [sweep.metric, sweep.goal, space, seed, first.cfg.identity()]
+    directory = Path(first.cfg.runs_dir) / ".sweeps" / f"{path.stem}-{content_hash(identity)[:10]}"
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "study.db"
     try:
@@ -83,65 +90,67 @@ def _bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> None
         raise ConfigError(f"{path}: another process is running this sweep ({directory})") from None
 
 
-def _total(sweep: Sweep, count: int | None) -> int:
-    """How many runs there will be."""
+def _run_count(sweep: Sweep, count: int | None) -> int:
+    """How many runs the sweep has. Raises ConfigError where neither file nor options say it."""
     if sweep.method == "grid":
         size = sum(1 for _ in sweep.grid_points())
         return min(size, count or sweep.run_cap or size)
     if not (total := count or sweep.run_cap):
         raise ConfigError(f"run_cap: must be given with {sweep.method}, or --count")
     if not sweep.space:
-        raise ConfigError(f"parameters: every one is fixed, {sweep.method} has nothing to draw")
+        raise ConfigError(f"parameters: all are fixed, {sweep.method} has nothing to draw")
     return total
 
 
-def _known(sweep: Sweep, total: int, seed: int) -> Iterable[dict[str, Any]]:
-    """The points that no result decides on."""
+def _known_points(sweep: Sweep, total: int, seed: int) -> Iterable[dict[str, Any]]:
+    """The values of the runs that do not depend on results: of bayes only the first draws."""
     if sweep.method == "grid":
         return islice(sweep.grid_points(), total)
     return (random_points if sweep.method == "random" else startup_points)(sweep.space, total, seed)
 
 
-def _plans(points: Sequence[list[str]]) -> list[Plan]:
-    """Every point's run, or a ConfigError that tells what is wrong with which points."""
+def _plan_points(points: Sequence[list[str]]) -> list[Plan]:
+    """The plan of each point. Raises a ConfigError with all errors and the points they are of."""
     plans: list[Plan] = []
-    wrong: dict[str, list[list[str]]] = {}
+    points_by_error: dict[str, list[list[str]]] = {}
     for overrides, cfg in compose.compose_points(points):
         try:
             if isinstance(cfg, ConfigError):
                 raise cfg
             plans.append(plan_job(cfg))
         except ConfigError as error:
-            wrong.setdefault(str(error), []).append(overrides)
-    if not wrong:
+            points_by_error.setdefault(str(error), []).append(overrides)
+    if not points_by_error:
         return plans
-    said = [f"parameters: {error} ({_where(bad, points)})" for error, bad in wrong.items()]
-    raise ConfigError("\n".join(said))
+    lines = [f"parameters: {e} ({_where(bad, points)})" for e, bad in points_by_error.items()]
+    raise ConfigError("\n".join(lines))
 
 
 def _where(bad: Sequence[list[str]], points: Sequence[list[str]]) -> str:
+    """How many points have an error, and the first of them by the overrides that vary."""
     if len(bad) == len(points):
-        return "at every point"
-    alike = set.intersection(*map(set, points))
-    point = " ".join(o for o in bad[0] if o not in alike)
-    return f"at {len(bad)} of {len(points)} points that were tried, the first {point}"
+        return "at all points"
+    fixed = set.intersection(*map(set, points))
+    first = " ".join(o for o in bad[0] if o not in fixed)
+    return f"at {len(bad)} of {len(points)} points that were tried, the first {first}"
 
 
 def logged_metrics(plan: Plan) -> set[str]:
-    """The metrics that a run logs by its end, but for its theory."""
+    """The names of all metrics that a run logs, but for theory/ (which a data set adds)."""
     cfg, data = plan.cfg, plan.data("adapt")
-    of_val = {"val/loss", *(f"val/{name}" for name in TASKS[data.task].metrics)}
-    names = {*of_val, "parameters/trainable", "parameters/base"}
+    validation = {"val/loss", *(f"val/{name}" for name in TASKS[data.task].metrics)}
+    names = {*validation, "parameters/trainable", "parameters/base"}
     if isinstance(cfg.base, TrainedBase):
-        names |= {f"base/{name}" for name in {*of_val, "train/loss"}}
+        names |= {f"base/{name}" for name in {*validation, "train/loss"}}
     if cfg.adapter.method == "none":
         return names
     names.add("train/loss")
-    one = Spectrum(torch.ones(1, dtype=torch.float64), (1, 1), 0.0)
+    # A spectrum of one singular value: it has the names of the measures of any other.
+    spectrum = Spectrum(torch.ones(1, dtype=torch.float64), (1, 1), 0.0)
     sites = {site.name: site for site in plan.sites}
     spectra = {f"spectra/{site}" for site in sites}
-    spectra |= {f"spectra_of/{group}" for group in groups(dict.fromkeys(sites, one), sites)}
-    names |= {f"{prefix}/{measure}" for prefix in spectra for measure in one.measures()}
+    spectra |= {f"spectra_of/{group}" for group in groups(dict.fromkeys(sites, spectrum), sites)}
+    names |= {f"{prefix}/{measure}" for prefix in spectra for measure in spectrum.measures()}
     if cfg.spectra.against_base:
         names |= {f"spectra/{site}/{measure}" for site in sites for measure in AGAINST_BASE}
     if cfg.spectra.truncation == "sites":
@@ -149,19 +158,20 @@ def logged_metrics(plan: Plan) -> set[str]:
     if cfg.adapter.method == "lora":
         if cfg.spectra.first_step:
             names |= {"first_step/gradient_ratio", "first_step/descent"}
-        names |= {f"merged/{name}" for name in of_val}
-        names |= {f"bytes/{of}" for of in ("adapter", "optimizer", "full_optimizer")}
+        names |= {f"merged/{name}" for name in validation}
+        names |= {f"bytes/{part}" for part in ("adapter", "optimizer", "full_optimizer")}
     return names
 
 
 def _check_metric(sweep: Sweep, plans: Sequence[Plan]) -> None:
+    """Raises ConfigError where a run does not log the metric that the sweep file names."""
     if sweep.metric is None:
         return
-    for run in plans:
-        if sweep.metric not in (names := logged_metrics(run)):
+    for plan in plans:
+        if sweep.metric not in (names := logged_metrics(plan)):
             known = ", ".join(sorted(name for name in names if not name.startswith("spectra")))
             raise ConfigError(
-                f"metric.name={sweep.metric}: a run of {run.cfg.name} with "
-                f"adapter={run.cfg.adapter.method} does not log it{nearest(sweep.metric, names)} "
+                f"metric.name={sweep.metric}: a run of {plan.cfg.name} with "
+                f"adapter={plan.cfg.adapter.method} does not log it{nearest(sweep.metric, names)} "
                 f"(it logs {known}, and spectra/SITE/MEASURE)"
             )

@@ -199,11 +199,11 @@ def test_what_cannot_be_reproduced(
         return said
 
     before = content(run)
-    assert "the run itself is there" in refused("--to", "runs")
-    assert "the run itself is there" in refused("--to", run.path)
+    assert "the stored run is in that folder" in refused("--to", "runs")
+    assert "the stored run is in that folder" in refused("--to", run.path)
     assert "argument --tolerance" in refused("--tolerance", "-1")
     shutil.copytree("runs", "others")
-    assert "is a run of its own" in refused("--to", "others")
+    assert "is another run; give" in refused("--to", "others")
     config = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(config + "rank: 3\n")
     assert "rank=3: there is no such key" in refused()

@@ -396,7 +396,7 @@ def test_early_terminate_is_said_to_be_left_out(
     }
     assert run_sweep(content, "--dry-run") == 0
     said, dry = capsys.readouterr().out.splitlines()
-    assert "every run goes to its end" in said
+    assert "all runs go to their end" in said
     assert dry.startswith("lora-lab train ")
 
 
