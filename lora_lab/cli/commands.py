@@ -143,7 +143,7 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
     for row in rows:
         table.add_row(*row)
     _console().print(table)
-    why = "as --dry-run asks" if dry_run else "there is no login: `wandb login` makes one"
+    why = "as --dry-run asks" if dry_run else "without a login: `wandb login` makes one"
     print(f"nothing was made, {why}")
 
 

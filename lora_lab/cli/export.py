@@ -25,7 +25,7 @@ def export(run: Run, format: str, directory: Path) -> Path:
     """
     path = directory / FORMATS[format]
     if path.exists():
-        raise AdapterError(f"{path} is there already: give a folder without one")
+        raise AdapterError(f"{path} exists: give a folder without one")
     method = run.config["adapter"]["method"]
     if method == "full" and format == "merged" and run.finished:
         directory.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -
 
     An experiment's YAML may set keys that only one choice of a group has, such as adapter.r, which
     LoRA alone has. Under another choice (adapter=full) these keys are dropped, but not those that
-    the command line sets, `explicit_keys`: there they are errors.
+    the command line sets (`explicit_keys`), which are errors.
     """
     if isinstance(node := content.get("adapter"), dict) and node.get("r") == "full":
         # adapter.r=1,2,full sweeps full fine-tuning beside ranks. Settings of the adapter on the

@@ -190,7 +190,7 @@ class Spectra(Node):
 
 
 class Tracking(Node):
-    """The W&B project of the run, and whether it is logged there: offline, online or off."""
+    """Whether the run is logged to W&B (offline, online or off), and to which project."""
 
     mode: Literal["offline", "online", "off"]
     project: str = Field(pattern=r"^[^/\\#?%:]{1,128}$")  # W&B's rule

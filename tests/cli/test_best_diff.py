@@ -1,4 +1,9 @@
-"""`lora-lab best` against a plain computation; `lora-lab diff` where the difference is known."""
+"""`lora-lab best` and `lora-lab diff`, and the command that repeats a run.
+
+Independent truth: `statistics.mean` and `stdev` of the last values of copied runs, differences that
+the test makes by hand, and the identity of the config that a printed command composes.
+Run: make test ARGS=tests/cli/test_best_diff.py
+"""
 
 import json
 import shlex
@@ -39,23 +44,23 @@ def runs(lab: Lab) -> list[Run]:
     ],
 )
 def test_best_against_a_plain_computation(runs: list[Run], metric: str, given: str | None, pick):
-    (found,) = best_by_experiment(runs, metric, given)
+    (best_cells,) = best_by_experiment(runs, metric, given)
     cells: dict[str, list[float]] = {}
     for run in runs:
         value = run.last(metric)
         assert value is not None
         cells.setdefault(run.status["cell"], []).append(value)
-    order = [mean(cells[cell.name]) for cell in found.cells]
+    order = [mean(cells[cell.name]) for cell in best_cells.cells]
     assert order == sorted(map(mean, cells.values()), reverse=pick is max)
-    assert found.best_result.metrics[metric] == pick(
-        value for own in cells.values() for value in own
+    assert best_cells.best_result.metrics[metric] == pick(
+        value for values in cells.values() for value in values
     )
-    head, first, *_ = found.rows(3)
+    head, first, *_ = best_cells.rows(3)
     assert head == ["r", "lr", "n", metric, "min", "max"]
     assert first[2] == "3"
-    own = cells[found.cells[0].name]
-    assert first[3] == format_mean_std(mean(own), stdev(own))
-    assert len(found.rows(3)) == 4
+    values = cells[best_cells.cells[0].name]
+    assert first[3] == format_mean_std(mean(values), stdev(values))
+    assert len(best_cells.rows(3)) == 4
 
 
 def test_best_says_how_to_repeat_its_run(
@@ -63,20 +68,20 @@ def test_best_says_how_to_repeat_its_run(
 ):
     assert command(monkeypatch, "best") == 0
     shown = capsys.readouterr().out
-    (found,) = best_by_experiment(runs, "val/loss")
-    assert str(found.best_result.run.path) in shown
+    (best_cells,) = best_by_experiment(runs, "val/loss")
+    assert str(best_cells.best_result.run.path) in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("command ")]
     assert (
-        made_by(line.split(maxsplit=1)[1])
-        == parse_config(dict(found.best_result.config)).identity()
+        identity_by(line.split(maxsplit=1)[1])
+        == parse_config(dict(best_cells.best_result.config)).identity()
     )
-    said = {key: found.best_result.settings[key] for key in ("adapter.r", "optimizer.lr")}
-    said["seed"] = found.best_result.config["seed"]
-    for key, value in said.items():
+    swept = {key: best_cells.best_result.settings[key] for key in ("adapter.r", "optimizer.lr")}
+    swept["seed"] = best_cells.best_result.config["seed"]
+    for key, value in swept.items():
         assert f"{key}={value}" in shlex.split(line), "what was swept, though it be the default"
 
 
-def made_by(command: str) -> str:
+def identity_by(command: str) -> str:
     """The identity of the run that a command makes."""
     program, train, *overrides = shlex.split(command)
     assert (program, train) == ("lora-lab", "train")
@@ -103,7 +108,7 @@ def test_a_command_makes_its_config_again(overrides: list[str]):
     cfg = composed(["experiment=digits", *overrides])
     again = compose.train_command(cfg.to_dict())
     assert again is not None
-    assert made_by(again) == cfg.identity()
+    assert identity_by(again) == cfg.identity()
 
 
 def test_a_metric_that_nobody_logged_names_the_nearest(
@@ -137,18 +142,18 @@ def test_diff_of_runs_that_differ_in_two_keys(
     environment = json.loads((other.path / "env.json").read_text())
     environment["packages"]["torch"] = "0.0.1"
     (other.path / "env.json").write_text(json.dumps(environment))
-    made = difference_tables(one, other)
-    assert made["config"][1:] == [["adapter.r", "1", "4"], ["optimizer.lr", "0.1", "0.01"]]
-    ((_, *torch),) = [row for row in made["environment"][1:] if row[0] == "packages.torch"]
+    tables = difference_tables(one, other)
+    assert tables["config"][1:] == [["adapter.r", "1", "4"], ["optimizer.lr", "0.1", "0.01"]]
+    ((_, *torch),) = [row for row in tables["environment"][1:] if row[0] == "packages.torch"]
     assert torch[1] == "0.0.1"
     a, b = one.last("val/loss"), other.last("val/loss")
     assert a is not None
     assert b is not None
-    (loss,) = [row for row in made["results"] if row[0] == "val/loss"]
+    (loss,) = [row for row in tables["results"] if row[0] == "val/loss"]
     assert [float(x.rstrip("%")) for x in loss[1:]] == [
         pytest.approx(want, rel=1e-2) for want in (a, b, b - a, 100 * (b - a) / a)
     ]
-    names = [row[0] for row in made["results"]]
+    names = [row[0] for row in tables["results"]]
     assert "base/val/loss" not in names, "it is the same"
     assert command(monkeypatch, "diff", str(one.path), str(other.path)) == 0
     assert "adapter.r" in capsys.readouterr().out
@@ -156,8 +161,8 @@ def test_diff_of_runs_that_differ_in_two_keys(
     assert [len(rows) for rows in same.values()] == [1, 1, 1]
 
 
-def test_the_best_of_several_experiments_is_told_for_each(lab: Lab):
+def test_the_best_is_given_for_each_of_several_experiments(lab: Lab):
     assert lab("shift") == 0
     assert lab("digits") == 0
-    found = best_by_experiment(find_runs(Path("runs")), "val/loss")
-    assert {one.experiment for one in found} == {"shift", "digits"}
+    best_cells = best_by_experiment(find_runs(Path("runs")), "val/loss")
+    assert {one.experiment for one in best_cells} == {"shift", "digits"}

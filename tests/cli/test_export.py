@@ -1,4 +1,9 @@
-"""`lora-lab export`: what a run learned, where others can use it."""
+"""`lora-lab export`: a run's adapter in PEFT's format, and its merged model.
+
+Independent truth: PEFT loads the adapter and gives what the run's model gives; so does a plain
+model with the merged weights.
+Run: make test ARGS=tests/cli/test_export.py
+"""
 
 import copy
 from pathlib import Path
@@ -26,49 +31,49 @@ def base_and_adapted() -> tuple[Linear, Linear]:
 def test_both_formats_give_the_runs_model(lab: Lab, monkeypatch: pytest.MonkeyPatch, adapter: str):
     assert lab("shift", "adapter.r=2", f"adapter={adapter}") == 0
     run, x = str(only_run().path), torch.randn(5, 12)
-    assert command(monkeypatch, "export", run, "there") == 0
-    assert command(monkeypatch, "export", run, "whole", "--format", "merged") == 0
+    assert command(monkeypatch, "export", run, "peft") == 0
+    assert command(monkeypatch, "export", run, "merged", "--format", "merged") == 0
     base, adapted = base_and_adapted()
     merged = Linear(12, 9)
-    merged.load_state_dict(load_file("whole/model.safetensors"))
+    merged.load_state_dict(load_file("merged/model.safetensors"))
     torch.testing.assert_close(merged(x), adapted(x), rtol=1e-5, atol=1e-5)
-    theirs = peft.PeftModel.from_pretrained(base, "there")  # pyright: ignore
+    theirs = peft.PeftModel.from_pretrained(base, "peft")  # pyright: ignore
     torch.testing.assert_close(theirs(x), adapted(x), rtol=1e-5, atol=1e-5)
 
 
-def test_full_fine_tuning_is_written_whole(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+def test_a_fully_fine_tuned_model_is_written(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     assert lab("shift", "adapter=full") == 0
     run = only_run().path
-    assert command(monkeypatch, "export", run.name[-6:], "whole", "--format=merged") == 2
-    assert command(monkeypatch, "export", str(run), "whole", "--format=merged") == 0
+    assert command(monkeypatch, "export", run.name[-6:], "merged", "--format=merged") == 2
+    assert command(monkeypatch, "export", str(run), "merged", "--format=merged") == 0
     written, trained = (
-        load_file("whole/model.safetensors"),
+        load_file("merged/model.safetensors"),
         load_file(run / "model/model.safetensors"),
     )
     assert torch.equal(written["linear.weight"], trained["linear.weight"])
 
 
 @pytest.mark.parametrize(
-    ("before", "says"),
+    ("before", "message"),
     [
         ("adapter=none", "adapter=none: the run has no adapter to write"),
         ("adapter=full", "adapter=full: the run has no adapter to write"),
-        ("there", "there/adapter_model.safetensors is there already"),
+        ("peft", "peft/adapter_model.safetensors exists"),
         ("base", "is not in bases/: run from the folder"),
     ],
 )
-def test_what_cannot_be_written_is_said(
+def test_what_cannot_be_written_is_an_error(
     lab: Lab,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     before: str,
-    says: str,
+    message: str,
 ):
     assert lab("shift", *[before][: "=" in before]) == 0
     run = str(only_run().path)
-    if before == "there":
-        assert command(monkeypatch, "export", run, "there") == 0
+    if before == "peft":
+        assert command(monkeypatch, "export", run, "peft") == 0
     if before == "base":
         next(Path("bases").glob("*.safetensors")).unlink()
-    assert command(monkeypatch, "export", run, "there") == 2
-    assert says in capsys.readouterr().err
+    assert command(monkeypatch, "export", run, "peft") == 2
+    assert message in capsys.readouterr().err

@@ -1,4 +1,8 @@
-"""A run again: bit for bit where nothing changed, and told where something did."""
+"""`lora-lab reproduce`: the same bits where nothing changed, and a report of what did.
+
+Independent truth: the files of both runs read back, and differences that the test makes by hand.
+Run: make test ARGS=tests/cli/test_reproduce.py
+"""
 
 import json
 import shutil
@@ -17,11 +21,11 @@ from tests.conftest import Lab, command, only_run
 def reproduce(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> tuple[int, str]:
-    """The exit code of `lora-lab reproduce ARGUMENTS`, and all that it said."""
+    """The exit code of `lora-lab reproduce ARGUMENTS`, and all that it printed."""
     capsys.readouterr()
     code = command(monkeypatch, "reproduce", *map(str, arguments))
-    said = capsys.readouterr()
-    return code, said.out + said.err
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
 
 
 def content(run: Run) -> dict[str, bytes]:
@@ -44,10 +48,10 @@ def test_the_same_bits(
     assert lab(experiment, f"adapter={adapter}") == 0
     run = only_run()
     before = content(run)
-    code, said = reproduce(monkeypatch, capsys, run.path)
-    assert code == 0, said
-    assert "environment and settings: the same" in said
-    assert "not equal bit for bit" not in said
+    code, output = reproduce(monkeypatch, capsys, run.path)
+    assert code == 0, output
+    assert "environment and settings: the same" in output
+    assert "not equal bit for bit" not in output
     assert content(run) == before
     assert only_run() == run  # what `lora-lab ls` lists is as before
     new = only_run("reproduced")
@@ -57,28 +61,28 @@ def test_the_same_bits(
     assert len(weights) == (adapter != "none")
     for name in weights:
         assert content(new)[name] == before[name]
-        assert f"metrics.jsonl, {name}" in said
+        assert f"metrics.jsonl, {name}" in output
     for key in ("val/loss", "base/val/loss", "parameters/base"):
-        assert any(line.split()[:1] == [key] for line in said.splitlines()), key
+        assert any(line.split()[:1] == [key] for line in output.splitlines()), key
     assert (new.path / "reproduction.md").read_text().count("| val/loss |") == 1
 
 
-def test_the_base_is_found_or_trained_again(
+def test_the_base_is_reused_or_trained_again(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     lab("shift")
     run = only_run()
     (file,) = Path("bases").glob("*.safetensors")
-    was = json.loads((run.path / "adapter" / "adapter.json").read_text())["base"][:10]
-    code, said = reproduce(monkeypatch, capsys, run.path)
+    base_hash = json.loads((run.path / "adapter" / "adapter.json").read_text())["base"][:10]
+    code, output = reproduce(monkeypatch, capsys, run.path)
     assert code == 0
-    assert f"base: found, not trained again ({file})" in said
-    assert f"stored {was}, new {was}" in said
+    assert f"base: found, not trained again ({file})" in output
+    assert f"stored {base_hash}, new {base_hash}" in output
     written = file.stat().st_mtime_ns
-    code, said = reproduce(monkeypatch, capsys, run.path, "--fresh")  # over the one before
+    code, output = reproduce(monkeypatch, capsys, run.path, "--fresh")  # over the one before
     assert code == 0
     again = only_run("reproduced").path / "bases" / file.name
-    assert f"base: trained again ({again})" in said
+    assert f"base: trained again ({again})" in output
     assert again.read_bytes() == file.read_bytes()
     assert file.stat().st_mtime_ns == written
 
@@ -96,9 +100,9 @@ def test_what_differs_is_named(
     for row in rows:
         row |= {"val/loss": loss * 1.001} if row.get("val/loss") == loss else {}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, said = reproduce(monkeypatch, capsys, run.path)
+    code, output = reproduce(monkeypatch, capsys, run.path)
     assert code == 1
-    marked = [line.split() for line in said.splitlines() if line.rstrip().endswith("≠")]
+    marked = [line.split() for line in output.splitlines() if line.rstrip().endswith("≠")]
     (name, stored, new, absolute, relative, _) = marked[0]
     assert len(marked) == 1
     assert name == "val/loss"
@@ -106,9 +110,9 @@ def test_what_differs_is_named(
     assert float(new) == pytest.approx(loss, rel=1e-8)
     assert float(absolute) == pytest.approx(0.001 * loss, rel=5e-3)
     assert float(relative) == pytest.approx(0.001 / 1.001, rel=5e-3)
-    assert "NOT REPRODUCED: 1 of" in said
-    assert "most val/loss" in said
-    assert "not equal bit for bit: metrics.jsonl" in said
+    assert "NOT REPRODUCED: 1 of" in output
+    assert "most val/loss" in output
+    assert "not equal bit for bit: metrics.jsonl" in output
     assert reproduce(monkeypatch, capsys, run.path, "--tolerance", "0.002")[0] == 0
     assert reproduce(monkeypatch, capsys, run.path, "--tolerance", "0.0005")[0] == 1
 
@@ -120,11 +124,11 @@ def test_what_differs_is_named(
     factors = load_file(file)
     factors["head.B"] *= 1.2
     save_file(factors, file)
-    code, said = reproduce(monkeypatch, capsys, run.path, "--tolerance", "0.01")
+    code, output = reproduce(monkeypatch, capsys, run.path, "--tolerance", "0.01")
     assert code == 1
-    marked = [line.split("  ")[0].strip() for line in said.splitlines() if "≠" in line]
+    marked = [line.split("  ")[0].strip() for line in output.splitlines() if "≠" in line]
     assert marked == ["head: singular values", "adapter: head.B"]
-    assert "not equal bit for bit: metrics.jsonl, adapter/adapter.safetensors" in said
+    assert "not equal bit for bit: metrics.jsonl, adapter/adapter.safetensors" in output
 
 
 def test_a_metric_that_is_gone_is_a_difference_and_a_new_one_is_not(
@@ -133,13 +137,13 @@ def test_a_metric_that_is_gone_is_a_difference_and_a_new_one_is_not(
     lab("shift")
     run = only_run()
     path = run.path / "metrics.jsonl"
-    whole = path.read_text()
-    path.write_text(whole.replace('"merged/val/loss"', '"merged/val/before"'))
-    code, said = reproduce(monkeypatch, capsys, run.path)
+    text = path.read_text()
+    path.write_text(text.replace('"merged/val/loss"', '"merged/val/before"'))
+    code, output = reproduce(monkeypatch, capsys, run.path)
     assert code == 1
-    assert "NOT REPRODUCED: 1 of" in said
-    assert "most merged/val/before" in said
-    lines = [line for line in whole.splitlines(keepends=True) if "merged/val/loss" not in line]
+    assert "NOT REPRODUCED: 1 of" in output
+    assert "most merged/val/before" in output
+    lines = [line for line in text.splitlines(keepends=True) if "merged/val/loss" not in line]
     path.write_text("".join(lines))
     assert reproduce(monkeypatch, capsys, run.path)[0] == 0
 
@@ -150,15 +154,15 @@ def test_rows_that_analyze_added_are_no_difference(
     lab("shift")
     run = only_run()
     assert command(monkeypatch, "analyze", str(run.path)) == 0
-    code, said = reproduce(monkeypatch, capsys, run.path)
+    code, output = reproduce(monkeypatch, capsys, run.path)
     assert code == 0
-    assert "bit for bit equal: metrics.jsonl, adapter" in said
+    assert "bit for bit equal: metrics.jsonl, adapter" in output
 
 
 def test_differences_of_environment_and_settings_are_shown(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """A run of an older version: other packages, and settings that were not there yet."""
+    """A run of an older version: other packages, and without settings that are newer than it."""
     lab("shift")
     run = only_run()
     env = json.loads((run.path / "env.json").read_text())
@@ -174,16 +178,16 @@ def test_differences_of_environment_and_settings_are_shown(
         del config[key]
     del config["spectra"]["first_step"]
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
-    code, said = reproduce(monkeypatch, capsys, run.path)
-    assert code == 0, said
-    told = [line.split() for line in said.splitlines()]
-    assert ["packages.torch", "1.0.0", now] in told
-    assert ["spectra.first_step", "–", "False"] in told
-    assert ["sweep.fail_fast", "–", "False"] in told
-    assert any(line[:2] == ["cpus", "1000"] for line in told)
-    assert ["threads", "1000", str(torch.get_num_threads())] in told
-    assert any(line[:2] == ["processor", "–"] for line in told)
-    assert "environment and settings: the same" not in said
+    code, output = reproduce(monkeypatch, capsys, run.path)
+    assert code == 0, output
+    printed_rows = [line.split() for line in output.splitlines()]
+    assert ["packages.torch", "1.0.0", now] in printed_rows
+    assert ["spectra.first_step", "–", "False"] in printed_rows
+    assert ["sweep.fail_fast", "–", "False"] in printed_rows
+    assert any(line[:2] == ["cpus", "1000"] for line in printed_rows)
+    assert ["threads", "1000", str(torch.get_num_threads())] in printed_rows
+    assert any(line[:2] == ["processor", "–"] for line in printed_rows)
+    assert "environment and settings: the same" not in output
 
 
 def test_what_cannot_be_reproduced(
@@ -193,10 +197,10 @@ def test_what_cannot_be_reproduced(
     run = only_run()
 
     def refused(*arguments: object) -> str:
-        code, said = reproduce(monkeypatch, capsys, run.path, *arguments)
+        code, output = reproduce(monkeypatch, capsys, run.path, *arguments)
         assert code == 2
-        assert "Traceback" not in said
-        return said
+        assert "Traceback" not in output
+        return output
 
     before = content(run)
     assert "the stored run is in that folder" in refused("--to", "runs")
@@ -224,20 +228,20 @@ def test_a_checkpoint_that_changed(
     shutil.copy(trained, "base.safetensors")
     assert lab("shift", "base=checkpoint", "base.path=base.safetensors", "runs_dir=kept") == 0
     run = only_run("kept")
-    code, said = reproduce(monkeypatch, capsys, run.path)
-    assert code == 0, said
-    assert "base: loaded from base.safetensors" in said
+    code, output = reproduce(monkeypatch, capsys, run.path)
+    assert code == 0, output
+    assert "base: loaded from base.safetensors" in output
     weights = load_file("base.safetensors")
     save_file({key: 2 * value for key, value in weights.items()}, "base.safetensors")
-    code, said = reproduce(monkeypatch, capsys, run.path)
+    code, output = reproduce(monkeypatch, capsys, run.path)
     assert code == 2
-    assert "base.safetensors is not the file that" in said
+    assert "base.safetensors is not the file that" in output
 
 
-def test_a_run_again_that_fails(
+def test_a_new_run_that_fails(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Its stored learning rate is made one that diverges, and it can be tried again."""
+    """The stored learning rate is changed to one that diverges; a second try fails alike."""
     lab("shift", "optimizer=sgd")
     run = only_run()
     config = (run.path / "config.yaml").read_text()
@@ -245,7 +249,7 @@ def test_a_run_again_that_fails(
     wild["optimizer"]["lr"] = 1e30
     (run.path / "config.yaml").write_text(yaml.safe_dump(wild))
     for _ in range(2):
-        code, said = reproduce(monkeypatch, capsys, run.path)
+        code, output = reproduce(monkeypatch, capsys, run.path)
         assert code == 1
-        assert "failed: DivergedError" in said
+        assert "failed: DivergedError" in output
     assert [run.status["state"] for run in find_runs(Path("reproduced"))] == ["failed"]

@@ -1,4 +1,9 @@
-"""Every file of conf/ composes, says what it is, and makes a run that can be."""
+"""The files of conf/, the composition of configs, and the hashes that identify runs, cells, bases.
+
+Independent truth: `hydra.compose` itself for each point of a multirun, the YAML files of conf/ read
+back, and for the hashes a list of changes that must and must not change them.
+Run: make test ARGS=tests/config/test_conf.py
+"""
 
 from itertools import product
 from pathlib import Path
@@ -74,12 +79,12 @@ def test_no_experiment_sets_what_an_adapter_is():
         if path.stem not in ("lora", "full", "none")
     }
     for path in (conf / "experiment").glob("*.yaml"):
-        said = set(yaml.safe_load(path.read_text()).get("adapter", {}))
-        assert not said & (defining - {"defaults"}), path
+        keys = set(yaml.safe_load(path.read_text()).get("adapter", {}))
+        assert not keys & (defining - {"defaults"}), path
 
 
 def by_hydra(overrides: list[str]) -> Config | str:
-    """What it makes of a whole command line: the config, or why there is none."""
+    """What Hydra makes of a complete command line: the config, or the message of its error."""
     try:
         return composed(*overrides)
     except ConfigError as error:
@@ -111,7 +116,7 @@ def test_the_points_of_a_multirun_are_what_hydra_composes_of_each(swept: list[st
         assert (cfg if isinstance(cfg, Config) else str(cfg)) == by_hydra(overrides)
 
 
-def test_every_group_is_there():
+def test_all_groups_are_listed():
     groups = "experiment data model base adapter target optimizer trainer tracking hydra/launcher"
     assert sorted(options()) == sorted(groups.split())
     assert sorted(options()["experiment"]) == sorted(SMALL)
@@ -122,20 +127,20 @@ def test_every_model_fits_every_data_set(data: str, model: str):
     assert plan(composed(f"data={data}", f"model={model}", "target=all")).sites
 
 
-def test_plans_share_a_model_that_is_made_of_the_same(monkeypatch: pytest.MonkeyPatch):
-    made: list[int] = []
+def test_plans_of_the_same_model_build_it_once(monkeypatch: pytest.MonkeyPatch):
+    built: list[int] = []
 
     class Counted(MLP):
         def __init__(self, in_features: int, out_features: int, hidden: list[int]):
             super().__init__(in_features, out_features, hidden)
-            made.append(hidden[0])
+            built.append(hidden[0])
 
     monkeypatch.setattr("lora_lab.models.mlp.MLP", Counted)
     for hidden, r in ((96, 1), (96, 2), (32, 1), (96, 1)):
         cfg = composed("experiment=digits", f"model.hidden=[{hidden}]", f"adapter.r={r}")
         shapes = [site.shape for site in plan(cfg).sites]
         assert shapes == [(hidden, 64), (10, hidden)]
-    assert made == [96, 32, 96]
+    assert built == [96, 32, 96]
 
 
 def test_a_rank_of_full_is_full_fine_tuning():
@@ -171,7 +176,7 @@ def test_the_order_of_a_pattern_matters_and_its_names_may_be_numbers():
     assert numbers.rank_pattern == {"0": 1, "linear": 2}  # pyright: ignore
 
 
-def test_a_config_of_before_a_key_was_there_is_read():
+def test_a_config_that_is_older_than_a_key_is_read():
     plain = composed().to_dict()
     for key in ("sweep", "figures"):
         del plain[key]
