@@ -177,17 +177,13 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
     from lora_lab import report
     from lora_lab.config import compose
 
-    for one in report.best_by_experiment(runs, metric, goal):
-        _console().print(
-            report.terminal_table(f"{one.experiment}: {one.goal} {metric}", one.rows(shown))
-        )
-        value = one.best_result.metrics[metric]
-        print(f"best run  {one.best_result.run.path} ({metric} {value:.5g})")
-        again = (
-            compose.train_command(one.best_result.config, one.varied_keys)
-            or f"lora-lab reproduce {one.best_result.run.path}"
-        )
-        print(f"command   {again}\n")
+    for best_cells in report.best_by_experiment(runs, metric, goal):
+        title = f"{best_cells.experiment}: {best_cells.goal} {metric}"
+        _console().print(report.terminal_table(title, best_cells.rows(shown)))
+        result = best_cells.best_result
+        print(f"best run  {result.run.path} ({metric} {result.metrics[metric]:.5g})")
+        command = compose.train_command(result.config, best_cells.varied_keys)
+        print(f"command   {command or f'lora-lab reproduce {result.run.path}'}\n")
 
 
 def diff(paths: list[Path]) -> None:
