@@ -20,24 +20,6 @@ def main() -> None:
     Errors that a person can mend (a missing file, a wrong setting) end it with one line and exit
     code 2.
     """
-    parser, subcommands = _parsers()
-    # The arguments of train are in Hydra's grammar, which argparse cannot read.
-    if sys.argv[1:2] == ["train"]:
-        return do.train(sys.argv[2:])
-    if sys.argv[1:2] == ["sweep"]:  # its options may stand between its overrides
-        arguments = vars(subcommands["sweep"].parse_intermixed_args(sys.argv[2:]))
-    else:
-        arguments = vars(parser.parse_args())
-        del arguments["command"]
-    run = arguments.pop("run")
-    try:
-        run(**arguments)
-    except (OSError, ValueError, BadZipFile) as error:
-        parser.exit(2, f"lora-lab {run.__name__}: {error}\n")
-
-
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of `lora-lab`, and those of its subcommands by name."""
     parser = argparse.ArgumentParser(
         "lora-lab",
         description="Experiments with low-rank adaptation: which rank, which alpha, which layers, "
@@ -51,7 +33,19 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     # In the order in which --help lists them.
     for add in (_report, _sweep, _export, _analyze, _reproduce, _dashboard, _ls, _best, _diff):
         add(commands)
-    return parser, commands.choices
+    # The arguments of train are in Hydra's grammar, which argparse cannot read.
+    if sys.argv[1:2] == ["train"]:
+        return do.train(sys.argv[2:])
+    if sys.argv[1:2] == ["sweep"]:  # its options may stand between its overrides
+        arguments = vars(commands.choices["sweep"].parse_intermixed_args(sys.argv[2:]))
+    else:
+        arguments = vars(parser.parse_args())
+        del arguments["command"]
+    run = arguments.pop("run")
+    try:
+        run(**arguments)
+    except (OSError, ValueError, BadZipFile) as error:
+        parser.exit(2, f"lora-lab {run.__name__}: {error}\n")
 
 
 def _add(commands: Any, run: Callable[..., None], **texts: Any) -> argparse.ArgumentParser:
