@@ -1,1 +1,1 @@
-"""What was learned: the spectra of ΔW, what theory expects, what is asked of a finished ΔW."""
+"""What was learned: spectra of ΔW, closed forms of theory, and the analysis of a trained ΔW."""

@@ -13,7 +13,8 @@ from lora_lab.analysis.truncation import Truncation
 class Advice:
     """The least ranks of ΔW by site that keep the share `keep` of what it gains.
 
-    Losses on validation: `loss` with ΔW cut to these ranks, `uncut` with all of ΔW, `without` any.
+    Validation losses: `loss` with ΔW cut to these ranks, `uncut` with ΔW as trained, `without` with
+    no ΔW. The gain is `without` − `uncut`.
     """
 
     ranks: dict[str, int]
@@ -64,7 +65,7 @@ def advise(truncation: Truncation, keep: float) -> Advice | None:
     allowed = (1 - keep) * (without - uncut)
     for halvings in range(12):
         bound = uncut + allowed / 2**halvings
-        ranks = {site: max(1, curve.least(bound)) for site, curve in truncation.sites.items()}
+        ranks = {site: max(1, curve.least_rank(bound)) for site, curve in truncation.sites.items()}
         if (loss := truncation.loss(ranks)) <= uncut + allowed:
             return Advice(ranks, loss, uncut, without, keep)
     ranks = {site: curve.ranks[-1] for site, curve in truncation.sites.items()}
@@ -77,7 +78,7 @@ def _as_glob(site: str) -> str:
 
 
 def _as_key(site: str) -> str:
-    """The same glob in Hydra's grammar, as a dict's key: its signs escaped, and never a number.
+    """The same glob as a dict's key in Hydra's grammar: special characters escaped, never a number.
 
     A layer of nn.Sequential is named `0`, which Hydra would read as a number; `[0]` is a glob that
     fits it alone and is text.

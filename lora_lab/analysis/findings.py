@@ -1,4 +1,4 @@
-"""What is asked of a finished ΔW: its directions, how they lie to W's, and what each rank buys."""
+"""The analysis of a trained ΔW: its singular vectors, its relation to W, and the loss by rank."""
 
 import io
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from lora_lab.config.schema import Spectra
 from lora_lab.runs import write_atomic
 
 TRIPLES = 64
-"""Singular triples of every site that spectra.npz keeps, at most."""
+"""How many singular triples of each site spectra.npz stores, at most."""
 
 INTRUDERS_AMONG = 10
 """How many of the first left singular vectors of W + ΔW are compared with W's for intruders."""
@@ -26,7 +26,7 @@ INTRUDERS_AMONG = 10
 
 @dataclass
 class Findings:
-    """What an analysis gives: numbers by metric, arrays for spectra.npz, and the advice."""
+    """The results of an analysis: metrics by name, arrays for spectra.npz, and advice on ranks."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
@@ -66,10 +66,11 @@ def analyze(
 def _compare_with_base(
     updates: Updates, site: str, svd: SVD, directory: Path, findings: Findings
 ) -> None:
-    """How ΔW's directions lie to W's (Hu et al. 2021, section 7.3), and which are new in W + ΔW.
+    """Adds how the directions of ΔW relate to those of W, and which are new in W + ΔW.
 
-    ΔW's directions are, of a product B A, all above rounding. Of a dense ΔW the smallest are noise:
-    there they are the first that hold 90% of its energy.
+    The relation is that of Hu et al. 2021, section 7.3. For a product B A, all directions above
+    rounding count. The smallest directions of a dense ΔW are noise: there the first ones count,
+    up to 90% of its energy.
     """
     W = updates.base_matrix(site).to(svd.S)
     of_base, of_delta = svd_of_weight(W, directory).above_rounding(), svd.above_rounding()
@@ -96,7 +97,7 @@ def _compare_with_base(
 
 
 def write(directory: Path, arrays: Mapping[str, np.ndarray], advice: Advice | None) -> None:
-    """Writes spectra.npz and, where there is advice, advice.yaml; older advice is removed."""
+    """Writes spectra.npz and advice.yaml; without advice, an older advice.yaml is removed."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
     write_atomic(directory / "spectra.npz", content.getvalue())

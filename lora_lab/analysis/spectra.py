@@ -1,6 +1,7 @@
-"""What an update looks like: its singular values and directions, and the measures read from them.
+"""Spectra of ΔW: singular values, singular vectors, and the measures computed from them.
 
-Pure functions of tensors, computed in float64. Directions are columns, orthonormal.
+Pure functions of tensors, computed in float64. A set of directions is a matrix with orthonormal
+columns: U, or V = Vhᵀ.
 """
 
 import math
@@ -14,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of one ΔW, in descending order, and what they say.
+    """The singular values σ of one ΔW, in descending order, and the measures of its rank and size.
 
-    `shape` is the matrix's (out × rest); `eps` the rounding of the numbers it was read from. Every
-    measure of the zero matrix is 0.
+    `shape` is (out, rest), the shape of ΔW as a matrix. `eps` is the machine epsilon of the numbers
+    that ΔW was computed from, for `numerical_rank`. All measures of the zero matrix are 0.
     """
 
     singular_values: Float64[Tensor, " k"]
@@ -26,7 +27,7 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp(−Σ p ln p) with p = σ/Σσ (Roy & Vetterli 2007)."""
+        """exp(−Σ p ln p) with p = σ/Σσ, from 1 to the rank (Roy & Vetterli 2007)."""
         if not self.nuclear:
             return 0.0
         p = self.singular_values / self.nuclear
@@ -40,8 +41,8 @@ class Spectrum:
     @property
     def participation_ratio(self) -> float:
         """(Σσ²)² / Σσ⁴."""
-        fourth = torch.linalg.vector_norm(self.singular_values, ord=4).item()
-        return (self.frobenius / fourth) ** 4 if fourth else 0.0
+        norm_4 = torch.linalg.vector_norm(self.singular_values, ord=4).item()
+        return (self.frobenius / norm_4) ** 4 if norm_4 else 0.0
 
     @property
     def energy_90(self) -> int:
@@ -74,13 +75,13 @@ class Spectrum:
 
     def energy_rank(self, share: float) -> int:
         """The least k whose σ₁² … σ_k² hold `share` of Σσ²."""
-        energy = self.singular_values.square().cumsum(0)
+        energy = self.singular_values.square().cumsum(0)  # (k,): of the first 1, 2, … k
         if not self.frobenius:
             return 0
         return int((energy < share * energy[-1]).sum()) + 1
 
     def measures(self) -> dict[str, float]:
-        """Every measure by its name, with σ₁ … σ₄."""
+        """All measures by name: `sigma_1` … `sigma_4`, `effective_rank` and so on."""
         names = ("effective_rank", "stable_rank", "participation_ratio", "energy_90", "energy_99")
         names += ("numerical_rank", "frobenius", "nuclear")
         return {
@@ -91,33 +92,37 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class SVD:
-    """A matrix as U diag(S) Vh, S descending."""
+    """The thin singular value decomposition U diag(S) Vh of a matrix, S descending."""
 
     U: Float64[Tensor, "out k"]
     S: Float64[Tensor, " k"]
     Vh: Float64[Tensor, "k rest"]
 
     def cut(self, k: int) -> Float64[Tensor, "out rest"]:
-        """The best approximation of rank k (Eckart & Young 1936)."""
+        """The matrix of rank k that is nearest to this one (Eckart & Young 1936)."""
         return (self.U[:, :k] * self.S[:k]) @ self.Vh[:k]
 
     def first(self, k: int) -> "SVD":
-        """The first k triples."""
+        """The first k singular triples (left vector, value, right vector)."""
         return SVD(self.U[:, :k], self.S[:k], self.Vh[:k])
 
     def above_rounding(self) -> "SVD":
-        """The triples above rounding in single precision: the directions that are the matrix's."""
-        size = max(self.U.shape[0], self.Vh.shape[1]) * torch.finfo(torch.float32).eps
-        return self.first(int((self.S[:1] * size < self.S).sum()))
+        """The triples whose value is more than float32 rounding: σ > σ₁ · max(out, rest) · eps.
+
+        The vectors of the others are those of the rounding error, not of the matrix.
+        """
+        relative = max(self.U.shape[0], self.Vh.shape[1]) * torch.finfo(torch.float32).eps
+        return self.first(int((self.S[:1] * relative < self.S).sum()))
 
 
 def singular_values(
     A: Float[Tensor, "*sites r rest"], B: Float[Tensor, "*sites out r"], scale: float = 1.0
 ) -> Float64[Tensor, "*sites k"]:
-    """Those of scale · B A, without forming it: O((out + rest) r² + r³).
+    """The singular values of scale · B A, without forming it, in O((out + rest) r² + r³).
 
-    With QR(B) = Q_B R_B and QR(Aᵀ) = Q_A R_A they are those of R_B R_Aᵀ (r × r). Raises ValueError
-    where a factor holds NaN or infinity.
+    With QR(B) = Q_B R_B and QR(Aᵀ) = Q_A R_A, B A = Q_B (R_B R_Aᵀ) Q_Aᵀ has the singular values of
+    the small matrix R_B R_Aᵀ. Leading dimensions (sites) are a batch. Raises ValueError where a
+    factor holds NaN or infinity.
     """
     _check_finite(A=A, B=B)
     R_B = torch.linalg.qr(B.detach().double(), mode="r").R  # (*, min(out, r), r)
@@ -127,9 +132,13 @@ def singular_values(
 
 
 def _rounding(R_A: Tensor, R_B: Tensor) -> Tensor:
-    """What is left of singular values where the product cancels: B A − B₀ A₀ before a step."""
-    sizes = torch.linalg.matrix_norm(R_A) * torch.linalg.matrix_norm(R_B)
-    return 8 * torch.finfo(torch.float64).eps * sizes
+    """The size below which a singular value of R_B R_Aᵀ is rounding error, and is set to 0.
+
+    Before the first step B A − B₀ A₀, written as one product of stacked factors, cancels to zero
+    exactly; what float64 leaves of it is of this size.
+    """
+    norms = torch.linalg.matrix_norm(R_A) * torch.linalg.matrix_norm(R_B)
+    return 8 * torch.finfo(torch.float64).eps * norms
 
 
 def spectrum_of_factors(
@@ -148,44 +157,46 @@ def spectrum_of_matrix(delta: Float[Tensor, "out rest"]) -> Spectrum:
 
 
 Factors = tuple[Tensor, Tensor, float]
-"""A, B and scale."""
+"""A (r, rest), B (out, r) and the scale of ΔW = scale · B A."""
 
 
 def spectra_of_sites(sites: Mapping[str, Factors]) -> dict[str, Spectrum]:
     """The spectrum of each site; sites of one shape are stacked and decomposed in one call."""
-    alike: dict[object, list[str]] = {}
+    # One batched QR is much faster than a loop: 12 attention layers of the same shape are one
+    # group, A (12, r, rest) and B (12, out, r).
+    groups: dict[object, list[str]] = {}
     for site, (A, B, _) in sites.items():
-        alike.setdefault((A.shape, B.shape, A.dtype, A.device), []).append(site)
-    found: dict[str, Spectrum] = {}
-    for names in alike.values():
+        groups.setdefault((A.shape, B.shape, A.dtype, A.device), []).append(site)
+    spectra: dict[str, Spectrum] = {}
+    for names in groups.values():
         A, B = (torch.stack([sites[name][i] for name in names]) for i in (0, 1))  # pyright: ignore
         try:
-            values = singular_values(A, B).cpu()
+            values = singular_values(A, B).cpu()  # (sites, k)
         except ValueError:
-            for name in names:  # says which
+            for name in names:  # raises again, with the name of the site
                 _check_finite(**{f"A of {name}": sites[name][0], f"B of {name}": sites[name][1]})
             raise
         for name, sigma in zip(names, values, strict=True):
             scale = abs(sites[name][2])
-            found[name] = Spectrum(scale * sigma, (B.shape[1], A.shape[2]), _eps(A))
-    return {site: found[site] for site in sites}
+            spectra[name] = Spectrum(scale * sigma, (B.shape[1], A.shape[2]), _eps(A))
+    return {site: spectra[site] for site in sites}
 
 
 def spectrum_of_blocks(spectra: Iterable[Spectrum]) -> Spectrum:
-    """The spectrum of several updates as one block-diagonal matrix: all their singular values."""
-    every = list(spectra)
-    sigma = torch.cat([s.singular_values for s in every]).sort(descending=True).values
-    shape = (sum(s.shape[0] for s in every), sum(s.shape[1] for s in every))
-    return Spectrum(sigma, shape, max(s.eps for s in every))
+    """The spectrum of the block-diagonal matrix of several updates: all their singular values."""
+    blocks = list(spectra)
+    sigma = torch.cat([s.singular_values for s in blocks]).sort(descending=True).values
+    shape = (sum(s.shape[0] for s in blocks), sum(s.shape[1] for s in blocks))
+    return Spectrum(sigma, shape, max(s.eps for s in blocks))
 
 
 def svd_of_factors(
     A: Float[Tensor, "r rest"], B: Float[Tensor, "out r"], scale: float = 1.0
 ) -> SVD:
-    """The SVD of scale · B A, without forming it. Raises as `singular_values` does."""
+    """The SVD of scale · B A, without forming the product. Raises as `singular_values` does."""
     _check_finite(A=A, B=B)
-    Q_B, R_B = torch.linalg.qr(B.detach().double())
-    Q_A, R_A = torch.linalg.qr(A.detach().double().T)
+    Q_B, R_B = torch.linalg.qr(B.detach().double())  # (out, r), (r, r)
+    Q_A, R_A = torch.linalg.qr(A.detach().double().T)  # (rest, r), (r, r)
     U, S, Vh = torch.linalg.svd(math.copysign(1, scale) * R_B @ R_A.T, full_matrices=False)
     S = abs(scale) * torch.where(_rounding(R_A, R_B) < S, S, 0)
     return SVD(Q_B @ U, S, Vh @ Q_A.T)
@@ -200,12 +211,14 @@ def svd_of_matrix(matrix: Float[Tensor, "out rest"]) -> SVD:
 def similarity(
     one: Float64[Tensor, "n p"], other: Float64[Tensor, "n q"]
 ) -> Float64[Tensor, "p q"]:
-    """φ(i, j) = ‖Uᵢᵀ Vⱼ‖²_F / min(i, j) of the first i and the first j directions.
+    """The similarity φ(i, j) = ‖Uᵢᵀ Vⱼ‖²_F / min(i, j) of two subspaces (Hu et al. 2021, eq. 4).
 
-    From 0, orthogonal, to 1, the smaller span inside the larger (Hu et al. 2021, equation 4).
+    Uᵢ is the first i columns of `one`, Vⱼ the first j of `other`; φ(i, j) is entry (i−1, j−1). It
+    goes from 0, orthogonal spans, to 1, where the smaller span lies in the larger.
     """
     _check_directions(one=one, other=other)
-    shared = (one.T @ other).square().cumsum(0).cumsum(1)
+    # ‖Uᵢᵀ Vⱼ‖²_F is the sum of the first i × j squared entries of UᵀV: sums along both axes.
+    shared = (one.T @ other).square().cumsum(0).cumsum(1)  # (p, q)
     i, j = torch.arange(1, one.shape[1] + 1), torch.arange(1, other.shape[1] + 1)
     return shared / torch.minimum(i[:, None], j).to(shared)
 
@@ -213,41 +226,47 @@ def similarity(
 def principal_angles(
     one: Float64[Tensor, "n p"], other: Float64[Tensor, "n q"]
 ) -> Float64[Tensor, " k"]:
-    """The angles between two spans in radians, ascending: arccos σ(UᵀV), k = min(p, q).
+    """The k = min(p, q) angles between two spans in radians, ascending: arccos σ(UᵀV).
 
-    Below 45° they are taken from the sine, which keeps the digits the cosine loses (Björck & Golub
-    1973).
+    Angles below 45° are computed from their sine: near 0 the cosine is flat and loses half of the
+    digits (Björck & Golub 1973).
     """
     _check_directions(one=one, other=other)
     if one.shape[1] < other.shape[1]:
         one, other = other, one
     cosine = torch.linalg.svdvals(one.T @ other).clamp(max=1)
+    # The part of `other` outside of the span of `one` has the sines as singular values, descending.
     sine = torch.linalg.svdvals(other - one @ (one.T @ other)).flip(0).clamp(max=1)
     return torch.where(cosine > math.sqrt(0.5), sine.asin(), cosine.acos())
 
 
 def grassmann_distance(one: Float64[Tensor, "n p"], other: Float64[Tensor, "n q"]) -> float:
-    """√Σθ² over the principal angles."""
+    """The distance √Σθ² of two spans, over their principal angles θ."""
     return torch.linalg.vector_norm(principal_angles(one, other)).item()
 
 
 def projection(W: Float[Tensor, "out rest"], delta: SVD) -> float:
-    """‖Uᵀ W V‖_F: how much of W lies in the directions of ΔW (Hu et al. 2021, table 7)."""
+    """‖Uᵀ W V‖_F: how much of W lies in the directions U, V of ΔW (Hu et al. 2021, table 7)."""
     return torch.linalg.matrix_norm(delta.U.T @ W.double() @ delta.Vh.T).item()
 
 
 def amplification(W: Float[Tensor, "out rest"], delta: SVD) -> float:
-    """‖ΔW‖_F / ‖Uᵀ W V‖_F: how far ΔW amplifies what W has of its directions; 0 of no change."""
-    norm, held = torch.linalg.vector_norm(delta.S).item(), projection(W, delta)
-    return norm / held if held else (math.inf if norm else 0.0)
+    """The amplification factor ‖ΔW‖_F / ‖Uᵀ W V‖_F (Hu et al. 2021, section 7.3).
+
+    How much larger ΔW is than what W already has in its directions: infinite where W has nothing
+    there, 0 where ΔW is zero.
+    """
+    norm, norm_in_W = torch.linalg.vector_norm(delta.S).item(), projection(W, delta)
+    return norm / norm_in_W if norm_in_W else (math.inf if norm else 0.0)
 
 
 def intruders(
     before: Float64[Tensor, "out n"], after: Float64[Tensor, "out k"], cosine: float = 0.5
 ) -> int:
-    """How many left singular vectors `after` are like none `before` (Shuttleworth et al. 2024).
+    """The number of intruder dimensions (Shuttleworth et al. 2024).
 
-    Those of W + ΔW whose largest |cos| with any left singular vector of W is under `cosine`.
+    An intruder is a left singular vector of W + ΔW (a column of `after`) whose |cos| with each left
+    singular vector of W (the columns of `before`) is less than `cosine`.
     """
     _check_directions(before=before, after=after)
     if not before.shape[1]:
@@ -269,5 +288,6 @@ def _check_finite(**tensors: Tensor) -> None:
 
 
 def _eps(tensor: Tensor) -> float:
-    # Updates are summed in float32 at least; at bfloat16's own eps no rank above 0 would be seen.
+    # ΔW of bfloat16 factors is summed in float32. With bfloat16's eps, 2⁻⁷, the threshold of
+    # `numerical_rank` would be σ₁ or more for a matrix of 128 rows, and the rank always 0.
     return torch.finfo(torch.promote_types(tensor.dtype, torch.float32)).eps

@@ -1,6 +1,7 @@
-"""Closed forms that a measured curve is held against: tensors in, numbers out, in float64.
+"""Closed forms of what experiments measure, for comparing theory with a run.
 
-W is out × d, rows of X are samples, Δ the change planted in W; a loss is a mean over all elements.
+Pure functions of tensors, computed in float64. W is out × d, the rows of X are samples, Δ is the
+change planted in W by a data set. A loss is the mean squared error over all elements.
 """
 
 import math
@@ -14,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prediction:
-    """What theory says a metric will be: `value`, give or take a standard error.
+    """The value that theory predicts for a metric, with its standard error.
 
-    `standard_error` 0: the formula is exact for the very data and adapter at hand.
+    A `standard_error` of 0: the formula is exact for this data set and this adapter.
     """
 
     value: float
@@ -25,9 +26,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LeastSquaresFit:
-    """The ΔW of a class that fits a data set best, and the loss that it leaves.
+    """The best ΔW that an adapter can reach on a data set, `delta`, and the `loss` it leaves.
 
-    `is_unique`: no other ΔW of the class leaves as little.
+    `is_unique`: no other ΔW within reach has so small a loss.
     """
 
     loss: float
@@ -43,65 +44,77 @@ def least_squares(
     B: Float[Tensor, "out r"] | None = None,
     start: Float[Tensor, "out d"] | None = None,
 ) -> LeastSquaresFit:
-    """The least squares of Y ≈ X ΔWᵀ over all ΔW of rank `r` at most (None: any).
+    """The ΔW of rank at most `r` (None: any rank) with the least squares error of Y ≈ X ΔWᵀ.
 
-    Reduced-rank regression (Izenman 1975): (‖Y‖² − Σ_{i≤r} σ_i²(P_X Y)) / (n · out), with P_X the
-    projector on X's columns. With `A` the rows of ΔW are in the row space of A, as where A is
-    frozen; with `B` its columns are in the column space of B. With `start` all this is asked of
-    ΔW + start, as where ΔW = s (B A − B₀ A₀).
+    This is reduced-rank regression (Izenman 1975). Its loss is
+    (‖Y‖² − Σ_{i≤r} σ_i²(P_X Y)) / (n · out), with P_X the projector on the columns of X.
+
+    With `A`, the rows of ΔW must lie in the row space of A, as where A is frozen. With `B`, its
+    columns must lie in the column space of B. With `start`, all these conditions are on
+    ΔW + start, as where ΔW = s (B A − B₀ A₀) and start = s B₀ A₀.
     """
     X, Y = X.double(), Y.double()
     if start is not None:
         of_sum = least_squares(X, Y + X @ start.double().T, r, A, B)
         return replace(of_sum, delta=of_sum.delta - start)
-    features = X if A is None else X @ A.double().T
+    # Frozen A: ΔW = M A, so Y ≈ (X Aᵀ) Mᵀ is the same problem with r features in place of d.
+    features = X if A is None else X @ A.double().T  # (n, d or r)
     U, S, Vh = torch.linalg.svd(features, full_matrices=False)
     rank = int((S / S[0] > max(features.shape) * torch.finfo(S.dtype).eps).sum())
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+    # Frozen B: what ΔW gives lies in the column space of B, whose orthonormal basis is Q.
     Q = None if B is None else torch.linalg.qr(B.double()).Q  # (out, r)
+    # UᵀY are the targets in the orthonormal basis U of the features' columns. Their best
+    # approximation of rank r is the first r singular triples; (Vhᵀ/S) takes it back to weights.
     L, sigma, Rh = torch.linalg.svd(U.T @ (Y if Q is None else Y @ Q), full_matrices=False)
-    kept = sigma[:r]
-    weights = Vh.T / S @ (L[:, : len(kept)] * kept) @ Rh[: len(kept)]  # (features, out or r)
-    delta = (weights if A is None else A.double().T @ weights).T
-    delta = delta if Q is None else Q @ delta
-    cut = sigma[len(kept) :]
-    # What is cut must be apart from what is kept, or be rounding.
-    gap = not len(cut) or cut[0] < (1 - 1e-9) * kept[-1] or cut[0] < 1e-6 * sigma[0]
-    loss = (Y - X @ delta.T).square().mean().item()  # of the formula, without its cancellation
-    return LeastSquaresFit(loss, delta, bool(rank == features.shape[1] and gap))
+    first = sigma[:r]
+    weights = Vh.T / S @ (L[:, : len(first)] * first) @ Rh[: len(first)]  # (features, out or r)
+    delta = (weights if A is None else A.double().T @ weights).T  # (out or r, d)
+    delta = delta if Q is None else Q @ delta  # (out, d)
+    # Unique where the first value that is cut is clearly smaller than the last one that is not
+    # (of two equal ones either could be cut), or is rounding.
+    rest = sigma[len(first) :]
+    has_gap = not len(rest) or rest[0] < (1 - 1e-9) * first[-1] or rest[0] < 1e-6 * sigma[0]
+    # The same number as the docstring's formula, which loses digits where the loss is near 0.
+    loss = (Y - X @ delta.T).square().mean().item()
+    return LeastSquaresFit(loss, delta, bool(rank == features.shape[1] and has_gap))
 
 
 def frozen_share(trains: str, r: int, out: int, d: int) -> float:
-    """The mean of ‖Δ − its best fit‖² / ‖Δ‖² over random frozen factors, for white inputs.
+    """The share of ‖Δ‖² that a partly frozen adapter cannot learn, in the mean over its draws.
 
-    `trains` B: 1 − r/d (LoRA-FA); A: 1 − r/out; core: 1 − r²/(out · d) (LoRA-XS).
+    That is the mean of ‖Δ − its best fit‖² / ‖Δ‖² over random frozen factors, for white inputs.
+    It depends on what `trains`. B: 1 − r/d (LoRA-FA). A: 1 − r/out. core: 1 − r²/(out · d)
+    (LoRA-XS).
     """
     return 1 - {"B": r / d, "A": r / out, "core": r * r / (out * d)}[trains]
 
 
 def excess_loss(n: int, d: int, out: int, k: int, r: int, noise: float, draws: int = 200) -> float:
-    """The mean loss on new rows above noise², at a rank r ≥ k, the rank of Δ.
+    """The mean loss on new rows, less noise², of the best fit of rank r ≥ k, the rank of Δ.
 
     noise²/out · [k d/(n−d−1) + k (out−k)/(n−k−1) + (n−1)/((n−k−1)(n−d−1)) · Σ_{j≤r−k} E σ_j²(G)],
-    for n Gaussian rows and a strong Δ: k outputs learned on all inputs, the others on Δ's inputs,
-    and what is read from noise alone. G is Gaussian, (out−k) × (d−k); the share of its first
-    singular values is a mean over `draws`.
+    for `n` Gaussian rows and a strong Δ. The terms are the error of the k outputs that are learned
+    on all inputs, that of the other outputs on the k inputs of Δ, and what the r − k spare
+    directions learn from noise alone. G is Gaussian, (out−k) × (d−k); E σ_j²(G) is a mean over
+    `draws` samples of it.
     """
     G = torch.randn(
         draws, out - k, d - k, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    energy = torch.linalg.svdvals(G).square().mean(0)
+    energy = torch.linalg.svdvals(G).square().mean(0)  # (min(out, d) − k,)
     spurious = (out - k) * (d - k) * (energy[: r - k].sum() / energy.sum()).item()
     wide, narrow = n - d - 1, n - k - 1
-    found = k * d / wide + k * (out - k) / narrow + spurious * (n - 1) / (narrow * wide)
-    return noise**2 / out * found
+    terms = k * d / wide + k * (out - k) / narrow + spurious * (n - 1) / (narrow * wide)
+    return noise**2 / out * terms
 
 
 def noisy_sigma(s: float, out: int, d: int, tau: float) -> float:
-    """The singular value of s u vᵀ plus an out × d matrix of iid entries of deviation `tau`.
+    """The first singular value of s u vᵀ plus noise, out × d iid entries of deviation `tau`.
 
-    √((s² + τ² out)(s² + τ² d)) / s over the threshold, else the edge of the noise (Benaych-Georges
-    & Nadakuditi 2012). ΔW learned by least squares from white inputs has τ = noise/√n.
+    √((s² + τ² out)(s² + τ² d)) / s where s is above `threshold`, else the edge of the noise,
+    τ (√out + √d) (Benaych-Georges & Nadakuditi 2012). For ΔW learned by least squares from n
+    samples of white inputs, τ = noise/√n.
     """
     if s <= threshold(out, d, tau):
         return tau * (math.sqrt(out) + math.sqrt(d))
@@ -109,19 +122,25 @@ def noisy_sigma(s: float, out: int, d: int, tau: float) -> float:
 
 
 def threshold(out: int, d: int, tau: float) -> float:
-    """τ (out · d)^¼: a weaker direction cannot be seen in noise of deviation `tau`."""
+    """τ (out · d)^¼, the least strength that is visible in an out × d matrix of noise.
+
+    The noise has iid entries of deviation `tau`. A weaker direction leaves its singular values and
+    vectors as they are (Benaych-Georges & Nadakuditi 2012).
+    """
     return tau * (out * d) ** 0.25
 
 
 def intruders(
     strengths: Sequence[float], out: int, d: int, tau: float, top: int = 10
 ) -> int | None:
-    """How many of the first `top` left singular vectors of W + ΔW are like none of W's (|cos| < ½).
+    """The number of intruder dimensions among the first `top` left singular vectors of W + ΔW.
 
-    W has iid entries of deviation `tau`, ΔW singular values `strengths`: one over the threshold
-    leaves the noise with a vector of its own, one under it leaves W's vectors as they are. None
-    where that is not sure: measured, W must be 192 × 256 at least, and no strength within a factor
-    of 2 of the threshold; then each of 20 draws has this count.
+    An intruder is one whose |cos| with each left singular vector of W is less than ½. W has iid
+    entries of deviation `tau`, ΔW the singular values `strengths`. A strength above `threshold`
+    brings a new singular vector; one below it leaves those of W as they are.
+
+    None where the count is not certain. By measurement, W must be at least 192 × 256 and no
+    strength within a factor of 2 of the threshold; then all of 20 draws have this count.
     """
     limit = threshold(out, d, tau)
     small = min(out, d) < 192 or max(out, d) < 256
@@ -131,9 +150,10 @@ def intruders(
 
 
 def tap_weights(kernel_size: int, height: int, width: int) -> Float64[Tensor, "k k"]:
-    """The share of places where a tap of an odd convolution sees the image, not its zero padding.
+    """The share of positions at which each tap of a convolution reads the image, not its padding.
 
-    (H−|δi|)(W−|δj|) / (HW) at tap (δi, δj): the mean square of what it sees in white images.
+    (H−|δi|)(W−|δj|) / (HW) for the tap at offset (δi, δj) from the center of an odd kernel. In
+    white images it is the mean square of what the tap reads.
     """
     shift = (torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2).abs()
     rows, columns = (height - shift).clamp(min=0), (width - shift).clamp(min=0)
@@ -141,7 +161,11 @@ def tap_weights(kernel_size: int, height: int, width: int) -> Float64[Tensor, "k
 
 
 def group_sigma(sizes: Sequence[int], shifts: Float[Tensor, "g d"]) -> Float64[Tensor, " k"]:
-    """The singular values of Σ_g 1_g c_gᵀ, which moves the `sizes[g]` tokens of group g by c_g."""
+    """The singular values of Σ_g 1_g c_gᵀ, a table in which groups of tokens move together.
+
+    The `sizes[g]` tokens of group g move by c_g, row g of `shifts` (g, d). The values are those of
+    the small matrix with rows √sizes[g] · c_g.
+    """
     roots = torch.tensor(sizes, dtype=torch.float64).sqrt()
     return torch.linalg.svdvals(roots[:, None] * shifts.double())
 
@@ -149,9 +173,10 @@ def group_sigma(sizes: Sequence[int], shifts: Float[Tensor, "g d"]) -> Float64[T
 def similarity(i: int, j: int, d: int, k: int = 0) -> Prediction:
     """φ = ‖U_iᵀ V_j‖²_F / min(i, j) of two bases of R^d that share their first k directions.
 
-    The rest are random: [min(k,i,j) + (i−k)₊(j−k)₊/(d−k)] / min(i,j) in the mean; with none shared,
-    max(i,j)/d. Of p and q random directions of R^D the trace has variance
-    2pq(D−p)(D−q) / (D²(D−1)(D+2)). φ is that of Hu et al. 2021, section 7.2.
+    φ is the subspace similarity of Hu et al. 2021, section 7.2. The directions that are not shared
+    are random. The mean is [min(k,i,j) + (i−k)₊(j−k)₊/(d−k)] / min(i,j); with none shared it is
+    max(i,j)/d. For p and q random directions of R^D, ‖U_pᵀ V_q‖²_F has variance
+    2pq(D−p)(D−q) / (D²(D−1)(D+2)).
     """
     p, q, D = max(i - k, 0), max(j - k, 0), d - k
     trace = p * q / D if D else 0.0
@@ -160,37 +185,41 @@ def similarity(i: int, j: int, d: int, k: int = 0) -> Prediction:
 
 
 MOMENTS = {"kaiming": (1 / 3, -2 / 15), "gaussian": (1.0, 0.0)}
-"""By init: variance and fourth cumulant of A's iid entries; Kaiming's in units of 1/d, 1/d²."""
+"""Init → variance and fourth cumulant of the iid entries of A; Kaiming's times d and d²."""
 
 
 def _moments(init: str, d: int) -> tuple[float, float]:
+    """Variance and fourth cumulant of an entry of A with `d` inputs."""
     variance, cumulant = MOMENTS[init]
     return (variance / d, cumulant / d**2) if init == "kaiming" else (variance, cumulant)
 
 
 def gradient_ratio(G: Float[Tensor, "out d"], r: int, scale: float, init: str) -> Prediction:
-    """‖∇_B‖ / ‖G‖ before the first step, G the loss's gradient to the weight and B zero.
+    """‖∇_B‖ / ‖G‖ before the first step, where B is zero and G is the gradient of the full weight.
 
-    ∇_B = scale · G Aᵀ, so √E of the square is scale · √(r v), v the variance of A's entries:
-    scale · √(r/3d) for Kaiming's. The error is over draws of A, to first order.
+    ∇_B = scale · G Aᵀ, so the root mean square over draws of A is scale · √(r v), with v the
+    variance of an entry of A: scale · √(r/3d) for Kaiming's. The standard error is that of one
+    draw, to first order.
     """
     v, cumulant = _moments(init, G.shape[1])
-    M = G.double().T @ G.double()
+    M = G.double().T @ G.double()  # (d, d)
     variance = 2 * v**2 * M.square().sum() + cumulant * M.diag().square().sum()  # of aᵀ M a
     value = scale * math.sqrt(r * v)
     return Prediction(value, value / (2 * v * M.trace().item()) * math.sqrt(variance.item() / r))
 
 
 def descent(G: Float[Tensor, "out d"], r: int, scale: float, init: str) -> Prediction:
-    """⟨−G, ΔW⟩ / (lr Σ_o ‖G_o‖) after Adam's first step, which moves each entry of B by lr.
+    """The descent ⟨−G, ΔW⟩ / (lr Σ_o ‖G_o‖) of Adam's first step, which moves entries of B by lr.
 
-    scale · Σ_oj |G_o · a_j| / Σ_o ‖G_o‖, of mean scale · r √(2v/π): scale · r √(2/π) / √(3d) for
+    G_o is row o of the gradient of the full weight, a_j row j of A. The descent is
+    scale · Σ_oj |G_o · a_j| / Σ_o ‖G_o‖, with mean scale · r √(2v/π): scale · r √(2/π) / √(3d) for
     Kaiming's A. G_o · a_j is taken as normal, as it is for many inputs.
     """
     v, _ = _moments(init, G.shape[1])
     norms = torch.linalg.vector_norm(G.double(), dim=1)
     unit = G.double() / norms.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    rho = (unit @ unit.T).clamp(-1, 1)
+    rho = (unit @ unit.T).clamp(-1, 1)  # (out, out): cosines of the rows of G
+    # The covariance of |x| and |y| for standard normal x and y with correlation ρ.
     covariance = 2 / math.pi * (rho * rho.asin() + (1 - rho.square()).sqrt() - 1)
     share = norms / norms.sum()
     error = scale * math.sqrt(r * v * (share @ covariance @ share).item())

@@ -23,7 +23,7 @@ class Curve:
     ranks: list[int]
     losses: list[float]
 
-    def least(self, loss: float) -> int:
+    def least_rank(self, loss: float) -> int:
         """The least measured rank whose loss is at most `loss`; the largest where none is."""
         fit = (r for r, value in zip(self.ranks, self.losses, strict=True) if value <= loss)
         return next(fit, self.ranks[-1])
@@ -33,7 +33,7 @@ class Curve:
 class Truncation:
     """The curves of one run, and a way to measure further cuts.
 
-    `model`: every site cut to rank k at once. `sites`: one site cut to rank k, the others uncut.
+    `model`: all sites cut to rank k at once. `sites`: one site cut to rank k, the others uncut.
     `loss`: the loss under any ranks by site, measured where it is not known yet.
     """
 
@@ -54,9 +54,9 @@ def truncate(
     scope: Literal["sites", "model"],
     console: Console,
 ) -> Truncation:
-    """Measures the curve of the whole model and, with scope `sites`, that of every site.
+    """Measures the curve of the model and, with scope `sites`, that of each site.
 
-    `svds` holds the SVD of ΔW at every site. A progress bar is shown on a terminal.
+    `svds` holds the SVD of ΔW at each site. A progress bar is shown on a terminal.
     """
     full = {site: len(svd.S) for site, svd in svds.items()}
     model_ranks = ranks_to_measure(max(full.values()))
@@ -92,4 +92,5 @@ def truncate(
 
 
 def _key(ranks: RanksBySite) -> tuple[int, ...]:
+    """A cut as a dict's key; all cuts name the sites in one order."""
     return tuple(ranks.values())

@@ -1,4 +1,4 @@
-"""ΔW of a model in training, site by site: adapted, or fully fine-tuned as W − W₀."""
+"""ΔW of a model at each site, whether it is adapted or fully fine-tuned (ΔW = W − W₀)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +14,17 @@ from lora_lab.analysis.spectra import SVD, Spectrum
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over processes, on each of them."""
+    """The full value of a tensor: one that FSDP spreads over processes is gathered on each."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Updates:
-    """What changed at each of `sites` of `model`, whose weights were `base` before."""
+    """Reads ΔW at each site of a model, in training or after it.
+
+    `model` is the trained model and `sites` the places whose ΔW is wanted. `base` holds its weights
+    before training, W₀, by the key of the parameter. "As a matrix" is out × rest, as in
+    `weight.flatten(1)`.
+    """
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor], sites: Sequence[Site]):
         self.model, self.base_weights = model, base
@@ -32,16 +37,16 @@ class Updates:
 
     def delta_matrix(self, site: str) -> Tensor:
         """ΔW of a site as a matrix."""
-        where = self.sites[site]
         if adapter := self.adapters_by_site.get(site):
-            layer = self.model.get_submodule(where.layer)
+            layer = self.model.get_submodule(self.sites[site].layer)
             return adapter.weight_to_matrix(adapter.delta(adapter.weight_of(layer))).detach()
-        weight = full_tensor(self.model.get_parameter(where.key).detach())
-        change = weight.double() - self.base_weights[where.key].to(weight.device)
+        key = self.sites[site].key
+        weight = full_tensor(self.model.get_parameter(key).detach())
+        change = weight.double() - self.base_weights[key].to(weight.device)
         return self.as_matrix(site, change.to(torch.promote_types(weight.dtype, torch.float32)))
 
     def spectra_by_site(self) -> dict[str, Spectrum]:
-        """The singular values at every site: from the factors, where ΔW is their product."""
+        """The spectrum of ΔW at each site, from the factors alone where ΔW is their product."""
         products = {
             site: (full_tensor(A), full_tensor(B), adapter.scale)
             for site, adapter in self.adapters_by_site.items()
@@ -55,12 +60,12 @@ class Updates:
         }
 
     def is_product(self, site: str) -> bool:
-        """Whether ΔW is scale · B A: not DoRA's, nor that of full fine-tuning."""
+        """Whether ΔW is scale · B A. It is not for DoRA, nor for full fine-tuning."""
         adapter = self.adapters_by_site.get(site)
         return adapter is not None and adapter.magnitude is None
 
     def svd(self, site: str) -> SVD:
-        """The singular values and directions of a site's ΔW."""
+        """The thin SVD of a site's ΔW as a matrix."""
         if not self.is_product(site):
             return spectra.svd_of_matrix(self.delta_matrix(site))
         adapter = self.adapters_by_site[site]
@@ -68,44 +73,47 @@ class Updates:
 
     @contextmanager
     def cut_weights(self, svds: Mapping[str, SVD]) -> Iterator[Callable[[Mapping[str, int]], None]]:
-        """Within it, a call with ranks by site makes each site's weight W₀ + ΔW cut to its rank.
+        """Context in which the weights of the model can be set to W₀ + ΔW cut to lower ranks.
 
-        ΔW's best approximation is added to W₀ in float64; `svds` holds every site's SVD, other
-        weights stay trained. After it the model is what it was, bit for bit.
+        It yields a function of ranks by site, which writes W₀ plus the best approximation of ΔW of
+        that rank into the weight of each site. The sum is in float64. `svds` holds the SVD of ΔW at
+        each site; weights that are no site stay as trained. On leaving, the model is restored bit
+        for bit.
         """
-        kept = {site: self._weight(site).detach().clone() for site in self.sites}
-        now: dict[str, int] = {}
+        trained = {site: self._weight(site).detach().clone() for site in self.sites}
+        current_ranks: dict[str, int] = {}
 
-        def cut(ranks: Mapping[str, int]) -> None:
+        def cut_to(ranks: Mapping[str, int]) -> None:
             for site in svds:
-                if now.get(site) != ranks[site]:
-                    part = self._part(site, self._weight(site))
+                if current_ranks.get(site) != ranks[site]:
+                    target = self._site_rows(site, self._weight(site))
                     W = self.base_matrix(site).to(svds[site].S) + svds[site].cut(ranks[site])
-                    part.copy_(self._kind(site).matrix_to_weight(W, part.shape))
-                    now[site] = ranks[site]
+                    target.copy_(self._adapter_class(site).matrix_to_weight(W, target.shape))
+                    current_ranks[site] = ranks[site]
 
         with torch.no_grad(), adapters.disabled(self.model):
             try:
-                yield cut
+                yield cut_to
             finally:
-                for site, weight in kept.items():
+                for site, weight in trained.items():
                     self._weight(site).copy_(weight)
 
     def _weight(self, site: str) -> Tensor:
-        """The parameter that a site is part of, in the model."""
-        weight = self.model.get_submodule(self.sites[site].layer)._parameters
-        found = weight[self.sites[site].parameter]
-        assert found is not None
-        return found
+        """The full parameter of the model that holds the site's weight."""
+        # Read from `_parameters`: reading the attribute of an adapted layer can give W + ΔW.
+        parameters = self.model.get_submodule(self.sites[site].layer)._parameters
+        weight = parameters[self.sites[site].parameter]
+        assert weight is not None
+        return weight
 
-    def _part(self, site: str, weight: Tensor) -> Tensor:
-        """A parameter's rows that are the site's."""
+    def _site_rows(self, site: str, weight: Tensor) -> Tensor:
+        """The rows of a parameter that belong to the site, as q of a fused qkv; a view."""
         rows = self.sites[site].rows
         return weight if rows is None else weight[slice(*rows)]
 
-    def _kind(self, site: str) -> type[Adapter]:
+    def _adapter_class(self, site: str) -> type[Adapter]:
         return adapter_class(self.model.get_submodule(self.sites[site].layer))
 
     def as_matrix(self, site: str, weight: Tensor) -> Tensor:
-        """What a site has of something in its parameter's shape, as a matrix."""
-        return self._kind(site).weight_to_matrix(self._part(site, weight))
+        """The site's rows of a tensor that has its parameter's shape, as a matrix (out × rest)."""
+        return self._adapter_class(site).weight_to_matrix(self._site_rows(site, weight))

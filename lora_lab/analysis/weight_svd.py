@@ -1,4 +1,4 @@
-"""The SVD of a base's weight, computed once and kept on disk for every run over that base."""
+"""The SVD of a base's weight, computed once and kept on disk for all runs over that base."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is learned: a data set a file, each drawing what the base learns and what comes after."""
+"""What is learned: one data set per file, each with a phase for the base and one to adapt to."""
 
 from lora_lab.data.module import Data, Phase
 

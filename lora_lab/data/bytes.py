@@ -1,4 +1,4 @@
-"""Bytes of Python itself: the base reads the standard library's code, the adaptation its prose."""
+"""Text that comes with Python: the base learns the standard library's code, adapters its prose."""
 
 import sysconfig
 from pathlib import Path
@@ -19,15 +19,16 @@ FILES = (
     *("argparse", "ast", "bdb", "calendar", "codecs", "configparser", "contextlib", "dataclasses"),
     *("difflib", "dis", "doctest", "enum", "fractions", "functools", "inspect", "ipaddress"),
 )
-"""Modules of one file in every Python that the package runs on: about 950 kB of code."""
+"""Single-file modules that all supported Python versions have: about 950 kB of code."""
 
 
 class Bytes(Data):
-    """Windows of `context` bytes, each with the bytes that come next: code, then topics of help().
+    """Next-byte prediction on windows of `context` bytes.
 
-    Each phase has the first `size` bytes of its text, or all of it; `held_out` is the share at its
-    end that is for validation, 0: validation is on the training windows themselves. The text is
-    that of the Python that runs this; `seed` draws the order of the windows alone.
+    The base phase reads code of the standard library, the adapt phase the topics of `help()`, both
+    of the Python that runs. A phase takes the first `size` bytes of its text, or all if it is
+    shorter. `held_out` is the share of the windows, at the end, that is for validation; 0 validates
+    on the training windows. `seed` draws only the order of the windows.
     """
 
     task = "language"
@@ -44,21 +45,21 @@ class Bytes(Data):
     ):
         super().__init__(phase, batch_size, seed)
         self.size, self.context, self.held_out = size, context, held_out
-        self.check_batch(self._trained(size))
-        if held_out and self._trained(size) == (size - 1) // context:
+        self.check_batch(self._training_windows(size))
+        if held_out and self._training_windows(size) == (size - 1) // context:
             raise ValueError(f"held_out={held_out}: not one window of {size} bytes is held out")
 
-    def _trained(self, size: int) -> int:
-        """How many windows of a text of `size` bytes are trained on."""
+    def _training_windows(self, size: int) -> int:
+        """How many windows of a text of `size` bytes are for training."""
         return round((1 - self.held_out) * ((size - 1) // self.context))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """256 bytes are read, 256 predicted, `context` at a time."""
+        """256 tokens in and out, one for each byte, and the length of a window."""
         return {"in_features": 256, "out_features": 256, "context": self.context}
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """The windows (N, context) and what follows each byte (N, context), without overlap."""
+        """Disjoint windows (N, context), and the byte that follows each of their bytes."""
         if self.phase == "base":
             library = Path(sysconfig.get_path("stdlib"))
             text = b"".join((library / f"{name}.py").read_bytes() for name in FILES)
@@ -67,30 +68,30 @@ class Bytes(Data):
         text = torch.frombuffer(bytearray(text[: self.size]), dtype=torch.uint8).long()
         end = (len(text) - 1) // self.context * self.context
         x, y = (t.view(-1, self.context) for t in (text[:end], text[1 : end + 1]))
-        n = self._trained(len(text))
+        n = self._training_windows(len(text))
         train = TensorDataset(x[:n], y[:n])
         return train, TensorDataset(x[n:], y[n:]) if self.held_out else train
 
     def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
-        """Of a lone table of logits, on its training pairs: H(next | current), neared from above.
+        """For a bigram model validated on its training windows: the conditional entropy H(y | x).
 
-        Exact where ΔW can be any table on the rows of the bytes that occur: r is at least their
-        number, or all of the table trains.
+        It is the least loss that a table of logits can have, and exact where ΔW can be any table on
+        the rows of the bytes that occur: r is at least their number, or the full table trains.
         """
         weights = [weight.shape for weight in adapters.base_state_dict(model).values()]
         if self.held_out or weights != [(256, 256)]:
             return {}
         assert self.train is not None
-        pairs = counts(*self.train.tensors)
-        occurring = int(pairs.any(1).sum())
+        counts = pair_counts(*self.train.tensors)
+        occurring = int(counts.any(1).sum())
         recipes = [adapter.recipe for adapter in adapters.attached(model).values()]
         if any(r.r < occurring or r.trains != "both" or r.dropout for r in recipes):
             return {}
-        return {"val/loss": Prediction(conditional_entropy(pairs))}
+        return {"val/loss": Prediction(conditional_entropy(counts))}
 
 
-def counts(x: Tensor, y: Tensor) -> Tensor:
-    """How often each byte (row) is followed by each (column): 256 × 256."""
+def pair_counts(x: Tensor, y: Tensor) -> Tensor:
+    """How often each byte x (row) is followed by each byte y (column): 256 × 256."""
     return (256 * x + y).flatten().bincount(minlength=256**2).view(256, 256)
 
 

@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: the base knows five of them, the adaptation all ten."""
+"""Scikit-learn's handwritten digits: the base learns 0 to 4, the adapters all ten."""
 
 import torch
 from pydantic import PositiveInt
@@ -11,9 +11,10 @@ from lora_lab.data import Data, Phase
 
 
 class Digits(Data):
-    """1,797 images of 8 × 8 pixels in [0, 1], as rows of 64: 0–4 for the base, 0–9 to adapt to.
+    """Classification of 1,797 images of 8 × 8 pixels in [0, 1], flattened to rows of 64.
 
-    A fifth of each digit's images, drawn by `seed`, is held out for validation.
+    The base phase has the digits 0 to 4, the adapt phase 0 to 9. A fifth of the images of each
+    digit, drawn by `seed`, is for validation.
     """
 
     task = "classification"
@@ -24,19 +25,19 @@ class Digits(Data):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Ten outputs in both phases: the base has a place for the digits it does not know."""
+        """64 pixels and ten classes; in both phases, since the adapted model keeps the head."""
         return {"in_features": 64, "out_features": 10}
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """The phase's digits, split by digit and seed."""
+        """Images (N, 64) and digits (N,) of the phase, split within each digit."""
         images, digits = load_digits(return_X_y=True)
         split = train_test_split(
             images, digits, test_size=0.2, stratify=digits, random_state=self.seed
         )
         x_train, x_val, y_train, y_val = map(torch.from_numpy, split)
-        known = 5 if self.phase == "base" else 10
+        classes = 5 if self.phase == "base" else 10
 
         def rows(x: torch.Tensor, y: torch.Tensor) -> TensorDataset:
-            return TensorDataset(x[y < known].float() / 16, y[y < known].long())
+            return TensorDataset(x[y < classes].float() / 16, y[y < classes].long())
 
         return rows(x_train, y_train), rows(x_val, y_val)

@@ -1,4 +1,4 @@
-"""A table of embeddings in which every group of tokens moves by a vector of its own."""
+"""An embedding table in which the tokens of each group move by the same vector."""
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from lora_lab.seeding import generator
 class GroupShift(Planted):
     """y = E[token] for the base, y = (E + Σ_g 1_g c_gᵀ)[token] + noise to adapt to.
 
-    Every token comes once. The first `groups[0]` of them move by c_0, the next `groups[1]` by c_1,
-    and so on; the rest stay. E is standard normal, the c_g normal of norm `shift` in the mean.
+    Each token occurs once. The first `groups[0]` tokens move by c_0, the next `groups[1]` by c_1,
+    and so on; the rest stay. E is standard normal. c_g is normal with E ‖c_g‖² = `shift`².
     """
 
     def __init__(
@@ -43,27 +43,27 @@ class GroupShift(Planted):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Tokens, and the features of each."""
+        """The number of tokens, and of the features of each."""
         return {"in_features": self.in_features, "out_features": self.out_features}
 
     @property
     def delta(self) -> Tensor:
-        """The change of every token, tokens × features."""
+        """The planted change of each token: (tokens, features)."""
         moved = self.shifts.repeat_interleave(torch.tensor(self.groups), 0)
         return F.pad(moved, (0, 0, 0, self.in_features - len(moved)))
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """All tokens, twice."""
+        """All tokens with their y (tokens, features), for training and for validation."""
         shape = (self.in_features, self.out_features)
         y = torch.randn(*shape, generator=generator(self.seed, "E")).double()
         if self.phase == "adapt":
             noise = torch.randn(*shape, generator=generator(self.seed, "noise"))
             y = y + self.delta + self.noise * noise
-        everything = TensorDataset(torch.arange(self.in_features), y.float())
-        return everything, everything
+        dataset = TensorDataset(torch.arange(self.in_features), y.float())
+        return dataset, dataset
 
-    def design(self) -> tuple[Tensor, Tensor]:
-        """The tokens as one-hot rows, and y."""
+    def design_and_targets(self) -> tuple[Tensor, Tensor]:
+        """The tokens as one-hot rows (n × tokens), and y (n × features)."""
         assert self.train is not None
         tokens, y = self.train.tensors
         return F.one_hot(tokens, self.in_features), y

@@ -1,4 +1,4 @@
-"""What a data set is: two phases, tensors drawn from a seed, batches that are a function of it."""
+"""The base class of data sets: two phases, tensors drawn from a seed, reproducible batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,23 +16,24 @@ Phase = Literal["base", "adapt"]
 
 
 class Data(pl.LightningDataModule, ABC):
-    """One data set in one of its two phases: `base`, what the base learns, and `adapt`.
+    """A data set in one of its two phases: `base` trains the base, `adapt` the adapters.
 
-    A subclass says its task and sizes, and draws its tensors from `seed`. Batches are a function
-    of (seed, phase, epoch) alone, so that the runs of one cell see the same data in the same order.
+    A subclass gives its `task` and `sizes`, and draws its tensors from `seed` in `draw`. Batches
+    are a function of (seed, phase, epoch) alone, so that runs that differ in other settings see the
+    same data in the same order.
     """
 
     task: str
-    """A key of training/tasks.py's TASKS."""
+    """The loss and the metrics: a key of TASKS in training/tasks.py, as `regression`."""
 
-    rows_differ_in: Literal["batch", "epoch"] = "epoch"
-    """Drawn without replacement within each epoch (a permutation), or within each batch only."""
+    distinct_rows_in: Literal["batch", "epoch"] = "epoch"
+    """Rows are drawn without replacement in each epoch (a permutation), or in each batch only."""
 
     eval_rows = 4096
-    """Rows of one evaluation batch: large, since nothing is kept for a backward pass."""
+    """Rows of a validation batch; large, since no activations are stored for a backward pass."""
 
     def __init__(self, phase: Phase, batch_size: int | None, seed: int, steps: int = 1):
-        """`batch_size` None: every batch is all the rows, `steps` of them an epoch."""
+        """`batch_size` None: a batch is the full training set, and an epoch is `steps` of them."""
         super().__init__()
         self.phase, self.batch_size, self.seed, self.steps = phase, batch_size, seed, steps
         self.train: TensorDataset | None = None
@@ -41,99 +42,109 @@ class Data(pl.LightningDataModule, ABC):
     @property
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """What this data can tell a model of its sizes, by the model's argument names."""
+        """The sizes of a model for this data, by the model's argument names, as `in_features`."""
 
     @abstractmethod
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """The training and the validation set of this phase."""
+        """Draws the training and the validation set of this phase from the seed."""
 
     def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
-        """What theory says of an adapted run's metrics at its end, by their names, if anything.
+        """What theory predicts for the metrics of an adapted run at its end, by their names.
 
-        `model` is the base before its first step, with its adapters on it, or none for full
-        fine-tuning; this is the `adapt` phase, and the data is drawn.
+        Empty where theory predicts nothing. `model` is the base before the first step, with its
+        adapters attached; without any, the run is full fine-tuning. Called in the `adapt` phase,
+        with the data drawn.
         """
         return {}
 
     def setup(self, stage: str) -> None:
-        """Draws the data, once."""
+        """Draws the data, the first time that it is called. Lightning's hook."""
         if self.train is None:
             self.train, self.val = self.draw()
             self.check_batch(len(self.train))
 
     def check_batch(self, rows: int) -> None:
-        """Raises ValueError where not even one batch can be drawn without replacement."""
+        """Raises ValueError where `rows` training rows are fewer than one batch."""
         if self.batch_size is not None and self.batch_size > rows:
             raise ValueError(f"batch_size={self.batch_size} is more than the {rows} training rows")
 
     def train_dataloader(self) -> DataLoader:
-        """Batches in the order that (seed, phase, epoch) gives."""
+        """Training batches in the order given by (seed, phase, epoch).
+
+        Raises ValueError where the processes of the run cannot share a batch evenly.
+        """
         assert self.train is not None
-        place = _, count = self._place()
+        process = _, count = self._process()
         if (rows := self.batch_size or len(self.train)) % count:
             raise ValueError(f"{rows} rows a batch cannot be shared evenly by {count} processes")
         if self.batch_size is None:
-            return _loader(self.train, [_share(slice(0, rows), *place)] * self.steps)
-        key = (self.seed, self.phase, "order")
-        return _loader(self.train, Batches(len(self.train), rows, self.rows_differ_in, key, *place))
+            return _loader(self.train, [_process_share(slice(0, rows), *process)] * self.steps)
+        draws = (self.distinct_rows_in, (self.seed, self.phase, "order"))
+        return _loader(self.train, Batches(len(self.train), rows, *draws, *process))
 
     def val_dataloader(self) -> DataLoader:
-        """The validation set from first to last."""
+        """The validation set in its order, `eval_rows` at a time."""
         assert self.val is not None
         rows = len(self.val)
         slices = [slice(i, min(i + self.eval_rows, rows)) for i in range(0, rows, self.eval_rows)]
-        return _loader(self.val, [_share(batch, *self._place()) for batch in slices])
+        return _loader(self.val, [_process_share(batch, *self._process()) for batch in slices])
 
-    def _place(self) -> tuple[int, int]:
-        """Which process this is of how many that share every batch."""
+    def _process(self) -> tuple[int, int]:
+        """This process's rank, and the number of processes, which share each batch."""
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
 
-def _loader(dataset: TensorDataset, rows: object) -> DataLoader:
-    # batch_size=None: each draw indexes a whole batch at once, not row by row. A generator of
-    # its own: DataLoader otherwise takes a seed off the global stream, dropout's, every epoch.
-    return DataLoader(dataset, batch_size=None, sampler=rows, generator=torch.Generator())  # pyright: ignore
+def _loader(dataset: TensorDataset, batches: object) -> DataLoader:
+    """A DataLoader over `batches`, each the indices (a tensor or a slice) of a batch's rows."""
+    # batch_size=None: the dataset is indexed once for each batch, not row by row. A generator is
+    # passed because DataLoader otherwise draws a seed from the global random stream at each epoch,
+    # and that would change the dropout masks.
+    return DataLoader(dataset, batch_size=None, sampler=batches, generator=torch.Generator())  # pyright: ignore
 
 
-def _share(batch: slice, rank: int, count: int) -> slice:
-    """The consecutive rows of a batch that are for process `rank` of `count`."""
+def _process_share(batch: slice, process_rank: int, processes: int) -> slice:
+    """The consecutive rows of a batch that one of several processes computes."""
     rows = batch.stop - batch.start
-    start, stop = rows * rank // count, rows * (rank + 1) // count
+    start, stop = rows * process_rank // processes, rows * (process_rank + 1) // processes
     return slice(batch.start + start, batch.start + stop)
 
 
 class Batches(Sampler[Tensor]):
-    """Row indices of each whole batch of an epoch: ⌊rows / batch_size⌋ batches.
+    """Sampler of the row indices of an epoch's ⌊rows / batch_size⌋ batches, none of them partial.
 
-    Of every batch process `rank` of `count` has its share.
+    `rows` is the size of the training set, `distinct_in` as `Data.distinct_rows_in`. The draws are
+    seeded by (*seed_key, epoch). Each process gets its share of each batch's rows, (batch_size /
+    processes,) indices.
     """
 
     def __init__(
         self,
         rows: int,
         batch_size: int,
-        differ_in: Literal["batch", "epoch"],
-        key: tuple,
-        rank: int = 0,
-        count: int = 1,
+        distinct_in: Literal["batch", "epoch"],
+        seed_key: tuple,
+        process_rank: int = 0,
+        processes: int = 1,
     ):
-        self.rows, self.batch_size, self.differ_in, self.key = rows, batch_size, differ_in, key
-        self.share = _share(slice(0, batch_size), rank, count)
+        self.rows, self.batch_size = rows, batch_size
+        self.distinct_in, self.seed_key = distinct_in, seed_key
+        self.share = _process_share(slice(0, batch_size), process_rank, processes)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before every epoch."""
+        """Sets the epoch that is drawn next; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.rows // self.batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
-        draws = generator(*self.key, self.epoch)
-        if self.differ_in == "epoch":
-            batches = torch.randperm(self.rows, generator=draws).split(self.batch_size)
+        rng = generator(*self.seed_key, self.epoch)
+        # All processes draw the full batch, so that their streams agree, and take their share.
+        if self.distinct_in == "epoch":
+            batches = torch.randperm(self.rows, generator=rng).split(self.batch_size)
             yield from (batch[self.share] for batch in batches[: len(self)])
         else:
             for _ in range(len(self)):
-                yield torch.randperm(self.rows, generator=draws)[self.share]
+                yield torch.randperm(self.rows, generator=rng)[self.share]

@@ -1,4 +1,4 @@
-"""What the planted data sets share: a change of one weight of a linear model, and its best ΔW."""
+"""Base class of data sets that plant a known change in one weight, with the best ΔW for them."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -13,9 +13,10 @@ from lora_lab.data.module import Data, Phase
 
 
 class Planted(Data):
-    """A change planted in the one weight of a linear model, from all the rows at every step.
+    """A known change planted in the one weight of a linear model.
 
-    Validation is on the same rows, so that the loss at the end is that of the best ΔW there is.
+    Each step trains on all rows, and validation is on the same rows. So the final validation loss
+    should be that of the best ΔW the adapter can reach, which is a least squares problem.
     """
 
     task = "regression"
@@ -24,83 +25,94 @@ class Planted(Data):
         super().__init__(phase, None, seed, steps)
 
     @abstractmethod
-    def design(self) -> tuple[Tensor, Tensor]:
-        """The drawn data as the weight's matrix meets it: X (n × rest) and Y (n × out)."""
+    def design_and_targets(self) -> tuple[Tensor, Tensor]:
+        """The training data as a regression Y ≈ X Wᵀ on the weight as a matrix W (out × rest).
 
-    def residual(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """X, and what the base leaves of Y, in float64."""
+        X is the design matrix (n × rest), Y the targets (n × out).
+        """
+
+    def design_and_residual(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """X, and Y − X Wᵀ with the weight W of the base, in float64."""
         (site,) = base_parameters(model)
         layer = model.get_submodule(site)
         W = adapter_class(layer).weight_to_matrix(
             base_parameters(model)[site].detach().cpu().double()
         )
-        X, Y = (tensor.double() for tensor in self.design())
+        X, Y = (tensor.double() for tensor in self.design_and_targets())
         return X, Y - X @ W.T
 
     def best_update(self, model: nn.Module) -> LeastSquaresFit | None:
-        """The best ΔW for the adapter on `model`; None for DoRA, under dropout, of many weights."""
+        """The best ΔW within reach of the adapter on `model`, by least squares.
+
+        None where the model has several weights, and for DoRA and dropout. A model without adapter
+        is fully fine-tuned: any ΔW is within reach.
+        """
         if len(base_parameters(model)) != 1:
             return None
         (site,) = base_parameters(model)
-        X, Y = self.residual(model)
-        X = X[:, seen := X.any(0)]  # not an embedding's tokens that never come
+        X, Y = self.design_and_residual(model)
+        X = X[:, occurring := X.any(0)]  # without the tokens of an embedding that never occur
         if (adapter := attached(model).get(site)) is None:
             return theory.least_squares(X, Y)
         if adapter.magnitude is not None or adapter.recipe.dropout:
             return None
-        held = {name: t.detach().cpu().double() for name, t in adapter.tensors().items()}
-        A, B = held["A"][:, seen], held["B"]
+        tensors = {name: t.detach().cpu().double() for name, t in adapter.tensors().items()}
+        A, B = tensors["A"][:, occurring], tensors["B"]
         match adapter.recipe.trains, adapter.zero_factor:
-            case "both", _ if "A0" in held:
-                start = adapter.scale * held["B0"] @ held["A0"][:, seen]
-                found = theory.least_squares(X, Y, adapter.r, start=start)
+            case "both", _ if "A0" in tensors:  # ΔW = s (B A − B₀ A₀)
+                start = adapter.scale * tensors["B0"] @ tensors["A0"][:, occurring]
+                fit = theory.least_squares(X, Y, adapter.r, start=start)
             case "both", _:
-                found = theory.least_squares(X, Y, adapter.r)
-            case "core", _:
-                found = theory.least_squares(X, Y, A=A, B=B)
-            case _, "A":
-                found = theory.least_squares(X, Y, B=B)
+                fit = theory.least_squares(X, Y, adapter.r)
+            case "core", _:  # LoRA-XS: both factors are frozen, a matrix between them trains
+                fit = theory.least_squares(X, Y, A=A, B=B)
+            case _, "A":  # one factor trains, the one that starts at zero: A, of an embedding
+                fit = theory.least_squares(X, Y, B=B)
             case _:
-                found = theory.least_squares(X, Y, A=A)
-        # Factors that start from the weight also move the tokens that never come.
-        moved = INITS[adapter.recipe.init].from_weight and not seen.all()
-        return replace(found, is_unique=found.is_unique and not moved)
+                fit = theory.least_squares(X, Y, A=A)
+        # Factors that start from the weight also move the tokens that never occur: the data does
+        # not say where to, so ΔW is not unique.
+        moves_others = INITS[adapter.recipe.init].from_weight and not occurring.all()
+        return replace(fit, is_unique=fit.is_unique and not moves_others)
 
     def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
-        """The loss, and the first singular values of ΔW where only one ΔW leaves as little."""
+        """The loss of the best ΔW and, where that is unique, its first four singular values."""
         if (best := self.best_update(model)) is None:
             return {}
-        found = {"val/loss": Prediction(best.loss)}
+        predictions = {"val/loss": Prediction(best.loss)}
         if best.is_unique:
             (site,) = base_parameters(model)
             sigma = torch.linalg.svdvals(best.delta)[:4].tolist()
             for i, value in enumerate(sigma, 1):
                 if value > 1e-3 * sigma[0]:  # the rest is rounding
-                    found[f"spectra/{site}/sigma_{i}"] = Prediction(value)
-        return found
+                    predictions[f"spectra/{site}/sigma_{i}"] = Prediction(value)
+        return predictions
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's parameters, by the layers that hold them."""
+    """The parameters of the base, without those of adapters, by the name of their layer."""
     named = model.named_parameters()
     return {name.rpartition(".")[0]: p for name, p in named if "lora" not in name.split(".")}
 
 
-def planted_matrix(out: int, rest: int, sigma: list[float], draws: torch.Generator) -> Tensor:
-    """A matrix of singular values `sigma` between random directions, out × rest, in float64.
+def planted_matrix(out: int, rest: int, sigma: list[float], rng: torch.Generator) -> Tensor:
+    """A matrix (out × rest) with singular values `sigma` and random singular vectors, in float64.
 
-    Raises ValueError for more values than it can have.
+    Raises ValueError for more values than min(out, rest).
     """
     if len(sigma) > min(out, rest):
         raise ValueError(
             f"sigma={sigma}: {len(sigma)} singular values, and {out} × {rest} has {min(out, rest)}"
         )
-    U, V = (orthonormal(size, len(sigma), draws) for size in (out, rest))
+    U, V = (random_orthonormal(size, len(sigma), rng) for size in (out, rest))
     return U * torch.tensor(sigma, dtype=torch.float64) @ V.T
 
 
-def orthonormal(rows: int, columns: int, draws: torch.Generator) -> Tensor:
-    """Random orthonormal columns, in float64. Raises ValueError for more columns than rows."""
+def random_orthonormal(rows: int, columns: int, rng: torch.Generator) -> Tensor:
+    """A random matrix (rows × columns) with orthonormal columns, in float64.
+
+    Raises ValueError for more columns than rows.
+    """
     if columns > rows:
         raise ValueError(f"{columns} orthonormal columns do not fit in {rows} rows")
-    return torch.linalg.qr(torch.randn(rows, columns, generator=draws, dtype=torch.float64)).Q
+    return torch.linalg.qr(torch.randn(rows, columns, generator=rng, dtype=torch.float64)).Q

@@ -1,4 +1,4 @@
-"""A convolution that moves by a matrix of known singular values."""
+"""A convolution whose kernel changes by a matrix of known singular values."""
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +8,17 @@ from torch.utils.data import TensorDataset
 
 from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
-from lora_lab.data.planted import Planted, orthonormal, planted_matrix
+from lora_lab.data.planted import Planted, planted_matrix, random_orthonormal
 from lora_lab.seeding import generator
 
 
 class PlantedConv(Planted):
     """y = θ ∗ x for the base, y = (θ + Δ) ∗ x + noise to adapt to, with zero padding.
 
-    θ has iid normal entries of variance 1/(in · k²), Δ as out × (in · k²) the singular values
-    `sigma`. Pixels are white: with `whiten` exactly so in these very images, all in · size² pixels
-    orthogonal to each other, else in the mean.
+    θ has iid normal entries of variance 1/(in · k²). Δ, as a matrix out × (in · k²), has the
+    singular values `sigma`. The images are `size` × `size`, and their pixels white noise: with
+    `whiten`, the in · size² pixels are exactly orthogonal over these `samples` images; else they
+    are independent draws.
     """
 
     def __init__(
@@ -46,31 +47,32 @@ class PlantedConv(Planted):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Channels in and out, and the side of the kernel."""
+        """The numbers of channels in and out, and the side of the kernel."""
         names = ("in_features", "out_features", "kernel_size")
         return {name: getattr(self, name) for name in names}
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """All of the phase's images, twice."""
+        """Images (n, in, size, size) and y (n, out, size, size), for training and validation."""
         W = torch.randn(self.delta.shape, generator=generator(self.seed, "theta")).double()
         W = W / W.shape[1] ** 0.5 + (self.delta if self.phase == "adapt" else 0)
         rows = (self.samples, self.in_features * self.size**2)
-        draws = generator(self.seed, "x", self.phase)
+        rng = generator(self.seed, "x", self.phase)
         if self.whiten:
-            x = orthonormal(*rows, draws) * self.samples**0.5
+            x = random_orthonormal(*rows, rng) * self.samples**0.5
         else:
-            x = torch.randn(*rows, generator=draws, dtype=torch.float64)
+            x = torch.randn(*rows, generator=rng, dtype=torch.float64)
         x = x.view(-1, self.in_features, self.size, self.size)
         kernel = W.view(-1, self.in_features, self.kernel_size, self.kernel_size)
         y = F.conv2d(x, kernel, padding="same")
         if self.phase == "adapt":
             y = y + self.noise * torch.randn(y.shape, generator=generator(self.seed, "noise"))
-        everything = TensorDataset(x.float(), y.float())
-        return everything, everything
+        dataset = TensorDataset(x.float(), y.float())
+        return dataset, dataset
 
-    def design(self) -> tuple[Tensor, Tensor]:
-        """The patches that the kernel meets, one a row, and what comes out there."""
+    def design_and_targets(self) -> tuple[Tensor, Tensor]:
+        """Patches under the kernel, one a row (n · size² × in · k²), and the outputs there."""
         assert self.train is not None
         x, y = self.train.tensors
         patches = F.unfold(x.double(), self.kernel_size, padding=self.kernel_size // 2)
+        # (n, in · k², size²) and (n, out, size²) → a row for each position of each image
         return patches.mT.flatten(0, 1), y.flatten(2).mT.flatten(0, 1)

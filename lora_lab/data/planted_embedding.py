@@ -1,4 +1,4 @@
-"""A table of embeddings that moves by a matrix of known singular values."""
+"""An embedding table that changes by a matrix of known singular values."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from lora_lab.seeding import generator
 class PlantedEmbedding(Planted):
     """y = E[token] for the base, y = (E + Δ)[token] + noise to adapt to.
 
-    E is standard normal, Δ (tokens × features) has the singular values `sigma`. Token v comes
-    `samples` / v^zipf / Σ 1/v^zipf times, rounded to the whole number that adds up, as often in
-    both phases; a rare one may never come.
+    E is standard normal, Δ (tokens × features) has the singular values `sigma`. Token v = 1, 2, …
+    occurs `samples` / v^zipf / Σ 1/v^zipf times, rounded to integers that add up to `samples`, in
+    both phases; a rare token may never occur.
     """
 
     def __init__(
@@ -39,30 +39,30 @@ class PlantedEmbedding(Planted):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Tokens, and the features of each."""
+        """The number of tokens, and of the features of each."""
         return {"in_features": self.in_features, "out_features": self.out_features}
 
     def counts(self) -> Tensor:
-        """How often each token comes, by the largest remainder."""
+        """How often each token occurs (tokens,), rounded by the method of the largest remainder."""
         share = torch.arange(1, self.in_features + 1, dtype=torch.float64) ** -self.zipf
-        wanted = self.samples * share / share.sum()
-        counts = wanted.floor().long()
+        exact = self.samples * share / share.sum()
+        counts = exact.floor().long()
         missing = self.samples - int(counts.sum())
-        counts[(wanted - counts).argsort(descending=True, stable=True)[:missing]] += 1
+        counts[(exact - counts).argsort(descending=True, stable=True)[:missing]] += 1
         return counts
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """All of the phase's rows, twice."""
+        """Tokens (samples,) with their y (samples, features), for training and for validation."""
         E = torch.randn(self.delta.shape, generator=generator(self.seed, "E")).double()
         tokens = torch.arange(self.in_features).repeat_interleave(self.counts())
         y = (E + self.delta if self.phase == "adapt" else E)[tokens]
         if self.phase == "adapt":
             y = y + self.noise * torch.randn(y.shape, generator=generator(self.seed, "noise"))
-        everything = TensorDataset(tokens, y.float())
-        return everything, everything
+        dataset = TensorDataset(tokens, y.float())
+        return dataset, dataset
 
-    def design(self) -> tuple[Tensor, Tensor]:
-        """The tokens as one-hot rows, and y."""
+    def design_and_targets(self) -> tuple[Tensor, Tensor]:
+        """The tokens as one-hot rows (n × tokens), and y (n × features)."""
         assert self.train is not None
         tokens, y = self.train.tensors
         return F.one_hot(tokens, self.in_features), y

@@ -1,4 +1,4 @@
-"""A linear map that moves by a matrix of known singular values."""
+"""A linear map that changes by a matrix of known singular values."""
 
 from typing import Annotated, Literal
 
@@ -12,17 +12,19 @@ from lora_lab.analysis import theory
 from lora_lab.analysis.theory import Prediction
 from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
-from lora_lab.data.planted import Planted, orthonormal, planted_matrix
+from lora_lab.data.planted import Planted, planted_matrix, random_orthonormal
 from lora_lab.seeding import generator
 
 
 class PlantedLinear(Planted):
     """y = θ x for the base, y = (θ + Δ) x + noise to adapt to.
 
-    θ (out × in) has iid normal entries of deviation `spread`, Δ the singular values `sigma`. The
-    inputs' covariance is correlation^|i−j|: with `whiten` exactly that of these very rows, else of
-    the distribution they are drawn from. `expects` is what theory is asked of a run: its end, its
-    end with the intruder dimensions, or its first step, which is Adam's.
+    θ (out × in) has iid normal entries of standard deviation `spread`, Δ the singular values
+    `sigma`. The covariance of inputs i and j is correlation^|i−j|: with `whiten` exactly that over
+    these `samples` rows, else that of the distribution they are drawn from.
+
+    `expects` chooses what theory predicts: `end`, the metrics at the end of a run; `intruders`,
+    those with the number of intruder dimensions; `first_step`, the first step of Adam.
     """
 
     def __init__(
@@ -50,58 +52,59 @@ class PlantedLinear(Planted):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The two sides of θ."""
+        """The numbers of inputs and of outputs of θ."""
         return {"in_features": self.in_features, "out_features": self.out_features}
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """All of the phase's rows, twice."""
+        """Inputs (samples, in) and y (samples, out), for training and for validation."""
         shape, rows = (self.out_features, self.in_features), (self.samples, self.in_features)
         W = torch.randn(*shape, generator=generator(self.seed, "theta")).double() * self.spread
-        draws = generator(self.seed, "x", self.phase)
+        rng = generator(self.seed, "x", self.phase)
         if self.whiten:
-            x = orthonormal(*rows, draws) * self.samples**0.5
+            x = random_orthonormal(*rows, rng) * self.samples**0.5
         else:
-            x = torch.randn(*rows, generator=draws, dtype=torch.float64)
-        place = torch.arange(self.in_features, dtype=torch.float64)
-        covariance = self.correlation ** (place[:, None] - place).abs()
+            x = torch.randn(*rows, generator=rng, dtype=torch.float64)
+        index = torch.arange(self.in_features, dtype=torch.float64)
+        covariance = self.correlation ** (index[:, None] - index).abs()  # (in, in)
         x = x @ torch.linalg.cholesky(covariance).T
         y = x @ (W + self.delta if self.phase == "adapt" else W).T
         if self.phase == "adapt":
             noise = torch.randn(y.shape, generator=generator(self.seed, "noise"))
             y = y + self.noise * noise
-        everything = TensorDataset(x.float(), y.float())
-        return everything, everything
+        dataset = TensorDataset(x.float(), y.float())
+        return dataset, dataset
 
-    def design(self) -> tuple[Tensor, Tensor]:
-        """x and y themselves."""
+    def design_and_targets(self) -> tuple[Tensor, Tensor]:
+        """The inputs (n × in) and y (n × out) as they are."""
         assert self.train is not None
         x, y = self.train.tensors
         return x, y
 
     def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
-        """As of any planted change, with what is asked beside it; nothing where theory ends."""
+        """The predictions that `expects` chooses; empty where theory does not cover the run."""
         adapter = next(iter(attached(model).values()), None)
         if self.expects == "first_step":
             return {} if adapter is None else self._first_step(model, adapter)
-        found = super().predicted_metrics(model)
+        predictions = super().predicted_metrics(model)
         if self.expects == "intruders" and self.noise == 0:
-            drawn = adapter is None or not INITS[adapter.recipe.init].from_weight
-            if drawn and (best := self.best_update(model)) is not None and best.is_unique:
+            is_drawn = adapter is None or not INITS[adapter.recipe.init].from_weight
+            if is_drawn and (best := self.best_update(model)) is not None and best.is_unique:
                 strengths = torch.linalg.svdvals(best.delta).tolist()
                 shape = (self.out_features, self.in_features, self.spread)
                 if (count := theory.intruders(strengths, *shape)) is not None:
-                    found["spectra/linear/intruders"] = Prediction(count)
-        return found
+                    predictions["spectra/linear/intruders"] = Prediction(count)
+        return predictions
 
     def _first_step(self, model: nn.Module, adapter: Adapter) -> dict[str, Prediction]:
+        """The gradient of B and the descent of the loss in the first step, both relative to G's."""
         recipe = adapter.recipe
         if recipe.init not in theory.MOMENTS or recipe.dora or recipe.dropout:
             return {}
-        X, Y = self.residual(model)
-        G = -2 / Y.numel() * Y.T @ X
+        X, Y = self.design_and_residual(model)
+        G = -2 / Y.numel() * Y.T @ X  # (out, in): the gradient of the mean squared error
         return {
-            f"first_step/{name}": form(G, adapter.r, adapter.scale, recipe.init)
-            for name, form in (
+            f"first_step/{name}": closed_form(G, adapter.r, adapter.scale, recipe.init)
+            for name, closed_form in (
                 ("gradient_ratio", theory.gradient_ratio),
                 ("descent", theory.descent),
             )

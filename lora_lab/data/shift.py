@@ -1,4 +1,4 @@
-"""A linear map all of whose entries move by the same amount: the update to find has rank 1."""
+"""A linear map whose entries all change by the same amount, an update of rank 1."""
 
 import torch
 from pydantic import FiniteFloat, PositiveInt
@@ -12,12 +12,12 @@ from lora_lab.seeding import generator
 class Shift(Data):
     """y = x θ for the base, y = x (θ + shift) to adapt to, with fresh x and no noise.
 
-    θ (in × out) and x are standard normal. ΔW to be learned is `shift` times a matrix of ones:
-    rank 1, σ₁ = shift · √(in · out). Validation is on the training rows themselves.
+    θ (in × out) and x are standard normal. The ΔW to learn is `shift` times a matrix of ones, with
+    rank 1 and σ₁ = |shift| · √(in · out). Validation is on the training rows.
     """
 
     task = "regression"
-    rows_differ_in = "batch"
+    distinct_rows_in = "batch"
 
     def __init__(
         self,
@@ -36,11 +36,11 @@ class Shift(Data):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The two sides of θ."""
+        """The numbers of inputs and of outputs of θ."""
         return {"in_features": self.in_features, "out_features": self.out_features}
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """All of the phase's rows, twice: the loss is watched on everything there is."""
+        """x (samples, in) and y (samples, out), for training and for validation."""
         theta = torch.randn(
             self.in_features, self.out_features, generator=generator(self.seed, "theta")
         )
@@ -48,5 +48,5 @@ class Shift(Data):
             self.samples, self.in_features, generator=generator(self.seed, "x", self.phase)
         )
         y = x @ (theta + self.shift if self.phase == "adapt" else theta)
-        everything = TensorDataset(x, y)
-        return everything, everything
+        dataset = TensorDataset(x, y)
+        return dataset, dataset

@@ -1,1 +1,1 @@
-"""Models: one file each, plain nn.Modules that know nothing of LoRA."""
+"""What learns: one model per file, each a plain nn.Module that knows nothing of LoRA."""

@@ -1,13 +1,13 @@
-"""A bigram language model."""
+"""A bigram language model: one table of logits."""
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 
 class Bigram(nn.Module):
-    """A table of logits, a row for each token: what comes next depends on that token alone.
+    """Predicts the next token from the current one alone, whose row of a table is the logits.
 
-    It starts at zero: a token never seen is followed by each one equally.
+    The table starts at zero, so that a token that was never trained on predicts all tokens equally.
     """
 
     def __init__(self, in_features: PositiveInt, out_features: PositiveInt):

@@ -1,4 +1,4 @@
-"""One convolution."""
+"""One convolution layer."""
 
 from pydantic import PositiveInt
 from torch import Tensor, nn

@@ -1,11 +1,11 @@
-"""One embedding."""
+"""One embedding layer."""
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 
 class Embedding(nn.Module):
-    """A vector of `out_features` for each of `in_features` tokens."""
+    """An embedding table: `out_features` numbers for each of `in_features` tokens."""
 
     def __init__(self, in_features: PositiveInt, out_features: PositiveInt):
         super().__init__()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Layers fc1, fc2, … of the `hidden` widths with ReLU between them, and a linear head."""
+    """Linear layers fc1, fc2, … with the `hidden` widths, each with a ReLU, and a linear head."""
 
     def __init__(
         self, in_features: PositiveInt, out_features: PositiveInt, hidden: list[PositiveInt]
@@ -15,8 +15,8 @@ class MLP(nn.Module):
         super().__init__()
         widths = [in_features, *hidden]
         self.body = nn.Sequential()
-        for i, (narrow, wide) in enumerate(pairwise(widths), start=1):
-            self.body.add_module(f"fc{i}", nn.Linear(narrow, wide))
+        for i, (inputs, outputs) in enumerate(pairwise(widths), start=1):
+            self.body.add_module(f"fc{i}", nn.Linear(inputs, outputs))
             self.body.add_module(f"relu{i}", nn.ReLU())
         self.head = nn.Linear(widths[-1], out_features)
 

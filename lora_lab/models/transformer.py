@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Causal self-attention in `heads` heads; q, k, v and o are layers of their own."""
+    """Causal self-attention with `heads` heads; q, k, v and o are four separate linear layers."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -15,17 +15,17 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, width) → (B, T, width), no place seeing a later one."""
+        """(B, T, width) → (B, T, width); a position attends to itself and to earlier ones."""
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, width/heads)
             for layer in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o(mixed.transpose(1, 2).flatten(2))
+        return self.o(mixed.transpose(1, 2).flatten(2))  # (B, T, width)
 
 
 class Block(nn.Module):
-    """Attention, then an MLP four times as wide, each normed before and added to what it reads."""
+    """A pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)), the MLP 4 × `width` wide."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -40,10 +40,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Reads up to `context` of `in_features` tokens, predicts the next of `out_features` at each.
+    """A decoder-only language model: predicts the next token at each of up to `context` positions.
 
-    Positions are learned, the head is not tied to the embedding. Raises ValueError where `heads`
-    does not divide `width`.
+    `in_features` and `out_features` are the numbers of tokens it reads and predicts. Position
+    embeddings are learned, and the head is not tied to the token embedding. Raises ValueError where
+    `heads` does not divide `width`.
     """
 
     def __init__(
@@ -66,5 +67,5 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, T) → logits (B, T, out)."""
-        places = torch.arange(x.shape[1], device=x.device)
-        return self.head(self.norm(self.blocks(self.embed(x) + self.position(places))))
+        positions = torch.arange(x.shape[1], device=x.device)  # (T,)
+        return self.head(self.norm(self.blocks(self.embed(x) + self.position(positions))))

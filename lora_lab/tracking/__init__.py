@@ -1,1 +1,1 @@
-"""Where numbers go: metrics.jsonl, W&B, and a dashboard there."""
+"""Where numbers go: metrics.jsonl, W&B, and a dashboard in W&B."""

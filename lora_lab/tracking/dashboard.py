@@ -1,5 +1,6 @@
-"""The `lora-lab dashboard` command: W&B's workspace and report for a rank ablation, as code."""
+"""W&B's workspace and report for a rank ablation, as code: the `lora-lab dashboard` command."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import wandb
@@ -13,10 +14,10 @@ TITLE = "Rank ablation"
 
 LOSS = wr.SummaryMetric("val/loss")
 EFFECTIVE_RANK = wr.SummaryMetric("spectra_of/all/effective_rank")
-R = wr.Config("adapter.r")
+RANK = wr.Config("adapter.r")
 
-RUNS = 100
-"""Cells that a panel shows at most; W&B's own limit is 10."""
+MAX_CELLS = 100
+"""How many cells a panel shows, at most; the default of W&B is 10."""
 
 COLUMNS = (
     "config:adapter.value.r",
@@ -29,77 +30,92 @@ COLUMNS = (
     "summary:spectra_of/all/numerical_rank",
     "summary:advice/loss",
 )
-"""Of the table of runs, in W&B's words for them."""
+"""Columns of the table of runs, by the keys that W&B gives them."""
+
+# Runs are grouped by cell, which is their Group in W&B: seeds are averaged.
+MEAN: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+LINES: dict[str, Any] = {"x": "epoch", "log_y": True, "max_runs_to_show": MAX_CELLS, **MEAN}
 
 
-def sections() -> dict[str, tuple[str, list[Any]]]:
-    """Section → what it asks, and its panels. Runs are grouped by cell: seeds are averaged."""
-    mean: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
-    over: dict[str, Any] = {"x": "epoch", "log_y": True, "max_runs_to_show": RUNS, **mean}
-    settings = (R, wr.Config("adapter.alpha"), wr.Config("optimizer.lr"), LOSS)
-    columns = [wr.ParallelCoordinatesPlotColumn(metric=key, log=True) for key in settings]
-    return {
-        "Loss": (
+@dataclass(frozen=True)
+class Section:
+    """A section of the workspace and of the report: a question, and the panels that answer it."""
+
+    name: str
+    question: str
+    panels: list[Any]
+
+
+def sections() -> list[Section]:
+    """All sections, in their order on the page."""
+    return [
+        Section(
+            "Loss",
             "How well does each cell learn? Lines are means over its seeds, bands one standard "
             "deviation.",
-            [
-                wr.LinePlot("validation loss", y=["val/loss"], groupby="Group", **over),
-                wr.LinePlot("validation loss by r", y=["val/loss"], groupby=R, **over),
-                wr.LinePlot("training loss", y=["train/loss"], groupby="Group", **over),
-            ],
+            _loss_panels(),
         ),
-        "Rank": (
-            "What does each rank buy, and at what cost?",
-            [
-                wr.ScatterPlot("loss against r", x=R, y=LOSS, log_x=True, log_y=True),
-                wr.BarPlot(
-                    "loss by r", ["val/loss"], "v", groupby=R, max_bars_to_show=RUNS, **mean
-                ),
-                wr.ScatterPlot(
-                    "loss against trainable parameters",
-                    x=wr.SummaryMetric("parameters/trainable"),
-                    y=LOSS,
-                    log_x=True,
-                    log_y=True,
-                ),
-                _truncation(),
-            ],
-        ),
-        "ΔW": (
+        Section("Rank", "What does each rank buy, and at what cost?", _rank_panels()),
+        Section(
+            "ΔW",
             "What does the learned update look like? Where its effective rank stays well below r, "
             "a smaller r may do.",
-            [
-                wr.ScatterPlot("effective rank of ΔW against r", x=R, y=EFFECTIVE_RANK),
-                wr.LinePlot(
-                    "effective rank of each site's ΔW",
-                    metric_regex="^spectra/.*/effective_rank$",
-                    groupby="Group",
-                    **{**over, "log_y": False},
-                ),
-                wr.LinePlot(
-                    "first singular values of each site's ΔW",
-                    metric_regex="^spectra/.*/sigma_[1-4]$",
-                    groupby="Group",
-                    **over,
-                ),
-            ],
+            _delta_panels(),
         ),
-        "Settings": (
-            "Which settings matter?",
-            [
-                wr.ParallelCoordinatesPlot(columns, "settings and loss"),
-                wr.ParameterImportancePlot("val/loss"),
-                wr.RunComparer("split"),
-            ],
-        ),
-    }
+        Section("Settings", "Which settings matter?", _settings_panels()),
+    ]
 
 
-def _truncation() -> wr.CustomChart:
-    """The chart that every run has under `truncation/chart`, of all that are shown."""
-    of_each_run = dict.fromkeys(("id", "name", "_defaultColorIndex"))
+def _loss_panels() -> list[Any]:
+    """Losses over epochs, by cell and by r."""
+    return [
+        wr.LinePlot("validation loss", y=["val/loss"], groupby="Group", **LINES),
+        wr.LinePlot("validation loss by r", y=["val/loss"], groupby=RANK, **LINES),
+        wr.LinePlot("training loss", y=["train/loss"], groupby="Group", **LINES),
+    ]
+
+
+def _rank_panels() -> list[Any]:
+    """The final loss against r and against trainable parameters, and the truncation curves."""
+    trainable = wr.SummaryMetric("parameters/trainable")
+    log: dict[str, Any] = {"log_x": True, "log_y": True}
+    bars: dict[str, Any] = {"groupby": RANK, "max_bars_to_show": MAX_CELLS, **MEAN}
+    return [
+        wr.ScatterPlot("loss against r", x=RANK, y=LOSS, **log),
+        wr.BarPlot("loss by r", ["val/loss"], "v", **bars),
+        wr.ScatterPlot("loss against trainable parameters", x=trainable, y=LOSS, **log),
+        _truncation_chart(),
+    ]
+
+
+def _delta_panels() -> list[Any]:
+    """The effective rank and the first singular values of ΔW."""
+    ranks, values = "^spectra/.*/effective_rank$", "^spectra/.*/sigma_[1-4]$"
+    titles = "effective rank of each site's ΔW", "first singular values of each site's ΔW"
+    linear = {**LINES, "log_y": False}
+    return [
+        wr.ScatterPlot("effective rank of ΔW against r", x=RANK, y=EFFECTIVE_RANK),
+        wr.LinePlot(titles[0], metric_regex=ranks, groupby="Group", **linear),
+        wr.LinePlot(titles[1], metric_regex=values, groupby="Group", **LINES),
+    ]
+
+
+def _settings_panels() -> list[Any]:
+    """The loss over all settings at once, their importance, and the settings that differ."""
+    settings = (RANK, wr.Config("adapter.alpha"), wr.Config("optimizer.lr"), LOSS)
+    columns = [wr.ParallelCoordinatesPlotColumn(metric=key, log=True) for key in settings]
+    return [
+        wr.ParallelCoordinatesPlot(columns, "settings and loss"),
+        wr.ParameterImportancePlot("val/loss"),
+        wr.RunComparer("split"),
+    ]
+
+
+def _truncation_chart() -> wr.CustomChart:
+    """The lines that each run has logged as `truncation/chart`, for all runs shown together."""
+    run_fields = dict.fromkeys(("id", "name", "_defaultColorIndex"))
     return wr.CustomChart(
-        {**of_each_run, "summaryTable": {"tableKey": "truncation/chart_table"}},
+        {**run_fields, "summaryTable": {"tableKey": "truncation/chart_table"}},
         "wandb/lineseries/v0",
         {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"},
         {"title": "validation loss with ΔW cut to rank k", "xname": "k"},
@@ -107,16 +123,16 @@ def _truncation() -> wr.CustomChart:
 
 
 def workspace(project: str, entity: str) -> ws.Workspace:
-    """The saved view: our sections open on top, below them W&B's own of all that is logged."""
+    """The saved view: our sections on top, open, and below them W&B's automatic panels."""
     return ws.Workspace(
         entity=entity,
         project=project,
         name=TITLE,
         sections=[
-            ws.Section(name=name, panels=panels, is_open=True, pinned=True)
-            for name, (_, panels) in sections().items()
+            ws.Section(name=section.name, panels=section.panels, is_open=True, pinned=True)
+            for section in sections()
         ],
-        settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=RUNS),
+        settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=MAX_CELLS),
         runset_settings=ws.RunsetSettings(
             groupby=[expr.Metric("Group")],
             order=[expr.Ordering(expr.Summary("val/loss"), ascending=True)],
@@ -127,9 +143,9 @@ def workspace(project: str, entity: str) -> ws.Workspace:
 
 
 def report(project: str, entity: str) -> wr.Report:
-    """The report: a heading, a question and the panels of every section; last the table of runs."""
+    """The report: heading, question and panels of each section, and last the table of runs."""
     blocks: list[Any] = [wr.TableOfContents()]
-    for name, (question, panels) in sections().items():
+    for section in sections():
         runs = wr.Runset(
             entity=entity,
             project=project,
@@ -138,27 +154,27 @@ def report(project: str, entity: str) -> wr.Report:
             order=[wr.OrderBy(LOSS, ascending=True)],
             pinned_columns=["run:displayName", *COLUMNS],
         )
-        last = name == "Settings"
-        grid = wr.PanelGrid(runsets=[runs], panels=panels, hide_run_sets=not last)
-        blocks += [wr.H2(name), wr.P(question), grid]
+        is_last = section.name == "Settings"
+        grid = wr.PanelGrid(runsets=[runs], panels=section.panels, hide_run_sets=not is_last)
+        blocks += [wr.H2(section.name), wr.P(section.question), grid]
     description = "Runs of lora_lab, grouped by cell: mean and standard deviation over seeds."
     return wr.Report(project, entity, TITLE, description, blocks, "fluid")
 
 
 def panel_table() -> Rows:
-    """Section, panel and what this shows of the runs, a row for each panel."""
+    """A table of all panels, its head first: section, title, and the metrics that it shows."""
     rows: Rows = [["section", "panel", "shows"]]
-    for name, (_, panels) in sections().items():
-        rows += [[name, *_described(panel)] for panel in panels]
+    for section in sections():
+        rows += [[section.name, *_title_and_metrics(panel)] for panel in section.panels]
     columns = [column.partition(":")[2].replace(".value", "") for column in COLUMNS]
     return [*rows, ["Table", "cells", ", ".join(columns)]]
 
 
-def _described(panel: Any) -> list[str]:
+def _title_and_metrics(panel: Any) -> list[str]:
     match panel:
         case wr.LinePlot():
-            what = panel.metric_regex or ", ".join(map(_name, panel.y))
-            return [str(panel.title), f"{what} against {_name(panel.x)}, by {_name(panel.groupby)}"]
+            y = panel.metric_regex or ", ".join(map(_name, panel.y))
+            return [str(panel.title), f"{y} against {_name(panel.x)}, by {_name(panel.groupby)}"]
         case wr.ScatterPlot():
             return [str(panel.title), f"{_name(panel.y)} against {_name(panel.x)}"]
         case wr.BarPlot():
@@ -180,20 +196,20 @@ def _name(key: Any) -> str:
 
 
 def has_login() -> bool:
-    """Whether W&B's client has a login for its server; it is not asked for."""
+    """Whether W&B's client has a login for its server. The user is not asked for one."""
     wandb.setup(wandb.Settings(silent=True))
     return wandb.login(prompt=False, verify=False)
 
 
 class DashboardError(RuntimeError):
-    """W&B's server could not be used."""
+    """W&B's server cannot be used, or refused."""
 
 
 def save_report_and_workspace(project: str, entity: str | None) -> list[str]:
-    """Makes both, new ones each time, and gives their addresses.
+    """Saves a new report and a new workspace on W&B's server and returns their two URLs.
 
-    Raises ValueError where the project is not there, DashboardError where the server cannot be
-    used.
+    `entity` None: the default of the login. Raises ValueError where the project does not exist or
+    no entity is known, DashboardError where the server cannot be used.
     """
     try:
         owner = entity or wandb.Api().default_entity

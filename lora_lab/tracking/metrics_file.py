@@ -1,4 +1,4 @@
-"""The rows of a run, on disk one by one as they are logged: metrics.jsonl, which is the truth."""
+"""metrics.jsonl: all rows that a run logs, each on disk as soon as it is logged."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class JsonlLogger(Logger):
-    """Appends a line a row to metrics.jsonl and flushes it: a crash costs at most that line."""
+    """A Lightning logger that appends each row as a line of JSON to a file, and flushes it.
+
+    A crash loses at most the line that is being written. `rows` are those logged by this object.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
@@ -18,20 +21,20 @@ class JsonlLogger(Logger):
 
     @property
     def name(self) -> str:
-        """What Lightning calls the logger."""
+        """The logger's name, for Lightning."""
         return "jsonl"
 
     @property
     def version(self) -> str:
-        """Lightning wants one; there is only one file."""
+        """The version, which Lightning requires; a run has only one file, so it is empty."""
         return ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml holds them."""
+        """Does nothing: config.yaml has the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """One row: the step, then the metrics."""
+        """Writes one row: the step, then the metrics."""
         row = {"step": step, **metrics}
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")

@@ -1,11 +1,18 @@
-"""Where a run's numbers go: metrics.jsonl, which is the truth, and W&B beside it."""
+"""Where a run's numbers go: metrics.jsonl, which is complete, and with it W&B.
+
+What W&B is sent:
+- config, name, group, job type and tags: `_init`
+- each row of metrics.jsonl: `Tracking.log`; with a row of spectra, histograms of the singular
+  values: `Tracking.log_spectra`
+- line charts of singular values and of the truncation curve: `Tracking.log_line_series`
+- heat maps of φ and a table of singular values: `Tracking.log_findings`
+- the adapter and the trained model: `Tracking.log_artifact`
+"""
 
 import logging
 import os
 import shutil
-import struct
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,44 +27,46 @@ from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config.schema import Config
 from lora_lab.runs import Run, process_rank
+from lora_lab.tracking import charts, record_log
 from lora_lab.tracking.metrics_file import JsonlLogger
 
 log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 30
-"""Seconds that the server has to answer before a run goes on offline."""
+"""Seconds that W&B's server has to answer; after them the run is tracked offline."""
 
-SETTLE = 10
-"""Seconds without a new row after which W&B is taken to have written all it will."""
+LAST_ROW_TIMEOUT = 10
+"""Seconds without a new row after which W&B's file is taken to be complete."""
 
-SERIES = 16
-"""Lines that a line-series chart in W&B shows, at most."""
+MAX_LINES = 16
+"""How many lines a line chart in W&B shows, at most."""
 
 Histograms = dict[str, tuple[list[int], list[float]]]
-"""Counts and the edges of their bins, by the name in W&B."""
+"""W&B key → (counts, edges of the bins)."""
 
 
 class Tracking:
-    """A run's loggers, from its start to its end.
+    """Writes a run's rows to metrics.jsonl and to W&B, from the start of the run to its end.
 
-    Used as a context: left by an exception, the W&B run ends as failed. What W&B holds at the end
-    is counted against metrics.jsonl.
+    Used as a context. On leaving it by an exception, the W&B run is marked as failed. At the end,
+    the rows in W&B's file are counted: a shortfall is an error in the log and in status.json.
     """
 
     server_failed = False
-    """Whether W&B's server could not be used: said once, and not tried again in this process."""
+    """Whether W&B's server could not be used in this process: then it is not tried again."""
 
     def __init__(self, cfg: Config, run: Run, directory: Path):
         self.run = run
-        # Of a run's several processes the first alone logs.
-        first = process_rank() == 0
-        self.jsonl = JsonlLogger(directory / "metrics.jsonl" if first else Path(os.devnull))
+        # Where several processes train one run, only the first of them logs.
+        is_first = process_rank() == 0
+        self.jsonl = JsonlLogger(directory / "metrics.jsonl" if is_first else Path(os.devnull))
         self.loggers: list[Logger] = [self.jsonl]
-        self.beside = 0  # rows that only W&B has
-        self.histograms_by_row: dict[int, Histograms] = {}  # by the number of their row
+        self.wandb_only_rows = 0
+        self.histograms_by_row: dict[int, Histograms] = {}  # by index in `rows`
         self.wandb = None
-        if first and cfg.tracking.mode != "off":
-            # A try that was interrupted: this one has its rows again, and takes its place.
+        if is_first and cfg.tracking.mode != "off":
+            # The W&B run of an interrupted try is replaced: this try logs the same rows again,
+            # under the same id, which ends its directory's name (offline-run-DATE-ID).
             if earlier := run.status.get("wandb"):
                 shutil.rmtree(run.path / earlier, ignore_errors=True)
             self.wandb = _start(cfg, directory, earlier and earlier.rpartition("-")[2])
@@ -78,12 +87,13 @@ class Tracking:
             return
         file = Path(self.wandb.settings.sync_file)
         self.wandb.finish(exit_code=0 if error is None else 1)
-        if (held := _count(file, wanted := len(self.rows) + self.beside)) < wanted:
-            self.run.update_status(wandb_rows_lost=wanted - held)
+        expected = len(self.rows) + self.wandb_only_rows
+        if (written := _count_rows(file, expected)) < expected:
+            self.run.update_status(wandb_rows_lost=expected - written)
             log.error(
                 "W&B HOLDS %d OF %d ROWS of this run (%s): is the disk full? "
                 "metrics.jsonl in the run directory has them all",
-                *(held, wanted, file),
+                *(written, expected, file),
             )
 
     @property
@@ -91,39 +101,44 @@ class Tracking:
         """The rows logged so far."""
         return self.jsonl.rows
 
-    def log(self, metrics: dict[str, Any], step: int, beside: Histograms | None = None) -> None:
-        """One row, to every logger; in W&B with histograms beside it."""
+    def log(self, metrics: dict[str, Any], step: int, histograms: Histograms | None = None) -> None:
+        """Logs one row to metrics.jsonl and to W&B; only W&B's row has the histograms."""
         self.jsonl.log_metrics(metrics, step)
         if self.wandb is None:
             return
         row = dict(metrics)
-        if beside:
-            self.histograms_by_row[len(self.rows) - 1] = beside
-            for key, (counts, edges) in beside.items():
+        if histograms:
+            self.histograms_by_row[len(self.rows) - 1] = histograms
+            for key, (counts, edges) in histograms.items():
                 row[key] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
         self.loggers[-1].log_metrics(row, step)
 
-    def replay(self, rows: list[dict[str, Any]], beside: Mapping[str, Any] | None = None) -> None:
-        """Logs rows that were logged before, by another run or by an earlier try of this one."""
+    def replay(
+        self, rows: list[dict[str, Any]], histograms_by_row: Mapping[str, Any] | None = None
+    ) -> None:
+        """Logs rows that another run or an earlier try of this run has logged before.
+
+        `histograms_by_row` is that of the earlier try, its keys as JSON has them.
+        """
         for row in rows:
-            own = (beside or {}).get(str(len(self.rows)))
-            self.log({k: v for k, v in row.items() if k != "step"}, row["step"], own)
+            histograms = (histograms_by_row or {}).get(str(len(self.rows)))
+            self.log(_metrics(row), row["step"], histograms)
 
     def log_spectra(
         self,
         spectra: dict[str, Spectrum],
-        wholes: dict[str, Spectrum],
+        group_spectra: dict[str, Spectrum],
         epoch: float,
         step: int,
     ) -> None:
-        """One row of the measures of every site and of every group of sites.
+        """Logs one row with the measures of each site's spectrum and of each group of sites.
 
-        W&B has a histogram of each site's singular values beside them.
+        W&B also gets a histogram of each site's singular values.
         """
         row: dict[str, Any] = {"epoch": float(epoch)}
-        for prefix, every in (("spectra/", spectra), ("spectra_of/", wholes)):
-            for site, spectrum in every.items():
-                row |= {f"{prefix}{site}/{name}": v for name, v in spectrum.measures().items()}
+        for prefix, by_name in (("spectra/", spectra), ("spectra_of/", group_spectra)):
+            for name, spectrum in by_name.items():
+                row |= {f"{prefix}{name}/{key}": v for key, v in spectrum.measures().items()}
         histograms = {}
         if self.wandb is not None:
             for site, spectrum in spectra.items():
@@ -139,105 +154,110 @@ class Tracking:
         lines: Mapping[str, np.ndarray],
         xname: str,
     ) -> None:
-        """A line-series chart in W&B, the first SERIES of `lines` by their names."""
+        """Logs a line chart to W&B: the first MAX_LINES of `lines`, y by name, over `xs`."""
         if self.wandb is not None:
-            shown = dict(list(lines.items())[:SERIES])
+            shown = dict(list(lines.items())[:MAX_LINES])
             ys = [line.tolist() for line in shown.values()]
             chart = wandb.plot.line_series(
                 xs=list(xs), ys=ys, keys=list(shown), title=title, xname=xname
             )
-            self.wandb.log({key: chart})
-            self.beside += 1
+            self._log_wandb_only({key: chart})
 
     def log_findings(
         self, metrics: dict[str, float], arrays: Mapping[str, np.ndarray], step: int
     ) -> None:
-        """What an analysis found: a row; in W&B also φ as heat maps, truncation curves, a table."""
+        """Logs an analysis: its metrics as a row, and to W&B heat maps, a table and a chart.
+
+        `arrays` are those of spectra.npz: `SITE/phi_base`, `SITE/S`, `truncation/ranks` and so on.
+        """
         if metrics:
             self.log(metrics, step)
         if self.wandb is None:
             return
-        shown: dict[str, Any] = {}
-        for key, values in arrays.items():
-            if key.endswith("/phi_base"):
-                # Enlarged without smoothing: one block of pixels an entry.
-                picture = np.kron((255 * values.clip(0, 1)).astype(np.uint8), np.ones((8, 8), "u1"))
-                shown[f"spectra/{key}"] = wandb.Image(picture, caption="φ(ΔW, W), i down, j across")
-        rows = [
-            [key.removesuffix("/S"), *map(float, [*values[:4], *[0.0] * (4 - len(values[:4]))])]
-            for key, values in arrays.items()
-            if key.endswith("/S")
-        ]
+        media: dict[str, Any] = {
+            f"spectra/{key}": wandb.Image(pixels, caption="φ(ΔW, W), i down, j across")
+            for key, pixels in charts.heat_maps(arrays).items()
+        }
         columns: list[Any] = ["site", "σ1", "σ2", "σ3", "σ4"]
-        shown["spectra/table"] = wandb.Table(columns=columns, data=rows)
-        self.wandb.log(shown)
-        self.beside += 1
+        rows = charts.singular_value_rows(arrays)
+        media["spectra/table"] = wandb.Table(columns=columns, data=rows)
+        self._log_wandb_only(media)
         if "truncation/ranks" in arrays:
-            ranks = arrays["truncation/ranks"]
-            lines = {"all sites": arrays["truncation/loss"]}
-            for key in arrays:
-                site = key.removesuffix("/truncation/ranks")
-                if site != key and np.array_equal(arrays[key], ranks):
-                    lines[site] = arrays[f"{site}/truncation/loss"]
+            ranks, lines = arrays["truncation/ranks"].tolist(), charts.truncation_lines(arrays)
             title = "validation loss with ΔW cut to rank k"
-            self.log_line_series("truncation/chart", title, ranks.tolist(), lines, "k")
+            self.log_line_series("truncation/chart", title, ranks, lines, "k")
+
+    def _log_wandb_only(self, row: dict[str, Any]) -> None:
+        """Logs a row of media that metrics.jsonl does not have."""
+        assert self.wandb is not None
+        self.wandb.log(row)
+        self.wandb_only_rows += 1
 
     def log_artifact(self, directory: Path, kind: str) -> None:
-        """Keeps a directory of the run in W&B, as an artifact of that type."""
+        """Stores the files of a directory of the run in W&B, as an artifact of type `kind`."""
         if self.wandb is not None:
-            _artifact(self.wandb, directory, kind)
+            _log_artifact(self.wandb, directory, kind)
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl without its step, which loggers take apart from it."""
+    return {key: value for key, value in row.items() if key != "step"}
 
 
 def copy_to_wandb(cfg: Config, run: Run) -> None:
-    """What a finished run logged, and what it trained, into a new run of W&B's: an agent's."""
+    """Logs a finished run's rows and artifacts to a new W&B run.
+
+    For a W&B agent whose settings are those of a finished run: it expects a W&B run, and training
+    again would give the same numbers.
+    """
     if cfg.tracking.mode == "off":
         return
-    started = _start(cfg, run.path, None)
-    logger = WandbLogger(experiment=started)
+    wandb_run = _start(cfg, run.path, None)
+    logger = WandbLogger(experiment=wandb_run)
     for row in run.rows():
-        logger.log_metrics({k: v for k, v in row.items() if k != "step"}, row["step"])
+        logger.log_metrics(_metrics(row), row["step"])
     for kind in ("adapter", "model"):
         if (run.path / kind).is_dir():
-            _artifact(started, run.path / kind, kind)
-    started.finish(exit_code=0)
+            _log_artifact(wandb_run, run.path / kind, kind)
+    wandb_run.finish(exit_code=0)
 
 
-def _start(cfg: Config, directory: Path, name: str | None) -> wandb.Run:
-    """The W&B run, on the server if asked for and there, else on this machine.
+def _start(cfg: Config, directory: Path, run_id: str | None) -> wandb.Run:
+    """Starts a W&B run: on the server where that is asked for and works, else offline.
 
-    With the id `name` of a run there is, it is written anew from its first row.
+    With the `run_id` of an existing W&B run, that run is written anew from its first row.
     """
     if "WANDB_RUN_ID" in os.environ:
-        name = None  # an agent's
+        run_id = None  # a W&B agent chose the id
     if cfg.tracking.mode == "online" and not Tracking.server_failed:
         try:
             wandb.setup(wandb.Settings(silent=True))
             if not wandb.login(prompt=False, verify=False):
                 raise WandbError("there is no login: `wandb login` makes one")
-            return _init(cfg, directory, "online", name)
+            return _init(cfg, directory, "online", run_id)
         except WandbError as error:
             Tracking.server_failed = True
             log.warning("W&B cannot be used online (%s): tracking offline", error)
-    return _init(cfg, directory, "offline", name)
+    return _init(cfg, directory, "offline", run_id)
 
 
-def _artifact(run: wandb.Run, directory: Path, kind: str) -> None:
+def _log_artifact(run: wandb.Run, directory: Path, kind: str) -> None:
     artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
     for file in sorted(directory.iterdir()):
         artifact.add_file(str(file))
     run.log_artifact(artifact)
 
 
-def _init(cfg: Config, directory: Path, mode: Any, name: str | None) -> wandb.Run:
-    # Artifacts wait for `wandb sync` in copies, which W&B would keep in the home directory.
+def _init(cfg: Config, directory: Path, mode: Any, run_id: str | None) -> wandb.Run:
+    # W&B copies artifacts until `wandb sync`; by default it does so in the home directory.
     os.environ.setdefault("WANDB_DATA_DIR", str(Path(cfg.runs_dir).absolute() / ".wandb"))
     return wandb.init(
         mode=mode,
-        reinit="create_new" if wandb.run else None,  # beside the other runs of a pack
-        id=name,
+        reinit="create_new" if wandb.run else None,  # several runs at once in a pack
+        id=run_id,
         project=cfg.tracking.project,
         entity=cfg.tracking.entity,
-        dir=directory.parent.absolute(),  # one wandb/ an experiment, for `wandb leet`
+        dir=directory.parent.absolute(),  # one wandb/ for each experiment, for `wandb leet`
         name=directory.name,
         group=cfg.cell(),
         job_type=cfg.adapter.method,
@@ -246,46 +266,31 @@ def _init(cfg: Config, directory: Path, mode: Any, name: str | None) -> wandb.Ru
         settings=wandb.Settings(
             silent=True,
             console="off",
-            x_save_requirements=False,  # reads all that is installed, for each run; env.json has it
+            x_save_requirements=False,  # slow, as it reads all installed packages; see env.json
             init_timeout=INIT_TIMEOUT,
-            finish_timeout=120,  # a server that is gone; the rows are on disk for `wandb sync`
-            x_transaction_log_flush_interval=2,  # seconds that a kill can cost
+            finish_timeout=120,  # seconds for a lost server; the rows are on disk for `wandb sync`
+            x_transaction_log_flush_interval=2,  # seconds of rows that a kill can lose
         ),
     )
 
 
-def _count(file: Path, wanted: int) -> int:
-    """The rows in a .wandb file, read again until they are as many as wanted or come no more.
+def _count_rows(file: Path, expected: int) -> int:
+    """How many rows a .wandb file has, once it has those expected or gets no more.
 
-    Offline, `finish` returns before W&B's service process has written the last of them.
+    Offline, `finish` returns before W&B's service process has written the last of them, so the file
+    is read until they are complete, or until LAST_ROW_TIMEOUT seconds without a new row.
     """
-    held, until = -1, time.monotonic() + SETTLE
-    while held < wanted and time.monotonic() < until:
-        before, held = held, sum(record.HasField("history") for record in read_records(file))
-        if held > before:
-            until = time.monotonic() + SETTLE
-        if held < wanted:
+    rows, deadline = -1, time.monotonic() + LAST_ROW_TIMEOUT
+    while rows < expected and time.monotonic() < deadline:
+        previous = rows
+        rows = sum(record.HasField("history") for record in read_records(file))
+        if rows > previous:
+            deadline = time.monotonic() + LAST_ROW_TIMEOUT
+        if rows < expected:
             time.sleep(0.05)
-    return held
+    return rows
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a .wandb file: W&B's protobufs, framed as in LevelDB's logs.
-
-    Blocks of 32 KiB hold chunks of (crc32, length, type, bytes); a record is one chunk (type 1) or
-    several (2, 3 …, 4). Ends where a crash or a full disk cut the file.
-    """
-    content, at, record = path.read_bytes(), 7, b""
-    while True:
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-        if at + 7 > len(content):
-            return
-        crc, length, kind = struct.unpack_from("<IHB", content, at)
-        chunk = content[at + 7 : at + 7 + length]
-        if len(chunk) < length or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != crc:
-            return
-        at += 7 + length
-        record = chunk if kind in (1, 2) else record + chunk
-        if kind in (1, 4):
-            yield Record.FromString(record)
+    """The records of a .wandb file. Ends where a crash or a full disk cut the file."""
+    return map(Record.FromString, record_log.records(path))

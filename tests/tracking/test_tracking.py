@@ -126,7 +126,7 @@ def test_rows_that_wandb_lost_are_said_loudly(
         return count(part)
 
     monkeypatch.setattr(tracking, "read_records", cut)
-    monkeypatch.setattr(tracking, "SETTLE", 0.5)
+    monkeypatch.setattr(tracking, "LAST_ROW_TIMEOUT", 0.5)
     assert lab("shift", tracking="offline") == 0
     assert "W&B HOLDS" in capsys.readouterr().out
     run = only_run()
@@ -225,7 +225,7 @@ def test_rows_that_come_late_are_waited_for(tmp_path: Path, lab: Lab):
     writer = threading.Timer(0.3, lambda: late.write_bytes(whole))
     writer.start()
     wanted = sum(record.HasField("history") for record in read_records(path))
-    assert tracking._count(late, wanted) == wanted
+    assert tracking._count_rows(late, wanted) == wanted
     assert "wandb_rows_lost" not in only_run().status
 
 
