@@ -1,4 +1,4 @@
-"""A small model with a layer of every kind, for targets and adapters that no one model has."""
+"""A small model that has a layer of each kind, for tests of targets and adapters."""
 
 import torch
 from torch import Tensor, nn

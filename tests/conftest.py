@@ -1,4 +1,4 @@
-"""What tests share: runs at a small size, in a folder of their own, by the real command."""
+"""Fixtures: small runs by the real command, each test in an empty folder."""
 
 import logging
 import os
@@ -58,7 +58,7 @@ SMALL = {
         *("base.epochs=2", "trainer.max_epochs=2"),
     ],
 }
-"""Every experiment at a size for tests."""
+"""Experiment → settings that make it small enough for tests."""
 
 Lab = Callable[..., int]
 
@@ -75,7 +75,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test has its own folder, and no W&B settings or login from outside."""
+    """Each test runs in an empty folder, without W&B settings or a login from outside."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
@@ -109,6 +109,6 @@ def lab() -> Lab:
 
 
 def only_run(root: str = "runs") -> Run:
-    """The one run there is."""
+    """The only run below `root`."""
     (run,) = find_runs(Path(root))
     return run

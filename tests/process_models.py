@@ -14,9 +14,9 @@ from lora_lab.models.linear import Linear
 
 
 class KillsItself(Linear):
-    """Linear; kills its own process once, in the second epoch of adaptation.
+    """Linear; kills its process once, in the second epoch of adaptation.
 
-    It does so where there is a file `kill`, which it removes first: the next try survives. A run
+    It does so if a file `kill` exists, which it removes first: the next try survives. A run
     that diverges does so in its first epoch, so before this.
     """
 

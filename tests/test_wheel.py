@@ -1,4 +1,9 @@
-"""The wheel: installed in a virtual environment of its own, run from another folder."""
+"""The wheel: it has all packages, and `lora-lab train` runs from it.
+
+Truth: a real installation in a new virtual environment, run from another folder.
+
+Run: make test ARGS=tests/test_wheel.py
+"""
 
 import site
 import subprocess
@@ -14,9 +19,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_package_is_packaged():
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {path.parent.relative_to(ROOT) for path in (ROOT / "lora_lab").rglob("__init__.py")}
-    assert set(told) == {".".join(path.parts) for path in there} | {"lora_lab.conf"}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "lora_lab").rglob("__init__.py")}
+    assert set(declared) == {".".join(path.parts) for path in folders} | {"lora_lab.conf"}
 
 
 def test_a_wheel_runs_elsewhere(tmp_path: Path):
@@ -32,13 +39,17 @@ def test_a_wheel_runs_elsewhere(tmp_path: Path):
     (packages / "borrowed.pth").write_text(site.getsitepackages()[0])
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    where = [bin_ / "python", "-c", "import lora_lab; print(lora_lab.__file__)"]
-    found = subprocess.run(where, cwd=elsewhere, check=True, capture_output=True, text=True).stdout
-    assert Path(found.strip()).is_relative_to(packages)
+    locate = [bin_ / "python", "-c", "import lora_lab; print(lora_lab.__file__)"]
+    module_path = subprocess.run(
+        locate, cwd=elsewhere, check=True, capture_output=True, text=True
+    ).stdout
+    assert Path(module_path.strip()).is_relative_to(packages)
     version = [bin_ / "lora-lab", "--version"]
-    said = subprocess.run(version, cwd=elsewhere, check=True, capture_output=True, text=True).stdout
-    assert said.split() == ["lora_lab", lora_lab.__version__]
+    printed = subprocess.run(
+        version, cwd=elsewhere, check=True, capture_output=True, text=True
+    ).stdout
+    assert printed.split() == ["lora_lab", lora_lab.__version__]
     train = [bin_ / "lora-lab", "train", "tracking=off", *SMALL["shift"]]
-    done = subprocess.run(train, cwd=elsewhere, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    trained = subprocess.run(train, cwd=elsewhere, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
     assert list((elsewhere / "runs" / "shift").glob("*/report/table.md"))

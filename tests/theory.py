@@ -1,6 +1,6 @@
-"""`make theory`: every experiment whose answer is known, beside that answer.
+"""`make theory`: runs all experiments whose result theory predicts, and compares.
 
-Each is run for three seeds, of data and of adapter, by the command that its YAML gives.
+Each is run with three seeds of data and of adapter, by the command in its YAML.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Line:
 
     @property
     def passes(self) -> bool:
-        """Whether theory holds for every seed."""
+        """Whether theory holds for all seeds."""
         return all(one.holds for one in self.seeds)
 
     @property
@@ -85,7 +85,7 @@ class Line:
 
 
 def commands(multiruns: dict[str, list[list[str]]]) -> list[list[str]]:
-    """The arguments of every multirun, one a seed."""
+    """The arguments of `lora-lab train` for each multirun and each seed."""
     return [
         [
             "-m",
@@ -95,8 +95,8 @@ def commands(multiruns: dict[str, list[list[str]]]) -> list[list[str]]:
             "tracking=off",
             "figures=false",
         ]
-        for experiment, every in multiruns.items()
-        for varied in every
+        for experiment, varied_settings in multiruns.items()
+        for varied in varied_settings
         for seed in SEEDS
     ]
 
@@ -110,46 +110,52 @@ def seeds(experiment: str, seed: int) -> list[str]:
 
 def lines(runs: Sequence[Run]) -> list[Line]:
     """What was measured and what theory says, by experiment, point, r and metric."""
-    found: dict[tuple[str, str, int, str], list[TheoryCheck]] = {}
+    by_line: dict[tuple[str, str, int, str], list[TheoryCheck]] = {}
     for run in runs:
         if (name := run.config["name"]) != "subspace":
             for one in check_against_theory(run):
-                found.setdefault((name, *_point(run), one.metric), []).append(one)
+                by_line.setdefault((name, *_point(run), one.metric), []).append(one)
     for seed in SEEDS:
-        own = [
+        pair_of_runs = [
             r for r in runs if r.config["name"] == "subspace" and r.config["data"]["seed"] == seed
         ]
-        for pair in compare_updates(own) if len(own) > 1 else []:
+        for pair in compare_updates(pair_of_runs) if len(pair_of_runs) > 1 else []:
             if pair.side == "A":
                 d, (r, other) = pair.dimension, sorted(pair.phi.shape)
                 for i, j in {(2, 2), (SHARED, SHARED), (r, r), (r, other)}:
-                    said = theory.similarity(i, j, d, SHARED)
+                    prediction = theory.similarity(i, j, d, SHARED)
                     i_one, i_other = (i, j) if pair.phi.shape[0] == r else (j, i)
                     phi = float(pair.phi[i_one - 1, i_other - 1])
-                    one = TheoryCheck(f"φ({i}, {j})", phi, said.value, said.standard_error, 1.0)
-                    found.setdefault(("subspace", f"r={r}, {other}", r, one.metric), []).append(one)
+                    one = TheoryCheck(
+                        f"φ({i}, {j})", phi, prediction.value, prediction.standard_error, 1.0
+                    )
+                    by_line.setdefault(("subspace", f"r={r}, {other}", r, one.metric), []).append(
+                        one
+                    )
     order = list(MULTIRUNS)
-    return [Line(*key, found[key]) for key in sorted(found, key=lambda key: order.index(key[0]))]
+    return [
+        Line(*key, by_line[key]) for key in sorted(by_line, key=lambda key: order.index(key[0]))
+    ]
 
 
 def _point(run: Run) -> tuple[str, int]:
     adapter, data = run.config["adapter"], run.config["data"]
-    words = [] if adapter["method"] == "lora" else [adapter["method"]]
-    words += [adapter[k] for k in ("init",) if adapter.get(k, "kaiming") != "kaiming"]
-    words += [f"trains {adapter['trains']}"] if adapter.get("trains", "both") != "both" else []
-    words += [adapter["scaling"]] if adapter.get("scaling", "alpha/r") != "alpha/r" else []
-    words += ["not white"] if data.get("whiten") is False else []
-    return ", ".join(words) or "LoRA", adapter.get("r", 0)
+    parts = [] if adapter["method"] == "lora" else [adapter["method"]]
+    parts += [adapter[k] for k in ("init",) if adapter.get(k, "kaiming") != "kaiming"]
+    parts += [f"trains {adapter['trains']}"] if adapter.get("trains", "both") != "both" else []
+    parts += [adapter["scaling"]] if adapter.get("scaling", "alpha/r") != "alpha/r" else []
+    parts += ["not white"] if data.get("whiten") is False else []
+    return ", ".join(parts) or "LoRA", adapter.get("r", 0)
 
 
-def table(found: Sequence[Line]) -> Table:
+def table(results: Sequence[Line]) -> Table:
     """One line a metric: means over the seeds, the worst gap, and whether all hold."""
-    made = Table(title=f"theory, seeds {', '.join(map(str, SEEDS))}")
+    rich_table = Table(title=f"theory, seeds {', '.join(map(str, SEEDS))}")
     for name in ("experiment", "adapter", "r", "metric", "measured", "theory", "worst gap", "pass"):
-        made.add_column(name, justify="left" if name in ("experiment", "metric") else "right")
-    for line in found:
+        rich_table.add_column(name, justify="left" if name in ("experiment", "metric") else "right")
+    for line in results:
         numbers = (mean(getattr(o, name) for o in line.seeds) for name in ("measured", "theory"))
-        made.add_row(
+        rich_table.add_row(
             *(
                 line.experiment,
                 line.point,
@@ -159,7 +165,7 @@ def table(found: Sequence[Line]) -> Table:
             *(f"{value:.6g}" for value in numbers),
             *(line.worst, "yes" if line.passes else "[red]NO"),
         )
-    return made
+    return rich_table
 
 
 def main() -> None:
@@ -169,7 +175,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, one thread each")
     arguments = parser.parse_args()
     chosen = {
-        n: every for n, every in MULTIRUNS.items() if not arguments.names or n in arguments.names
+        name: varied_settings
+        for name, varied_settings in MULTIRUNS.items()
+        if not arguments.names or name in arguments.names
     }
     console = Console(width=None if sys.stdout.isatty() else 130)
     started = time.time()
@@ -191,13 +199,13 @@ def main() -> None:
                         f"[red]failed:[/] lora-lab train {' '.join(command)}\n{ended.stderr}"
                     )
         runs = [run for run in find_runs(Path(folder) / "runs") if run.finished]
-        found = lines(runs)
-    console.print(table(found))
-    held_up = sum(line.passes for line in found)
+        results = lines(runs)
+    console.print(table(results))
+    passed = sum(line.passes for line in results)
     console.print(
-        f"{held_up} of {len(found)} hold; {len(runs)} runs in {time.time() - started:.0f} s"
+        f"{passed} of {len(results)} hold; {len(runs)} runs in {time.time() - started:.0f} s"
     )
-    sys.exit(bool(failed) or held_up < len(found))
+    sys.exit(bool(failed) or passed < len(results))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 @dataclass
 class ServedRun:
-    """What the server was told of one run."""
+    """What the server was sent about one run."""
 
     name: str  # its id, which W&B's API calls its name
     entity: str
@@ -29,7 +29,7 @@ class ServedRun:
     job_type: str | None = None
     sweep: str | None = None
     tags: list[str] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)  # without the client's own `_wandb`
+    config: dict[str, Any] = field(default_factory=dict)  # without the client's `_wandb`
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class WandbServer(ThreadingHTTPServer):
     """Context manager that serves at `url`; give `env` to a client process.
 
     `runs` (by id) and `sweeps` (YAML text, by id) fill as clients talk. An agent gets the points
-    of `agent_runs`, each {parameter: value}, one after another, and is then told to exit.
+    of `agent_runs`, each {parameter: value}, one after another, and then the command to exit.
     `views` are the workspaces (type project-view) and reports (runs) that were saved.
     A request that could not be answered fails the `with` block: the client may only log it.
     """
@@ -118,7 +118,7 @@ class WandbServer(ThreadingHTTPServer):
                 files = [{"name": name} | self._upload(run.files, name) for name in sent["files"]]
                 return {"createRunFiles": {"runID": run.name, "uploadHeaders": [], "files": files}}
             case "ArtifactType":
-                return {"project": None}  # no earlier version with a type of its own
+                return {"project": None}  # no earlier version with this type
             case "CreateArtifact":
                 sent = sent["input"]
                 artifact = {"type": sent["artifactTypeName"], "files": {}, "manifest": {}}
@@ -138,8 +138,8 @@ class WandbServer(ThreadingHTTPServer):
                 edges = []
                 for file in sent["input"]["artifactFiles"]:
                     artifact = self._artifacts[int(file["artifactID"])]
-                    found = {"storagePath": file["name"], "artifact": {"id": file["artifactID"]}}
-                    edges.append({"node": found | self._upload(artifact["files"], file["name"])})
+                    entry = {"storagePath": file["name"], "artifact": {"id": file["artifactID"]}}
+                    edges.append({"node": entry | self._upload(artifact["files"], file["name"])})
                 return {"createArtifactFiles": {"files": {"edges": edges}}}
             case "CommitArtifact":
                 self._artifacts[int(sent["artifactID"])]["committed"] = True
@@ -154,15 +154,15 @@ class WandbServer(ThreadingHTTPServer):
             case "CreateAgent":
                 return {"createAgent": {"agent": {"id": sent["sweep"]}}}
             case "ProjectInternalId":
-                there = (sent["entityName"], sent["projectName"]) in self._projects()
-                return {"project": {"internalId": "project"} if there else None}
+                exists = (sent["entityName"], sent["projectName"]) in self._projects()
+                return {"project": {"internalId": "project"} if exists else None}
             case "GetProjects":
-                every = sorted(
+                names = sorted(
                     name for entity, name in self._projects() if entity == sent["entity"]
                 )
                 about = {"createdAt": "", "isBenchmark": False, "user": None}
                 about |= {"entityName": sent["entity"]}
-                edges = [{"node": about | {"id": name, "name": name}} for name in every]
+                edges = [{"node": about | {"id": name, "name": name}} for name in names]
                 pages = {"endCursor": None, "hasNextPage": False}
                 return {"models": {"edges": edges, "pageInfo": pages}}
             case "upsertView" | "UpsertView2":
@@ -196,8 +196,13 @@ class WandbServer(ThreadingHTTPServer):
         run.tags = sent["tags"] or run.tags
         if config := json.loads(sent["config"] or "{}"):
             run.config = {key: config[key]["value"] for key in config if key != "_wandb"}
-        found = {"name": run.project, "entity": {"name": run.entity}}
-        bucket = {"id": name, "name": name, "displayName": run.display_name, "project": found}
+        project_of_run = {"name": run.project, "entity": {"name": run.entity}}
+        bucket = {
+            "id": name,
+            "name": name,
+            "displayName": run.display_name,
+            "project": project_of_run,
+        }
         return {"bucket": bucket | {"sweepName": run.sweep}, "inserted": inserted}
 
     def _next_command(self, sweep: str) -> dict[str, Any]:

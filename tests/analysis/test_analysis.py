@@ -1,4 +1,9 @@
-"""What is said of a finished update, against plain loops from the run's own files."""
+"""The analysis of a trained ΔW: truncation curves, advice, comparison with the base, `analyze`.
+
+Truth: plain loops with numpy's SVD over the weights read from the run's files.
+
+Run: make test ARGS=tests/analysis/test_analysis.py
+"""
 
 import csv
 import shlex
@@ -26,7 +31,7 @@ from tests.conftest import Lab, command, only_run
 
 
 def trained(run: Run) -> tuple[MLP, MLP, dict[str, torch.Tensor]]:
-    """The base, the adapted model and ΔW of every site, from the run's files."""
+    """The base, the adapted model and ΔW of each site, from the run's files."""
     base, adapted = MLP(64, 10, [16]), MLP(64, 10, [16])
     (path,) = Path("bases").glob("*.safetensors")
     base.load_state_dict(load_file(path))
@@ -55,7 +60,7 @@ def cut_by_hand(base: MLP, deltas: dict[str, torch.Tensor], ranks: dict[str, int
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "pissa"])
-def test_the_truncation_curve_is_a_plain_loops(lab: Lab, adapter: str):
+def test_the_truncation_curve_is_that_of_a_plain_loop(lab: Lab, adapter: str):
     assert lab("digits", f"adapter={adapter}", "adapter.r=3") == 0
     run = only_run()
     base, _, deltas = trained(run)
@@ -65,8 +70,8 @@ def test_the_truncation_curve_is_a_plain_loops(lab: Lab, adapter: str):
             by_hand = cut_by_hand(base, deltas, dict.fromkeys(deltas, int(k)))
             assert value == pytest.approx(by_hand, rel=1e-5)
         for site in deltas:
-            own = arrays[f"{site}/truncation/ranks"], arrays[f"{site}/truncation/loss"]
-            for k, value in zip(*own, strict=True):
+            curve = arrays[f"{site}/truncation/ranks"], arrays[f"{site}/truncation/loss"]
+            for k, value in zip(*curve, strict=True):
                 by_hand = cut_by_hand(base, deltas, {**dict.fromkeys(deltas, 99), site: int(k)})
                 assert value == pytest.approx(by_hand, rel=1e-5)
         assert "one rank after another" not in (run.path / "log.txt").read_text()
@@ -81,19 +86,19 @@ def test_the_advised_ranks_keep_their_share_and_train(lab: Lab):
     advice = yaml.safe_load((run.path / "advice.yaml").read_text())
     base, _, deltas = trained(run)
     ranks = advice["adapter"]["rank_pattern"]
-    assert set(ranks) == set(deltas), "every site is named: a target's own r does not come before"
+    assert set(ranks) == set(deltas), "all sites are named, so that no r of a target comes before"
     assert advice["adapter"]["r"] == max(ranks.values())
     without, *_, uncut = run.curve("val/loss").values()
-    kept = (without - cut_by_hand(base, deltas, ranks)) / (without - uncut)
-    assert kept >= advice["keep"] == 0.9
-    assert advice["share"] == pytest.approx(kept, rel=1e-4)
-    assert run.last("advice/share") == pytest.approx(kept, rel=1e-4)
+    kept_share = (without - cut_by_hand(base, deltas, ranks)) / (without - uncut)
+    assert kept_share >= advice["keep"] == 0.9
+    assert advice["share"] == pytest.approx(kept_share, rel=1e-4)
+    assert run.last("advice/share") == pytest.approx(kept_share, rel=1e-4)
     assert min(ranks.values()) < 4, "a share of the gain costs less than all ranks"
-    own = ("target.linear.r=3", "+trainer.limit_train_batches=1")
-    assert lab("digits", *own, *overrides(run)) == 0
+    settings = ("target.linear.r=3", "+trainer.limit_train_batches=1")
+    assert lab("digits", *settings, *overrides(run)) == 0
     (other,) = [other for other in find_runs(Path("runs")) if other.path != run.path]
-    made = load_file(other.path / "adapter" / "adapter.safetensors")
-    assert {key[:-2]: A.shape[0] for key, A in made.items() if key.endswith(".A")} == ranks
+    tensors = load_file(other.path / "adapter" / "adapter.safetensors")
+    assert {key[:-2]: A.shape[0] for key, A in tensors.items() if key.endswith(".A")} == ranks
 
 
 def overrides(run: Run) -> list[str]:
@@ -103,11 +108,11 @@ def overrides(run: Run) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["0", "1.10", "p[0]", "k-1:z", "a,b", "x*", "body.fc1", "null"])
-def test_advice_reads_back_whatever_a_site_is_called(name: str):
-    said = Advice({name: 2, "other": 3}, 1.0, 1.0, 2.0, 0.99)
-    adapter = yaml.safe_load(said.text())["adapter"]
+def test_advice_names_its_site_alone_whatever_the_site_is_called(name: str):
+    advice = Advice({name: 2, "other": 3}, 1.0, 1.0, 2.0, 0.99)
+    adapter = yaml.safe_load(advice.text())["adapter"]
     parser = OverridesParser.create()
-    pattern: Any = parser.parse_override(shlex.split(said.overrides)[1]).value()
+    pattern: Any = parser.parse_override(shlex.split(advice.overrides)[1]).value()
     for globs in (adapter["rank_pattern"], {str(key): k for key, k in pattern.items()}):
         assert [k for glob, k in globs.items() if fnmatchcase(name, glob)] == [2], globs
         assert len(globs) == 2
@@ -115,16 +120,16 @@ def test_advice_reads_back_whatever_a_site_is_called(name: str):
 
 def test_advice_halves_the_loss_a_site_may_cost_until_all_together_are_within():
     curve = Curve([0, 1, 2, 3], [10.0, 1.05, 1.02, 1.0])
-    sites, whole = {"a": curve, "b": curve}, Curve([0, 1, 2, 3], [10.0, 1.3, 1.1, 1.0])
+    sites, model = {"a": curve, "b": curve}, Curve([0, 1, 2, 3], [10.0, 1.3, 1.1, 1.0])
 
-    def together(ranks: Mapping[str, int]) -> float:
+    def loss_of(ranks: Mapping[str, int]) -> float:
         return sum(curve.losses[k] for k in ranks.values()) - 1.0 + 0.05 * (min(ranks.values()) < 2)
 
-    advice = advise(Truncation(whole, sites, together), 0.99)  # 9 won: 0.09 may be lost
+    advice = advise(Truncation(model, sites, loss_of), 0.99)  # 9 won: 0.09 may be lost
     assert advice is not None
     assert advice.ranks == {"a": 2, "b": 2}
     assert advice.share == pytest.approx((10 - 1.04) / 9)
-    assert advise(Truncation(Curve([0, 3], [1.0, 1.0]), sites, together), 0.99) is None, (
+    assert advise(Truncation(Curve([0, 3], [1.0, 1.0]), sites, loss_of), 0.99) is None, (
         "nothing was won"
     )
     # What may be lost is met exactly, at rank 0: an adapter has at least rank 1.
@@ -134,7 +139,7 @@ def test_advice_halves_the_loss_a_site_may_cost_until_all_together_are_within():
     assert least is not None
     assert least.ranks == {"a": 1}
     # Where not even a 2048th of the loss a site may cost will do together, nothing is cut.
-    hopeless = advise(Truncation(whole, sites, lambda ranks: 5.0), 0.99)
+    hopeless = advise(Truncation(model, sites, lambda ranks: 5.0), 0.99)
     assert hopeless is not None
     assert (hopeless.ranks, hopeless.share) == ({"a": 3, "b": 3}, 1.0)
 
@@ -147,7 +152,7 @@ def test_curves_are_measured_at_every_low_rank_and_sparser_above():
     assert len(ranks_to_measure(1000)) < 50
 
 
-def test_against_the_base_is_what_numpy_finds(lab: Lab):
+def test_comparison_with_the_base_is_that_of_numpy(lab: Lab):
     assert lab("digits", "adapter.r=2", "trainer.max_epochs=8", "optimizer.lr=0.05") == 0
     run = only_run()
     base, _, deltas = trained(run)
@@ -169,11 +174,11 @@ def test_against_the_base_is_what_numpy_finds(lab: Lab):
         for i, j in ((1, 1), (2, 1), (1, 5), (2, 9)):
             expected = np.linalg.norm(U[:, :i].T @ U0[:, :j]) ** 2 / min(i, j)
             assert phi[i - 1, j - 1] == pytest.approx(expected, abs=1e-5)
-    kept = list(Path("bases/svd").iterdir())
-    assert len(kept) == len(deltas)
-    dates = [path.stat().st_mtime_ns for path in kept]
+    stored = list(Path("bases/svd").iterdir())
+    assert len(stored) == len(deltas)
+    dates = [path.stat().st_mtime_ns for path in stored]
     assert lab("digits", "adapter.r=1") == 0
-    assert [path.stat().st_mtime_ns for path in kept] == dates, "a base's SVD is computed once"
+    assert [path.stat().st_mtime_ns for path in stored] == dates, "a base's SVD is computed once"
 
 
 def test_what_is_not_asked_for_is_not_done(lab: Lab):
@@ -242,7 +247,7 @@ def test_other_precisions_start_at_no_update_and_are_analyzed(
     assert command(monkeypatch, "analyze", str(run.path)) == 0
 
 
-def test_directions_are_those_that_a_weight_has():
+def test_directions_of_rounding_do_not_count():
     W = torch.zeros(12, 16, dtype=torch.float64)
     assert len(svd_of_matrix(W).above_rounding().S) == 0
     torch.manual_seed(0)
@@ -277,7 +282,7 @@ def test_one_site_is_all_sites(lab: Lab):
 
 
 @pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_analyze_finds_what_the_run_found(
+def test_analyze_repeats_the_analysis_of_the_run(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str
 ):
     assert lab("digits", f"adapter={adapter}") == 0
@@ -298,8 +303,8 @@ def test_analyze_finds_what_the_run_found(
         assert advice["keep"] == keep
         assert advice["share"] >= keep
         assert run.last("advice/share") == advice["share"]
-        said = f"≥ {100 * keep:.4g}% of the gain ({advice['share']:.1%})"
-        assert f"ranks that keep {said}" in shown
+        gain = f"≥ {100 * keep:.4g}% of the gain ({advice['share']:.1%})"
+        assert f"ranks that keep {gain}" in shown
         assert f"adapter.r={advice['adapter']['r']} " in shown
     assert advice["share"] >= 0.999, "a loss cut at all ranks is the loss"
     for wrong in ("--keep=0", "--keep=nan", "--keep=1.5"):
@@ -319,9 +324,9 @@ def test_analyze_compares_runs(
     assert lab("digits", "adapter.r=3") == 0
     assert lab("digits", "adapter.r=2", "seed=1") == 0
     runs = find_runs(Path("runs"))
-    assert command(monkeypatch, "analyze", *(str(run.path) for run in runs), "--to=there") == 0
+    assert command(monkeypatch, "analyze", *(str(run.path) for run in runs), "--to=compared") == 0
     assert "run 1, run 2" in capsys.readouterr().out
-    with np.load("there/phi.npz") as arrays:
+    with np.load("compared/phi.npz") as arrays:
         assert len(arrays.files) == 2 * 3
         _, _, one = trained(runs[0])
         _, _, other = trained(runs[1])
@@ -330,7 +335,7 @@ def test_analyze_compares_runs(
         i, j = phi.shape
         expected = np.linalg.norm(V[0][:, :i].T @ V[1][:, :j]) ** 2 / min(i, j)
         assert phi[-1, -1] == pytest.approx(expected, abs=1e-5)
-        with open("there/pairs.csv") as file:
+        with open("compared/pairs.csv") as file:
             rows = list(csv.DictReader(file))
         row = next(r for r in rows if (r["site"], r["side"]) == ("head", "input"))
         overlap = np.linalg.svd(V[0][:, :2].T @ V[1][:, :2])[1].clip(max=1)
@@ -339,7 +344,7 @@ def test_analyze_compares_runs(
         assert float(row["random"]) == pytest.approx(3 / 16, abs=1e-4)
     assert command(monkeypatch, "analyze", str(runs[0].path), str(runs[0].path)) == 2
     assert "compared with itself" in capsys.readouterr().err
-    assert {path.name for path in Path("there").glob("*.png")} == {
+    assert {path.name for path in Path("compared").glob("*.png")} == {
         *("phi_A.png", "phi_input.png", "phi_output.png")
     }
     assert lab("shift") == 0

@@ -1,4 +1,9 @@
-"""Experiments whose answer is known, at a few points: `make theory` runs them all at full size."""
+"""Experiments whose answer theory knows, at a few points; `make theory` runs all of them.
+
+Truth: the closed forms of analysis/theory.py, themselves tested in test_theory_formulas.py.
+
+Run: make test ARGS=tests/analysis/test_theory.py
+"""
 
 from pathlib import Path
 
@@ -25,9 +30,9 @@ SLOW = ("what_trains", "planted_conv", "planted_embedding", "group_shift", "subs
 def test_theory_holds(monkeypatch: pytest.MonkeyPatch, experiment: str):
     for arguments in commands({experiment: SMALL[experiment]}):
         assert command(monkeypatch, "train", *arguments) == 0
-    found = lines(find_runs(Path("runs")))
-    assert found
-    for line in found:
+    results = lines(find_runs(Path("runs")))
+    assert results
+    for line in results:
         assert len(line.seeds) >= 3
         assert line.passes, (line.point, line.r, line.metric, line.worst)
 

@@ -1,4 +1,9 @@
-"""Closed forms against plain loops, brute force and draws, never the formula again."""
+"""The closed forms of analysis/theory.py.
+
+Truth: gradient descent, plain loops, brute force and means over draws, never the formula again.
+
+Run: make test ARGS=tests/analysis/test_theory_formulas.py
+"""
 
 import math
 
@@ -57,10 +62,10 @@ def test_fit_is_what_training_of_both_factors_reaches(r: int, start: torch.Tenso
     A, B = normal(r, 9, seed=6), normal(7, r, seed=7)
     zero = torch.zeros(7, 9, dtype=torch.float64) if start is None else start
     loss = trained(lambda: F.mse_loss(X @ (B @ A - zero).T, Y), A, B)
-    found = theory.least_squares(X, Y, r, start=start)
-    assert found.loss == pytest.approx(loss, rel=1e-7)
-    torch.testing.assert_close(found.delta, (B @ A - zero).detach(), rtol=1e-3, atol=1e-4)
-    assert found.is_unique
+    fit = theory.least_squares(X, Y, r, start=start)
+    assert fit.loss == pytest.approx(loss, rel=1e-7)
+    torch.testing.assert_close(fit.delta, (B @ A - zero).detach(), rtol=1e-3, atol=1e-4)
+    assert fit.is_unique
 
 
 def test_fit_with_frozen_factors_is_what_training_of_the_rest_reaches():
@@ -74,16 +79,16 @@ def test_fit_with_frozen_factors_is_what_training_of_the_rest_reaches():
             return free["B"] @ (core if len(frozen) == 2 else torch.eye(3).double()) @ free["A"]
 
         loss = trained(lambda delta=delta: F.mse_loss(X @ delta().T, Y), *trains)
-        found = theory.least_squares(X, Y, A=frozen.get("A"), B=frozen.get("B"))
-        assert found.loss == pytest.approx(loss, rel=1e-9)
-        torch.testing.assert_close(found.delta, delta().detach(), rtol=1e-4, atol=1e-5)
+        fit = theory.least_squares(X, Y, A=frozen.get("A"), B=frozen.get("B"))
+        assert fit.loss == pytest.approx(loss, rel=1e-9)
+        torch.testing.assert_close(fit.delta, delta().detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_fit_of_any_rank_is_least_squares():
     solution = torch.linalg.lstsq(X, Y)
-    found = theory.least_squares(X, Y)
-    torch.testing.assert_close(found.delta, solution.solution.T)
-    assert found.loss == pytest.approx((X @ solution.solution - Y).square().mean().item())
+    fit = theory.least_squares(X, Y)
+    torch.testing.assert_close(fit.delta, solution.solution.T)
+    assert fit.loss == pytest.approx((X @ solution.solution - Y).square().mean().item())
 
 
 def test_fit_knows_when_it_is_not_the_only_one():
@@ -92,9 +97,9 @@ def test_fit_knows_when_it_is_not_the_only_one():
     assert theory.least_squares(few, Y[:5]).loss == pytest.approx(0, abs=1e-18)
     never = X.clone()
     never[:, 4] = 0
-    found = theory.least_squares(never, Y, 2)
-    assert not found.is_unique
-    assert found.delta[:, 4].abs().max() < 1e-12
+    fit = theory.least_squares(never, Y, 2)
+    assert not fit.is_unique
+    assert fit.delta[:, 4].abs().max() < 1e-12
     square = torch.eye(4).double()
     assert not theory.least_squares(square, square, 2).is_unique  # any two of four equal directions
 
@@ -201,7 +206,7 @@ def test_group_sigma_is_that_of_the_whole_table():
 @pytest.mark.parametrize(("i", "j"), [(2, 3), (4, 6), (8, 8)])
 @pytest.mark.parametrize("k", [0, 3])
 def test_similarity_is_the_mean_over_bases_that_share_directions(i: int, j: int, k: int):
-    d, found = 20, []
+    d, overlaps = 20, []
     for seed in range(300):
         bases = []
         for size, key in ((i, 2 * seed), (j, 2 * seed + 1)):
@@ -209,12 +214,12 @@ def test_similarity_is_the_mean_over_bases_that_share_directions(i: int, j: int,
             bases.append(
                 torch.linalg.qr(torch.cat([shared, normal(d, 8, seed=key)], 1)).Q[:, :size]
             )
-        found.append((bases[0].T @ bases[1]).square().sum().item() / min(i, j))
-    measured = torch.tensor(found)
+        overlaps.append((bases[0].T @ bases[1]).square().sum().item() / min(i, j))
+    measured = torch.tensor(overlaps)
     error = measured.std().item() / math.sqrt(300)
-    said = theory.similarity(i, j, d, k)
-    assert said.value == pytest.approx(measured.mean().item(), abs=4 * error + 1e-6)
-    assert said.standard_error == pytest.approx(measured.std().item(), rel=0.15, abs=1e-6)
+    prediction = theory.similarity(i, j, d, k)
+    assert prediction.value == pytest.approx(measured.mean().item(), abs=4 * error + 1e-6)
+    assert prediction.standard_error == pytest.approx(measured.std().item(), rel=0.15, abs=1e-6)
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])

@@ -1,4 +1,9 @@
-"""ΔW of every kind of site, against dense products in float64."""
+"""ΔW of all kinds of sites: its spectrum, its SVD, and weights with ΔW cut to lower ranks.
+
+Truth: dense products and SVDs in float64; an adapted model against a fully fine-tuned one.
+
+Run: make test ARGS=tests/analysis/test_updates.py
+"""
 
 import copy
 from collections.abc import Mapping
@@ -14,7 +19,7 @@ from tests.adapters.cases import CASES, Case, changed_weights, every_case, move
 from tests.all_layer_kinds import AllLayerKinds
 
 SEEN = 1e-6
-"""Of the first singular value: what every one down to it must be right to, in relative terms."""
+"""A share of the first singular value; those above it must be right in relative terms."""
 
 
 def updates(model: nn.Module) -> Updates:
@@ -33,36 +38,36 @@ def orient(case: Case, delta: torch.Tensor) -> torch.Tensor:
 @every_case
 def test_every_singular_value_is_the_dense_products(case: Case):
     model = case.build()
-    found, deltas = updates(model), adapters.deltas(model)
-    for site, spectrum in found.spectra_by_site().items():
+    changes, deltas = updates(model), adapters.deltas(model)
+    for site, spectrum in changes.spectra_by_site().items():
         dense = orient(case, deltas[site].detach())
         expected = torch.linalg.svdvals(dense)
         got = spectrum.singular_values[: len(expected)]
         seen = expected[: len(got)] > SEEN * expected[0]
         torch.testing.assert_close(got[seen], expected[: len(got)][seen], rtol=1e-5, atol=0)
         assert spectrum.shape == dense.shape
-        svd = found.svd(site)
+        svd = changes.svd(site)
         torch.testing.assert_close(svd.cut(len(svd.S)), dense, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(found.delta_matrix(site), dense, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(changes.delta_matrix(site), dense, rtol=1e-12, atol=1e-12)
 
 
 @every_case
 def test_cut_gives_the_model_with_the_best_approximation(case: Case):
     model, x = case.build(), case.inputs()
     before = copy.deepcopy(model.state_dict())
-    y, found = model(*x), updates(model)
-    svds = {site: found.svd(site) for site in found.sites}
-    whole = {site: found.delta_matrix(site) for site in svds}
-    with found.cut_weights(svds) as cut:
+    y, changes = model(*x), updates(model)
+    svds = {site: changes.svd(site) for site in changes.sites}
+    uncut = {site: changes.delta_matrix(site) for site in svds}
+    with changes.cut_weights(svds) as cut:
         cut({site: len(svd.S) for site, svd in svds.items()})
         torch.testing.assert_close(model(*x), y, rtol=1e-9, atol=1e-9)
         cut(dict.fromkeys(svds, 0))
         torch.testing.assert_close(model(*x), case.plain()(*x), rtol=0, atol=0)
         cut(dict.fromkeys(svds, 1))
         for site in svds:
-            W = found.as_matrix(site, model.get_parameter(found.sites[site].key))
-            change = W.detach() - found.base_matrix(site)
-            U, S, Vh = torch.linalg.svd(whole[site], full_matrices=False)
+            W = changes.as_matrix(site, model.get_parameter(changes.sites[site].key))
+            change = W.detach() - changes.base_matrix(site)
+            U, S, Vh = torch.linalg.svd(uncut[site], full_matrices=False)
             best = (U[:, :1] * S[:1]) @ Vh[:1]
             torch.testing.assert_close(change, best, rtol=1e-7, atol=1e-9)
     assert torch.equal(model(*x), y)
@@ -93,9 +98,9 @@ def test_the_layers_changed_are_the_reference_of_the_table():
     case = next(case for case in CASES if case.layer.name == "lstm" and case.variant == "lora")
     model = case.build()
     expected = changed_weights(model, adapters.deltas(model))
-    found = updates(model)
-    svds = {site: found.svd(site) for site in found.sites}
-    with found.cut_weights(svds) as cut:
+    changes = updates(model)
+    svds = {site: changes.svd(site) for site in changes.sites}
+    with changes.cut_weights(svds) as cut:
         cut(dict.fromkeys(svds, 2))
         for name, weight in expected.items():
             torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-9, atol=1e-9)

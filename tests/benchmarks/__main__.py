@@ -18,7 +18,7 @@ PLAIN = Path(__file__).with_name("plain.py")
 
 
 def seconds(command: list[str]) -> tuple[float, float]:
-    """Wall and processor seconds of a whole process, in an empty folder."""
+    """Wall and processor seconds of a process from start to exit, in an empty folder."""
     folder = tempfile.mkdtemp()
     before, started = os.times(), time.perf_counter()
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -29,7 +29,7 @@ def seconds(command: list[str]) -> tuple[float, float]:
 
 
 def shift(repeats: int, epochs: int) -> None:
-    """The whole of `lora-lab train`, W&B and figures included, against a plain torch loop."""
+    """All of `lora-lab train`, W&B and figures included, against a plain torch loop."""
     run = [sys.executable, "-m", "lora_lab.cli", "train"]
     run += [f"base.epochs={epochs}", f"trainer.max_epochs={epochs}"]
     plain = [sys.executable, str(PLAIN), str(epochs)]

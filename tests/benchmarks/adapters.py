@@ -5,10 +5,10 @@ too, as inside any model. All contenders hold the same factors and take turns in
 ratio is of two neighbours in time, and the table shows the median and the quartiles of all rounds.
 With one thread, processor time is taken: what else the machine does hardly moves it.
 
-Two memory counts, both exact and the same in every run. *saved*: bytes of all storages that
+Two memory counts, both exact and the same in each run. *saved*: bytes of all storages that
 autograd keeps for backward, each once, parameters and the input left out. *peak*: the most bytes
 that torch's CPU allocator held at once within a step, temporaries inside kernels included, above
-what it held before it, from the profiler's record of every allocation.
+what it held before it, from the profiler's record of allocations.
 """
 
 import argparse
@@ -85,7 +85,7 @@ ROWS = [
     Row("embedding 65×64, 16×32", "embedding", embedding(65, 64), tokens(65, 16, 32)),
     Row("embedding 30k×384, 32×128", "embedding", embedding(30_000, 384), tokens(30_000, 32, 128)),
 ]
-"""r = 8 where nothing is said."""
+"""r = 8 where none is given."""
 
 
 class Plain(nn.Module):
@@ -152,8 +152,8 @@ def loralib(row: Row, layer: nn.Module, A: Tensor, B: Tensor) -> nn.Module | Non
     else:
         weight: Any = layer.weight
         size = weight.T.shape if isinstance(layer, nn.Linear) else weight.shape
-        made = library.Linear if isinstance(layer, nn.Linear) else library.Embedding
-        model = made(*size, **scaled)
+        layer_class = library.Linear if isinstance(layer, nn.Linear) else library.Embedding
+        model = layer_class(*size, **scaled)
         model.load_state_dict(layer.state_dict(), strict=False)
     model.lora_A.data.copy_(A)
     model.lora_B.data.copy_(B)
@@ -166,7 +166,7 @@ CONTENDERS = {"plain": plain, "PEFT": peft, "loralib": loralib}
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Torch's profiler has lines of its own for stderr, written below Python."""
+    """Torch's profiler writes lines to stderr from below Python."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -241,24 +241,24 @@ def steps(row: Row) -> dict[str, Step]:
     if row.kind == "embedding":
         A *= rest**0.5
     gradient = torch.randn_like(layer(x))
-    found: dict[str, Step] = {}
-    for name, made in {"ours": ours, **CONTENDERS}.items():
-        if (model := made(row, copy.deepcopy(layer), A, B)) is None:
+    steps: dict[str, Step] = {}
+    for name, build in {"ours": ours, **CONTENDERS}.items():
+        if (model := build(row, copy.deepcopy(layer), A, B)) is None:
             continue
-        found[name] = Step(model, x, gradient)
-        assert sum(p.numel() for p in found[name].parameters) >= A.numel() + B.numel()
+        steps[name] = Step(model, x, gradient)
+        assert sum(p.numel() for p in steps[name].parameters) >= A.numel() + B.numel()
         y = model(x)
-        reference = found["ours"].model(x)
+        reference = steps["ours"].model(x)
         torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5)
         if x.requires_grad:
             (dx,) = torch.autograd.grad(y, x, gradient)
             (expected,) = torch.autograd.grad(reference, x, gradient)
             torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-4)
-    return found
+    return steps
 
 
 def full_or_adapted(batch: int, fused: bool | None) -> dict[str, Step]:
-    """Six linear layers in a row: the adapters alone, and every weight.
+    """Six linear layers in a row: training the adapters alone, and training all weights.
 
     Of the base's 17 products full fine-tuning does all (the first layer's input takes no gradient)
     and an adapter 11: 0.65 before the thin products, which add, and Adam, which moves 64 times
@@ -298,10 +298,10 @@ def race(contenders: dict[str, Step], seconds: float) -> dict[str, list[float]]:
     end, rounds = time.perf_counter() + seconds, 0
     with no_garbage():
         while time.perf_counter() < end or rounds < 8:
-            for name, found in ratios.items():
+            for name, values in ratios.items():
                 pair = ["ours", name] if rounds % 2 else [name, "ours"]
                 took = {side: turn(contenders[side], repeats) for side in pair}
-                found.append(took["ours"] / took[name])
+                values.append(took["ours"] / took[name])
             rounds += 1
     return ratios
 
@@ -331,13 +331,13 @@ def main(arguments: list[str] | None = None) -> None:
         ratios = race(contenders, options.seconds)
         peak = {other: step.peak() for other, step in contenders.items()}
         saved = {other: step.saved() for other, step in contenders.items()}
-        for i, (other, found) in enumerate(ratios.items()):
-            low, middle, high = statistics.quantiles(found, n=4)
+        for i, (other, values) in enumerate(ratios.items()):
+            low, middle, high = statistics.quantiles(values, n=4)
             table.add_row(
                 "" if i else name,
                 other,
                 Text(f"{middle:.3f} [{low:.3f}, {high:.3f}]"),
-                str(len(found)),
+                str(len(values)),
                 *(f"{sizes['ours'] / sizes[other]:.3f}" for sizes in (peak, saved)),
                 *("" if i else f"{sizes['ours'] / 1e6:.3g}" for sizes in (peak, saved)),
                 end_section=i == len(ratios) - 1,

@@ -14,7 +14,7 @@ TOKENS, CLASSES = 64, 4
 
 
 class Tokens(Data):
-    """Sequences of `length` random tokens; every token votes, and the most votes are the label.
+    """Sequences of `length` random tokens; each token votes, and the most votes are the label.
 
     A token's votes for each class are standard normal, less their mean over the tokens; half of
     the tokens get new ones for the adaptation. An eighth as many rows again are held out.
@@ -40,7 +40,7 @@ class Tokens(Data):
         return {"in_features": TOKENS, "out_features": CLASSES}
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
-        """Rows of the phase's own, and those held out."""
+        """Training rows of the phase, and those held out."""
         votes = torch.randn(TOKENS, CLASSES, generator=generator(self.seed, "votes"))
         if self.phase == "adapt":
             half = (TOKENS // 2, CLASSES)

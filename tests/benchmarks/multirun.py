@@ -29,7 +29,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "training": [(experiment, "fit")],
     "report": [(report, "write_run")],
 }
-"""What is timed within the whole; the rest is Hydra's, validation, spectra and files."""
+"""What is timed within a run; the rest is Hydra's, validation, spectra and files."""
 
 
 def multirun(runs: int, *settings: str) -> tuple[float, float, dict[str, float]]:
@@ -74,7 +74,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     train.console.quiet = True
     multirun(1)  # what is imported when it is first needed
-    every = {
+    multiruns = {
         "as by default": ((), runs),
         "tracking=off": (("tracking=off",), runs),
         "figures=true": (("figures=true",), max(1, runs // 10)),
@@ -82,7 +82,7 @@ def main() -> None:
     table = Table(title="seconds a run, one process, basic launcher, shift small, one epoch")
     for name in ("", "runs", "wall", "processor", *PARTS):
         table.add_column(name, justify="right")
-    for name, (settings, count) in every.items():
+    for name, (settings, count) in multiruns.items():
         wall, cpu, parts = multirun(count, *settings)
         numbers = [f"{x:.3f}" for x in (wall, cpu, *parts.values())]
         table.add_row(name, str(count), *numbers)

@@ -41,7 +41,7 @@ BOUND = 100.0
 SIZES = {"0.3 ms": (8, 2, 3000), "1 ms": (416, 128, 1000), "10 ms": (1664, 128, 300)}
 """Sides of the weight, rows of a batch and steps, by what a plain step is to take about.
 
-The first is the least there is: a step of LoRA is 15 calls into torch, however small.
+The first is the least possible: a step of LoRA is 15 calls into torch, however small.
 """
 
 ROWS = 256
@@ -54,7 +54,7 @@ times: list[tuple[float, float]] = []
 
 
 class Clock(Sampler[Tensor]):
-    """The rows of every batch; notes when it is asked for them."""
+    """The rows of each batch; notes when it is asked for them."""
 
     def __init__(self, batch: int, steps: int):
         self.batch, self.steps = batch, steps
@@ -143,14 +143,20 @@ def step(loop: Callable[[Plan, nn.Module, Data], None], planned: Plan) -> list[f
 
 
 def planned(folder: str, size: int, batch: int, steps: int) -> Plan:
-    said = ["experiment=shift", "trainer=cpu", "tracking=offline", "overwrite=true"]
-    said += ["figures=false", "spectra.truncation=none", "spectra.against_base=false"]
-    said += ["base.epochs=1", "trainer.max_epochs=1"]
-    said += [f"runs_dir={folder}/runs", f"bases_dir={folder}/bases"]
-    said += [f"~data.{key}" for key in ("samples", "in_features", "out_features", "shift", "seed")]
-    said += [f"data._target_={__name__}.Timed", f"+data.size={size}", f"data.batch_size={batch}"]
-    said += [f"+data.steps={steps}"]
-    ((_, cfg),) = compose.compose_points([said])
+    settings = ["experiment=shift", "trainer=cpu", "tracking=offline", "overwrite=true"]
+    settings += ["figures=false", "spectra.truncation=none", "spectra.against_base=false"]
+    settings += ["base.epochs=1", "trainer.max_epochs=1"]
+    settings += [f"runs_dir={folder}/runs", f"bases_dir={folder}/bases"]
+    settings += [
+        f"~data.{key}" for key in ("samples", "in_features", "out_features", "shift", "seed")
+    ]
+    settings += [
+        f"data._target_={__name__}.Timed",
+        f"+data.size={size}",
+        f"data.batch_size={batch}",
+    ]
+    settings += [f"+data.steps={steps}"]
+    ((_, cfg),) = compose.compose_points([settings])
     if isinstance(cfg, Exception):
         raise cfg
     return plan(cfg)
@@ -176,9 +182,9 @@ def main() -> None:
     beyond = False
     for name in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            made = planned(folder, *SIZES[name])
+            run_plan = planned(folder, *SIZES[name])
             repeats = range(arguments.repeats)
-            turns = [[step(loop, made) for loop in LOOPS.values()] for _ in repeats]
+            turns = [[step(loop, run_plan) for loop in LOOPS.values()] for _ in repeats]
         for i, clock in enumerate(("wall", "processor")):
             a, b, c = ([took[i] for took in loop] for loop in zip(*turns, strict=True))
             over, on_top = (list(map(sub, more, less)) for more, less in ((b, a), (c, b)))

@@ -1,10 +1,10 @@
-"""Runs trained together: whole multiruns with hydra/launcher=packed, and what a pack's steps cost.
+"""Runs trained together: multiruns with hydra/launcher=packed, and what a pack's steps cost.
 
 A case is one multirun over r and seeds, by each launcher in a fresh process and an empty folder, so
 that all start up, all train the base once and all leave the same run directories. `shift` has
-besides what one would write without lora_lab (`usual.py`), each of whose jobs trains its own base.
-There, where a multirun takes the better part of an hour, all but packed are measured on `--jobs` of
-the runs: with T(n) the seconds of n runs and k those at once, the whole is T(k) and, for each run
+besides what one would write without lora_lab (`usual.py`), each of whose jobs trains a base.
+Where a multirun takes the better part of an hour, all but packed are measured on `--jobs` of
+the runs: with T(n) the seconds of n runs and k those at once, the total is T(k) and, for each run
 more, (T(jobs) − T(k))/(jobs − k). Start-up, and a base that is shared, are in T(k) and count once.
 
 `growth` times bare steps, without Lightning, whose cost per step a pack also pays only once.
@@ -142,21 +142,21 @@ def usual(settings: Sequence[str], grid: Grid) -> list[str]:
 def contenders(case: Case, quick: bool) -> dict[str, Contender]:
     """Those of a case, the first the one that the others are set against."""
     small = case.small if quick else ()
-    found: dict[str, Contender] = {}
+    contenders: dict[str, Contender] = {}
     for name, settings in LAUNCHERS.items():
         launcher = settings[0].partition("=")[2]
         at_once = 2 if launcher == "joblib" else 1
-        found[name] = Contender(partial(ours, (*case.settings, *small, *settings)), at_once)
+        contenders[name] = Contender(partial(ours, (*case.settings, *small, *settings)), at_once)
     if case.long:
         tiny = ("samples=256", "in_features=12", "out_features=9", "batch_size=32", "epochs=4")
-        found["usual.py"] = Contender(partial(usual, tiny if quick else ()), runs=False)
-    return found
+        contenders["usual.py"] = Contender(partial(usual, tiny if quick else ()), runs=False)
+    return contenders
 
 
 def seconds(contender: Contender, grid: Grid) -> float:
-    """The wall of a whole process in an empty folder. Raises RuntimeError unless all runs end."""
+    """Wall seconds of a process in an empty folder. Raises RuntimeError unless all runs end."""
     with tempfile.TemporaryDirectory() as folder:
-        # Where tests/benchmarks/bert.py is found from within the folder.
+        # So that tests/benchmarks/bert.py can be imported from within the folder.
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         started = time.perf_counter()
         ran = subprocess.run(
@@ -166,13 +166,15 @@ def seconds(contender: Contender, grid: Grid) -> float:
         states = Path(folder).glob("runs/*/*/status.json")
         finished = [json.loads(path.read_text())["state"] for path in states].count("finished")
         if ran.returncode or (contender.runs and finished != len(grid[0]) * grid[1]):
-            said = f"{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
-            raise RuntimeError(f"{' '.join(contender.command(grid))}: {finished} finished\n{said}")
+            output = f"{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
+            raise RuntimeError(
+                f"{' '.join(contender.command(grid))}: {finished} finished\n{output}"
+            )
     return wall
 
 
-def whole(contender: Contender, case: Case, jobs: int | None) -> float:
-    """The seconds of a case's every run; extrapolated from `jobs` of them where that is said."""
+def multirun_seconds(contender: Contender, case: Case, jobs: int | None) -> float:
+    """The seconds of all runs of a case; extrapolated from `jobs` of them where that is given."""
     total = len(case.ranks) * case.seeds
     if jobs is None:
         return seconds(contender, (case.ranks, case.seeds))
@@ -184,7 +186,7 @@ def whole(contender: Contender, case: Case, jobs: int | None) -> float:
 def subsets(ranks: Sequence[int], at_once: int, jobs: int) -> tuple[list[int], list[int]]:
     """`jobs` ranks from first to last, a multiple of those at once, and the middle ones of them.
 
-    Each has one seed, so that they are at most as many as there are ranks.
+    Each has one seed, so that they are at most as many as the ranks.
     """
     count = min(len(ranks) // at_once, max(2, ceil(jobs / at_once))) * at_once
     many = [ranks[i * (len(ranks) - 1) // (count - 1)] for i in range(count)]
@@ -202,7 +204,7 @@ def multirun(case: Case, options: argparse.Namespace) -> None:
     for i in range(options.repeats):
         for name in list(racing)[:: -1 if i % 2 else 1]:
             jobs = options.jobs if name in scaled else None
-            took[name].append(whole(racing[name], case, jobs))
+            took[name].append(multirun_seconds(racing[name], case, jobs))
             console.print(f"{name}: {took[name][-1]:.1f} s", style="dim")
     total = len(case.ranks) * case.seeds
     title = f"{case.title}: r={sweep((case.ranks, case.seeds))[0]} × {case.seeds} seeds"
@@ -217,11 +219,15 @@ def multirun(case: Case, options: argparse.Namespace) -> None:
     table.add_column("")
     for name in ("runs measured", "wall s: median", "min–max", f"/ {against}: median", "min–max"):
         table.add_column(name, justify="right")
-    for name, found in took.items():
-        ratios = [a / b for a, b in zip(found, took[against], strict=True)]
+    for name, seconds_taken in took.items():
+        ratios = [a / b for a, b in zip(seconds_taken, took[against], strict=True)]
         sizes = [len(part) for part in subsets(case.ranks, racing[name].at_once, options.jobs)]
         measured = f"{sizes[1]} and {sizes[0]}" if name in scaled else str(total)
-        row = [measured, f"{statistics.median(found):.1f}", f"{min(found):.1f}–{max(found):.1f}"]
+        row = [
+            measured,
+            f"{statistics.median(seconds_taken):.1f}",
+            f"{min(seconds_taken):.1f}–{max(seconds_taken):.1f}",
+        ]
         row += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"]
         table.add_row(name, *row)
     console.print(table)
@@ -284,7 +290,7 @@ def median_ms(step: Callable[[], object], at_least: float = 0.1) -> float:
 
 
 def alone_ms(what: Growing, r: int) -> float:
-    """Milliseconds of one run's own step: forward, backward, Adam."""
+    """Milliseconds of a step of one run alone: forward, backward, Adam."""
     model, (x, y) = adapted(what.make(), what, r), what.batch()
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
 
@@ -318,7 +324,7 @@ def rate() -> float:
     return 2 * 1024**3 / min(timed)
 
 
-def own(what: Growing, r: int) -> int:
+def operations_per_run(what: Growing, r: int) -> int:
     """Operations of one run's step that no other run's are: those of its products but `shared`."""
     model, (x, y) = adapted(what.make(), what, r), what.batch()
     with FlopCounterMode(display=False) as counted:
@@ -333,10 +339,10 @@ def growth(options: argparse.Namespace) -> None:
     lines = {"runs": [(n, RANK) for n in sizes], "r": [(RUNS, r) for r in sizes]}
     points = list(dict.fromkeys(point for line in lines.values() for point in line))
     rates: list[float] = []
-    every = {(name, *point): ([], []) for name in GROWING for point in points}
+    timings = {(name, *point): ([], []) for name in GROWING for point in points}
     for _ in range(options.repeats):
         rates.append(rate())
-        for (name, runs, r), (packed, apart) in every.items():
+        for (name, runs, r), (packed, apart) in timings.items():
             packed.append(step_ms(GROWING[name], runs, r))
             apart.append(runs * alone_ms(GROWING[name], r))
     figure = Figure(figsize=(9, 4 * len(GROWING)), layout="constrained")
@@ -349,8 +355,8 @@ def growth(options: argparse.Namespace) -> None:
         for heading in ("runs", "r", *SERIES, "pack / floor", "apart / pack"):
             table.add_column(heading, justify="right")
         for runs, r in points:
-            packed, apart = map(statistics.median, every[name, runs, r])
-            floor = (what.shared + runs * own(what, r)) / max(rates)
+            packed, apart = map(statistics.median, timings[name, runs, r])
+            floor = (what.shared + runs * operations_per_run(what, r)) / max(rates)
             measured[runs, r] = packed, apart, floor
             row = [f"{x:.3g}" for x in (packed, apart, floor, packed / floor, apart / packed)]
             end = (runs, r) == lines["runs"][-1]
@@ -375,8 +381,8 @@ def growth(options: argparse.Namespace) -> None:
 
 
 SERIES = ("one pack", "one after another", "floor")
-"""The floor: the products that runs share, once, and each run's own, at the rate of the machine's
-largest product. One of few columns has a lower rate, and what is no product is not counted."""
+"""The floor: the products that runs share, once, and those of each run, at the rate of the
+machine's largest product. One of few columns has a lower rate; all else is not counted."""
 
 
 def main() -> None:

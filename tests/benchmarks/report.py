@@ -1,7 +1,7 @@
 """`lora-lab report` on 200 runs: 10 ranks, 5 values of alpha, 4 seeds; and `lora-lab ls` on them.
 
-Copies of one real run of `digits`, each with a config, metrics and spectra of its own. Seconds of
-whole processes, imports included. The bound for the report is 20 s.
+Copies of one real run of `digits`, each with its config, metrics and spectra. Seconds of
+processes from start to exit, imports included. The bound for the report is 20 s.
 """
 
 import argparse
@@ -51,9 +51,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        made = sweep(Path(folder), arguments.epochs)
-        rows = len(made[0].rows())
-        table = Table(title=f"{len(made)} runs of {rows} rows of metrics each: whole processes")
+        runs = sweep(Path(folder), arguments.epochs)
+        rows = len(runs[0].rows())
+        table = Table(title=f"{len(runs)} runs of {rows} rows of metrics each: whole processes")
         for name in ("", "wall s", "processor s", "bound s"):
             table.add_column(name, justify="right" if name else "left")
         took = timed("report", "runs/digits")

@@ -43,9 +43,9 @@ def factors(ranks: list[int], repeats: int) -> Table:
         for _ in range(repeats):
             ours.append(seconds(lambda A=A, B=B: spectra.spectrum_of_factors(A, B)))
             dense.append(seconds(lambda A=A, B=B: torch.linalg.svdvals(B @ A)))
-        found = spectra.spectrum_of_factors(A, B).singular_values
+        computed = spectra.spectrum_of_factors(A, B).singular_values
         theirs = torch.linalg.svdvals(B @ A)[:r].double()
-        errors = ((abs(values - truth) / truth).max() for values in (found, theirs))
+        errors = ((abs(values - truth) / truth).max() for values in (computed, theirs))
         fast, slow = statistics.median(ours), statistics.median(dense)
         row = [f"{fast * 1e3:.3g} ms", f"{slow:.3g} s", f"1 : {slow / fast:,.0f}"]
         table.add_row(str(r), *row, *(f"{error:.1e}" for error in errors))

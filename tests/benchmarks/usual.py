@@ -55,7 +55,7 @@ class Shift(pl.LightningDataModule):
         self.rows = TensorDataset(x, x @ (theta + shift))
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches, all of them whole."""
+        """Shuffled batches, all of them full."""
         return DataLoader(self.rows, batch_size=self.cfg.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:

@@ -1,4 +1,9 @@
-"""Data modules: what is drawn, and that seed, phase and epoch alone decide it."""
+"""Data sets: what is drawn, that seed, phase and epoch alone decide it, and the known best ΔW.
+
+Truth: the definition of each data set written out, counts, plain least squares in float64.
+
+Run: make test ARGS=tests/data/test_data.py
+"""
 
 from collections import Counter
 from functools import partial
@@ -175,7 +180,7 @@ def test_digits_base_knows_five_and_the_rest_come_later():
     for part in (adapt.train, adapt.val):
         y = part.tensors[1]  # pyright: ignore
         shares = torch.bincount(y) / len(y)
-        assert (shares - 0.1).abs().max() < 0.005  # as in the whole set
+        assert (shares - 0.1).abs().max() < 0.005  # as in the full set
     # What the base trained on is in the training part of the adaptation, never in its validation.
     learned = {tuple(row.tolist()) for row in base.train.tensors[0]}  # pyright: ignore
     assert not learned & {tuple(row.tolist()) for row in adapt.val.tensors[0]}  # pyright: ignore
@@ -192,8 +197,8 @@ def test_bytes_are_code_and_then_prose_each_followed_by_the_next():
         texts.append(bytes(x.flatten().tolist()).decode())
     assert "import os as _os" in texts[0]
     assert "\n".join(topics[name] for name in sorted(topics)).startswith(texts[1])
-    whole = ready(small_bytes, phase="adapt", held_out=0)
-    assert whole.val is whole.train
+    not_held_out = ready(small_bytes, phase="adapt", held_out=0)
+    assert not_held_out.val is not_held_out.train
 
 
 def test_a_bigrams_floor_is_the_entropy_of_the_next_byte():
@@ -289,8 +294,8 @@ def test_what_is_expected_is_what_training_reaches(make, recipe):
     never = isinstance(data, PlantedEmbedding) and recipe.get("init", "kaiming") != "kaiming"
     assert bool(expected) != never
     for i in range(4):
-        if (said := expected.pop(f"spectra/{site}/sigma_{i + 1}", None)) is not None:
-            assert sigma[i].item() == pytest.approx(said.value, rel=1e-3)
+        if (prediction := expected.pop(f"spectra/{site}/sigma_{i + 1}", None)) is not None:
+            assert sigma[i].item() == pytest.approx(prediction.value, rel=1e-3)
     assert not expected
 
 

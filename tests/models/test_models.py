@@ -1,4 +1,9 @@
-"""Models against the same computation written out, and the language task's loss and accuracy."""
+"""The models, and the loss and accuracy of the language task.
+
+Truth: the same computation written out in plain torch.
+
+Run: make test ARGS=tests/models/test_models.py
+"""
 
 import pytest
 import torch

@@ -36,7 +36,7 @@ from tests.sweeps.test_launchers import LOCAL, processes_here, start_endless, wa
 from tests.sweeps.test_launchers import same_environment as same_environment
 from tests.sweeps.test_sweep import RATE, RunSweep, loss_by_rate, sweep_content
 from tests.sweeps.test_sweep import run_sweep as run_sweep
-from tests.tracking.test_tracking import as_ours, held
+from tests.tracking.test_tracking import as_metrics_row, wandb_content
 from tests.training.test_resume import assert_equal, quick
 
 pytestmark = pytest.mark.usefixtures("same_environment")
@@ -278,14 +278,14 @@ def test_each_run_is_a_run_in_wandb():
     runs = train_in_pack("shift", points, "tracking=offline")
     assert len({run.status["wandb"] for run in runs}) == 4
     for run in runs:
-        content = held(run)
+        content = wandb_content(run)
         assert content["config"]["adapter"] == run.config["adapter"]
         assert content["config"]["seed"] == run.config["seed"]
         assert content["run"].display_name == run.path.name
         assert content["run"].run_group == run.status["cell"]
         assert content["exit"] == 0
         rows = [row for row in content["history"] if "trainer/global_step" in row]
-        assert [as_ours(row) for row in rows] == run.rows()
+        assert [as_metrics_row(row) for row in rows] == run.rows()
         assert content["summary"]["val/loss"] == run.last("val/loss")
         assert "wandb_rows_lost" not in run.status
         assert {a.type for a in content["artifacts"]} == {"adapter", "run_table"}
@@ -324,13 +324,13 @@ def test_a_run_that_diverges_fails_and_the_others_go_on(how: str, place: int):
     assert runs[place].status["state"] == "failed"
     assert runs[place].status["error"] == Run(diverging.path).status["error"]
     assert str(raised.value) in (runs[place].path / "log.txt").read_text()
-    assert held(runs[place])["exit"] == 1
+    assert wandb_content(runs[place])["exit"] == 1
     packed_rows, single_rows = runs[place].rows(), Run(diverging.path).rows()
     assert [list(row) for row in packed_rows] == [list(row) for row in single_rows]
     del points[place], runs[place], errors[place]
     assert errors == [None, None]
     for run, other in zip(runs, train_one_by_one("shift", points, *settings), strict=True):
-        assert held(run)["exit"] == 0
+        assert wandb_content(run)["exit"] == 0
         check_same_losses(run, other, 1e-5)
 
 

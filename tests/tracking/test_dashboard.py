@@ -1,4 +1,9 @@
-"""The dashboard as W&B gets it: every panel, of keys that runs really log."""
+"""The dashboard: all panels arrive, and show only keys that runs log.
+
+Truth: what a loopback server receives, against the run's metrics.jsonl and its W&B run.
+
+Run: make test ARGS=tests/tracking/test_dashboard.py
+"""
 
 import json
 import re
@@ -10,7 +15,7 @@ import pytest
 from lora_lab.runs import Run
 from lora_lab.tracking import dashboard
 from tests.conftest import Lab, command, only_run
-from tests.tracking.test_tracking import environment
+from tests.tracking.test_tracking import use_server
 from tests.wandb_server import ServedRun, WandbServer
 
 PANELS = {
@@ -25,7 +30,7 @@ PANELS = {
 
 
 def nodes(spec: Any) -> Iterator[dict[str, Any]]:
-    """Every JSON object in it."""
+    """All JSON objects in it, at any depth."""
     if isinstance(spec, dict):
         yield spec
     for child in (
@@ -50,17 +55,17 @@ def panels(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def of_config(served: ServedRun, path: str) -> Any:
-    """W&B's config wraps every top-level key: `adapter.value.r` is adapter.r."""
+    """W&B's config wraps each top-level key: `adapter.value.r` is adapter.r."""
     first, value, *rest = path.split(".")
     assert value == "value", path
-    found = served.config[first]
+    node = served.config[first]
     for key in rest:
-        found = found[key]
-    return found
+        node = node[key]
+    return node
 
 
 def check_keys(spec: dict[str, Any], run: Run, served: ServedRun) -> None:
-    """Whatever a view names of a run is there: in metrics.jsonl, and in W&B."""
+    """All that a view names of a run exists: in metrics.jsonl, and in W&B."""
     logged = {key for row in run.rows() for key in row}
     history = {key for row in served.history for key in row}
     keys = {n for panel in panels(spec) for n in panel["config"].get("metrics", [])}
@@ -82,21 +87,21 @@ def check_keys(spec: dict[str, Any], run: Run, served: ServedRun) -> None:
     regexes = [p["config"]["metricRegex"] for p in panels(spec) if "metricRegex" in p["config"]]
     assert len(regexes) == 2
     for regex in regexes:
-        found = [key for key in logged if re.search(regex, key)]
-        assert {key.split("/")[1] for key in found} == set(
+        matching = [key for key in logged if re.search(regex, key)]
+        assert {key.split("/")[1] for key in matching} == set(
             json.loads((run.path / "adapter" / "adapter.json").read_text())["sites"]
         )
 
 
 @pytest.mark.parametrize("experiment", ["shift", "digits"])  # one site, and several
-def test_what_arrives_has_every_panel_of_keys_that_runs_log(
+def test_the_saved_views_have_all_panels_of_keys_that_runs_log(
     lab: Lab,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     experiment: str,
 ):
     with WandbServer() as server:
-        environment(monkeypatch, server)
+        use_server(monkeypatch, server)
         assert lab(experiment, "adapter.r=2", tracking="online") == 0
         (served,) = server.runs.values()
         capsys.readouterr()
@@ -125,33 +130,33 @@ def test_what_arrives_has_every_panel_of_keys_that_runs_log(
     assert all((p["groupAgg"], p["groupArea"]) == ("mean", "stddev") for p in lines)
 
 
-def test_the_truncation_chart_is_the_runs_own(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+def test_the_truncation_chart_is_that_which_runs_log(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     """As W&B's client asks of the server for the chart that each run logs."""
     charts: dict[str, Any] = {}
     with WandbServer() as server:
-        environment(monkeypatch, server)
-        whole = server._upsert_run
+        use_server(monkeypatch, server)
+        upsert = server._upsert_run
 
-        def kept(**sent: Any) -> dict[str, Any]:
+        def upsert_and_keep(**sent: Any) -> dict[str, Any]:
             about = json.loads(sent["config"] or "{}").get("_wandb", {}).get("value", {})
             charts.update(about.get("visualize", {}))
-            return whole(**sent)
+            return upsert(**sent)
 
-        monkeypatch.setattr(server, "_upsert_run", kept)
+        monkeypatch.setattr(server, "_upsert_run", upsert_and_keep)
         assert lab("shift", tracking="online") == 0
         (served,) = server.runs.values()
-    own = charts["truncation/chart"]["panel_config"]
+    logged = charts["truncation/chart"]["panel_config"]
     (ours,) = [
         p["config"] for p in panels(dashboard.workspace("p", "e")._spec) if p["viewType"] == "Vega2"
     ]
     for key in ("panelDefId", "fieldSettings", "stringSettings", "transform"):
-        assert ours[key] == own[key]
+        assert ours[key] == logged[key]
 
     def fields(config: dict[str, Any]) -> dict[str, Any]:
         (query,) = config["userQuery"]["queryFields"]
         return {field["name"]: field.get("args") for field in query["fields"]}
 
-    assert {k: v or None for k, v in fields(ours).items()} == fields(own)
+    assert {k: v or None for k, v in fields(ours).items()} == fields(logged)
     assert "truncation/chart_table" in served.summary
 
 
@@ -160,31 +165,31 @@ def test_without_a_login_it_says_what_it_would_make(
 ):
     dashboard.wandb.teardown()
     assert command(monkeypatch, "dashboard", "lora_lab") == 0
-    said = capsys.readouterr().out
-    assert "`wandb login`" in said
+    printed = capsys.readouterr().out
+    assert "`wandb login`" in printed
     assert len(dashboard.panel_table()) == 2 + sum(PANELS.values())
     for _, panel, shows in dashboard.panel_table()[1:-1]:
-        assert f" {panel} " in said
-        assert shows in said
-    assert "spectra_of/all/effective_rank against adapter.r" in said
+        assert f" {panel} " in printed
+        assert shows in printed
+    assert "spectra_of/all/effective_rank against adapter.r" in printed
 
 
 def test_a_dry_run_asks_no_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     with WandbServer() as server:
-        environment(monkeypatch, server)
+        use_server(monkeypatch, server)
         assert command(monkeypatch, "dashboard", "lora_lab", "--dry-run") == 0
     assert not server.views
     assert "nothing was made, as --dry-run asks" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # the client asks a server that is not there again and again
+@pytest.mark.slow  # the client asks a missing server again and again
 def test_what_cannot_be_made(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert command(monkeypatch, "dashboard", "team/lora_lab") == 2
     assert "lora_lab --entity team" in capsys.readouterr().err
     with WandbServer() as server:
-        environment(monkeypatch, server)
+        use_server(monkeypatch, server)
         assert command(monkeypatch, "dashboard", "nothing", "--entity", "tester") == 2
     assert "tester/nothing' not found" in capsys.readouterr().err
     assert not server.views

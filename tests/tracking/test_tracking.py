@@ -1,4 +1,9 @@
-"""What W&B holds: read back from its own files offline, and from a loopback server online."""
+"""metrics.jsonl and W&B: each row, chart and artifact arrives, and what is lost is reported.
+
+Truth: W&B's own files, read back offline, and what a loopback server receives online.
+
+Run: make test ARGS=tests/tracking/test_tracking.py
+"""
 
 import json
 import subprocess
@@ -20,8 +25,8 @@ def wandb_directory(run: Run) -> Path:
     return run.path / run.status["wandb"]
 
 
-def held(run: Run) -> dict:
-    """A run's file in W&B: config, history rows, summary, exit code, artifacts, description."""
+def wandb_content(run: Run) -> dict:
+    """The content of a run's .wandb file: config, history, summary, exit code, artifacts, run."""
     (path,) = wandb_directory(run).glob("*.wandb")
     content: dict = {"config": {}, "history": [], "summary": {}, "exit": None, "artifacts": []}
 
@@ -50,16 +55,16 @@ def held(run: Run) -> dict:
     return content
 
 
-def as_ours(row: dict) -> dict:
-    """A row of W&B as metrics.jsonl has it: without W&B's own keys and what is no number."""
+def as_metrics_row(row: dict) -> dict:
+    """A row of W&B as metrics.jsonl has it: without the keys that W&B adds, and numbers only."""
     numbers = {k: v for k, v in row.items() if not k.startswith("_") and isinstance(v, int | float)}
     return {"step": numbers.pop("trainer/global_step"), **numbers}
 
 
-def test_offline_everything_can_be_read_back(lab: Lab):
+def test_offline_all_that_was_logged_is_in_wandbs_file(lab: Lab):
     assert lab("shift", "adapter.r=2", tracking="offline") == 0
     run = only_run()
-    content = held(run)
+    content = wandb_content(run)
     assert content["config"]["adapter"] == run.config["adapter"]
     assert content["config"]["data"] == run.config["data"]
     assert content["exit"] == 0
@@ -77,7 +82,7 @@ def test_offline_everything_can_be_read_back(lab: Lab):
         assert any(key.startswith(wanted) for key in shown), wanted
     assert any(key.startswith("spectra/table") for key in shown)
     assert len(pictures) == 3
-    rows = [as_ours(row) for row in content["history"] if row not in pictures]
+    rows = [as_metrics_row(row) for row in content["history"] if row not in pictures]
     assert rows == run.rows()
     assert content["summary"]["val/loss"] == run.last("val/loss")
     assert content["summary"]["merged/val/loss"] == run.last("merged/val/loss")
@@ -100,13 +105,15 @@ def test_one_wandb_folder_for_all_runs_of_an_experiment(lab: Lab):
 def test_a_cached_bases_rows_are_in_every_run(lab: Lab):
     lab("shift", "seed=0,1", "-m", tracking="offline")
     for run in find_runs(Path("runs")):
-        base = [as_ours(row) for row in held(run)["history"] if "base/val/loss" in row]
+        base = [
+            as_metrics_row(row) for row in wandb_content(run)["history"] if "base/val/loss" in row
+        ]
         assert [row["epoch"] for row in base] == [2, 4]
 
 
 def test_a_failed_run_ends_as_failed(lab: Lab):
     assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30", tracking="offline") == 1
-    assert held(only_run())["exit"] == 1
+    assert wandb_content(only_run())["exit"] == 1
 
 
 def test_off_is_off(lab: Lab):
@@ -114,24 +121,24 @@ def test_off_is_off(lab: Lab):
     assert not Path("runs/shift/wandb").exists()
 
 
-def test_rows_that_wandb_lost_are_said_loudly(
+def test_rows_that_wandb_lost_are_reported_as_an_error(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Of the file only the beginning is there, as on a full disk."""
-    count = tracking.read_records
+    """Only the beginning of the file is read, as after a full disk."""
+    read_records = tracking.read_records
 
-    def cut(path: Path):
+    def read_beginning(path: Path):
         part = path.with_suffix(".cut")
         part.write_bytes(path.read_bytes()[:6000])
-        return count(part)
+        return read_records(part)
 
-    monkeypatch.setattr(tracking, "read_records", cut)
+    monkeypatch.setattr(tracking, "read_records", read_beginning)
     monkeypatch.setattr(tracking, "LAST_ROW_TIMEOUT", 0.5)
     assert lab("shift", tracking="offline") == 0
     assert "W&B HOLDS" in capsys.readouterr().out
     run = only_run()
     (path,) = wandb_directory(run).glob("*.wandb")
-    left = sum(record.HasField("history") for record in cut(path))
+    left = sum(record.HasField("history") for record in read_beginning(path))
     # And three rows that only W&B has: two charts, and pictures with a table.
     assert run.status["wandb_rows_lost"] == len(run.rows()) + 3 - left
     # base: 4 train, 2 val; adapter: 3 val, 4 train, 3 spectra, findings; merged; parameters.
@@ -141,13 +148,13 @@ def test_rows_that_wandb_lost_are_said_loudly(
 def test_a_damaged_byte_ends_the_reading(lab: Lab):
     lab("shift", tracking="offline")
     (path,) = wandb_directory(only_run()).glob("*.wandb")
-    whole = list(read_records(path))
+    records = list(read_records(path))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     part = list(read_records(path))
-    assert 0 < len(part) < len(whole)
-    assert part == whole[: len(part)]
+    assert 0 < len(part) < len(records)
+    assert part == records[: len(part)]
 
 
 def serve(served: ServedRun) -> None:
@@ -157,7 +164,7 @@ def serve(served: ServedRun) -> None:
     assert served.config["adapter"] == run.config["adapter"]
     assert served.group == run.status["cell"]
     assert set(served.tags) == {"shift", "linear"}
-    rows = [as_ours(row) for row in served.history if "trainer/global_step" in row]
+    rows = [as_metrics_row(row) for row in served.history if "trainer/global_step" in row]
     assert rows == run.rows()
     assert served.summary["val/loss"] == run.last("val/loss")
     adapter = next(a for a in served.artifacts if a["type"] == "adapter")
@@ -168,7 +175,7 @@ def serve(served: ServedRun) -> None:
 
 def test_online_the_server_gets_everything(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     with WandbServer() as server:
-        environment(monkeypatch, server)
+        use_server(monkeypatch, server)
         assert lab("shift", tracking="online") == 0
         (served,) = server.runs.values()
         serve(served)
@@ -178,14 +185,14 @@ def test_online_the_server_gets_everything(lab: Lab, monkeypatch: pytest.MonkeyP
 def test_offline_then_synced_the_server_gets_everything(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     assert lab("shift", tracking="offline") == 0
     with WandbServer() as server:
-        environment(monkeypatch, server)
+        use_server(monkeypatch, server)
         command = [str(Path(sys.executable).with_name("wandb")), "sync"]
         subprocess.run([*command, wandb_directory(only_run())], check=True, capture_output=True)
         (served,) = server.runs.values()
         serve(served)
 
 
-def environment(monkeypatch: pytest.MonkeyPatch, server: WandbServer) -> None:
+def use_server(monkeypatch: pytest.MonkeyPatch, server: WandbServer) -> None:
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
     tracking.wandb.teardown()  # settings are read once a process
@@ -198,7 +205,7 @@ def test_no_login_falls_back_to_offline_and_says_so_once(
     assert lab("shift", "seed=0,1", "-m", tracking="online") == 0
     assert capsys.readouterr().out.count("W&B cannot be used online") == 1
     for run in find_runs(Path("runs")):
-        assert held(run)["exit"] == 0
+        assert wandb_content(run)["exit"] == 0
 
 
 def test_no_server_falls_back_to_offline(
@@ -212,17 +219,17 @@ def test_no_server_falls_back_to_offline(
     assert lab("shift", tracking="online") == 0
     assert time.time() - started < 30
     assert "W&B cannot be used online" in capsys.readouterr().out
-    assert held(only_run())["exit"] == 0
+    assert wandb_content(only_run())["exit"] == 0
 
 
 def test_rows_that_come_late_are_waited_for(tmp_path: Path, lab: Lab):
     """W&B's process may still be writing when finish has returned."""
     lab("shift", tracking="offline")
     (path,) = wandb_directory(only_run()).glob("*.wandb")
-    whole = path.read_bytes()
+    content = path.read_bytes()
     late = tmp_path / "late.wandb"
-    late.write_bytes(whole[:5000])
-    writer = threading.Timer(0.3, lambda: late.write_bytes(whole))
+    late.write_bytes(content[:5000])
+    writer = threading.Timer(0.3, lambda: late.write_bytes(content))
     writer.start()
     wanted = sum(record.HasField("history") for record in read_records(path))
     assert tracking._count_rows(late, wanted) == wanted

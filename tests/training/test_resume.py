@@ -24,7 +24,7 @@ from lora_lab.training.callbacks import checkpoint
 from lora_lab.training.modules import BaseModule
 from tests import interrupted_train
 from tests.conftest import SMALL, Lab, only_run
-from tests.tracking.test_tracking import as_ours, environment, held
+from tests.tracking.test_tracking import as_metrics_row, use_server, wandb_content
 from tests.wandb_server import WandbServer
 
 EVERY = "checkpoint_every=0"
@@ -365,8 +365,8 @@ def test_offline_wandb_has_every_row_once(lab: Lab):
         Path(run.status["wandb"]).name
     ]
     assert run.status["wandb"].rpartition("-")[2] == first.rpartition("-")[2]
-    history = held(run)["history"]
-    rows = [as_ours(row) for row in history if "trainer/global_step" in row]
+    history = wandb_content(run)["history"]
+    rows = [as_metrics_row(row) for row in history if "trainer/global_step" in row]
     assert rows == run.rows()
     histograms = [row for row in history if "spectra/linear/singular_values/_type" in row]
     assert [row["epoch"] for row in histograms] == [0, 2, 4]
@@ -374,13 +374,13 @@ def test_offline_wandb_has_every_row_once(lab: Lab):
 
 def test_online_the_server_has_every_row_once(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     with WandbServer() as server:
-        environment(monkeypatch, server)
+        use_server(monkeypatch, server)
         kill(STEP, "tracking=online", call=32 + 20)
         assert lab("shift", tracking="online") == 0
         (served,) = server.runs.values()
     assert served.complete
     assert served.exitcode == 0
-    rows = [as_ours(row) for row in served.history if "trainer/global_step" in row]
+    rows = [as_metrics_row(row) for row in served.history if "trainer/global_step" in row]
     assert rows == only_run().rows()
 
 
