@@ -65,9 +65,9 @@ class EachRun(pl.Callback):
 #   - `setup` and `on_save_checkpoint` do nothing, since the pack itself is never saved or loaded;
 #   - `__init__` loads each run's weights, and later hooks its loop counters and optimizer state,
 #     in place of Trainer.fit's ckpt_path, which knows one file for one module.
-# Checkpoint itself still decides when an epoch is saved, and restores the random streams.
+# When an epoch is to be saved, and the random streams, are Checkpoint's own affair.
 class PackedCheckpoint(Checkpoint):
-    """Saves each run of a pack in that run's directory, and resumes each from there.
+    """Saves each run of a pack in its own directory, and resumes each from there.
 
     `callbacks` are each run's checkpoint and the callback that measures its ΔW. The runs'
     checkpoints are all of one epoch, or none has one.
@@ -108,7 +108,7 @@ class PackedCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Does nothing: `_save_epoch` calls this hook of each run's checkpoint."""
+        """Does nothing: `_save_epoch` calls this hook of each run's own checkpoint."""
 
     def _save_epoch(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from lora_lab.adapters.pack import Pack
 from lora_lab.packing.module import PackedModule
-from lora_lab.packing.optimizer import optimizer_settings
 from lora_lab.packing.recorded_step import RELATIVE_TOLERANCE
 from lora_lab.training.modules import Batch
 
@@ -75,10 +74,9 @@ def saved_bytes_of_one_run(module: PackedModule, x: Tensor, y: Tensor) -> int:
 
 
 def outputs_both_ways(module: PackedModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The outputs of all runs for `x`, by a pack and by each run's model: (runs, rows, …)."""
+    """The outputs of all runs for `x`, by a pack and by each run's own model: (runs, rows, …)."""
     adapters_by_run = [member.adapters for member in module.members]
-    settings = [optimizer_settings(member.module) for member in module.members]
-    pack = Pack(module.model, adapters_by_run, settings).eval()
+    pack = Pack(module.model, adapters_by_run, module.optimizer_settings()).eval()
     with torch.no_grad():
         packed = pack(x)
         return packed, torch.stack([member.module.model.eval()(x) for member in module.members])

@@ -1,5 +1,6 @@
 """The LightningModule of a pack: many LoRA runs over one base, each trained as if by itself."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from lora_lab.adapters import Adapter
 from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import unstack
 from lora_lab.data import Data
-from lora_lab.packing.optimizer import PackedOptimizer, optimizer_settings
+from lora_lab.packing.optimizer import PackedOptimizer
 from lora_lab.packing.recorded_step import RecordedStep
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.cuts import PackValidationModule
@@ -26,8 +27,8 @@ log = logging.getLogger(__name__)
 class Member:
     """One run of a pack.
 
-    `module` holds the run's model, metrics and optimizer settings. `fail` marks the run as failed
-    with an error, and closes its directory.
+    `module` is the run's own, with its model, metrics and optimizer settings. `fail` marks the run
+    as failed with an error, and closes its directory.
     """
 
     module: LoRAModule
@@ -39,6 +40,11 @@ class Member:
         """Its adapters by site."""
         return adapters.attached(self.module.model)
 
+    @property
+    def optimizer_settings(self) -> str:
+        """Optimizer settings as one string: runs of equal ones can be in one parameter group."""
+        return json.dumps([self.module.optimizer.model_dump(), self.module.lr_ratio])
+
     def sort_key(self) -> Any:
         """Sorts runs so that those of equal ranks, dropout and optimizer settings are neighbours.
 
@@ -46,15 +52,15 @@ class Member:
         """
         recipes = [adapter.recipe for adapter in self.adapters.values()]
         ranks, dropouts = [r.r for r in recipes], [r.dropout for r in recipes]
-        return ranks, dropouts, optimizer_settings(self.module)
+        return ranks, dropouts, self.optimizer_settings
 
 
 class PackedModule(PackValidationModule):
-    """Trains the runs of `members` together over one base `model`, each with its adapters.
+    """Trains the runs of `members` together over one base `model`, each with its own adapters.
 
     A step is a forward and backward in passes of `runs_per_pass` runs (a Pack each), and one step
-    of an optimizer over the stacked parameters of all of them. Learning rate, clipping, metrics and
-    logs are separate for each run. A run that diverges fails, and the others go on without it.
+    of an optimizer over the stacked parameters of all of them. Learning rates, clipping, metrics
+    and logs are each run's own. A run that diverges fails, and the others go on without it.
     """
 
     def __init__(self, model: nn.Module, data: Data, members: Sequence[Member]):
@@ -69,11 +75,14 @@ class PackedModule(PackValidationModule):
         self.clipping: tuple[float, str] | None = None
         """The most that a run's gradient may be, and by what: `norm` or `value`."""
 
+    def optimizer_settings(self) -> list[str]:
+        """Each run's optimizer settings."""
+        return [member.optimizer_settings for member in self.members]
+
     def _build_passes(self) -> None:
         """Stacks the runs' parameters in packs of `runs_per_pass` runs."""
-        settings = [optimizer_settings(member.module) for member in self.members]
-        n = self.runs_per_pass
-        # Lightning validates in inference mode; parameters created in it could never be trained.
+        settings, n = self.optimizer_settings(), self.runs_per_pass
+        # Lightning validates in inference mode. Parameters made in it could never be trained.
         with torch.inference_mode(False):
             self.packs = [
                 Pack(self.model, [m.adapters for m in self.members[i : i + n]], settings[i : i + n])
@@ -87,11 +96,15 @@ class PackedModule(PackValidationModule):
         """Stacks the runs anew after their number, or that of a pass, has changed."""
         self._build_passes()
         if self.trainer.optimizers:
-            modules = [member.module for member in self.members]
-            self.packed_optimizer.restack(modules, self.packs, self.global_step)
+            self.packed_optimizer.restack(
+                [member.module for member in self.members],
+                self.optimizer_settings(),
+                self.packs,
+                self.global_step,
+            )
 
     def unstack_runs(self) -> None:
-        """Replaces each run's views of the stacks by separate tensors."""
+        """Gives each run tensors of its own in place of views of the stacks."""
         for member in self.members:
             unstack(member.adapters)
 
@@ -129,7 +142,9 @@ class PackedModule(PackValidationModule):
         self._build_passes()
         total_steps = int(self.trainer.estimated_stepping_batches)
         modules = [member.module for member in self.members]
-        self.packed_optimizer = PackedOptimizer(modules, self.packs, total_steps)
+        self.packed_optimizer = PackedOptimizer(
+            modules, self.optimizer_settings(), self.packs, total_steps
+        )
         return self.packed_optimizer.torch_optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # pyright: ignore
@@ -173,11 +188,14 @@ class PackedModule(PackValidationModule):
             if algorithm == "value":
                 nn.utils.clip_grad_value_(pack.parameters(), limit)
                 continue
-            # `i` is the place of a stack's first run, so its gradients are of the runs from `i` on.
-            gradients = [
-                (i, p.grad) for i, stack in pack.stacks for p in stack.adapter.parameters()
+            parameters = [
+                (start, p) for start, stack in pack.stacks for p in stack.adapter.parameters()
             ]
-            gradients = [(slice(i, i + len(g)), g) for i, g in gradients if g is not None]
+            gradients = [
+                (slice(start, start + len(p.grad)), p.grad)  # the stack's runs, (runs of it, …)
+                for start, p in parameters
+                if p.grad is not None
+            ]
             squared_norms = gradients[0][1].new_zeros(len(pack.runs))
             for runs, gradient in gradients:
                 squared_norms[runs] += gradient.flatten(1).square().sum(1)

@@ -1,6 +1,5 @@
-"""The optimizer of a pack: one of torch's over stacked parameters, and each run's state in it."""
+"""The optimizer of a pack: torch's own over stacked parameters, and each run's state read out."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +19,10 @@ Schedule = tuple[float, str, float]
 #
 #     A (3, 2, 64)    B (3, 10, 2)    their gradients, and Adam's exp_avg and exp_avg_sq, likewise
 #
-# Run 0 has r = 1. Its A (1, 64) is the view A[0, :1], its B (10, 1) the view B[0, :, :1]. A[0, 1]
-# and B[0, :, 1] are padding. The optimizers allowed here are elementwise: a number moves by nothing
-# but its gradient and its moments. So one optimizer over the stack moves each run's numbers as an
-# optimizer for that run would, and no loop over runs is needed.
+# Run 0 has r = 1. Its own A (1, 64) is the view A[0, :1], its own B (10, 1) is B[0, :, :1]; A[0, 1]
+# and B[0, :, 1] are padding. The optimizers allowed here are elementwise: a number moves by its own
+# gradient and its own moments alone. So one optimizer over the stack moves each run's numbers as
+# an optimizer of the run's would, and the runs need no loop.
 #
 # The padding stays zero. Run 0's ΔW (10, 64) is B[0] A[0], so the gradients of its padding are
 # products with padding: dB[0, :, 1] = dΔW A[0, 1] = 0 and dA[0, 1] = dΔWᵀ B[0, :, 1] = 0. Then the
@@ -31,25 +30,33 @@ Schedule = tuple[float, str, float]
 #
 # One run's state is read out of the stack's as its parameters are: of exp_avg (3, 2, 64) run 0 has
 # exp_avg[0, :1], of shape (1, 64). That is what the run's optimizer would hold outside of a pack,
-# so a checkpoint from a pack can be resumed by the run alone, and the other way round.
+# so a checkpoint made in a pack can be resumed by the run alone, and the other way round.
 class PackedOptimizer:
     """One torch optimizer for all runs of a pack, elementwise, over their stacked parameters.
 
-    Hyperparameters belong to a parameter group, so each different value of `optimizer_settings`
-    has groups of its parameters. A stack holds runs of one such value only.
+    A run is known by its module. Hyperparameters are those of a parameter group, so there are
+    groups for each different value of `settings`; a stack holds runs of one setting only.
 
     Args:
-        modules: each run's module, with its optimizer settings and views of the parameters.
-        packs: the passes of a step, which hold the stacks.
+        modules: each run's module, with its optimizer settings and its own view of the parameters.
+        settings: for each module, its optimizer settings as one string (`Member.setting`).
+        packs: the passes that a step is made of, which hold the stacks.
         total_steps: the number of steps that learning rate schedules span.
     """
 
-    def __init__(self, modules: Sequence[LoRAModule], packs: list[Pack], total_steps: int):
+    def __init__(
+        self,
+        modules: Sequence[LoRAModule],
+        settings: Sequence[str],
+        packs: list[Pack],
+        total_steps: int,
+    ):
         self.total_steps = total_steps
         self._locate(packs)
         config = modules[0].optimizer
-        groups = self._groups(modules, packs)
-        self.torch_optimizer: torch.optim.Optimizer = config.callee(groups, **config.arguments)
+        self.torch_optimizer: torch.optim.Optimizer = config.callee(
+            self._groups(modules, settings, packs), **config.arguments
+        )
 
     def _locate(self, packs: list[Pack]) -> None:
         """Sets `locations`, by the id of a run's parameter.
@@ -63,12 +70,14 @@ class PackedOptimizer:
                     for name, parameter in adapter.named_parameters():
                         self.locations[id(parameter)] = stack.adapter.get_parameter(name), i
 
-    def _groups(self, modules: Sequence[LoRAModule], packs: list[Pack]) -> list[dict[str, Any]]:
-        """The parameter groups: one for each optimizer settings (with LoRA+ two)."""
+    def _groups(
+        self, modules: Sequence[LoRAModule], settings: Sequence[str], packs: list[Pack]
+    ) -> list[dict[str, Any]]:
+        """The parameter groups: one for each setting (with LoRA+ two), and its schedule."""
         all_stacks = [stack for pack in packs for _, stack in pack.stacks]
         groups = []
-        for settings, module in {optimizer_settings(m): m for m in modules}.items():
-            stacks = [stack.adapter for stack in all_stacks if stack.setting == settings]
+        for setting, module in dict(zip(settings, modules, strict=True)).items():
+            stacks = [stack.adapter for stack in all_stacks if stack.setting == setting]
             config = module.optimizer
             decay = config.arguments.get("weight_decay", 0.0)
             for group in groups_of(stacks, config.lr, module.lr_ratio, decay):
@@ -77,13 +86,15 @@ class PackedOptimizer:
                 groups.append({**config.arguments, **group, "schedule": schedule})
         return groups
 
-    def restack(self, modules: Sequence[LoRAModule], packs: list[Pack], step: int) -> None:
+    def restack(
+        self, modules: Sequence[LoRAModule], settings: Sequence[str], packs: list[Pack], step: int
+    ) -> None:
         """Goes on with these runs in new stacks, as after one has failed; each keeps its state."""
         states = [self.run_state(module, step) for module in modules]
         self.torch_optimizer.param_groups.clear()
         self.torch_optimizer.state.clear()
         self._locate(packs)
-        for group in self._groups(modules, packs):
+        for group in self._groups(modules, settings, packs):
             self.torch_optimizer.add_param_group(group)
         self.load_run_states(modules, states)
 
@@ -164,11 +175,6 @@ class PackedOptimizer:
                 "lr_lambdas": [None] * len(initial_rates),
             }
         ]
-
-
-def optimizer_settings(module: LoRAModule) -> str:
-    """A run's optimizer settings as one string: runs of equal ones share parameter groups."""
-    return json.dumps([module.optimizer.model_dump(), module.lr_ratio])
 
 
 def is_elementwise(value: Any, shape: torch.Size) -> bool:

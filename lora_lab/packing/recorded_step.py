@@ -25,8 +25,8 @@ RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 # Why a step is recorded: the runs of a pack are small, so much of a step's time is not arithmetic.
 # vmap chooses a batching rule for each operation, autograd builds a graph and walks it back, and
-# Python runs the model's forward. The choices are the same for each batch of one shape, so once is
-# enough.
+# Python runs the model's forward. The choices are the same for each batch of one shape, so they are
+# made once.
 #
 # What is recorded: `make_fx` computes the step on the first batch and writes down, one after the
 # other, the operations of torch that are left when vmap and autograd have done their part. For 3
@@ -43,7 +43,7 @@ RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 # The constants are the parameters themselves and not copies: the optimizer writes to them in place,
 # so a replay reads their present values. Dropout is recorded as a draw and draws anew each time.
 #
-# When the record is not trusted: in a replay the model's Python code does not run. So
+# When the record is not trusted: in a replay the model's own Python code does not run. So
 #   - a model that changes its attributes or buffers in the first batch is not recorded
 #     (`_python_state`), nor is one that `make_fx` cannot follow, as where it branches on a number;
 #   - the second batch is both computed and replayed, and the record is dropped where losses or
@@ -63,7 +63,7 @@ class RecordedStep:
         self.pack, self.loss = pack, loss
         self.trained = [p for p in pack.parameters() if p.requires_grad]
         self.graph: GraphModule | None = None
-        """The recorded operations; None before the first batch, and where nothing was recorded."""
+        """The recorded operations; None before the first batch, and where there is no record."""
         self.recorded_shapes: tuple[torch.Size, torch.Size] | None = None
         """Shapes of inputs and targets of the first batch; None before it."""
         self.is_trusted = False

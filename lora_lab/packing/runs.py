@@ -1,7 +1,7 @@
-"""Runs trained together from start to end: each has a directory to itself, and fails alone."""
+"""Runs trained together from start to end: each has its own directory, and fails by itself."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,9 @@ from lora_lab.training.run_record import log_only_to
 
 log = logging.getLogger(__name__)
 
+Fail = Callable[[Exception], None]
+"""Ends one run as failed with an error."""
+
 
 def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
     """Trains runs over one base together; each writes to its directory what it would by itself.
@@ -43,10 +46,10 @@ def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
         if pack_runs.open_runs:
             model, trials = _build_trials(plans, pack_runs.open_runs, console)
             for group in _groups_by_epoch(trials):
-                _train(model, group, pack_runs, console)
+                _train(model, group, {i: partial(pack_runs.fail, i) for i in group}, console)
                 for i in [i for i in group if i in pack_runs.open_runs]:
                     pack_runs.finish(i, trials[i], console)
-    except BaseException as error:  # Ctrl-C, or an error in what the runs share
+    except BaseException as error:  # Ctrl-C, or what is wrong with all of the runs
         for i in list(pack_runs.open_runs):
             pack_runs.fail(i, error)
         if not isinstance(error, Exception):
@@ -136,15 +139,18 @@ def _groups_by_epoch(trials: Mapping[int, Trial]) -> list[dict[int, Trial]]:
 
 
 def _train(
-    model: nn.Module, trials: Mapping[int, Trial], pack_runs: PackRuns, console: Console
+    model: nn.Module, trials: Mapping[int, Trial], fail: Mapping[int, Fail], console: Console
 ) -> None:
-    """Trains runs that begin at one epoch: together, or one after another where that cannot be."""
+    """Trains runs that begin at one epoch: together, or one after another where that cannot be.
+
+    `fail` has for each run the function that ends it as failed.
+    """
     members: dict[Member, Trial] = {}
     for i, trial in trials.items():
         assert isinstance(trial.module, LoRAModule)
-        members[Member(trial.module, trial.tracking, partial(pack_runs.fail, i))] = trial
+        members[Member(trial.module, trial.tracking, fail[i])] = trial
     first = next(iter(trials.values()))
-    # Dropout masks of all runs are drawn from one stream, so its seed depends on all their configs.
+    # Dropout masks of all runs are drawn from one stream, so its seed is made of all their configs.
     identities = [trial.plan.cfg.identity() for trial in trials.values()]
     pl.seed_everything(generator("pack", *identities).initial_seed() % 2**32, verbose=False)
     module = PackedModule(model, first.data, list(members))
@@ -152,7 +158,7 @@ def _train(
         module.runs_per_pass = _runs_per_pass(module, first.plan, first.data)
     except UnpackableError as error:
         log.warning("not packed: %s", error)
-        _train_one_by_one(trials, pack_runs, console)
+        _train_one_by_one(trials, fail, console)
     else:
         _train_together(module, members, console)
 
@@ -166,14 +172,16 @@ def _runs_per_pass(module: PackedModule, plan: Plan, data: Data) -> int:
         return runs_per_pass(module, batch, device_type(plan.cfg.trainer) == "cuda")
 
 
-def _train_one_by_one(trials: Mapping[int, Trial], pack_runs: PackRuns, console: Console) -> None:
+def _train_one_by_one(
+    trials: Mapping[int, Trial], fail: Mapping[int, Fail], console: Console
+) -> None:
     """Trains each run as if it were in no pack."""
     for i, trial in trials.items():
         pl.seed_everything(trial.plan.cfg.seed, verbose=False)
         try:
             experiment.adapt_model(trial, console)
         except Exception as error:
-            pack_runs.fail(i, error)
+            fail[i](error)
 
 
 def _train_together(
@@ -186,9 +194,12 @@ def _train_together(
     if limit := arguments.get("gradient_clip_val"):
         module.clipping = limit, arguments.get("gradient_clip_algorithm") or "norm"
     log.info("packed: %d runs, %d at once", len(members), module.runs_per_pass)
-    spectra = {member: trial.spectra_callback for member, trial in members.items()}
-    checkpoint = PackedCheckpoint({m: (t.checkpoint, spectra[m]) for m, t in members.items()})
-    callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(spectra), checkpoint]
+    spectra_callbacks = {member: trial.spectra_callback for member, trial in members.items()}
+    checkpoint = PackedCheckpoint(
+        {member: (trial.checkpoint, trial.spectra_callback) for member, trial in members.items()}
+    )
+    progress = ProgressBar(f"{len(members)} runs", console)
+    callbacks = [progress, EachRun(spectra_callbacks), checkpoint]
     trainer = first.plan.trainer(None, callbacks, gradient_clip_val=None)
     try:
         if not checkpoint.contents:  # what is logged before the first step of a fresh training

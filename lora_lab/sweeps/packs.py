@@ -17,7 +17,7 @@ ELEMENTWISE_OPTIMIZERS = (
     *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"),
     *("RMSprop", "Rprop", "SGD"),
 )
-"""torch's optimizers that move each number by nothing but its gradient, as a pack needs it.
+"""torch's optimizers that move each number by its own gradient alone, as a pack needs it.
 
 Adafactor, Muon and LBFGS do not: they would mix the runs that lie in one stacked parameter.
 """

@@ -1,8 +1,8 @@
 """The recorded step of a pack: a replayed batch gives what computing it gives.
 
-Independent truth: each run's model with a plain forward and backward, in float64; for dropout, the
-same step computed from the same random stream; for models that cannot be recorded, how often their
-code ran, and the log.
+Independent truth: each run's own model with a plain forward and backward, in float64; for dropout,
+the same step computed from the same random stream; for models that cannot be recorded, how often
+their own code ran, and the log.
 
 Run: make test ARGS=tests/packing/test_recorded_step.py
 """
@@ -86,7 +86,7 @@ def test_a_replay_is_each_runs_own_step(case: Case):
 
 
 def test_a_linear_layers_bias_is_added_within_its_product():
-    """Adapted or not. The rule of vmap itself would add it in a second pass over all outputs."""
+    """Adapted or not. vmap's own rule would add it in a second pass over all outputs."""
     base = nn.Sequential(*(nn.Linear(width, width + 1) for width in (5, 6, 7))).double()
     run_models = models(base, four_runs({}), {"first": Target(kind="linear", match=["0", "1"])})
     step = RecordedStep(pack(base, run_models), F.mse_loss)
@@ -221,6 +221,6 @@ def test_a_model_that_changes_from_call_to_call_is_not_recorded(
             step(x, y)
     assert not step.is_trusted
     assert step.graph is None
-    # The model's code ran once for each of the four batches.
+    # The model's own code ran once for each of the four batches.
     assert packed.base.factor == {"keeps a tensor": 0.5**4, "adds in place": 5}.get(how, 1)
     assert reason in caplog.text
