@@ -1,4 +1,8 @@
-"""The validation losses of many models in one pass over the data: a pack's, and of ΔW cut."""
+"""Validation losses of many models in one pass over the data: runs of a pack, or ΔW cut to ranks.
+
+Cutting ΔW to rank k replaces it by its best rank-k approximation, the first k singular triples
+(Eckart & Young 1936).
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,60 +23,69 @@ from lora_lab.training.modules import BaseModule, Batch
 log = logging.getLogger(__name__)
 
 CUTS_PER_PASS = 64
-"""Cuts of ΔW that are measured in one pass, at most."""
+"""The most cuts of ΔW that are computed as one pack."""
 
 
 class PackValidationModule(BaseModule):
-    """Many runs' validation losses in one pass over the data; `packs` are all of them."""
+    """Computes many runs' validation losses in one pass over the data. `packs` hold all runs."""
 
     def __init__(self, model: nn.Module, data: Data, optimizer: Optimizer):
         super().__init__(model, data.task, data.sizes["out_features"], optimizer)
         self.eval_rows = data.eval_rows
         self.packs: list[Pack] = []
-        self.sums: list[Tensor] = []
-        self.rows = 0
+        self.loss_sums: list[Tensor] = []
+        """Of each batch, the losses summed over its rows (runs,)."""
+        self.row_count = 0
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums."""
-        self.sums, self.rows = [], 0
+        """Starts the sums at zero."""
+        self.loss_sums, self.row_count = [], 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds every run's loss, with no more memory than one run takes."""
+        """Adds a batch to each run's loss.
+
+        A pack of n runs gets the batch in pieces of 1/n of the rows that one run gets, so that all
+        runs' outputs take no more memory than one run's.
+        """
         x, y = batch
-        sums, place = [], 0
+        batch_sums, first_run = [], 0
         for pack in self.packs:
             rows = max(1, self.eval_rows // len(pack.runs))
             total = torch.zeros(len(pack.runs), dtype=torch.float64)
+            # outputs (runs, piece, …), losses (runs,): a mean over the piece for each run
             for xs, ys in zip(x.split(rows), y.split(rows), strict=True):
                 outputs = pack(xs)
                 losses = self.losses_by_run(outputs, ys)
                 total += losses.double().cpu() * len(xs)
-                self.update_metrics(place, outputs, ys)
-            sums.append(total)
-            place += len(pack.runs)
-        self.sums.append(torch.cat(sums))
-        self.rows += len(x)
+                self.update_metrics(first_run, outputs, ys)
+            batch_sums.append(total)
+            first_run += len(pack.runs)
+        self.loss_sums.append(torch.cat(batch_sums))  # (runs of all packs,)
+        self.row_count += len(x)
 
     def losses_by_run(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Every run's loss: one by one, which vmap would do in several passes over all outputs."""
+        """The loss of each run (runs,), from outputs (runs, rows, …) and the targets they share.
+
+        Computed run by run: vmap of a loss takes several passes over all outputs.
+        """
         return torch.stack([self.task.loss(output, y) for output in outputs])
 
-    def update_metrics(self, place: int, outputs: Tensor, y: Tensor) -> None:
-        """What else is measured of the runs from `place` on."""
+    def update_metrics(self, first_run: int, outputs: Tensor, y: Tensor) -> None:
+        """Updates the metrics of the runs from `first_run` on; here there are none."""
 
     def mean_losses(self) -> Tensor:
-        """The mean losses (runs,)."""
-        return torch.stack(self.sums).sum(0) / self.rows
+        """Each run's mean loss over all rows (runs,)."""
+        return torch.stack(self.loss_sums).sum(0) / self.row_count
 
     def on_validation_epoch_end(self) -> None:
-        """Logs nothing."""
+        """Logs nothing: `mean_losses` is read instead."""
 
 
 class CutsModule(PackValidationModule):
-    """A model with ΔW cut to its best approximations: a run for each of `every` ranks by site.
+    """Validates a model with ΔW cut to several ranks, one run of a pack for each cut.
 
-    `found` are the SVDs of ΔW at all sites, `model` is without adapters. Raises AdapterError where
-    the runs cannot be one pack.
+    `svds` are those of ΔW by site, `cuts` the ranks by site of each cut. `model` has no adapters.
+    Raises AdapterError if the cuts cannot be one pack.
     """
 
     def __init__(
@@ -81,63 +94,66 @@ class CutsModule(PackValidationModule):
         data: Data,
         optimizer: Optimizer,
         sites: Sequence[Site],
-        found: Mapping[str, SVD],
-        every: Sequence[Mapping[str, int]],
+        svds: Mapping[str, SVD],
+        cuts: Sequence[Mapping[str, int]],
     ):
         super().__init__(model, data, optimizer)
         runs = [
-            {s.name: _cut(model, s, found[s.name].first(k[s.name])) for s in sites} for k in every
+            {s.name: _cut(model, s, svds[s.name].first(ranks[s.name])) for s in sites}
+            for ranks in cuts
         ]
-        self.own = nn.ModuleList(adapter for run in runs for adapter in run.values())
+        self.adapters = nn.ModuleList(adapter for run in runs for adapter in run.values())
         first = range(0, len(runs), CUTS_PER_PASS)
         self.packs = [Pack(model, runs[i : i + CUTS_PER_PASS]) for i in first]
+        # Registered as submodules, so that they move to the device with the model.
         self.stacks = nn.ModuleList(self.packs)
 
 
 def _cut(model: nn.Module, site: Site, svd: SVD) -> Adapter:
-    """The adapter whose ΔW is the product of these singular triples."""
+    """An adapter whose ΔW is U diag(S) Vh: A = Vh (k × in), B = U diag(S) (out × k), scale 1."""
     layer, r = model.get_submodule(site.layer), max(1, len(svd.S))
     adapter = adapters.adapter_class(layer)(layer, site.parameter, site.rows, Recipe(r, r))
     dtype = torch.promote_types(adapter.weight_of(layer).dtype, torch.float32)
     A, B = svd.Vh.to(dtype), (svd.U * svd.S).to(dtype)
     if not len(svd.S):
-        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)
+        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)  # rank 0 as a zero of rank 1
     if (padding := getattr(layer, "padding_idx", None)) is not None:
-        A[:, padding] = 0  # but for rounding it is
+        A[:, padding] = 0  # ΔW of the padding token is zero, but the SVD has rounding errors
     return adapter.fill({"A": A, "B": B})
 
 
-def val_loss(quiet: pl.Trainer, module: BaseModule, data: Data) -> float:
-    """The validation loss of the model as it is now, by a Trainer that logs nothing."""
-    (result,) = quiet.validate(module, data, verbose=False)
+def val_loss(trainer: pl.Trainer, module: BaseModule, data: Data) -> float:
+    """The validation loss of the model as it is now, by a Trainer that logs nowhere."""
+    (result,) = trainer.validate(module, data, verbose=False)
     return result[f"{module.prefix}val/loss"]
 
 
 def cut_losses(
-    quiet: pl.Trainer,
+    trainer: pl.Trainer,
     module: BaseModule,
     data: Data,
     updates: Updates,
-    found: Mapping[str, SVD],
-    every: Sequence[Mapping[str, int]],
+    svds: Mapping[str, SVD],
+    cuts: Sequence[Mapping[str, int]],
 ) -> Iterator[float]:
-    """The validation losses of the model with ΔW cut to each of `every` ranks by site.
+    """Yields the validation loss of the model with ΔW cut to the ranks by site of each of `cuts`.
 
-    Of adapters whose ΔW is a product all in one pass, as the runs of a pack are; of others, and
-    where the model cannot be computed so, with each cut written into the weights.
+    `svds` are those of ΔW by site. If all ΔW are products of two factors, the cuts are computed in
+    one pass, as the runs of a pack. Otherwise, and if the model cannot be computed under vmap, each
+    cut in turn is written into the weights.
     """
     if all(map(updates.is_product, updates.sites)):
         try:
             bare = copy_sharing_weights(module.model)
             adapters.detach(bare)
             sites = list(updates.sites.values())
-            cuts = CutsModule(bare, data, module.optimizer, sites, found, every)
-            quiet.validate(cuts, data, verbose=False)
-            yield from cuts.mean_losses().tolist()
+            packed = CutsModule(bare, data, module.optimizer, sites, svds, cuts)
+            trainer.validate(packed, data, verbose=False)
+            yield from packed.mean_losses().tolist()
             return
         except (RuntimeError, ValueError, TypeError) as error:
             log.info("ΔW is cut to one rank after another: %s", error)
-    with updates.cut_weights(found) as cut:
-        for ranks in every:
+    with updates.cut_weights(svds) as cut:
+        for ranks in cuts:
             cut(ranks)
-            yield val_loss(quiet, module, data)
+            yield val_loss(trainer, module, data)

@@ -1,4 +1,4 @@
-"""A run on several devices: a process for each, started and watched by one that trains nothing."""
+"""One run on several devices: one process trains on each, and a launcher watches them."""
 
 import ctypes
 import logging
@@ -24,33 +24,34 @@ from lora_lab.training import experiment
 from lora_lab.training.plan import Plan
 
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent ends."""
+"""Linux prctl option: the signal a process gets when its parent ends (linux/prctl.h)."""
 
-OTHERS: dict[type[Exception], int] = {RunFinishedError: 3, RunBusyError: 4}
-"""Exit codes of a process that found the run to be another command's."""
+EXIT_CODES: dict[type[Exception], int] = {RunFinishedError: 3, RunBusyError: 4}
+"""Exit codes by which a process says that another command has finished or is running the run."""
 
 
 def is_worker() -> bool:
-    """Whether this process is one of a run's: started by `launch`, or by torchrun."""
+    """Whether this process trains on one of several devices: started by `launch` or by torchrun."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launch(plan: Plan, overrides: Sequence[str]) -> None:
-    """Runs what was planned in a fresh process for each device, and waits for them.
+    """Trains a planned run in a new process for each device, and waits for them.
 
-    When one dies, the others are ended, and the run fails: RuntimeError says which, and how.
-    Raises RunFinishedError and RunBusyError as `experiment.run` does.
+    `overrides`: the command's settings, given to each process. If one dies, the others are ended
+    and the run fails: RuntimeError says which process, and how it ended. Raises RunFinishedError
+    and RunBusyError as `experiment.run` does.
     """
     run, count = Run(plan.path), plan.processes
     run.path.mkdir(parents=True, exist_ok=True)
-    with _held(run):
+    with _locked(run):
         state = run.status["state"]
         if state == "finished" and not plan.cfg.overwrite:
             raise RunFinishedError(str(run.path))
         if state not in ("running", "interrupted") or plan.cfg.overwrite:
-            # Before any of them can look.
+            # Removed before the processes start: each of them looks for a checkpoint.
             shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # told below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # see _record_failure
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -72,24 +73,26 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
                 raise KeyboardInterrupt from None
             sys.exit(128 + stop.sigval)
         except ChildFailedError as error:
-            codes = {which: failure.exitcode for which, failure in error.failures.items()}
-            for other in OTHERS:
-                if OTHERS[other] in codes.values():
-                    raise other(str(run.path)) from None
-            # One that was killed is why others failed; those still there were ended by SIGTERM.
-            which = min(codes, key=lambda w: (codes[w] == -signal.SIGTERM, codes[w] > 0, w))
-            raise RuntimeError(_told(run, which, count, codes[which])) from None
+            codes = {process: failure.exitcode for process, failure in error.failures.items()}
+            for exception, code in EXIT_CODES.items():
+                if code in codes.values():
+                    raise exception(str(run.path)) from None
+            # The process that failed first is named. A negative code is a signal. A process that
+            # was killed makes the others fail (code > 0), and the launcher then ends the remaining
+            # ones by SIGTERM. So: first a killed one, then a failed one, last an ended one.
+            first = min(codes, key=lambda p: (codes[p] == -signal.SIGTERM, codes[p] > 0, p))
+            raise RuntimeError(_record_failure(run, first, count, codes[first])) from None
 
 
-def _told(run: Run, which: int, count: int, exitcode: int) -> str:
-    """Why the run failed, kept in its status."""
-    if which == 0 and run.status["state"] == "failed":
+def _record_failure(run: Run, process: int, count: int, exitcode: int) -> str:
+    """Writes why the run failed to its status and log, and gives it in one line."""
+    if process == 0 and run.status["state"] == "failed":
         return run.status["error"]
     how = signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"
-    error, log = f"process {which} of {count} ended by {how}", _log(run.path, which)
+    error, log = f"process {process} of {count} ended by {how}", _log(run.path, process)
     if log.exists():
-        error = f"process {which} of {count}: {log.read_text().strip().splitlines()[-1]}"
-    with suppress(RunBusyError), _held(run):
+        error = f"process {process} of {count}: {log.read_text().strip().splitlines()[-1]}"
+    with suppress(RunBusyError), _locked(run):
         run.update_status(state="failed", error=error)
         with (run.path / "log.txt").open("a") as file:
             file.write(log.read_text() if log.exists() else f"{error}\n")
@@ -97,8 +100,8 @@ def _told(run: Run, which: int, count: int, exitcode: int) -> str:
 
 
 @contextmanager
-def _held(run: Run) -> Iterator[None]:
-    """Within it no process runs the run. Raises RunBusyError."""
+def _locked(run: Run) -> Iterator[None]:
+    """A context with the run directory's lock: no process runs it. Raises RunBusyError."""
     try:
         with FileLock(run.path / "lock").acquire(timeout=1):
             yield
@@ -107,22 +110,27 @@ def _held(run: Run) -> Iterator[None]:
 
 
 def run_worker(plan: Plan, console: Console) -> None:
-    """What each of the processes does. Ends it with 1 where it fails, at once with its parent."""
+    """What each process does: trains its part of the run.
+
+    If it fails, the process ends with code 1; it also ends as soon as its parent does.
+    """
     if sys.platform == "linux":
-        # By the kernel: all at once, so that none takes the others' end for a failure, and also one
-        # that waits for them inside a collective operation, where it hears no gentler signal.
+        # The kernel kills the processes when their parent ends. It does so to all at once, so that
+        # none takes another's end for a failure. It also ends a process that waits for the others
+        # inside a collective operation, where Python handles no gentler signal.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if process_rank():
-        logging.getLogger("lora_lab").setLevel(logging.ERROR)  # the first says it
+        logging.getLogger("lora_lab").setLevel(logging.ERROR)  # process 0 logs the same
     try:
         experiment.run(plan, Console(quiet=True) if process_rank() else console)
-    except tuple(OTHERS) as error:
-        sys.exit(OTHERS[type(error)])
+    except tuple(EXIT_CODES) as error:
+        sys.exit(EXIT_CODES[type(error)])
     except Exception:
         if process_rank():
             _log(plan.path, process_rank()).write_text(traceback.format_exc())
         sys.exit(1)
 
 
-def _log(run: Path, which: int) -> Path:
-    return run / f"process{which}.txt"
+def _log(run_directory: Path, process: int) -> Path:
+    """The file with the traceback of a process other than 0, whose log is the run's log.txt."""
+    return run_directory / f"process{process}.txt"

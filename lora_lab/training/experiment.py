@@ -35,7 +35,11 @@ from lora_lab.training.run_record import record_run
 
 @dataclass
 class Trial:
-    """A run from its base to its end: the model that adapts, and what measures and keeps it."""
+    """The parts of one run that is being trained.
+
+    `module` holds the model with its adapters, `base` the base's weights before the first step,
+    which ΔW is measured from.
+    """
 
     plan: Plan
     data: Data
@@ -48,9 +52,10 @@ class Trial:
 
 
 def run(plan: Plan, console: Console) -> Run:
-    """Runs what was planned and returns its finished directory. The run fails by raising.
+    """Trains and measures a planned run and gives its finished run directory.
 
-    Of a run's several processes the first does all but training alone, and has its files.
+    Where several processes train one run, each calls this. The first alone writes the run
+    directory and does what follows the last step. Whatever is raised makes the run a failed one.
     """
     cfg = plan.cfg
     with (
@@ -61,10 +66,11 @@ def run(plan: Plan, console: Console) -> Run:
         data = plan.data("adapt")
         model = plan.model()
         model.load_state_dict(base.state)
-        # From here on dropout is the only thing that draws from the global stream.
+        # From here on only dropout draws from torch's global random stream: adapters and data have
+        # their generators. Each further process draws other dropout masks than the first.
         process = process_rank()
-        own = generator(cfg.seed, "dropout", process).initial_seed() if process else cfg.seed
-        pl.seed_everything(own % 2**32, verbose=False)
+        seed = generator(cfg.seed, "dropout", process).initial_seed() if process else cfg.seed
+        pl.seed_everything(seed % 2**32, verbose=False)
         if isinstance(cfg.adapter, Lora):
             plan.attach(model)
             console.print(report.site_table(plan.sites))
@@ -75,15 +81,15 @@ def run(plan: Plan, console: Console) -> Run:
 
 
 def open_run(plan: Plan) -> AbstractContextManager[Run]:
-    """Within it the run is running; see `record_run`."""
+    """A context in which the run directory is locked and its status is `running`: `record_run`."""
     cfg = plan.cfg
-    # Sums in another order are other bits.
+    # The thread count is recorded because it changes the order of floating-point sums.
     about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
     return record_run(plan.path, cfg.to_dict(), overwrite=cfg.overwrite, **about)
 
 
 def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
-    """The frozen base of a run: found, or trained here, its rows logged either way."""
+    """The frozen base of a run: loaded, or trained here. Its rows are logged in both cases."""
     cfg = plan.cfg
     if process_rank():
         return bases.wait(cfg)
@@ -104,9 +110,12 @@ def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
     return bases.obtain(cfg, train_base, tracking.replay)
 
 
-def fit(trainer: pl.Trainer, module: BaseModule, data: Data, kept: Path | None) -> None:
-    """Trains, from a checkpoint if one is kept; the last epoch is validated whatever its number."""
-    trainer.fit(module, data, ckpt_path=kept, weights_only=True)
+def fit(trainer: pl.Trainer, module: BaseModule, data: Data, checkpoint: Path | None) -> None:
+    """Trains, from a checkpoint if there is one, and validates after the last epoch in any case.
+
+    Lightning itself validates only each `check_val_every_n_epoch`.
+    """
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.current_epoch % (trainer.check_val_every_n_epoch or 1):
         trainer.validate(module, data, verbose=False)
 
@@ -119,7 +128,10 @@ def build_trial(
     tracking: Tracking,
     base: dict[str, Tensor] | None,
 ) -> Trial:
-    """The run of an adapted model. `base`: its weights, where another run has copied them."""
+    """A run whose model has its adapters.
+
+    `base`: a copy of the base's weights, if another run of a pack has made one; None: it is made.
+    """
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     if isinstance(cfg.adapter, Lora):
         ratio = cfg.adapter.lr_ratio
@@ -137,57 +149,66 @@ def build_trial(
 
 
 def adapt_model(trial: Trial, console: Console) -> None:
-    """Trains one run."""
+    """Trains the adapters, or with adapter=full the model; with adapter=none only validates.
+
+    An interrupted training goes on from its checkpoint; a new one is validated before its first
+    step. Sets the module's `final_step`.
+    """
     plan, module, data, tracking = trial.plan, trial.module, trial.data, trial.tracking
     cfg = plan.cfg
     callbacks = [ProgressBar(cfg.adapter.method, console), trial.spectra_callback]
     if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
         callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))
     trainer = plan.trainer(tracking, [*callbacks, trial.checkpoint])
-    if (kept := trial.checkpoint.resume_path()) is None:
+    if (checkpoint := trial.checkpoint.resume_path()) is None:
         if cfg.adapter.method != "none":
             log_theory(data, module.model, tracking)
         trainer.validate(module, data, verbose=False)
     if cfg.adapter.method != "none":
-        fit(trainer, module, data, kept)
-        module.final_step = {
-            "step": float(trainer.global_step),
-            "epoch": float(trainer.current_epoch),
-        }
+        fit(trainer, module, data, checkpoint)
+        step, epoch = float(trainer.global_step), float(trainer.current_epoch)
+        module.final_step = {"step": step, "epoch": epoch}
 
 
 def finish_run(trial: Trial, console: Console) -> None:
-    """What follows the last step: files, the check of the merge, what ΔW is worth."""
-    plan, module, data, tracking = trial.plan, trial.module, trial.data, trial.tracking
-    cfg, base, spectra_callback, run = plan.cfg, trial.base, trial.spectra_callback, trial.run
+    """What follows the last step: saves the result, checks that ΔW merges, and analyzes ΔW.
+
+    Where several processes trained the run, the first does this on one device.
+    """
+    plan, module, tracking = trial.plan, trial.module, trial.tracking
+    cfg, spectra_callback = plan.cfg, trial.spectra_callback
     if cfg.adapter.method == "none":
-        whole = adapters.count(module.model).frozen
-        tracking.log({"parameters/trainable": 0, "parameters/base": whole}, 0)
+        base_size = adapters.count(module.model).frozen
+        tracking.log({"parameters/trainable": 0, "parameters/base": base_size}, 0)
         return
-    updates, change = spectra_callback.updates, {}
+    change = {}
     if isinstance(module.model, FSDPModule):
-        spectra_callback.updates = updates = Updates(_gather(plan, module), base, plan.sites)
+        spectra_callback.updates = Updates(_gather(plan, module), trial.base, plan.sites)
         change = {"accelerator": "cpu"}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if process_rank():
         return
-    quiet = plan.single_device_trainer(None, [], **change)
-    _save_trained(
-        plan.single_device_trainer(tracking, [], **change), module, data, base, run, tracking
-    )
+    unlogged_trainer = plan.single_device_trainer(None, [], **change)
+    _save_trained(plan.single_device_trainer(tracking, [], **change), trial)
     arrays = spectra_callback.arrays()
-    findings.write(run.path, arrays, None)  # whatever comes of the rest
+    # Written now too, so that the spectra are stored even if the analysis fails.
+    findings.write(trial.run.path, arrays, None)
     module.prefix = ""
-    losses = partial(cut_losses, quiet, module, data, updates)
-    learned = findings.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
-    findings.write(run.path, {**arrays, **learned.arrays}, learned.advice)
+    losses = partial(cut_losses, unlogged_trainer, module, trial.data, spectra_callback.updates)
+    learned = findings.analyze(
+        spectra_callback.updates, losses, cfg.spectra, cfg.bases_dir, console
+    )
+    findings.write(trial.run.path, {**arrays, **learned.arrays}, learned.advice)
     assert module.final_step is not None
     tracking.log_findings(learned.metrics, learned.arrays, int(module.final_step["step"]))
 
 
 def _gather(plan: Plan, module: BaseModule) -> nn.Module:
-    """The model whose weights are spread over the processes, whole and in CPU memory again."""
+    """A new model in CPU memory with the weights that FSDP split over the processes.
+
+    It takes the place of the module's model. All processes must call this.
+    """
     state = {key: full_tensor(value).cpu() for key, value in module.model.state_dict().items()}
     model = plan.model()
     if isinstance(plan.cfg.adapter, Lora):
@@ -198,38 +219,32 @@ def _gather(plan: Plan, module: BaseModule) -> nn.Module:
     return model
 
 
-def _save_trained(
-    trainer: pl.Trainer,
-    module: BaseModule,
-    data: Data,
-    base: dict[str, Tensor],
-    run: Run,
-    tracking: Tracking,
-) -> None:
-    """Writes what was trained, adapter or model, and logs what it costs."""
-    model, cost = module.model, adapters.count(module.model)
+def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
+    """Saves the adapters or the model that was trained, and logs parameter and memory counts."""
+    model, folder = trial.module.model, trial.run.path
+    cost = adapters.count(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": cost.frozen}
     if adapters.names(model):
-        _check_merge(trainer, module, data, base)
-        adapters.save(model, run.path / "adapter")
-        tracking.log_artifact(run.path / "adapter", "adapter")
+        _check_merge(trainer, trial)
+        adapters.save(model, folder / "adapter")
+        trial.tracking.log_artifact(folder / "adapter", "adapter")
         costs |= {
             "bytes/adapter": cost.adapter_bytes,
             "bytes/optimizer": cost.optimizer_bytes,
             "bytes/full_optimizer": cost.full_optimizer_bytes,
         }
     else:
-        (run.path / "model").mkdir()
-        # Copies: safetensors does not write one memory under two names, as tied weights have.
+        (folder / "model").mkdir()
+        # Cloned because safetensors refuses two names for one memory, which tied weights have.
         state = {key: value.clone() for key, value in model.state_dict().items()}
-        save_file(state, run.path / "model" / "model.safetensors")
-        tracking.log_artifact(run.path / "model", "model")
-    tracking.log(costs, int(module.step_and_epoch()["step"]))
+        save_file(state, folder / "model" / "model.safetensors")
+        trial.tracking.log_artifact(folder / "model", "model")
+    trial.tracking.log(costs, int(trial.module.step_and_epoch()["step"]))
 
 
 def log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:
-    """One row of what the run's metrics should be at its end, where theory says so."""
+    """Logs what theory predicts of the run's metrics at its end, if the data set knows any."""
     data.setup("fit")
     row: dict[str, float] = {}
     for metric, expected in data.predicted_metrics(model).items():
@@ -241,15 +256,17 @@ def log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:
         tracking.log(row, 0)
 
 
-def _check_merge(
-    trainer: pl.Trainer, module: BaseModule, data: Data, base: dict[str, Tensor]
-) -> None:
-    """Logs the merged model's loss; raises unless unmerging gives the base bit for bit."""
+def _check_merge(trainer: pl.Trainer, trial: Trial) -> None:
+    """Logs the merged model's validation metrics, and checks that unmerging restores the base.
+
+    Raises AdapterError unless each weight of the base is again what it was, bit for bit.
+    """
+    module = trial.module
     adapters.merge(module.model)
     module.prefix = "merged/"
-    trainer.validate(module, data, verbose=False)
+    trainer.validate(module, trial.data, verbose=False)
     adapters.unmerge(module.model)
-    now = module.model.state_dict()
-    for key, value in base.items():
-        if not torch.equal(now[key].cpu(), value.to(now[key].dtype)):
+    state = module.model.state_dict()
+    for key, value in trial.base.items():
+        if not torch.equal(state[key].cpu(), value.to(state[key].dtype)):
             raise AdapterError(f"'{key}' is not the base's any more after merge and unmerge")

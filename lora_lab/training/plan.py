@@ -1,4 +1,4 @@
-"""Whether a run can be, before anything is drawn or made; and what it will be made of."""
+"""Checks that a run is possible before any data is drawn, and builds its parts from its config."""
 
 import hashlib
 import inspect
@@ -26,43 +26,44 @@ RESERVED_TRAINER_ARGUMENTS = (
     *("logger", "callbacks", "enable_progress_bar", "enable_model_summary"),
     *("enable_checkpointing", "num_sanity_val_steps", "use_distributed_sampler"),
 )
-"""Arguments of Lightning's Trainer that a run sets itself."""
+"""Arguments of Lightning's Trainer that each run sets, so that a config must not."""
 
-NOTHING = nullcontext()
+NO_OPERATION = nullcontext()
 
 
 class Unprofiled(PassThroughProfiler):
-    """No profiler, as Lightning's default, without the generator that stands around every hook.
+    """Lightning's default of no profiler, without its cost.
 
-    Of some 35 hooks a step each costs 0.2 µs in place of 0.9: 7% of Lightning's own cost.
+    Lightning wraps some 35 hooks a step in `profile`, by default a generator of 0.9 µs each. One
+    context that does nothing takes 0.2 µs, which saves 7% of Lightning's overhead.
     """
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:  # pyright: ignore
-        """Nothing."""
-        return NOTHING
+        """A context that does nothing."""
+        return NO_OPERATION
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose every setting has been found possible, and where it will be."""
+    """A run whose settings have all been checked; builds its data, model, adapters and Trainers."""
 
     cfg: Config
     sites: list[Site]
     processes: int = 1
-    """How many train it, each on a device of its own."""
+    """Number of processes that train the run, each on its device."""
 
     @property
     def path(self) -> Path:
-        """The run's directory: a readable cell, its seed, and a hash of all that matters."""
+        """The run directory, named by main settings, the seed and the config's hash."""
         name = f"{self.cfg.readable_name()}-seed{self.cfg.seed}-{self.cfg.identity()[:10]}"
         return Path(self.cfg.runs_dir) / self.cfg.name / name
 
     def data(self, phase: Phase) -> Data:
-        """The data module of one phase; nothing is drawn yet."""
+        """The data module of one phase (`base` or `adapt`). It draws its data in `setup`."""
         return self.cfg.data.callee(phase=phase, **self.cfg.data.arguments)
 
     def model(self) -> nn.Module:
-        """The model, sized to the data where the config leaves its sizes open."""
+        """A new model. Sizes that the config leaves open, as `out_features`, are the data's."""
         sizes = _sizes(self.cfg, self.data("adapt"))
         return self.cfg.model.callee(**sizes, **self.cfg.model.arguments)
 
@@ -70,19 +71,26 @@ class Plan:
         """Puts the configured adapter on the model."""
         assert isinstance(self.cfg.adapter, Lora)
         recipe, patterns = _recipe(self.cfg.adapter)
-        how = {**asdict(recipe), **patterns, "seed": self.cfg.seed}
-        adapters.attach(model, _targets(self.cfg), **how)
+        settings = {**asdict(recipe), **patterns, "seed": self.cfg.seed}
+        adapters.attach(model, _targets(self.cfg), **settings)
 
     def single_device_trainer(
         self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
     ) -> pl.Trainer:
-        """The Trainer of what one process does: a base, and whatever comes after the last step."""
+        """A Trainer on one device, for training a base and for what follows the last step.
+
+        Arguments as `trainer`'s.
+        """
         return replace(self, cfg=on_one_device(self.cfg)).trainer(tracking, callbacks, **change)
 
     def trainer(
         self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
     ) -> pl.Trainer:
-        """Lightning's Trainer as configured, with this run's loggers, or none."""
+        """Lightning's Trainer as configured.
+
+        It logs to `tracking`'s loggers, or nowhere with None. `change`: other values of its
+        arguments.
+        """
         arguments = {**self.cfg.trainer.model_dump(), **change}
         if arguments.get("strategy") == "fsdp":
             arguments["strategy"] = ModelParallelStrategy(self.processes, 1, False)
@@ -100,17 +108,18 @@ class Plan:
 
 
 def on_one_device(cfg: Config) -> Config:
-    """The same run on one device: how many it was trained on is no part of what it is."""
-    there = cfg.trainer.model_dump()
+    """The config with a trainer on one device; the number of devices does not change a result."""
+    configured = cfg.trainer.model_dump()
     change = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-    change = {key: value for key, value in change.items() if key in there}
+    change = {key: value for key, value in change.items() if key in configured}
     return cfg.model_copy(update={"trainer": cfg.trainer.model_copy(update=change)})
 
 
 def plan(cfg: Config) -> Plan:
-    """Finds out, before any data is drawn or directory made, whether the run can be.
+    """Checks, before data is drawn or a directory made, that the run of a config is possible.
 
-    The model is built on the meta device for it. Raises ConfigError.
+    For this the model is built on the meta device, where its weights have shapes but no memory.
+    Raises ConfigError with the key that is wrong.
     """
     for key in ("runs_dir", "bases_dir"):
         _check_directory(key, Path(getattr(cfg, key)))
@@ -126,45 +135,49 @@ def plan(cfg: Config) -> Plan:
             f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes "
             f"that share every batch (trainer.devices={cfg.trainer.devices})"
         )
-    model = _skeleton(cfg, sizes)
-    sites = []
-    if cfg.adapter.method != "none":
-        try:
-            if isinstance(cfg.adapter, Lora):
-                recipe, patterns = _recipe(cfg.adapter)
-                sites = adapters.find_sites(model, _targets(cfg), recipe, **patterns)
-            else:
-                sites = adapters.find_sites(model, _targets(cfg))
-        except RankError as error:
-            own = isinstance(cfg.adapter, Lora) and f"r={cfg.adapter.r} " in str(error)
-            where = "adapter." if own else "by a target or adapter.rank_pattern, "
-            raise ConfigError(f"{where}{error}") from None
-        except TargetError as error:
-            raise ConfigError(f"target={','.join(cfg.target)}: {error}") from None
-        except AdapterError as error:
-            raise ConfigError(f"adapter.{error}") from None
+    model = _meta_model(cfg, sizes)
+    sites = _find_sites(cfg, model) if cfg.adapter.method != "none" else []
     if isinstance(cfg.base, TrainedBase):
         _check_optimizer("base.optimizer", cfg.base.optimizer)
     else:
-        found = _check_checkpoint(cfg.base, model)
-        cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": found})})
+        sha256 = _check_checkpoint(cfg.base, model)
+        cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
     return Plan(cfg, sites, processes)
 
 
-_last: tuple[Any, nn.Module] | None = None
+def _find_sites(cfg: Config, model: nn.Module) -> list[Site]:
+    """The places in the model where adapters will sit, their ranks checked."""
+    try:
+        if isinstance(cfg.adapter, Lora):
+            recipe, patterns = _recipe(cfg.adapter)
+            return adapters.find_sites(model, _targets(cfg), recipe, **patterns)
+        return adapters.find_sites(model, _targets(cfg))
+    except RankError as error:
+        is_default = isinstance(cfg.adapter, Lora) and f"r={cfg.adapter.r} " in str(error)
+        where = "adapter." if is_default else "by a target or adapter.rank_pattern, "
+        raise ConfigError(f"{where}{error}") from None
+    except TargetError as error:
+        raise ConfigError(f"target={','.join(cfg.target)}: {error}") from None
+    except AdapterError as error:
+        raise ConfigError(f"adapter.{error}") from None
 
 
-def _skeleton(cfg: Config, sizes: dict[str, int]) -> nn.Module:
-    """The model on the meta device: that of the plan before, where it is made of the same.
+_last_meta_model: tuple[Any, nn.Module] | None = None
+"""The model of the plan before, and what it was built from."""
 
-    A large one takes a second, and a multirun plans each of its points.
+
+def _meta_model(cfg: Config, sizes: dict[str, int]) -> nn.Module:
+    """The model on the meta device.
+
+    The model of the plan before is used again if it was built from the same: building a large one
+    takes a second, and a multirun plans each of its points.
     """
-    global _last
-    made_of = cfg.model.callee, repr((cfg.model.arguments, sizes))
-    if _last is None or _last[0] != made_of:
+    global _last_meta_model
+    built_from = cfg.model.callee, repr((cfg.model.arguments, sizes))
+    if _last_meta_model is None or _last_meta_model[0] != built_from:
         with torch.device("meta"):
-            _last = made_of, _call("model", cfg, **sizes)
-    return _last[1]
+            _last_meta_model = built_from, _call("model", cfg, **sizes)
+    return _last_meta_model[1]
 
 
 def _targets(cfg: Config) -> dict[str, Target]:
@@ -172,87 +185,104 @@ def _targets(cfg: Config) -> dict[str, Target]:
 
 
 def _recipe(adapter: Lora) -> tuple[Recipe, dict[str, Any]]:
-    """How every site's adapter is made, and the patterns over it."""
+    """The settings of all sites' adapters, and the patterns of sites with another r or alpha."""
     patterns = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
     return Recipe(**adapter.model_dump(exclude={"method", "lr_ratio", *patterns})), patterns
 
 
 def _check_directory(key: str, path: Path) -> None:
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ConfigError(f"{key}={path}: {there} is no directory that can be written to")
+    """Raises ConfigError unless `path`, or the nearest parent that exists, can be written to."""
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{key}={path}: {existing} is no directory that can be written to")
 
 
-def _call(key: str, cfg: Config, **given: Any) -> Any:
+def _call(key: str, cfg: Config, **arguments: Any) -> Any:
+    """Builds the data (key `data`) or the model (`model`); its errors become ConfigErrors."""
     component = getattr(cfg, key)
     try:
-        return component.callee(**given, **component.arguments)
+        return component.callee(**arguments, **component.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{key}.{error}") from None
 
 
 def _sizes(cfg: Config, data: Data) -> dict[str, int]:
-    takes = inspect.signature(import_target("model", cfg.model)).parameters
-    return {n: v for n, v in data.sizes.items() if n in takes and n not in cfg.model.arguments}
+    """The data's sizes that the model takes as arguments and the config does not set."""
+    parameters = inspect.signature(import_target("model", cfg.model)).parameters
+    return {
+        name: size
+        for name, size in data.sizes.items()
+        if name in parameters and name not in cfg.model.arguments
+    }
 
 
 def _check_optimizer(key: str, optimizer: Optimizer) -> None:
-    make = resolve_component(key, optimizer, ["params"])
+    """Raises ConfigError unless the optimizer can be built, here over one number."""
+    build = resolve_component(key, optimizer, ["params"])
     try:
-        make([nn.Parameter(torch.zeros(1))], **optimizer.arguments)
+        build([nn.Parameter(torch.zeros(1))], **optimizer.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{key}: {error}") from None
 
 
 def _check_trainer(cfg: Config) -> int:
-    """The number of processes that the Trainer wants."""
+    """The number of processes that the Trainer starts. Raises ConfigError."""
     arguments = cfg.trainer.model_dump()
     if reserved := [name for name in arguments if name in RESERVED_TRAINER_ARGUMENTS]:
         raise ConfigError(f"trainer.{reserved[0]}: a run sets this itself")
-    accelerator, devices = cfg.trainer.accelerator, cfg.trainer.devices
-    asked = len(devices) if isinstance(devices, list) else devices
-    there = torch.cuda.device_count()
-    too_many = isinstance(asked, int) and asked > there
-    if accelerator in ("gpu", "cuda") and (there == 0 or too_many):
-        raise ConfigError(
-            f"trainer.accelerator={accelerator} trainer.devices={devices}: this machine has "
-            f"{there} CUDA GPUs; trainer=cpu or trainer=auto runs without one"
-        )
+    _check_gpus(cfg.trainer.accelerator, cfg.trainer.devices)
     check_arguments("trainer", pl.Trainer, arguments)
-    nodes = arguments.get("num_nodes", 1)
+    nodes, devices = arguments.get("num_nodes", 1), cfg.trainer.devices
     if nodes != 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(
             f"trainer.num_nodes={nodes}: is started on every node, by `torchrun --nnodes={nodes} "
             f"--nproc-per-node={devices} … -m lora_lab.train …`"
         )
     if arguments.get("strategy") == "fsdp":
-        if isinstance(cfg.adapter, Lora) and cfg.adapter.dora:
-            raise ConfigError("adapter.dora=true: not with trainer=fsdp")
-        if cfg.spectra.first_step:
-            raise ConfigError("spectra.first_step=true: not with trainer=fsdp")
-        if cfg.trainer.model_dump()["precision"] == "64-true":
-            raise ConfigError("trainer.precision=64-true: not with trainer=fsdp")
-        arguments["strategy"] = "ddp"  # as many processes
+        _check_fsdp(cfg)
+        arguments["strategy"] = "ddp"  # asks for as many processes
     try:
         trainer = pl.Trainer(**arguments, logger=False, enable_checkpointing=False)
-    except (TypeError, ValueError, RuntimeError) as error:  # Lightning's own are RuntimeErrors
+    except (TypeError, ValueError, RuntimeError) as error:  # Lightning's errors are RuntimeErrors
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
     return trainer.world_size
 
 
+def _check_gpus(accelerator: str, devices: int | str | list[int]) -> None:
+    """Raises ConfigError where more GPUs are wanted than the machine has."""
+    wanted = len(devices) if isinstance(devices, list) else devices
+    available = torch.cuda.device_count()
+    is_too_many = isinstance(wanted, int) and wanted > available
+    if accelerator in ("gpu", "cuda") and (available == 0 or is_too_many):
+        raise ConfigError(
+            f"trainer.accelerator={accelerator} trainer.devices={devices}: this machine has "
+            f"{available} CUDA GPUs; trainer=cpu or trainer=auto runs without one"
+        )
+
+
+def _check_fsdp(cfg: Config) -> None:
+    """Raises ConfigError for settings that need a weight as one tensor in each process."""
+    if isinstance(cfg.adapter, Lora) and cfg.adapter.dora:
+        raise ConfigError("adapter.dora=true: not with trainer=fsdp")
+    if cfg.spectra.first_step:
+        raise ConfigError("spectra.first_step=true: not with trainer=fsdp")
+    if cfg.trainer.model_dump()["precision"] == "64-true":
+        raise ConfigError("trainer.precision=64-true: not with trainer=fsdp")
+
+
 def _check_checkpoint(base: CheckpointBase, model: nn.Module) -> str:
-    """The file's SHA-256, once it is found to hold the model's weights."""
+    """A base file's SHA-256. Raises ConfigError unless it holds exactly the model's weights."""
     try:
         with safe_open(base.path, "pt") as file:
-            found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            stored = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"base.path={base.path}: no safetensors file to be read: {error}"
         ) from None
     wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-    if found != wanted:
-        differ = sorted(k for k in {**found, **wanted} if found.get(k) != wanted.get(k))
-        shown = "; ".join(f"{k}: file {found.get(k)}, model {wanted.get(k)}" for k in differ[:4])
+    if stored != wanted:
+        differ = sorted(k for k in {**stored, **wanted} if stored.get(k) != wanted.get(k))
+        shown = "; ".join(f"{k}: file {stored.get(k)}, model {wanted.get(k)}" for k in differ[:4])
         raise ConfigError(
             f"base.path={base.path}: does not hold this model's weights "
             f"({len(differ)} tensors differ: {shown})"

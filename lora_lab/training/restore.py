@@ -1,4 +1,4 @@
-"""A finished run's model again, from its directory and the base it was trained on."""
+"""Loads a finished run's model from its run directory and the base it was trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from lora_lab.training.plan import Plan, on_one_device, plan
 
 @dataclass(frozen=True)
 class Restored:
-    """What a run ended with: its adapted model, and the weights this started from."""
+    """A finished run: its trained model, and the base's weights before training."""
 
     plan: Plan
     model: nn.Module
@@ -24,10 +24,10 @@ class Restored:
 
 
 def restore(run: Run) -> Restored:
-    """The run's trained model. A full fine-tuning's has no adapters.
+    """Loads the run's trained model; after a full fine-tuning (adapter=full) without adapters.
 
-    Raises ValueError where the run is not finished or has nothing trained, FileNotFoundError where
-    the base it was trained on is not at hand.
+    Raises ValueError if the run is not finished or has trained nothing, FileNotFoundError if the
+    base it was trained on is not stored here.
     """
     if run.status["state"] != "finished":
         raise ValueError(
@@ -51,21 +51,26 @@ def restore(run: Run) -> Restored:
 
 
 def _base(cfg: Config, run: Run, model: nn.Module) -> dict[str, Tensor]:
-    """The weights that the run started from: an adapter knows their hash."""
+    """The base's weights, from the first file with the shapes of `model` and the adapter's hash.
+
+    An adapter's file holds the hash of its base. `model` is left with some base's weights.
+    """
     if isinstance(cfg.base, CheckpointBase):
         files = [Path(cfg.base.path)]
     elif isinstance(cfg.adapter, Full):
         files = [path] if (path := bases.path(cfg)).exists() else []
     else:
         files = sorted(Path(cfg.bases_dir).glob("*.safetensors"))
-    wanted = adapters.base_hash(run.path / "adapter") if isinstance(cfg.adapter, Lora) else None
+    wanted_hash = (
+        adapters.base_hash(run.path / "adapter") if isinstance(cfg.adapter, Lora) else None
+    )
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     for file in files:
         state = load_file(file)
         if {key: tensor.shape for key, tensor in state.items()} != shapes:
             continue
         model.load_state_dict(state)
-        if wanted in (None, adapters.weights_hash(model.state_dict())):
+        if wanted_hash in (None, adapters.weights_hash(model.state_dict())):
             return state
     where = cfg.base.path if isinstance(cfg.base, CheckpointBase) else f"{cfg.bases_dir}/"
     raise FileNotFoundError(

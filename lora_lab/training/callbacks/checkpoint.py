@@ -1,4 +1,4 @@
-"""When a training is kept, and what of it, so that it goes on where it was stopped, bit for bit."""
+"""Checkpoints from which an interrupted training goes on, bit for bit as if it had not stopped."""
 
 import json
 import logging
@@ -27,17 +27,18 @@ from lora_lab.training.modules import BaseModule
 log = logging.getLogger(__name__)
 
 SHARE = 0.05
-"""Of a training's time that its checkpoints may take, at most."""
+"""The largest share of the training time that writing checkpoints may take."""
 
 
 class Checkpoint(pl.Callback):
-    """Keeps the newest whole epoch of a training in `directory`, every so many seconds.
+    """Writes a checkpoint of the last complete epoch to `directory` each `interval` seconds.
 
-    An epoch is whole once its last row is logged, which is after Lightning's own hooks for its
-    end: it is kept as the next one starts. With it go the optimizer, its schedule, what callbacks
-    have measured, the random streams and every row so far; of the weights the adapters', where
-    there are any, and the hash of the `base` they fit. `interval` 0 keeps each epoch. `identity` is
-    of all that can change the training. Comes last of a Trainer's callbacks.
+    An epoch is complete once its last row is logged. That is after Lightning's hooks for an epoch's
+    end, so the checkpoint is written as the next epoch starts. It holds the optimizer, its
+    schedule, the callbacks' state, the random streams, all rows logged so far, and the weights: of
+    a model with adapters only theirs, with the hash of the `base` they belong to. With `interval` 0
+    each epoch is written. `identity` is the hash of all settings that can change the training. This
+    callback comes last in the Trainer's list, so that the others have done their part of the epoch.
     """
 
     def __init__(
@@ -52,13 +53,15 @@ class Checkpoint(pl.Callback):
         self.identity, self.interval, self.tracking, self.base = identity, interval, tracking, base
         self.kind = "base" if base is None else "run"
         self.saved_epochs = 0
-        """Whole epochs that are kept."""
+        """The number of epochs in the newest checkpoint."""
         self.due = 0.0
+        """When the next checkpoint may be written, on time.monotonic()'s clock."""
         self.streams: dict[str, Any] | None = None
+        """Random streams to set when a resumed training begins."""
 
     @cached_property
-    def fits(self) -> dict[str, str]:
-        """What must be the same for a training to go on from a checkpoint, by name."""
+    def requirements(self) -> dict[str, str]:
+        """What must be equal to go on from a checkpoint, by its name in a warning."""
         return {
             "config": self.identity,
             "base": adapters.weights_hash(dict(self.base)) if self.base else "",
@@ -67,50 +70,56 @@ class Checkpoint(pl.Callback):
         }
 
     def resume_path(self) -> Path | None:
-        """The checkpoint to go on from, its rows logged again; None where there is none to use."""
+        """The checkpoint to go on from, after logging its rows again; None if there is none.
+
+        One that is damaged, or of another config, base or version, is deleted.
+        """
         if not self.path.exists():
             return None
         try:
-            with ZipFile(self.path) as file:  # torch does not look at the checksums it wrote
+            with ZipFile(self.path) as file:  # torch writes checksums but does not compare them
                 if damaged := file.testzip():
                     raise ValueError(f"{damaged} in it is damaged")
-            kept = torch.load(self.path, "cpu", weights_only=True)["lora_lab"]
-            other = [name for name, value in self.fits.items() if kept["fits"].get(name) != value]
-            if other:
-                raise ValueError(f"it is of another {', another '.join(other)}")
-            rows, histograms = json.loads(kept["rows"])
+            content = torch.load(self.path, "cpu", weights_only=True)["lora_lab"]
+            stored = content["fits"]
+            if differ := [n for n, value in self.requirements.items() if stored.get(n) != value]:
+                raise ValueError(f"it is of another {', another '.join(differ)}")
+            rows, histograms = json.loads(content["rows"])
         except (
             *(OSError, EOFError, UnpicklingError, RuntimeError),
             *(ValueError, TypeError, LookupError, AttributeError, BadZipFile),
         ) as error:
-            says = str(error).partition("\n")[0]
-            log.warning("cannot go on from %s (%s): beginning again", self.path, says)
+            reason = str(error).partition("\n")[0]
+            log.warning("cannot go on from %s (%s): beginning again", self.path, reason)
             shutil.rmtree(self.path.parent, ignore_errors=True)
             return None
         self.tracking.replay(rows[len(self.tracking.rows) :], histograms)
         return self.path
 
     def resume_epoch(self) -> int:
-        """How many epochs there are to go on from, their rows logged again."""
-        kept = self.resume_path()
-        return torch.load(kept, "cpu", weights_only=True)["lora_lab"]["epochs"] if kept else 0
+        """The number of epochs to go on from, after logging their rows again; 0 if none."""
+        path = self.resume_path()
+        return torch.load(path, "cpu", weights_only=True)["lora_lab"]["epochs"] if path else 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lets weights be loaded that are the adapters' alone."""
+        """Allows a checkpoint with the adapters' weights alone, if the model has adapters."""
         assert isinstance(pl_module, BaseModule)
         pl_module.strict_loading = not adapters.names(pl_module.model)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leaves out the base and Lightning's loops, which at an epoch's end are two counts."""
+        """Adds rows, counts and random streams; removes the base's weights and Lightning's loops.
+
+        At an epoch's end the loops' state is two counts, epochs and steps, which are stored here.
+        """
         del checkpoint["loops"]
         if not pl_module.strict_loading:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if is_adapter_key(k)}
         checkpoint["lora_lab"] = {
-            "fits": self.fits,
-            # As text: reading Python's objects back, and nothing but data, is slow.
+            "fits": self.requirements,
+            # As text, because torch's safe loading (weights_only) of many Python objects is slow.
             "rows": json.dumps([self.tracking.rows, self.tracking.histograms_by_row]),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
@@ -120,51 +129,58 @@ class Checkpoint(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Makes the loops begin with the next epoch, as if they had run all before."""
-        kept, loop = checkpoint["lora_lab"], trainer.fit_loop
-        loop.epoch_progress.increment_by(kept["epochs"])
-        of = loop.epoch_loop
+        """Sets Lightning's counts of epochs and steps, so that it begins with the next epoch."""
+        content, loop = checkpoint["lora_lab"], trainer.fit_loop
+        loop.epoch_progress.increment_by(content["epochs"])
+        steps_loop = loop.epoch_loop
         if pl_module.automatic_optimization:
-            of.automatic_optimization.optim_progress.optimizer.step.increment_by(kept["steps"])
+            optimizer_progress = steps_loop.automatic_optimization.optim_progress.optimizer
+            optimizer_progress.step.increment_by(content["steps"])
         else:
-            of.manual_optimization.optim_step_progress.increment_by(kept["steps"])
-        self.saved_epochs = kept["epochs"]
-        # Another number of processes than before has no streams of its own.
-        self.streams = kept["streams"][trainer.global_rank % len(kept["streams"])]
+            steps_loop.manual_optimization.optim_step_progress.increment_by(content["steps"])
+        self.saved_epochs = content["epochs"]
+        # There is a stream for each process; with more processes than before some are shared.
+        self.streams = content["streams"][trainer.global_rank % len(content["streams"])]
         log.info("%s resumed from epoch %d of %s", self.kind, self.saved_epochs, trainer.max_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The time runs from here."""
+        """Starts the clock of the first interval."""
         self.due = time.monotonic() + self.interval
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the epochs that are whole; of a resumed training, puts the random streams back."""
+        """Writes a checkpoint if one is due; a resumed training gets its random streams first."""
         if self.streams is not None:
             _set_streams(self.streams, pl_module.device)
             self.streams = None
         self._save_if_due(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the last epoch: what comes after a training can be long too."""
+        """Writes the last epoch if it is due: what follows training can take long too."""
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
-        began = time.monotonic()
-        due = trainer.current_epoch > self.saved_epochs and began >= self.due
+        started = time.monotonic()
+        due = trainer.current_epoch > self.saved_epochs and started >= self.due
+        # Process 0 decides for all: clocks differ, and all processes take part in a checkpoint.
         if not trainer.strategy.broadcast(due):
             return
         self._save_epoch(trainer)
         self.saved_epochs, now = trainer.current_epoch, time.monotonic()
-        self.due = now + max(self.interval, (now - began) / SHARE) if self.interval else now
+        self.due = now + max(self.interval, (now - started) / SHARE) if self.interval else now
 
     def _save_epoch(self, trainer: pl.Trainer) -> None:
-        self._replace(lambda part: trainer.save_checkpoint(part, weights_only=False), trainer)
+        self._replace(lambda path: trainer.save_checkpoint(path, weights_only=False), trainer)
 
     def save(self, content: dict[str, Any]) -> None:
-        """Makes `content` the checkpoint that is kept."""
-        self._replace(lambda part: torch.save(content, part))
+        """Writes `content` as the newest checkpoint."""
+        self._replace(lambda path: torch.save(content, path))
 
     def _replace(self, write: Callable[[Path], None], trainer: pl.Trainer | None = None) -> None:
+        """Calls `write` with a new file and puts it in the place of the checkpoint.
+
+        The file is on the disk (fsync) before it takes the place, so that a complete checkpoint
+        exists at each moment, also after a power cut.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         write(part)
@@ -175,21 +191,22 @@ class Checkpoint(pl.Callback):
 
 
 def _streams(trainer: pl.Trainer, device: torch.device) -> list[dict[str, Any]]:
-    """Where the global random streams of every process are."""
+    """The state of the global random streams, one dict for each process."""
     kind, keys, *rest = np.random.get_state()
-    own = {
+    streams = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": [kind, keys.tolist(), *rest],  # pyright: ignore
         "python": random.getstate(),
     }
-    every = [own] * trainer.world_size
+    by_process = [streams] * trainer.world_size
     if trainer.world_size > 1:
-        torch.distributed.all_gather_object(every, own)
-    return every
+        torch.distributed.all_gather_object(by_process, streams)
+    return by_process
 
 
 def _set_streams(streams: dict[str, Any], device: torch.device) -> None:
+    """Sets this process's global random streams."""
     torch.set_rng_state(streams["torch"])
     if device.type == "cuda" and streams["cuda"] is not None:
         torch.cuda.set_rng_state(streams["cuda"], device)

@@ -1,21 +1,23 @@
-"""What the first step sees and does: the factors' gradient beside the dense one; its descent."""
+"""Compares the first step of LoRA with gradient descent on the full weights."""
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lora_lab.adapters import Adapter
 from lora_lab.analysis.updates import Updates
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule, Batch
 
 
 class FirstStep(pl.Callback):
-    """Logs the two figures that the scaling of an adapter decides.
+    """Logs two numbers of the first step that depend on the adapter's scaling.
 
-    `first_step/gradient_ratio` is ‖∇_Z‖ / ‖G‖, `first_step/descent` ⟨−G, ΔW⟩ / (η Σ‖G_o‖): Z are
-    the factors (LoRA-XS: the cores) that start at zero, G = ∂L/∂W the dense gradients of the first
-    batch with rows G_o, ΔW what the first step made, η the learning rate of Z; sums are over all
-    sites.
+    `first_step/gradient_ratio` is ‖∇_Z‖ / ‖G‖: the gradient of the factors that start at zero (B;
+    of LoRA-XS the cores) over the dense gradient. `first_step/descent` is ⟨−G, ΔW⟩ / (η Σ‖G_o‖):
+    how far the step goes down the loss. Z are the factors that start at zero, η their learning
+    rate, G = ∂L/∂W the dense gradients of the first batch, G_o their rows, ΔW the update after the
+    step. Sums and norms are over all sites.
     """
 
     def __init__(self, updates: Updates, tracking: Tracking):
@@ -27,33 +29,29 @@ class FirstStep(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Takes both gradients, without a trace in the model or in dropout's stream."""
+        """Computes both gradients of the first batch; model and random streams do not change."""
         if self.dense or trainer.global_step:
             return
         assert isinstance(pl_module, BaseModule)
         sites = self.updates.sites
-        made = self.updates.adapters_by_site
+        adapters = self.updates.adapters_by_site
         weights = {site: pl_module.model.get_parameter(sites[site].key) for site in sites}
-        factors = [
-            made[site].core
-            if made[site].core is not None
-            else getattr(made[site], made[site].zero_factor)
-            for site in sites
-        ]
+        factors = [_zero_factor(adapters[site]) for site in sites]
         x, y = batch
         for weight in weights.values():
             weight.requires_grad_(True)
         with torch.random.fork_rng(), trainer.precision_plugin.train_step_context():
             loss = pl_module.task.loss(pl_module.model(x), y)
-            asked = [*weights.values(), *factors]
-            found = torch.autograd.grad(loss, asked, allow_unused=True, materialize_grads=True)
+            gradients = torch.autograd.grad(
+                loss, [*weights.values(), *factors], allow_unused=True, materialize_grads=True
+            )
         for weight in weights.values():
             weight.requires_grad_(False)
-        found = tuple(trainer.strategy.reduce(gradient, reduce_op="mean") for gradient in found)
-        dense, low = found[: len(weights)], found[len(weights) :]
+        gradients = tuple(trainer.strategy.reduce(g, reduce_op="mean") for g in gradients)
+        dense, factored = gradients[: len(weights)], gradients[len(weights) :]
         self.dense = {s: self.updates.as_matrix(s, G) for s, G in zip(sites, dense, strict=True)}
-        self.ratio = _norm(low) / _norm(tuple(self.dense.values()))
-        groups = trainer.optimizers[0].param_groups  # LoRA+ has two
+        self.ratio = _norm(factored) / _norm(tuple(self.dense.values()))
+        groups = trainer.optimizers[0].param_groups  # with LoRA+ the factor has its group
         self.lr = next(g["lr"] for g in groups if any(p is factors[0] for p in g["params"]))
 
     def on_train_batch_end(
@@ -64,7 +62,7 @@ class FirstStep(pl.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Logs both once the step is taken."""
+        """Logs both numbers once the first step is taken."""
         if trainer.global_step != 1 or self.done:
             return
         self.done = True
@@ -78,5 +76,11 @@ class FirstStep(pl.Callback):
         self.tracking.log({f"first_step/{name}": value for name, value in row.items()}, 1)
 
 
+def _zero_factor(adapter: Adapter) -> Tensor:
+    """The parameter that starts at zero: LoRA-XS's core, else B (of an embedding A)."""
+    return adapter.core if adapter.core is not None else getattr(adapter, adapter.zero_factor)
+
+
 def _norm(tensors: tuple[Tensor, ...]) -> float:
+    """The Frobenius norm of all tensors together."""
     return torch.stack([torch.linalg.vector_norm(t) for t in tensors]).norm().item()

@@ -1,4 +1,4 @@
-"""One bar for a whole training: epochs, loss, time left."""
+"""The progress of a training on the terminal: epochs, loss, time left."""
 
 import logging
 from typing import Any
@@ -21,14 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBar(pl.Callback):
-    """A rich bar on a terminal; elsewhere, and in the log, a line at every validation."""
+    """Shows one progress bar on a terminal, and logs a line at each validation.
+
+    `label` names what is trained, as `base` or `lora`.
+    """
 
     def __init__(self, label: str, console: Console):
         self.label, self.console = label, console
         self.progress: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Shows the bar."""
+        """Starts the bar, after a resumed training at its epoch."""
         self.progress = Progress(
             TextColumn("{task.description:<6}"),
             BarColumn(),
@@ -40,7 +43,7 @@ class ProgressBar(pl.Callback):
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
-            # Drawing takes a millisecond: at rich's ten times a second 1% of all training.
+            # Drawing takes a millisecond: at rich's ten times a second 1% of training time.
             refresh_per_second=2,
         )
         done, total = trainer.current_epoch, trainer.max_epochs
@@ -55,13 +58,13 @@ class ProgressBar(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Moves the bar whenever a loss has been read."""
+        """Moves the bar each time the training loss was read from the device."""
         if (batch_idx + 1) % LOSS_READ_INTERVAL == 0:
-            part = (batch_idx + 1) / trainer.num_training_batches
-            self._show(pl_module, trainer.current_epoch + part)
+            epoch_share = (batch_idx + 1) / trainer.num_training_batches
+            self._show(pl_module, trainer.current_epoch + epoch_share)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Moves the bar by one epoch."""
+        """Moves the bar to the end of the epoch."""
         self._show(pl_module, trainer.current_epoch + 1)
 
     def _show(self, module: pl.LightningModule, epochs: float) -> None:
@@ -70,25 +73,25 @@ class ProgressBar(pl.Callback):
             self.progress.update(self.task, completed=epochs, loss=f"{module.train_loss:.4g}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the line."""
+        """Logs the epoch and its validation metrics in one line."""
         assert isinstance(pl_module, BaseModule)
         values = {
             name.removeprefix(pl_module.prefix): float(value)
             for name, value in trainer.logged_metrics.items()
             if name.startswith(f"{pl_module.prefix}val/")
         }
-        shown = "  ".join(f"{name} {value:.6g}" for name, value in values.items())
+        metrics = "  ".join(f"{name} {value:.6g}" for name, value in values.items())
         label = pl_module.prefix.rstrip("/") or self.label
-        log.info("%s epoch %d/%s  %s", label, pl_module.epochs_done, trainer.max_epochs, shown)
+        log.info("%s epoch %d/%s  %s", label, pl_module.epochs_done, trainer.max_epochs, metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the bar full."""
+        """Ends the bar, which stays on the terminal."""
         self._stop()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leaves the bar where it stopped."""
+        """Ends the bar where training failed or was interrupted."""
         self._stop()
 
     def _stop(self) -> None:

@@ -1,4 +1,4 @@
-"""When ΔW is measured, and where its spectrum goes."""
+"""Measures the singular values of ΔW during training and logs them."""
 
 import re
 from collections.abc import Mapping
@@ -16,25 +16,27 @@ from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule, DivergedError
 
 CORNER = 64
-"""Rows and columns of ΔW that spectra.npz keeps for its picture."""
+"""The most rows and columns of ΔW that spectra.npz holds, for a picture of it."""
 
 
 class SpectraCallback(pl.Callback):
-    """Measures every site's ΔW before training, every so many epochs or steps, and at the end.
+    """Measures the ΔW of each site before the first step, as `schedule` says, and at the end.
 
-    Scalars and histograms are logged as they come, by site, of all and, of several sites, by kind
-    and by depth; `arrays` gives what spectra.npz holds.
+    Each measurement is logged at once, for each site and for groups of sites (see `groups`).
+    `arrays` gives what spectra.npz holds.
     """
 
     def __init__(self, updates: Updates, schedule: Spectra, tracking: Tracking):
         self.updates, self.schedule, self.tracking = updates, schedule, tracking
         self.epochs: list[float] = []
+        """The epoch of each measurement, with a fraction within an epoch."""
         self.step = 0
-        """The optimizer's step at the last measurement."""
+        """The optimizer step of the last measurement."""
         self.history: dict[str, list[Spectrum]] = {}
+        """By site, the spectrum at each measurement."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures what the adapters start from, unless the run was resumed."""
+        """Measures before the first step, unless the run was resumed."""
         if not self.epochs:
             self._measure(trainer, 0)
 
@@ -46,27 +48,28 @@ class SpectraCallback(pl.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Measures every `every_n_steps`, but for a step that ends an epoch which is measured."""
-        every, step = self.schedule.every_n_steps, trainer.global_step
-        if every is None or step % every or step == self.step:  # a step may take several batches
+        """Measures each `every_n_steps`; not at an epoch's end that is measured anyway."""
+        interval, step = self.schedule.every_n_steps, trainer.global_step
+        # With accumulated gradients several batches end at the same step.
+        if interval is None or step % interval or step == self.step:
             return
         epoch = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
         if not (epoch.is_integer() and epoch % self.schedule.every_n_epochs == 0):
             self._measure(trainer, epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures every `every_n_epochs`."""
+        """Measures each `every_n_epochs`."""
         assert isinstance(pl_module, BaseModule)
         if pl_module.epochs_done % self.schedule.every_n_epochs == 0:
             self._measure(trainer, pl_module.epochs_done)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures the end, unless it has been."""
+        """Measures at the end, unless the last epoch has been measured."""
         if self.epochs[-1] != trainer.current_epoch:
             self._measure(trainer, trainer.current_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been measured so far: a checkpoint keeps it."""
+        """All measurements so far, for a checkpoint."""
         first = {site: spectra[0] for site, spectra in self.history.items()}
         return {
             "epochs": self.epochs,
@@ -80,13 +83,14 @@ class SpectraCallback(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Takes over the measurements of a checkpoint."""
         self.epochs, self.step = list(state_dict["epochs"]), state_dict["step"]
         for site, values in state_dict["values"].items():
-            about = state_dict["shapes"][site], state_dict["eps"][site]
-            self.history[site] = [Spectrum(row, *about) for row in values]
+            shape, eps = state_dict["shapes"][site], state_dict["eps"][site]
+            self.history[site] = [Spectrum(row, shape, eps) for row in values]
 
     def _measure(self, trainer: pl.Trainer, epoch: float) -> None:
+        """Measures and logs all sites. Raises DivergedError if ΔW is infinite or NaN."""
         try:
             spectra = self.updates.spectra_by_site()
         except ValueError as error:
@@ -97,13 +101,15 @@ class SpectraCallback(pl.Callback):
         self.step = trainer.global_step
         for site, spectrum in spectra.items():
             self.history.setdefault(site, []).append(spectrum)
-        wholes = groups(spectra, self.updates.sites)
-        self.tracking.log_spectra(spectra, wholes, epoch, trainer.global_step)
+        grouped = groups(spectra, self.updates.sites)
+        self.tracking.log_spectra(spectra, grouped, epoch, trainer.global_step)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """`epochs`, and by site the singular values (time × k), the shape and a corner of ΔW.
+        """What spectra.npz holds: `epochs`, and for each site singular values, shape and ΔW.
 
-        The values' course is also charted in W&B.
+        `<site>/singular_values` is (measurements, k), `<site>/shape` that of ΔW's matrix, and
+        `<site>/delta` ΔW's first rows and columns, CORNER at most. The singular values over epochs
+        are also charted in W&B.
         """
         arrays = {"epochs": np.array(self.epochs)}
         for site, spectra in self.history.items():
@@ -123,9 +129,10 @@ class SpectraCallback(pl.Callback):
 
 
 def groups(spectra: Mapping[str, Spectrum], sites: Mapping[str, Site]) -> dict[str, Spectrum]:
-    """The spectra of several sites' ΔW as one: of all, by kind and by depth; of one site `all`.
+    """The spectra of groups of sites: `all`, and of several sites also by kind and by depth.
 
-    Runs of one site and of many are thus charted by one name. Depth is the first number in a
+    A group's spectrum is that of the block-diagonal matrix of its ΔW. A single site is the group
+    `all` too, so that runs of one and of many sites share a chart. Depth is the first number in a
     site's name, as 3 in `layers.3.attn.q`.
     """
     if len(spectra) == 1:
@@ -133,7 +140,7 @@ def groups(spectra: Mapping[str, Spectrum], sites: Mapping[str, Site]) -> dict[s
     members: dict[str, list[Spectrum]] = {}
     for name, spectrum in spectra.items():
         depth = re.search(r"(?<![^.])\d+(?![^.])", name)
-        of = ["all", f"kind/{sites[name].kind}", *([f"depth/{depth[0]}"] if depth else [])]
-        for group in of:
+        names = ["all", f"kind/{sites[name].kind}", *([f"depth/{depth[0]}"] if depth else [])]
+        for group in names:
             members.setdefault(group, []).append(spectrum)
-    return {group: spectrum_of_blocks(own) for group, own in members.items()}
+    return {group: spectrum_of_blocks(blocks) for group, blocks in members.items()}
