@@ -45,13 +45,13 @@ class Base:
 
 
 def key(cfg: Config) -> str:
-    """The hash of what can change a trained base: the stored base is found again by it.
+    """The hash of what can change a trained base; it names the stored file.
 
     It is of the config's base, data, model and trainer (without devices and the run's length), of
     torch's and Python's versions, and of the code that decides the base's numbers: the files of the
     model's and the data's class, and this package's data contract, planted data, LightningModules,
     tasks and seeding. Code is hashed as its syntax tree, so that comments, docstrings and layout do
-    not change the key. A renamed function does: that it still computes the same cannot be told.
+    not change the key. A renamed function does change it.
     """
     trainer = cfg.trainer.model_dump()
     for setting in (*DEVICE_KEYS, "max_epochs"):
@@ -170,7 +170,7 @@ def wait(cfg: Config) -> Base:
 
 
 def _load(file: Path) -> Base | None:
-    """A stored base; None if there is none or its checksum is wrong."""
+    """A stored base; None if it is missing or its checksum is wrong."""
     if not file.exists():
         return None
     try:

@@ -71,7 +71,7 @@ class PackValidationModule(BaseModule):
         return torch.stack([self.task.loss(output, y) for output in outputs])
 
     def update_metrics(self, first_run: int, outputs: Tensor, y: Tensor) -> None:
-        """Updates the metrics of the runs from `first_run` on; here there are none."""
+        """Updates the metrics of the runs from `first_run` on; none here."""
 
     def mean_losses(self) -> Tensor:
         """Each run's mean loss over all rows (runs,)."""

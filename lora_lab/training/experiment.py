@@ -111,7 +111,7 @@ def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
 
 
 def fit(trainer: pl.Trainer, module: BaseModule, data: Data, checkpoint: Path | None) -> None:
-    """Trains, from a checkpoint if there is one, and validates after the last epoch in any case.
+    """Trains, from a checkpoint if one is given, and validates after the last epoch in any case.
 
     Lightning itself validates only each `check_val_every_n_epoch`.
     """
@@ -130,7 +130,7 @@ def build_trial(
 ) -> Trial:
     """A run whose model has its adapters.
 
-    `base`: a copy of the base's weights, if another run of a pack has made one; None: it is made.
+    `base`: a copy of the base's weights, if another run of a pack has one; None: it is copied here.
     """
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     if isinstance(cfg.adapter, Lora):

@@ -116,7 +116,7 @@ def on_one_device(cfg: Config) -> Config:
 
 
 def plan(cfg: Config) -> Plan:
-    """Checks, before data is drawn or a directory made, that the run of a config is possible.
+    """Checks, before data is drawn or a directory created, that the run of a config is possible.
 
     For this the model is built on the meta device, where its weights have shapes but no memory.
     Raises ConfigError with the key that is wrong.
@@ -133,7 +133,7 @@ def plan(cfg: Config) -> Plan:
     if processes > 1 and (data.batch_size or 0) % processes:
         raise ConfigError(
             f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes "
-            f"that share every batch (trainer.devices={cfg.trainer.devices})"
+            f"that share each batch (trainer.devices={cfg.trainer.devices})"
         )
     model = _meta_model(cfg, sizes)
     sites = _find_sites(cfg, model) if cfg.adapter.method != "none" else []
@@ -235,7 +235,7 @@ def _check_trainer(cfg: Config) -> int:
     nodes, devices = arguments.get("num_nodes", 1), cfg.trainer.devices
     if nodes != 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(
-            f"trainer.num_nodes={nodes}: is started on every node, by `torchrun --nnodes={nodes} "
+            f"trainer.num_nodes={nodes}: is started on each node, by `torchrun --nnodes={nodes} "
             f"--nproc-per-node={devices} … -m lora_lab.train …`"
         )
     if arguments.get("strategy") == "fsdp":

@@ -1,4 +1,9 @@
-"""Runs of several processes, on gloo: equal to one process's, and none hangs when one dies."""
+"""Runs of several processes: they equal a run of one process, and none hangs when one dies.
+
+Independent truth: the same run by one process, to rounding, and the processes in /proc.
+
+Run: make test ARGS=tests/training/test_devices.py
+"""
 
 import os
 import signal
@@ -22,9 +27,9 @@ CASES = {
     "shift": ("shift", "adapter.r=2"),
     "validation sets of odd sizes": ("shift", "data.samples=257"),
     "accuracy": ("digits", "adapter.r=2"),
-    "every kind": ("digits_targets", "target=all", "adapter.r=2"),
+    "all kinds of layers": ("digits_targets", "target=all", "adapter.r=2"),
     "full fine-tuning": ("digits", "adapter=full"),
-    "all rows at every step": ("planted_conv", "adapter.r=2"),
+    "all rows at each step": ("planted_conv", "adapter.r=2"),
     "a transformer": ("bytes_lm", "adapter.r=2", "data.batch_size=16", "target=all"),
     "clipped and scheduled": (
         *("digits", "trainer.gradient_clip_val=0.1", "optimizer.schedule=cosine"),
@@ -34,7 +39,7 @@ CASES = {
 
 
 def run(experiment: str, *overrides: str, root: str) -> Run:
-    """A run in a process of its own, in a folder of its own beside the others."""
+    """A run by a new process, in the folder `root`."""
     quick = ("tracking=off", "figures=false", f"runs_dir={root}")
     command = [sys.executable, "-m", "lora_lab.train", f"experiment={experiment}", *quick]
     done = subprocess.run(
@@ -81,11 +86,11 @@ def test_the_first_process_alone_writes(lab: Lab):
     one = only_run("one")
     assert one.path.name == two.path.name  # devices are no part of what a run is
     same(one, two)
-    assert lab("shift", "trainer=ddp", *TWO) == 0  # finished before, and found
+    assert lab("shift", "trainer=ddp", *TWO) == 0  # finished before
 
 
 def start(*overrides: str) -> subprocess.Popen[str]:
-    """Endless training of two processes, in a process group of its own."""
+    """Starts endless training by two processes in a new process group."""
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
     command += ["figures=false", "trainer=ddp", *TWO, "trainer.check_val_every_n_epoch=5"]
     return subprocess.Popen(
@@ -97,12 +102,12 @@ def start(*overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def ranks() -> dict[str, int]:
-    """The processes of this test's run: rank → process, told by the environment of each."""
-    found = {}
+def process_ids() -> dict[str, int]:
+    """The ids of the processes of this test's run, by their rank in the run."""
+    by_rank = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            said = dict(
+            variables = dict(
                 pair.split("=", 1)
                 for pair in (directory / "environ").read_text().split("\0")
                 if "=" in pair
@@ -110,9 +115,9 @@ def ranks() -> dict[str, int]:
             here = (directory / "cwd").resolve() == Path.cwd()
         except OSError:  # gone, or not ours
             continue
-        if here and "TORCHELASTIC_RUN_ID" in said:
-            found[said["RANK"]] = int(directory.name)
-    return found
+        if here and "TORCHELASTIC_RUN_ID" in variables:
+            by_rank[variables["RANK"]] = int(directory.name)
+    return by_rank
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -130,7 +135,7 @@ def test_a_process_that_dies_fails_the_run_and_the_multirun_goes_on():
     process = start("-m", "trainer.max_epochs=1000000,2")
     until(in_training)
     (first,) = find_runs(Path("runs"))
-    os.kill(ranks()["1"], signal.SIGKILL)
+    os.kill(process_ids()["1"], signal.SIGKILL)
     until(lambda: first.status["state"] == "failed")
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
@@ -155,7 +160,7 @@ def test_another_command_leaves_it_alone_and_ctrl_c_ends_every_process():
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert run.status["state"] == "interrupted"
-    assert not ranks()
+    assert not process_ids()
 
 
 SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
@@ -167,7 +172,7 @@ def test_no_process_outlives_the_one_that_started_it(signum: signal.Signals):
     until(in_training)
     process.send_signal(signum)
     assert process.wait(timeout=60) == {"SIGTERM": 143, "SIGKILL": -9}[signum.name]
-    until(lambda: not ranks() and only_run().status["state"] == "interrupted")
+    until(lambda: not process_ids() and only_run().status["state"] == "interrupted")
 
 
 @pytest.mark.slow
@@ -194,12 +199,12 @@ def test_what_cannot_be_shared_is_said(lab: Lab, capsys: pytest.CaptureFixture[s
     assert not find_runs(Path("runs"))
 
 
-def test_each_process_has_its_share_of_every_batch():
-    whole, *parts = (
+def test_each_process_has_its_share_of_each_batch():
+    batches, *parts = (
         [list(b) for b in Batches(10, 4, "epoch", (0,), rank, count)]
         for rank, count in ((0, 1), (0, 2), (1, 2))
     )
-    assert whole == [a + b for a, b in zip(*parts, strict=True)]
+    assert batches == [a + b for a, b in zip(*parts, strict=True)]
 
 
 @pytest.mark.slow

@@ -1,4 +1,9 @@
-"""The LightningModules: what trains, what is frozen, how the rate moves."""
+"""The LightningModules: what trains, what is frozen, and how the learning rate changes.
+
+Independent truth: a plain mean over all steps or rows, rates computed by hand, weights compared.
+
+Run: make test ARGS=tests/training/test_modules.py
+"""
 
 from typing import Any
 
@@ -54,14 +59,14 @@ def test_weight_decay_is_off_unless_asked_for_and_the_zero_factor_has_its_own_ra
     model = normed()
     adapters.attach(model, r=2, alpha=2)
     quiet = {"_target_": "torch.optim.AdamW", "lr": 0.1, "schedule": "constant", "warmup": 0.0}
-    for said, decay in (({}, 0.0), ({"weight_decay": 0.3}, 0.3)):
-        optimizer = Optimizer.model_validate({**quiet, **said})
+    for settings, decay in (({}, 0.0), ({"weight_decay": 0.3}, 0.3)):
+        optimizer = Optimizer.model_validate({**quiet, **settings})
         module = LoRAModule(model, "classification", 10, optimizer, lr_ratio=4.0)
         groups = module.configure_optimizers().param_groups
-        made = adapters.attached(model).values()
+        attached = adapters.attached(model).values()
         assert [g["weight_decay"] for g in groups] == [decay, decay]
         assert [g["lr"] for g in groups] == [0.1, 0.4]
-        assert [id(p) for p in groups[1]["params"]] == [id(adapter.B) for adapter in made]
+        assert [id(p) for p in groups[1]["params"]] == [id(adapter.B) for adapter in attached]
 
 
 def test_a_base_in_training_moves_all_of_it():
@@ -72,7 +77,7 @@ def test_a_base_in_training_moves_all_of_it():
 
 
 class Seen(BaseModule):
-    """Notes every training loss; that of step `bad` is not finite."""
+    """Notes each training loss; that of step `bad` is not finite."""
 
     bad = 0
 

@@ -1,4 +1,9 @@
-"""The full-size experiments against what is published and what is known; minutes each."""
+"""The full-size experiments; each takes minutes.
+
+Independent truth: published losses, a plain LoRA loop with its gradients, closed forms.
+
+Run: make test ARGS='tests/training/test_published.py -m slow'
+"""
 
 from pathlib import Path
 
@@ -27,7 +32,7 @@ DRAWS = 40
 
 
 def plain_draws(data_seed: int, base: torch.Tensor) -> list[dict[int, float]]:
-    """LoRA's loss rows on shift for adapter seeds 0, 1, …: a plain loop with its own gradients.
+    """LoRA's loss rows on shift for adapter seeds 0, 1, …: a plain loop with its gradients.
 
     With u = x Aᵀ, L = mean (u Bᵀ − R)², R what the base leaves; all draws of A in one pass.
     """
@@ -101,7 +106,7 @@ def test_shift_is_as_published(monkeypatch: pytest.MonkeyPatch, data_seed: int):
     adapters.merge(model)
     adapters.unmerge(model)
     assert torch.equal(model.linear.weight, weights["linear.weight"])
-    # Before adaptation every output is off by Σ x: its square has mean 1001, and over 10,000 rows
+    # Before adaptation each output is off by Σ x: its square has mean 1001, and over 10,000 rows
     # a relative standard error of √(2/10,000).
     assert lora[0] == pytest.approx(1001, rel=4 * (2 / 10_000) ** 0.5)
 

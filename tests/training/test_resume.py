@@ -1,4 +1,9 @@
-"""Runs that were interrupted go on where they stopped, and end as if they never had been."""
+"""Interrupted runs go on from their checkpoint and end bit for bit as if never interrupted.
+
+Independent truth: the files of the same run, or sweep, that was never interrupted.
+
+Run: make test ARGS=tests/training/test_resume.py
+"""
 
 import csv
 import json
@@ -27,24 +32,24 @@ from tests.conftest import SMALL, Lab, only_run
 from tests.tracking.test_tracking import as_metrics_row, use_server, wandb_content
 from tests.wandb_server import WandbServer
 
-EVERY = "checkpoint_every=0"
+EACH_EPOCH = "checkpoint_every=0"
 
 
 def contents(run: Run) -> dict[str, bytes]:
-    """All that a run leaves and no clock or path is in."""
+    """A run's files, by name, without those that hold a time or a path."""
     wanted = [run.path / "metrics.jsonl", run.path / "spectra.npz"]
     for files in ("advice.yaml", "adapter/*", "model/*", "report/*.csv"):
         wanted += sorted(run.path.glob(files))
-    found = {}
+    content = {}
     for path in wanted:
         if path.suffix == ".npz":  # a zip, which dates its entries
             with np.load(path) as arrays:
                 for name, array in arrays.items():
-                    found[f"spectra.npz/{name}"] = repr((array.dtype, array.shape)).encode()
-                    found[f"spectra.npz/{name}"] += array.tobytes()
+                    content[f"spectra.npz/{name}"] = repr((array.dtype, array.shape)).encode()
+                    content[f"spectra.npz/{name}"] += array.tobytes()
         else:
-            found[path.relative_to(run.path).as_posix()] = path.read_bytes()
-    return found
+            content[path.relative_to(run.path).as_posix()] = path.read_bytes()
+    return content
 
 
 def assert_equal(run: Run, alone: Run) -> None:
@@ -78,13 +83,13 @@ RUNS = {
     "lora_fa": ("digits", "adapter=lora_fa", "trainer.max_epochs=4"),
     "lora_plus": ("digits", "adapter=lora_plus", "optimizer=adamw", "trainer.max_epochs=4"),
     "momentum": ("shift", "optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.01"),
-    "every steps": ("shift", "spectra.every_n_steps=3", "trainer.check_val_every_n_epoch=1"),
+    "each third step": ("shift", "spectra.every_n_steps=3", "trainer.check_val_every_n_epoch=1"),
     "first step": ("shift", "spectra.first_step=true", "trainer.max_epochs=3"),
     "accumulated": ("shift", "+trainer.accumulate_grad_batches=3", "trainer.max_epochs=5"),
     "bf16": ("shift", "trainer.precision=bf16-true", "optimizer.lr=0.01"),
     "transformer": ("bytes_lm", "adapter.dropout=0.1", "trainer.max_epochs=4"),
 }
-"""What must go on bit for bit, each in its own way."""
+"""Settings whose runs must go on bit for bit."""
 
 QUICK = ("dropout", "schedule", "full", "dora", "first step", "transformer")
 
@@ -106,7 +111,7 @@ def test_a_run_goes_on_bit_for_bit(lab: Lab, monkeypatch: pytest.MonkeyPatch, na
     epoch = count // alone.config["trainer"]["max_epochs"]
     with monkeypatch.context() as patch:
         steps(patch, stop=2 * epoch + epoch // 2 + 1)
-        assert lab(*RUNS[name], EVERY) == 130
+        assert lab(*RUNS[name], EACH_EPOCH) == 130
     run = only_run()
     assert run.path.name == alone.path.name
     assert run.status["state"] == "interrupted"
@@ -120,7 +125,7 @@ def test_a_run_goes_on_bit_for_bit(lab: Lab, monkeypatch: pytest.MonkeyPatch, na
 
 def kill(what: str, *settings: str, call: int = 1, when: str = "before", by: str = "SIGKILL"):
     """A run of `shift` in a process that gets a signal at a call, and has ended."""
-    quick = ["tracking=off", "figures=false", *SMALL["shift"], EVERY, *settings]
+    quick = ["tracking=off", "figures=false", *SMALL["shift"], EACH_EPOCH, *settings]
     command = [sys.executable, interrupted_train.__file__, what, str(call), when, by]
     process = subprocess.run([*command, *quick], capture_output=True, text=True, timeout=120)
     assert process.returncode == {"SIGKILL": -9, "SIGTERM": 143}[by], process.stderr
@@ -141,7 +146,7 @@ def ctrl_c(
 
     with monkeypatch.context() as patch:
         patch.setattr(*interrupted_train.acting_at_call(what, call, when, stop))
-        assert lab("shift", EVERY, *settings) == 130
+        assert lab("shift", EACH_EPOCH, *settings) == 130
 
 
 STEP = "lora_lab.training.modules:BaseModule.training_step"
@@ -254,7 +259,7 @@ def test_a_checkpoint_that_is_no_good_is_said(
 ):
     with monkeypatch.context() as patch:
         steps(patch, stop=32 + 20)
-        assert lab("shift", EVERY) == 130
+        assert lab("shift", EACH_EPOCH) == 130
     run = only_run()
     damage(run)
     taken = steps(monkeypatch)
@@ -277,7 +282,7 @@ def test_a_failed_run_begins_anew(lab: Lab, monkeypatch: pytest.MonkeyPatch):
             return real(module, *args)
 
         patch.setattr(BaseModule, "training_step", fail)
-        assert lab("shift", EVERY) == 1
+        assert lab("shift", EACH_EPOCH) == 1
     taken = steps(monkeypatch)
     assert lab("shift") == 0
     assert len(taken) == 32
@@ -291,8 +296,8 @@ def test_a_repeated_run_is_kept_until_it_has_been(lab: Lab, monkeypatch: pytest.
     before = contents(run)
     with monkeypatch.context() as patch:
         steps(patch, stop=20)
-        assert lab("shift", "overwrite=true", EVERY) == 130
-    assert [found.path for found in find_runs(Path("runs"))] == [run.path]
+        assert lab("shift", "overwrite=true", EACH_EPOCH) == 130
+    assert [one.path for one in find_runs(Path("runs"))] == [run.path]
     assert contents(Run(run.path / "previous")) == before
     assert Run(run.path / "previous").finished
     with monkeypatch.context() as patch:
@@ -314,10 +319,10 @@ def test_when_checkpoints_are_written_is_no_part_of_a_run(lab: Lab):
 
 
 @pytest.mark.parametrize(
-    ("every", "cost", "written"), [(0, 9, 4), (1, 0, 4), (2, 0, 2), (3, 0, 1), (1, 0.2, 1)]
+    ("interval", "cost", "written"), [(0, 9, 4), (1, 0, 4), (2, 0, 2), (3, 0, 1), (1, 0.2, 1)]
 )
 def test_checkpoints_come_in_time_and_cost_little(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, every: float, cost: float, written: int
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, interval: float, cost: float, written: int
 ):
     """An epoch takes a second here, and a checkpoint `cost`: 4 epochs, 20 times its cost apart."""
     lab("shift", "seed=1")  # the base
@@ -337,7 +342,7 @@ def test_checkpoints_come_in_time_and_cost_little(
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", slow)
     monkeypatch.setattr(BaseModule, "on_train_epoch_end", one_second)
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
-    assert lab("shift", f"checkpoint_every={every}") == 0
+    assert lab("shift", f"checkpoint_every={interval}") == 0
     assert saved == written
 
 
@@ -345,7 +350,7 @@ def test_an_adapters_checkpoint_is_without_its_base(lab: Lab, monkeypatch: pytes
     for kind in ("lora", "full"):
         with monkeypatch.context() as patch:
             steps(patch, stop=32 + 20 if kind == "lora" else 20)
-            assert lab("shift", f"adapter={kind}", EVERY) == 130
+            assert lab("shift", f"adapter={kind}", EACH_EPOCH) == 130
     kept = {}
     for run in find_runs(Path("runs")):
         content = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)
@@ -385,7 +390,7 @@ def test_online_the_server_has_every_row_once(lab: Lab, monkeypatch: pytest.Monk
 
 
 def sweep(settings: list[str], runs_dir: str) -> subprocess.Popen[bytes]:
-    quick = ["tracking=off", "figures=false", *SMALL["shift"], EVERY, f"runs_dir={runs_dir}"]
+    quick = ["tracking=off", "figures=false", *SMALL["shift"], EACH_EPOCH, f"runs_dir={runs_dir}"]
     return subprocess.Popen(
         [sys.executable, "-m", "lora_lab.train", "-m", *quick, *settings],
         stdout=subprocess.DEVNULL,
@@ -453,17 +458,20 @@ def test_a_sweep_of_24_runs_killed_three_times():
         rows = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
         loss = [row["val/loss"] for row in rows if "val/loss" in row][-1]
         losses.setdefault(run.config["adapter"]["r"], []).append(loss)
-    assert {r: len(own) for r, own in losses.items()} == dict.fromkeys((1, 2, 3, 4, 6, 8), 4)
+    assert {r: len(values) for r, values in losses.items()} == dict.fromkeys((1, 2, 3, 4, 6, 8), 4)
     for row in reported:
-        own = losses.pop(int(row["adapter.r"]))
-        assert (int(row["n"]), float(row["mean"])) == (4, pytest.approx(np.mean(own), rel=1e-12))
-        assert float(row["std"]) == pytest.approx(np.std(own, ddof=1), rel=1e-9)
+        values = losses.pop(int(row["adapter.r"]))
+        assert (int(row["n"]), float(row["mean"])) == (
+            4,
+            pytest.approx(np.mean(values), rel=1e-12),
+        )
+        assert float(row["std"]) == pytest.approx(np.std(values, ddof=1), rel=1e-9)
     assert not losses
     for name in ("r2-*-seed3-*", "r8-*-seed0-*"):  # and as it is without any sweep
         (run,) = (run for run in runs if run.path.match(name))
         point = (f"adapter.r={run.config['adapter']['r']}", f"seed={run.config['seed']}")
         command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off"]
-        command += ["trainer.max_epochs=40", EVERY, *point, "runs_dir=single"]
+        command += ["trainer.max_epochs=40", EACH_EPOCH, *point, "runs_dir=single"]
         subprocess.run([*command, "bases_dir=single/bases"], check=True, capture_output=True)
         (single,) = (other for other in find_runs(Path("single")) if other.path.match(name))
         assert_equal(run, single)

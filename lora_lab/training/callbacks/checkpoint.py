@@ -70,7 +70,7 @@ class Checkpoint(pl.Callback):
         }
 
     def resume_path(self) -> Path | None:
-        """The checkpoint to go on from, after logging its rows again; None if there is none.
+        """The checkpoint to go on from, after logging its rows again; None if none is usable.
 
         One that is damaged, or of another config, base or version, is deleted.
         """
