@@ -51,7 +51,8 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
         if state not in ("running", "interrupted") or plan.cfg.overwrite:
             # Removed before the processes start: each of them looks for a checkpoint.
             shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # see _record_failure
+    # What torch would log of a failed process is raised below as one RuntimeError.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(

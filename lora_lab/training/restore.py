@@ -74,6 +74,6 @@ def _base(cfg: Config, run: Run, model: nn.Module) -> dict[str, Tensor]:
             return state
     where = cfg.base.path if isinstance(cfg.base, CheckpointBase) else f"{cfg.bases_dir}/"
     raise FileNotFoundError(
-        f"the base that {run.path.name} was trained on is not in {where}: call this from the "
-        "folder in which the run was started, or repeat the run with overwrite=true"
+        f"the base that {run.path.name} was trained on is not in {where}: run from the folder in "
+        "which the run was started, or repeat the run with overwrite=true"
     )

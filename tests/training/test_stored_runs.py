@@ -1,4 +1,4 @@
-"""Run directories made by an earlier version are read, and their runs are not repeated.
+"""Run directories of an earlier version are read, and their runs are not repeated.
 
 Independent truth: two small runs in stored_runs/ (LoRA and adapter=full, over base.safetensors), as
 commit a1e4053 wrote them; their hashes are the literal strings of that version.
