@@ -237,9 +237,9 @@ class PackedModule(PackValidationModule):
         for member, mean in zip(self.members, means, strict=True):
             self._log_row(member, {"train/loss": mean})
 
-    def update_metrics(self, place: int, outputs: Tensor, y: Tensor) -> None:
-        """Updates each run's metrics with its outputs of a batch, from the run at `place` on."""
-        for member, output in zip(self.members[place:], outputs, strict=False):
+    def update_metrics(self, first_run: int, outputs: Tensor, y: Tensor) -> None:
+        """Updates each run's metrics with its outputs of a batch, from the run `first_run` on."""
+        for member, output in zip(self.members[first_run:], outputs, strict=False):
             for metric in member.module.metrics.values():
                 metric.update(output, y)  # pyright: ignore
 
