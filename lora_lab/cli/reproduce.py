@@ -18,7 +18,7 @@ from lora_lab import adapters, train
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
 from lora_lab.report.cells import flatten_config
-from lora_lab.report.run import singular_values_by_site
+from lora_lab.report.run_tables import singular_values_by_site
 from lora_lab.report.tables import Rows, markdown
 from lora_lab.runs import Run, RunFailedError, write_atomic
 from lora_lab.training import bases, experiment

@@ -1,10 +1,15 @@
-"""Run directories → tables and figures. Reads what a run wrote and imports nothing of training."""
+"""Tables, figures and pages made of run directories.
+
+A report reads only the files that a run wrote. It imports nothing of training, so that runs of
+another machine or version can be reported too.
+"""
 
 from lora_lab.report.best import ExperimentBest, best_by_experiment
 from lora_lab.report.compare import difference_tables
 from lora_lab.report.run import runs_table, show_run, site_table, write_run
 from lora_lab.report.subspace_pairs import SubspacePair, write_pairs
-from lora_lab.report.sweep import job_table, show_sweep, terminal_table, write_sweep
+from lora_lab.report.sweep import job_table, show_sweep, write_sweep
+from lora_lab.report.tables import terminal_table
 
 __all__ = [
     "ExperimentBest",

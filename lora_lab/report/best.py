@@ -1,4 +1,4 @@
-"""The best cells and the best run of a folder, by one metric."""
+"""The best cells and the best run of a folder's experiments, by one metric."""
 
 import difflib
 from collections.abc import Sequence
@@ -14,42 +14,58 @@ GOALS = ("minimize", "maximize")
 
 @dataclass(frozen=True)
 class ExperimentBest:
-    """What is best of one experiment: its cells, the best first, and the one best run."""
+    """The cells of one experiment, ranked by a metric, and its best single run."""
 
     experiment: str
     metric: str
     goal: str
     cells: list[Cell]
+    """By their mean of the metric, the best first."""
     best_result: RunResult
+    """The run with the best value of all; it need not be of the best cell."""
 
     @property
     def varied_keys(self) -> list[str]:
-        """The dotted keys of what was swept, seed with them where there are several."""
+        """The dotted keys that tell its runs apart: the swept ones, and `seed` if it varies."""
         seeds = {result.config["seed"] for cell in self.cells for result in cell.results}
         return [*of.swept_keys(self.cells), *(["seed"] if len(seeds) > 1 else [])]
 
-    def rows(self, shown: int) -> Rows:
-        """The first cells as a table."""
+    def rows(self, limit: int) -> Rows:
+        """A table of the best cells, at most `limit`."""
         keys = of.swept_keys(self.cells)
         rows = [[*(keys.values() or ["cell"]), "n", self.metric, "min", "max"]]
-        for cell in self.cells[:shown]:
+        for cell in self.cells[:limit]:
             s = cell.metrics[self.metric]
-            point = [of.short_text(cell.value_of(key)) for key in keys] or [cell.name]
-            rows.append(
-                [*point, str(s.n), str(s), format_number(s.minimum), format_number(s.maximum)]
-            )
+            limits = [format_number(s.minimum), format_number(s.maximum)]
+            rows.append([*of.swept_texts(cell, keys), str(s.n), str(s), *limits])
         return rows
 
 
 def best_by_experiment(
     runs: Sequence[Run], metric: str, goal: str | None = None
 ) -> list[ExperimentBest]:
-    """The best of each experiment's finished runs.
+    """The best cells and the best run of each experiment, among its finished runs.
 
-    Raises ValueError for a metric that none of them logged, and where `goal` is not given and the
-    metric's name does not tell it.
+    `goal` is minimize or maximize; None takes it from the metric's name. Raises ValueError for a
+    metric that no run logged, and where neither `goal` nor the name tells the goal.
     """
     results = [result for run in runs if (result := of.read_run(run)).is_finished]
+    _check_metric(metric, results)
+    if (goal := goal or of.goal_of(metric)) is None:
+        raise ValueError(f"--goal must be given for {metric}: {' or '.join(GOALS)}")
+    sign = 1 if goal == "minimize" else -1
+    best = []
+    for experiment in dict.fromkeys(result.experiment for result in results):
+        members = [result for result in results if result.experiment == experiment]
+        if ranked := of.ranked_cells(of.cells_of(members), metric, goal):
+            measured = [r for cell in ranked for r in cell.finished if metric in r.metrics]
+            best_result = min(measured, key=lambda result: sign * result.metrics[metric])
+            best.append(ExperimentBest(experiment, metric, goal, ranked, best_result))
+    return best
+
+
+def _check_metric(metric: str, results: Sequence[RunResult]) -> None:
+    """Raises ValueError, with the nearest name, for a metric that none of the runs logged."""
     known = dict.fromkeys(key for result in results for key in result.metrics)
     if metric not in known:
         close = difflib.get_close_matches(metric, known, n=1)
@@ -59,14 +75,3 @@ def best_by_experiment(
             f"--metric {metric}: none of {len(results)} finished runs has it"
             f"{nearest} (they have {among}{', …' if len(known) > 6 else ''})"
         )
-    if (goal := goal or of.goal_of(metric)) is None:
-        raise ValueError(f"--goal must be said for {metric}: {' or '.join(GOALS)}")
-    found = []
-    for experiment in dict.fromkeys(result.experiment for result in results):
-        own = [result for result in results if result.experiment == experiment]
-        if ranked := of.ranked_cells(of.cells_of(own), metric, goal):
-            sign = 1 if goal == "minimize" else -1
-            has = [r for cell in ranked for r in cell.finished if metric in r.metrics]
-            run = min(has, key=lambda result: sign * result.metrics[metric])
-            found.append(ExperimentBest(experiment, metric, goal, ranked, run))
-    return found

@@ -1,39 +1,43 @@
-"""Runs read once, their cells, what was swept, and every metric as mean ± deviation by cell."""
+"""Runs as they were read, grouped into cells, and each metric's statistics over a cell's runs.
+
+A cell is one point of an ablation: the runs whose configs differ in `seed` alone. A run is read
+once, by `read_run`; tables and figures are made of `RunResult`s and `Cell`s.
+"""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from lora_lab.report.tables import format_mean_std, format_number
+from lora_lab.report.cell_statistics import Statistics, statistics_of
 from lora_lab.report.theory import TheoryCheck, check_against_theory
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY, Run
 
-LOWER_IS_BETTER, HIGHER_IS_BETTER = (
-    ("loss", "perplexity", "error"),
-    ("accuracy", "f1", "auroc", "r2"),
-)
-"""What a metric's name ends in, where the least or the most of it is best."""
+LOWER_IS_BETTER = ("loss", "perplexity", "error")
+"""Endings of the names of metrics that are to be minimized."""
+HIGHER_IS_BETTER = ("accuracy", "f1", "auroc", "r2")
+"""Endings of the names of metrics that are to be maximized."""
 MAX_TEXT_LENGTH = 40
-"""Characters of a value in a table."""
+"""Characters of a setting's value in a table; a longer one is cut and ends with …."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run as it was on disk when it was read."""
+    """What one run's directory held when it was read, so that all tables show the same moment."""
 
     run: Run
     status: dict[str, Any]
+    """status.json, with `state` set to damaged where the other files could not be read."""
     config: dict[str, Any]
-    """{} where it cannot be read."""
+    """The resolved config; {} where it cannot be read."""
     metrics: dict[str, float]
-    """The last value of each metric."""
+    """The last value of each metric in metrics.jsonl, without step and epoch."""
 
     @property
     def state(self) -> str:
@@ -42,128 +46,111 @@ class RunResult:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it is finished, and its files can be read."""
+        """Whether the run reached its end and its files can be read."""
         return self.state == "finished"
 
     @property
     def cause(self) -> str:
-        """The first line of why it is not finished; "" where that is not known."""
+        """One line on why the run is not finished; "" where it is not known."""
         return stop_cause(self.status)
 
     @property
     def experiment(self) -> str:
-        """The name in its config; its folder's where it has none."""
+        """The `name` in its config; the name of its parent folder where the config has none."""
         return self.config.get("name") or self.run.path.absolute().parent.name
 
     @property
     def cell(self) -> str:
-        """The run without its seed, in words and by a hash."""
+        """The name of its cell: main settings and a hash of all settings but the seed."""
         return self.status.get("cell", self.run.path.name)
 
     @property
     def rank(self) -> int | None:
-        """Its r; None without LoRA."""
+        """The `adapter.r` of its config; None where its method is not LoRA."""
         return self.config["adapter"].get("r")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What matters of its config by dotted keys, seeds of the run left out."""
-        plain = {k: v for k, v in self.config.items() if k not in (*NOT_IN_IDENTITY, "seed")}
+        """Its config as {dotted key: value}, without `seed` and what cannot change a result."""
+        config = {k: v for k, v in self.config.items() if k not in (*NOT_IN_IDENTITY, "seed")}
         devices = {f"trainer.{key}" for key in DEVICE_KEYS}
-        return {k: v for k, v in flatten_config(plain).items() if k not in devices}
+        return {k: v for k, v in flatten_config(config).items() if k not in devices}
 
     @cached_property
     def theory_checks(self) -> list[TheoryCheck]:
-        """Its metrics beside theory's."""
+        """Its final metrics, each beside the value that theory predicts; [] without a theory."""
         return check_against_theory(self.run)
+
+    def site_values(self, measure: str) -> list[float]:
+        """A measure of ΔW, as effective_rank, at each site; [] where no spectra were taken."""
+        keys = [k for k in self.metrics if k.startswith("spectra/") and k.endswith(measure)]
+        return [self.metrics[key] for key in keys]
 
 
 def read_run(run: Run) -> RunResult:
-    """The run as it is now; `damaged` where it says finished and its files cannot be read."""
-    status, config, finals = run.status, {}, {}
+    """Reads a run's directory as it is now.
+
+    A run whose status says finished and whose config, metrics or spectra cannot be read gets the
+    state `damaged`.
+    """
+    status, config, metrics = run.status, {}, {}
     try:
         config = run.config
         _ = config["adapter"]["method"], config["name"]
         for row in run.rows():
-            finals |= row
+            metrics |= row
         if (run.path / "spectra.npz").exists():
             np.load(run.path / "spectra.npz").close()
-        sound = bool(finals)
+        is_readable = bool(metrics)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile):
-        sound = False
+        is_readable = False
         config = config if isinstance(config, dict) and "adapter" in config else {}
-    if status["state"] == "finished" and not sound:
+    if status["state"] == "finished" and not is_readable:
         status["state"] = "damaged"
-    return RunResult(
-        run, status, config, {k: finals[k] for k in finals if k not in ("step", "epoch")}
-    )
+    metrics = {key: metrics[key] for key in metrics if key not in ("step", "epoch")}
+    return RunResult(run, status, config, metrics)
 
 
 def stop_cause(status: dict[str, Any]) -> str:
-    """The first line of why a run is not finished; of one that was told to stop, that."""
+    """The first line of the error in a run's status; `stopped` after Ctrl-C or SIGTERM."""
     error = str(status.get("error", "")).partition("\n")[0]
-    told = status["state"] == "interrupted" and error.startswith(("SystemExit", "KeyboardInt"))
-    return "stopped" if told else error
+    by_signal = error.startswith(("SystemExit", "KeyboardInt"))
+    return "stopped" if status["state"] == "interrupted" and by_signal else error
 
 
 def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config by dotted keys; the patterns by site stay whole, their keys are globs."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = isinstance(value, dict) and not key.endswith("_pattern")
-        found |= flatten_config(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
+    """A nested config as {dotted key: value}.
 
-
-@dataclass(frozen=True)
-class Statistics:
-    """A metric over the runs of a cell; the deviation is with n − 1, None of one run."""
-
-    n: int
-    mean: float
-    std: float | None
-    minimum: float
-    maximum: float
-
-    def __str__(self) -> str:
-        return (
-            format_number(self.mean) if self.std is None else format_mean_std(self.mean, self.std)
-        )
-
-
-def statistics_of(values: Sequence[float]) -> Statistics | None:
-    """The statistics of one metric's values over runs; None of an empty sequence.
-
-    Where a value is not finite, the mean is nan and there is no deviation.
+    The values of rank_pattern and alpha_pattern stay dicts: their keys are globs over site names,
+    which have dots themselves.
     """
-    if not values:
-        return None
-    if not all(map(math.isfinite, values)):
-        return Statistics(len(values), math.nan, None, min(values), max(values))
-    std = stdev(values) if len(values) > 1 else None
-    return Statistics(len(values), mean(values), std, min(values), max(values))
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        is_section = isinstance(value, dict) and not key.endswith("_pattern")
+        flat |= flatten_config(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return flat
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs that differ in their seed alone."""
+    """One point of an ablation: the runs that differ in their seed alone."""
 
     name: str
     results: list[RunResult]
 
     @cached_property
     def finished(self) -> list[RunResult]:
-        """Its finished runs."""
+        """Those of its runs that are finished; all statistics are over these."""
         return [result for result in self.results if result.is_finished]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What matters of its config, by dotted keys."""
+        """What its runs share of their configs, as {dotted key: value}."""
         return self.results[0].settings
 
     @cached_property
     def metrics(self) -> dict[str, Statistics]:
-        """Every metric that its finished runs logged, at the end."""
+        """Statistics of each metric's final value, over the finished runs that logged it."""
         keys = dict.fromkeys(key for result in self.finished for key in result.metrics)
         return {key: s for key in keys if (s := statistics_of(self.final_values(key)))}
 
@@ -179,34 +166,30 @@ class Cell:
         return self.settings.get(key)
 
     def final_values(self, metric: str) -> list[float]:
-        """The metric's last value in each finished run that has it."""
+        """The metric's last value in each finished run that logged it."""
         return [result.metrics[metric] for result in self.finished if metric in result.metrics]
 
     @cached_property
     def rank_measures(self) -> dict[str, Statistics]:
-        """Effective and stable rank of ΔW, over the mean of each run's sites."""
-        found = {}
+        """Statistics of ΔW's `effective rank` and `stable rank`, each run's mean over its sites."""
+        measures = {}
         for measure in ("effective_rank", "stable_rank"):
-            ends = [
-                [
-                    v
-                    for k, v in r.metrics.items()
-                    if k.startswith("spectra/") and k.endswith(measure)
-                ]
-                for r in self.finished
-            ]
-            if s := statistics_of([mean(end) for end in ends if end]):
-                found[measure.replace("_", " ")] = s
-        return found
+            by_run = [result.site_values(measure) for result in self.finished]
+            if s := statistics_of([mean(by_site) for by_site in by_run if by_site]):
+                measures[measure.replace("_", " ")] = s
+        return measures
 
 
 def cells_of(results: Sequence[RunResult]) -> list[Cell]:
-    """The cells of results whose config can be read, by what was swept: r first, then the rest."""
+    """Groups runs into cells, sorted by their swept settings: by r first.
+
+    Runs whose config cannot be read are left out.
+    """
     by_name: dict[str, list[RunResult]] = {}
     for result in results:
         if result.config:
             by_name.setdefault(result.cell, []).append(result)
-    cells = [Cell(name, own) for name, own in by_name.items()]
+    cells = [Cell(name, members) for name, members in by_name.items()]
     keys = swept_keys(cells)
     return sorted(cells, key=lambda c: ([sort_key(c.value_of(key)) for key in keys], c.name))
 
@@ -219,25 +202,32 @@ def sort_key(value: Any) -> tuple[Any, ...]:
 
 
 def swept_keys(cells: Sequence[Cell]) -> dict[str, str]:
-    """The keys that tell these cells from each other, r first, each with its short name.
+    """The settings in which these cells differ, as {dotted key: short name for a column}.
 
-    A key that only some cells have, as what LoRA has and full fine-tuning has not, is one only
-    where it differs between those that have it. Cells that still look alike are told by their hash.
+    r comes first, then the adapter's other keys, then the rest. A key that some cells lack (full
+    fine-tuning has no r) counts only where it differs between the cells that have it. Two keys are
+    not of the configs: `target`, where the cells have different targets, and `cell`, the hash in a
+    cell's name, where two cells would look alike without it. `Cell.value_of` gives their values.
     """
-    keys = dict.fromkeys(key for cell in cells for key in cell.settings)
-    kinds = {"+".join(cell.results[0].config["target"]) for cell in cells}
-    found = ["target"] if len(kinds) > 1 else []
-    for key in keys:
-        has = [cell.settings[key] for cell in cells if key in cell.settings]
-        many = len({json.dumps(value, sort_keys=True) for value in has}) > 1
-        if many:
-            found.append(key)
-    found.sort(key=lambda key: (key != "adapter.r", not key.startswith("adapter.")))
-    points = {json.dumps([cell.value_of(key) for key in found], default=str) for cell in cells}
+    targets = {"+".join(cell.results[0].config["target"]) for cell in cells}
+    swept = ["target"] if len(targets) > 1 else []
+    for key in dict.fromkeys(key for cell in cells for key in cell.settings):
+        values = [cell.settings[key] for cell in cells if key in cell.settings]
+        if len({json.dumps(value, sort_keys=True) for value in values}) > 1:
+            swept.append(key)
+    swept.sort(key=lambda key: (key != "adapter.r", not key.startswith("adapter.")))
+    points = {json.dumps([cell.value_of(key) for key in swept], default=str) for cell in cells}
     if len(points) < len(cells):
-        found.append("cell")
-    short = {key: key.removesuffix("._target_").split(".")[-1] for key in found}
-    # `seed` alone is the run's own, over which a cell is the mean.
+        swept.append("cell")
+    return _short_names(swept)
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's last part, as lr of optimizer.lr; the full key where two end alike.
+
+    data.seed and base.seed stay full: `seed` alone is the run's, over which a cell is the mean.
+    """
+    short = {key: key.removesuffix("._target_").split(".")[-1] for key in keys}
     short = {key: key if name == "seed" else name for key, name in short.items()}
     names = list(short.values())
     return {
@@ -247,7 +237,10 @@ def swept_keys(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def short_text(value: Any) -> str:
-    """A setting's value as a table has it."""
+    """A setting's value in a table that is read: at most MAX_TEXT_LENGTH characters.
+
+    A dotted name of lora_lab or torch (a `_target_`) is cut to its last part; None is –.
+    """
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -260,35 +253,37 @@ def short_text(value: Any) -> str:
 
 
 def full_text(value: Any) -> str:
-    """A setting's value whole, as JSON but for words."""
+    """A setting's value in a file that a program reads: a string as it is, all else as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def swept_texts(cell: Cell, keys: dict[str, str]) -> list[str]:
+    """The first columns of a cell's row: its swept settings; its name where nothing was swept."""
+    return [short_text(cell.value_of(key)) for key in keys] or [cell.name]
+
+
 def cell_label(cell: Cell, keys: dict[str, str]) -> str:
-    """A cell by what was swept: `r=4, lr=0.01`."""
-    shown = [
-        f"{name}={short_text(value)}"
-        for key, name in keys.items()
-        if (value := cell.value_of(key)) is not None
-    ]
-    return ", ".join(shown) or cell.name
+    """A cell by its swept settings, for a legend or a label: `r=4, lr=0.01`."""
+    values = [(name, cell.value_of(key)) for key, name in keys.items()]
+    parts = [f"{name}={short_text(value)}" for name, value in values if value is not None]
+    return ", ".join(parts) or cell.name
 
 
 def goal_of(metric: str) -> str | None:
-    """minimize or maximize, by the metric's name; None where it does not say."""
-    last = metric.lower().rpartition("/")[2]
-    if last.endswith(LOWER_IS_BETTER):
+    """`minimize` or `maximize`, by the ending of a metric's name; None where it tells neither."""
+    ending = metric.lower().rpartition("/")[2]
+    if ending.endswith(LOWER_IS_BETTER):
         return "minimize"
-    return "maximize" if last.endswith(HIGHER_IS_BETTER) else None
+    return "maximize" if ending.endswith(HIGHER_IS_BETTER) else None
 
 
 def ranked_cells(cells: Sequence[Cell], metric: str, goal: str) -> list[Cell]:
-    """The cells that have a finite mean of the metric, the best first."""
-    has = [c for c in cells if metric in c.metrics and math.isfinite(c.metrics[metric].mean)]
+    """The cells by their mean of a metric, the best first; those without a finite mean left out."""
+    ranked = [c for c in cells if metric in c.metrics and math.isfinite(c.metrics[metric].mean)]
     sign = 1 if goal == "minimize" else -1
-    return sorted(has, key=lambda cell: sign * cell.metrics[metric].mean)
+    return sorted(ranked, key=lambda cell: sign * cell.metrics[metric].mean)
 
 
 def validation_metrics(cells: Sequence[Cell]) -> list[str]:
-    """The validation metrics that any of the cells has."""
+    """The names of the validation metrics (`val/…`) that any of the cells has."""
     return list(dict.fromkeys(k for cell in cells for k in cell.metrics if k.startswith("val/")))

@@ -1,4 +1,4 @@
-"""Two runs side by side: what differs of their configs, their results and their environments."""
+"""Two runs side by side: where their configs, results and environments differ."""
 
 import json
 from typing import Any
@@ -8,33 +8,40 @@ from lora_lab.report.tables import Rows, format_number
 from lora_lab.runs import Run
 
 
-def difference_tables(one: Run, other: Run) -> dict[str, Rows]:
-    """The tables of what differs, by title; a table with its head alone where nothing does.
+def difference_tables(first: Run, second: Run) -> dict[str, Rows]:
+    """Title → table of what differs: config, results and environment.
 
-    A result's relative difference is over the first run's value.
+    A table without rows has its column titles alone. The relative difference of a result is over
+    the first run's value.
     """
-    old, new = read_run(one), read_run(other)
-    results: Rows = [["metric", "1", "2", "difference", "relative"]]
-    for key in {**old.metrics, **new.metrics}:
-        a, b = old.metrics.get(key), new.metrics.get(key)
+    one, other = read_run(first), read_run(second)
+    return {
+        "config": _differing_rows("key", flatten_config(one.config), flatten_config(other.config)),
+        "results": _differing_results(one.metrics, other.metrics),
+        "environment": _differing_rows("what", _environment(first), _environment(second)),
+    }
+
+
+def _differing_results(first: dict[str, float], second: dict[str, float]) -> Rows:
+    rows: Rows = [["metric", "1", "2", "difference", "relative"]]
+    for key in {**first, **second}:
+        a, b = first.get(key), second.get(key)
         if a != b:
             change = relative = "–"
             if a is not None and b is not None:
                 change = f"{b - a:+.5g}"
                 relative = f"{(b - a) / abs(a):+.2%}" if a else "–"
-            results.append([key, format_number(a), format_number(b), change, relative])
-    return {
-        "config": _differ("key", flatten_config(old.config), flatten_config(new.config)),
-        "results": results,
-        "environment": _differ("what", _environment(one), _environment(other)),
-    }
+            rows.append([key, format_number(a), format_number(b), change, relative])
+    return rows
 
 
-def _differ(what: str, one: dict[str, Any], other: dict[str, Any]) -> Rows:
-    rows: Rows = [[what, "1", "2"]]
-    for key in {**one, **other}:
-        if (key in one, one.get(key)) != (key in other, other.get(key)):
-            rows.append([key, *(full_text(v[key]) if key in v else "–" for v in (one, other))])
+def _differing_rows(column: str, first: dict[str, Any], second: dict[str, Any]) -> Rows:
+    """A row for each key whose values differ or that only one of the two has."""
+    rows: Rows = [[column, "1", "2"]]
+    for key in {**first, **second}:
+        if (key in first, first.get(key)) != (key in second, second.get(key)):
+            texts = [full_text(one[key]) if key in one else "–" for one in (first, second)]
+            rows.append([key, *texts])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing but itself: report/index.html."""
+"""report/index.html: a report as one HTML page, its figures inside, that needs no other file."""
 
 import base64
 import json
@@ -21,6 +21,7 @@ from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged", "missing", "NO")
+"""Texts of table cells that the page colours, each by a CSS class of that name."""
 CAPTIONS = {
     "loss": "Training and validation loss by epoch, of the base and after it.",
     "spectrum": "Singular values of ΔW over training.",
@@ -28,28 +29,29 @@ CAPTIONS = {
     "phi": "The share of ΔW's first i directions that lies in the first j of W.",
     "truncation": "Validation loss with ΔW cut to rank k.",
 }
-"""What each figure of a run shows."""
-LISTED = 12
-"""Values of a swept key that are listed, at most."""
-WIDE = 1400
-"""A picture wider than this, in pixels, has the page's whole width."""
+"""The captions of a run's figures, by file name."""
+MAX_VALUES = 12
+"""The values of a swept key that are listed, at most."""
+WIDE_PIXELS = 1400
+"""A figure wider than this takes the full width of the page."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of the page; a cell is text, or {text, link}."""
+class PageTable:
+    """A table of the page."""
 
     title: str
     rows: Sequence[Sequence[Any]]
+    """The column titles, then the rows; a cell is a text, or {"text": …, "link": … or None}."""
     note: str = ""
 
     @cached_property
-    def kinds(self) -> list[str]:
-        """Each column's class: num, long or none."""
-        return [self._kind(column) for column in zip(*self.rows[1:], strict=True)]
+    def column_classes(self) -> list[str]:
+        """Each column's CSS class: num (numbers), long (texts that wrap) or none."""
+        return [self._column_class(column) for column in zip(*self.rows[1:], strict=True)]
 
     @staticmethod
-    def _kind(column: tuple[Any, ...]) -> str:
+    def _column_class(column: tuple[Any, ...]) -> str:
         texts = [c["text"] if isinstance(c, dict) else c for c in column]
         if max(map(len, texts)) > 70:
             return "long"
@@ -57,72 +59,79 @@ class Table:
 
 
 def write_sweep_page(sweep: SweepReport) -> Path:
-    """The page of a folder of runs."""
+    """Writes the page of a folder of runs, and returns its path."""
     to = sweep.directory / "report"
-    several = len(sweep.sections) > 1
+    several = len(sweep.experiments) > 1
     lines = []
-    for section in sweep.sections:
-        point = ", ".join(
-            f"{name}: {_few(section.cells, key)}" for key, name in swept_keys(section.cells).items()
-        )
-        lines.append(f"{section.name}: swept {point}" if point else f"{section.name}: one cell")
+    for experiment in sweep.experiments:
+        keys = swept_keys(experiment.cells)
+        swept = ", ".join(f"{name}: {_values(experiment.cells, key)}" for key, name in keys.items())
+        lines.append(f"{experiment.name}: {f'swept {swept}' if swept else 'one cell'}")
     return _write(
         to,
         title=f"{sweep.directory.resolve().name}: {len(sweep.results)} runs",
         lines=lines,
         counts=sweep.counts,
-        sections=[_section(section, several, to) for section in sweep.sections],
-        tables=[*_not_finished(sweep, to), _runs(sweep, to)],
+        sections=[_experiment(experiment, several, to) for experiment in sweep.experiments],
+        tables=[*_unfinished_tables(sweep, to), _runs_table(sweep, to)],
     )
 
 
-def _section(section: ExperimentReport, several: bool, to: Path) -> dict[str, Any]:
-    notes = section.notes
-    tables = [Table(title, rows, notes[title]) for title, rows in section.tables.items()]
-    differ = swept_keys(section.cells)
-    if differ:
-        rows = [["key", "values"], *([key, _few(section.cells, key)] for key in differ)]
-        tables.append(Table("configs that differ", rows))
-    flats = [cell.settings for cell in section.cells]
-    common = {
-        key: value
-        for key, value in (flats[0] if flats else {}).items()
-        if all(key in one and one[key] == value for one in flats)
-    }
+def _experiment(experiment: ExperimentReport, several: bool, to: Path) -> dict[str, Any]:
+    """One experiment as the template takes it, with its name where the page has several."""
+    tables = [
+        PageTable(title, rows, experiment.notes[title]) for title, rows in experiment.tables.items()
+    ]
+    if keys := swept_keys(experiment.cells):
+        rows = [["key", "values"], *([key, _values(experiment.cells, key)] for key in keys)]
+        tables.append(PageTable("configs that differ", rows))
+    common = _common_settings(experiment.cells)
     return {
-        "name": section.name if several else "",
+        "name": experiment.name if several else "",
         "tables": tables,
         "figures": [
-            _figure(section.directory / f"{name}.png", caption, to)
-            for name, caption in section.figures.items()
+            _figure(experiment.directory / f"{name}.png", caption, to)
+            for name, caption in experiment.captions.items()
         ],
-        "config_words": f"what all configs share ({len(common)} keys)",
+        "config_title": f"what all configs share ({len(common)} keys)",
         "config": "\n".join(f"{key}: {json.dumps(value)}" for key, value in common.items()),
     }
 
 
-def _few(cells: Sequence[Cell], key: str) -> str:
-    """A key's values over the cells."""
+def _common_settings(cells: Sequence[Cell]) -> dict[str, Any]:
+    """The settings that all cells have with the same value, by dotted key."""
+    first, *others = [cell.settings for cell in cells] or [{}]
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in settings and settings[key] == value for settings in others)
+    }
+
+
+def _values(cells: Sequence[Cell], key: str) -> str:
+    """The values that a swept key has over the cells, the first MAX_VALUES of them."""
     values = list(dict.fromkeys(short_text(cell.value_of(key)) for cell in cells))
     values = [value for value in values if value != "–"] or values
-    more = f", … ({len(values)} values)" if len(values) > LISTED else ""
-    return ", ".join(values[:LISTED]) + more
+    more = f", … ({len(values)} values)" if len(values) > MAX_VALUES else ""
+    return ", ".join(values[:MAX_VALUES]) + more
 
 
-def _not_finished(sweep: SweepReport, to: Path) -> list[Table]:
-    if len(sweep.not_finished) < 2:
+def _unfinished_tables(sweep: SweepReport, to: Path) -> list[PageTable]:
+    """The table of unfinished runs, in a list that is empty where all are finished."""
+    if len(sweep.unfinished) < 2:
         return []
     paths = {result.run.path.name: result.run.path for result in sweep.results}
-    rows: list[list[Any]] = [list(sweep.not_finished[0])]
-    for experiment, name, state, why in sweep.not_finished[1:]:
+    rows: list[list[Any]] = [list(sweep.unfinished[0])]
+    for experiment, name, state, cause in sweep.unfinished[1:]:
         log = paths[name] / "log.txt" if name in paths else None
         link = _link(log, to) if log and log.exists() else None
-        rows.append([experiment, {"text": name, "link": link}, state, why])
+        rows.append([experiment, {"text": name, "link": link}, state, cause])
     note = "A run's name leads to its log, with the traceback."
-    return [Table("not finished", rows, note)]
+    return [PageTable("not finished", rows, note)]
 
 
-def _runs(sweep: SweepReport, to: Path) -> Table:
+def _runs_table(sweep: SweepReport, to: Path) -> PageTable:
+    """All runs, each with links to its own page, where it has one, and to its directory."""
     rows: list[list[Any]] = [["run", "status", "seed", "val/loss", "seconds", "files"]]
     for result in sweep.results:
         page, seconds = result.run.path / "report" / "index.html", result.status.get("seconds")
@@ -137,29 +146,35 @@ def _runs(sweep: SweepReport, to: Path) -> Table:
                 {"text": "directory", "link": f"{_link(result.run.path, to)}/"},
             ]
         )
-    return Table("runs", rows, "A run's name leads to its own report.")
+    return PageTable("runs", rows, "A run's name leads to its own report.")
 
 
 def _link(path: Path, to: Path) -> str:
+    """A file as a link from a page in the folder `to`."""
     return quote(Path(os.path.relpath(path, to)).as_posix())
 
 
 def write_run_page(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str]) -> Path:
-    """The page of one run, of its tables by title and its figures by file name."""
+    """Writes the page of one run, and returns its path.
+
+    `tables` are (title, rows); `figures` are the file names of its PNGs without the suffix.
+    """
     to, status = run.path / "report", run.status
-    shown = [Table(title, rows, GAP_NOTE if title == "theory" else "") for title, rows in tables]
+    shown = [
+        PageTable(title, rows, GAP_NOTE if title == "theory" else "") for title, rows in tables
+    ]
     seconds = status.get("seconds")
     return _write(
         to,
         title=f"{run.config['name']}: {run.path.resolve().name}",
-        lines=[why] if (why := stop_cause(status)) else [],
+        lines=[cause] if (cause := stop_cause(status)) else [],
         counts={status["state"] + (f" in {seconds:.0f} s" if seconds else ""): 1},
         sections=[
             {
                 "name": "",
                 "tables": [table for table in shown if len(table.rows) > 1],
                 "figures": [_figure(to / f"{name}.png", CAPTIONS[name], to) for name in figures],
-                "config_words": "config.yaml",
+                "config_title": "config.yaml",
                 "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
             }
         ],
@@ -168,21 +183,26 @@ def write_run_page(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequen
 
 
 def _figure(path: Path, caption: str, to: Path) -> dict[str, Any]:
-    """A PNG inside the page, at a size that its letters are as the page's, and a link to it."""
+    """A PNG as the template takes it: its bytes as a data URL, its size, and a link to the file.
+
+    Shown at 1/1.5 of its pixels, the letters of a figure are as large as the page's.
+    """
     content = path.read_bytes()
+    # The first chunk of a PNG is IHDR, whose data starts at byte 16: width and height, big-endian.
     width, height = struct.unpack(">II", content[16:24])
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     size = {"width": round(width / 1.5), "height": round(height / 1.5)}
     return {
         "source": source,
         "caption": caption,
-        "wide": width > WIDE,
+        "wide": width > WIDE_PIXELS,
         "link": _link(path, to),
         **size,
     }
 
 
 def _write(to: Path, **content: Any) -> Path:
+    """Renders page.html with `content` to index.html in the folder `to`."""
     loader = PackageLoader("lora_lab.report", package_path="")
     environment = Environment(autoescape=True, undefined=StrictUndefined, loader=loader)
     environment.tests["marked"] = is_marked

@@ -10,35 +10,38 @@ from lora_lab.report.tables import Rows
 
 @dataclass(frozen=True)
 class ExperimentReport:
-    """One experiment of a sweep: its tables, by name, and its figures' captions, by file."""
+    """The part of a report on one experiment, the runs whose config has the same `name`."""
 
     name: str
     directory: Path
+    """Where its tables and figures are written."""
     cells: list[Cell]
     tables: dict[str, Rows]
+    """Title → table, without those that have no rows."""
     notes: dict[str, str]
-    """A word under a table, by its name."""
-    figures: dict[str, str]
+    """Title of a table → the note below it."""
+    captions: dict[str, str]
+    """File name of each figure that was drawn, without its suffix → caption."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a report says of a folder of runs."""
+    """The report of a folder of runs: a part for each experiment, and what is not finished."""
 
     directory: Path
     results: list[RunResult]
-    sections: list[ExperimentReport]
-    not_finished: Rows
-    """Under the head experiment, run, status, cause; with the missing ones, which have no run."""
+    experiments: list[ExperimentReport]
+    unfinished: Rows
+    """The rows of `summary.unfinished_table`: runs not finished, and those that are missing."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """Runs by state, finished first."""
+        """State → number of runs, finished first; `missing` counts runs that have no directory."""
         states = Counter(r.state for r in self.results if r.is_finished)
-        states.update(row[2] for row in self.not_finished[1:])
+        states.update(row[2] for row in self.unfinished[1:])
         return dict(states)
 
     @property
-    def summary(self) -> str:
-        """The counts in a line."""
+    def counts_text(self) -> str:
+        """The counts in one line: `20 finished, 1 failed`."""
         return ", ".join(f"{n} {state}" for state, n in self.counts.items())

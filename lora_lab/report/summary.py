@@ -1,20 +1,23 @@
-"""A sweep's tables: its cells, every metric, theory, truncation, what is not finished."""
+"""The tables of a sweep's report: its cells, all metrics, theory, truncation, unfinished runs.
+
+Tables that are read round their numbers and mark the best; those for programs, as `*_in_full`,
+hold all digits and one number in each cell.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lora_lab.report.cell_statistics import Statistics, statistics_of
 from lora_lab.report.cells import (
     Cell,
     RunResult,
-    Statistics,
     cells_of,
     full_text,
     goal_of,
     ranked_cells,
-    short_text,
-    statistics_of,
     swept_keys,
+    swept_texts,
     validation_metrics,
 )
 from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
@@ -24,70 +27,76 @@ from lora_lab.runs import PLANNED_FILE, planned_runs
 
 
 def cells_table(cells: Sequence[Cell]) -> Rows:
-    """What was swept, and the metrics most asked for at the end, mean ± standard deviation.
+    """The main table: each cell's swept settings and final metrics, as mean ± deviation.
 
-    The best mean of each validation metric is marked.
+    The best mean of each validation metric is marked. `n` is the number of finished runs.
     """
     keys = swept_keys(cells)
     metrics = [*validation_metrics(cells), "train/loss"]
     measures = [
         m for m in ("effective rank", "stable rank") if any(m in c.rank_measures for c in cells)
     ]
-    head = [*(keys.values() or ["cell"]), "n", "trainable", *metrics, *measures]
-    rows = [head]
-    marks = {}
-    for metric in metrics[:-1]:
-        if (direction := goal_of(metric)) and len(
-            ranked := ranked_cells(cells, metric, direction)
-        ) > 1:
-            top = ranked[0].metrics[metric].mean
-            marks[metric] = {c.name for c in ranked if c.metrics[metric].mean == top}
+    rows = [[*(keys.values() or ["cell"]), "n", "trainable", *metrics, *measures]]
+    best = {metric: _best_cells(cells, metric) for metric in metrics[:-1]}
     for cell in cells:
-        done, every = len(cell.finished), len(cell.results)
+        finished, total = len(cell.finished), len(cell.results)
         trainable = cell.metrics.get("parameters/trainable")
-        row = [short_text(cell.value_of(key)) for key in keys] or [cell.name]
-        row += [str(done) if done == every else f"{done} of {every}"]
+        row = swept_texts(cell, keys)
+        row += [str(finished) if finished == total else f"{finished} of {total}"]
         row += [format_number(trainable.mean) if trainable else "–"]
         for metric in metrics:
-            text = str(cell.metrics[metric]) if metric in cell.metrics else "–"
-            row.append(f"**{text}**" if cell.name in marks.get(metric, ()) else text)
+            text = str(cell.metrics.get(metric, "–"))
+            row.append(f"**{text}**" if cell.name in best.get(metric, ()) else text)
         row += [str(cell.rank_measures.get(measure, "–")) for measure in measures]
         rows.append(row)
     return rows
 
 
+def _best_cells(cells: Sequence[Cell], metric: str) -> set[str]:
+    """The names of the cells with the best mean of a metric; none where one cell alone has it."""
+    goal = goal_of(metric)
+    ranked = ranked_cells(cells, metric, goal) if goal else []
+    if len(ranked) < 2:
+        return set()
+    return {c.name for c in ranked if c.metrics[metric].mean == ranked[0].metrics[metric].mean}
+
+
 def cells_table_in_full(cells: Sequence[Cell]) -> Rows:
-    """The main table to all digits, a number or nothing in each cell: what a program reads."""
+    """The main table for programs: all digits, mean and deviation in columns of their own."""
     keys = swept_keys(cells)
     metrics = [*validation_metrics(cells), "train/loss"]
     measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
     head = ["cell", *keys.values(), "n", "runs", "trainable"]
-    rows = [[*head, *(f"{m}{what}" for m in (*metrics, *measures) for what in ("", " std"))]]
+    rows = [[*head, *(f"{m}{suffix}" for m in (*metrics, *measures) for suffix in ("", " std"))]]
     for cell in cells:
         trainable = cell.metrics.get("parameters/trainable")
-        row = [cell.name, *_point(cell, keys), str(len(cell.finished)), str(len(cell.results))]
+        row = [*_full_texts(cell, keys), str(len(cell.finished)), str(len(cell.results))]
         row.append(repr(trainable.mean) if trainable else "")
         for metric in metrics:
-            row += _digits(cell.metrics.get(metric))
+            row += _mean_std_in_full(cell.metrics.get(metric))
         for measure in measures:
-            row += _digits(cell.rank_measures.get(measure))
+            row += _mean_std_in_full(cell.rank_measures.get(measure))
         rows.append(row)
     return rows
 
 
-def _point(cell: Cell, keys: Iterable[str]) -> list[str]:
-    return ["" if (value := cell.value_of(key)) is None else full_text(value) for key in keys]
+def _full_texts(cell: Cell, keys: Iterable[str]) -> list[str]:
+    """A cell's name and its swept settings; "" for a setting that it has not."""
+    values = [cell.value_of(key) for key in keys]
+    return [cell.name, *("" if value is None else full_text(value) for value in values)]
 
 
-def _digits(s: Statistics | None) -> list[str]:
-    """Mean and deviation, "" for what is not there."""
-    return [
-        repr(float(v)) if v is not None else "" for v in ((s.mean, s.std) if s else (None,) * 2)
-    ]
+def _mean_std_in_full(s: Statistics | None) -> list[str]:
+    """Mean and deviation to all digits; "" for each that is None."""
+    return [_in_full(value) for value in ((s.mean, s.std) if s else (None, None))]
+
+
+def _in_full(value: float | None) -> str:
+    return "" if value is None else repr(float(value))
 
 
 def identical_seeds_note(cells: Sequence[Cell]) -> str:
-    """A word on cells whose seeds all came to the same; "" where there is none."""
+    """A hint where a cell's runs gave the same numbers for all seeds; "" where none did."""
     for cell in cells:
         stds = [s.std for m, s in cell.metrics.items() if m.startswith(("val/", "train/"))]
         if stds and not any(std is None or std for std in stds):
@@ -96,107 +105,110 @@ def identical_seeds_note(cells: Sequence[Cell]) -> str:
 
 
 def all_metrics_table(cells: Sequence[Cell]) -> Rows:
-    """Every metric of every cell, a row each, to all digits."""
+    """Statistics of each final metric of each cell, one row for each pair, to all digits."""
     keys = swept_keys(cells)
     rows = [["cell", *keys, "metric", "n", "mean", "std", "min", "max"]]
     for cell in cells:
-        point = [cell.name, *_point(cell, keys)]
         for metric, s in cell.metrics.items():
-            values = [
-                repr(float(v)) for v in (s.mean, s.std, s.minimum, s.maximum) if v is not None
-            ]
-            values = values if s.std is not None else [values[0], "", *values[1:]]
-            rows.append([*point, metric, str(s.n), *values])
+            values = [_in_full(value) for value in (s.mean, s.std, s.minimum, s.maximum)]
+            rows.append([*_full_texts(cell, keys), metric, str(s.n), *values])
     return rows
 
 
 def theory_table(cells: Sequence[Cell]) -> Rows:
-    """Every metric that theory speaks of, over the runs of each cell, and their worst gap."""
+    """Each metric that theory predicts, over the runs of each cell, with the worst gap of them."""
     keys = swept_keys(cells)
     several = any(len(cell.finished) > 1 for cell in cells)
     metric, measured, value, gap, holds = CHECK_COLUMNS
     gap = "worst gap" if several else gap
     rows = [[*(keys.values() or ["cell"]), metric, "n", measured, value, gap, holds]]
     for cell in cells:
-        point = [short_text(cell.value_of(key)) for key in keys] or [cell.name]
-        found: dict[str, list[TheoryCheck]] = {}
-        for one in (one for result in cell.finished for one in result.theory_checks):
-            found.setdefault(one.metric, []).append(one)
-        rows += [
-            [*point, name, str(len(own)), *check_row_over_runs(own)] for name, own in found.items()
-        ]
+        by_metric: dict[str, list[TheoryCheck]] = {}
+        for check in (check for result in cell.finished for check in result.theory_checks):
+            by_metric.setdefault(check.metric, []).append(check)
+        for name, checks in by_metric.items():
+            n = str(len(checks))
+            rows.append([*swept_texts(cell, keys), name, n, *check_row_over_runs(checks)])
     return rows
 
 
 def theory_by_run_table(cells: Sequence[Cell]) -> Rows:
-    """Every metric that theory speaks of, run by run, to all digits."""
+    """Each metric that theory predicts, one row for each run, to all digits."""
     keys = swept_keys(cells)
     rows = [["cell", *keys.values(), "seed", *CHECK_COLUMNS[:3], "error", *CHECK_COLUMNS[3:]]]
     for cell in cells:
         for result in cell.finished:
-            for one in result.theory_checks:
-                values = [
-                    repr(float(v)) for v in (one.measured, one.theory, one.standard_error, one.gap)
-                ]
-                point = [cell.name, *_point(cell, keys), str(result.config["seed"]), one.metric]
-                rows.append([*point, *values, "yes" if one.holds else "NO"])
+            start = [*_full_texts(cell, keys), str(result.config["seed"])]
+            for check in result.theory_checks:
+                values = (check.measured, check.theory, check.standard_error, check.gap)
+                verdict = "yes" if check.holds else "NO"
+                rows.append([*start, check.metric, *map(_in_full, values), verdict])
     return rows
 
 
-def truncation_table(done: Sequence[RunResult], digits: bool = False) -> Rows:
-    """The loss at rank k: of runs trained there, and of the largest r's ΔW cut to it.
+def truncation_table(finished: Sequence[RunResult], in_full: bool = False) -> Rows:
+    """The validation loss at rank k, once trained at r = k and once cut to rank k after training.
 
-    With `digits` as `numbers` has them.
+    The cut ΔW is that of the runs with the largest r. Rows are of each series of runs that differ
+    in r and seeds alone. `in_full` gives all digits, with the deviation in a column of its own.
     """
     ways = ("trained at r = k", "cut from the largest r")
-    one = (lambda way: [way, f"{way} std", f"{way} n"]) if digits else (lambda way: [way, "n"])
-    rows = [["series", "k", *(head for way in ways for head in one(way))]]
-    for name, own in lora_runs_by_series(done).items():
-        trained, (cut, _) = values_by_rank(own, "val/loss"), truncation_losses(own)
+    titles = [[way, f"{way} std", f"{way} n"] if in_full else [way, "n"] for way in ways]
+    rows = [["series", "k", *titles[0], *titles[1]]]
+    for name, results in lora_runs_by_series(finished).items():
+        trained, (cut, _) = values_by_rank(results, "val/loss"), truncation_losses(results)
         if len(trained) > 1 and cut:
             for k in sorted({*trained, *cut}):
                 row = [name or "all", str(k)]
-                for s in (statistics_of(found.get(k, [])) for found in (trained, cut)):
-                    row += _digits(s) if digits else [str(s) if s else "–"]
+                for s in (statistics_of(losses.get(k, [])) for losses in (trained, cut)):
+                    row += _mean_std_in_full(s) if in_full else [str(s) if s else "–"]
                     row.append(str(s.n if s else 0))
                 rows.append(row)
     return rows
 
 
 def unfinished_table(results: Sequence[RunResult], directory: Path) -> Rows:
-    """Every run that is not finished, and why; and those that a multirun has not come to."""
+    """The runs that are not finished, with the cause, and those that are missing.
+
+    Missing are the runs that a multirun planned and has not begun. Where an experiment has no such
+    plan, a seed is missing that most of its cells have.
+    """
     rows = [["experiment", "run", "status", "cause"]]
     for result in results:
         if not result.is_finished:
             rows.append([result.experiment, result.run.path.name, result.state, result.cause])
-    listed: set[str] = set()
-    for folder in sorted(file.parent for file in directory.rglob(PLANNED_FILE)):
-        name = folder.resolve().name
-        listed.add(name)
-        every = planned_runs(folder)
-        common = set.intersection(*map(set, every.values())) if len(every) > 1 else set()
-        for run, overrides in every.items():
-            if not (folder / run / "status.json").exists():
-                rows.append(
-                    [
-                        name,
-                        run,
-                        "missing",
-                        f"not begun: {' '.join(o for o in overrides if o not in common)}",
-                    ]
-                )
+    folders = sorted(file.parent for file in directory.rglob(PLANNED_FILE))
+    for folder in folders:
+        rows += _runs_not_begun(folder)
+    with_plan = {folder.resolve().name for folder in folders}
     for experiment in dict.fromkeys(r.experiment for r in results if r.config):
-        if experiment not in listed:  # nothing says what was meant, but for the other cells
-            cells = cells_of([r for r in results if r.experiment == experiment])
-            seeds = {
-                cell.name: {r.config["seed"] for r in cell.results}
-                for cell in cells
-                if cell.results[0].config["adapter"]["method"] != "none"  # which draws nothing
-            }
-            counts = Counter(seed for own in seeds.values() for seed in own)
-            usual = {seed for seed, n in counts.items() if 2 * n > len(seeds)}
-            for name, own in seeds.items():
-                for seed in sorted(usual - own):
-                    cause = f"seed {seed} has no run here, but in most cells"
-                    rows.append([experiment, name, "missing", cause])
+        if experiment not in with_plan:
+            rows += _missing_seeds([r for r in results if r.experiment == experiment])
+    return rows
+
+
+def _runs_not_begun(folder: Path) -> Rows:
+    """A row for each planned run without a directory, with the overrides that not all share."""
+    planned = planned_runs(folder)
+    common = set.intersection(*map(set, planned.values())) if len(planned) > 1 else set()
+    rows = []
+    for run, overrides in planned.items():
+        if not (folder / run / "status.json").exists():
+            cause = f"not begun: {' '.join(o for o in overrides if o not in common)}"
+            rows.append([folder.resolve().name, run, "missing", cause])
+    return rows
+
+
+def _missing_seeds(results: Sequence[RunResult]) -> Rows:
+    """A row for each cell and seed without a run, of the seeds that most cells have."""
+    # A frozen base (method none) draws nothing: one seed is enough.
+    cells = [c for c in cells_of(results) if c.results[0].config["adapter"]["method"] != "none"]
+    seeds_by_cell = {cell.name: {r.config["seed"] for r in cell.results} for cell in cells}
+    counts = Counter(seed for seeds in seeds_by_cell.values() for seed in seeds)
+    usual = {seed for seed, n in counts.items() if 2 * n > len(seeds_by_cell)}
+    rows = []
+    for name, seeds in seeds_by_cell.items():
+        for seed in sorted(usual - seeds):
+            cause = f"seed {seed} has no run here, but in most cells"
+            rows.append([results[0].experiment, name, "missing", cause])
     return rows

@@ -1,6 +1,7 @@
-"""How numbers and tables are written: Markdown, CSV, LaTeX. A table's first row is its head.
+"""How numbers and tables are written: as text, Markdown, CSV, LaTeX and for the terminal.
 
-`**` around a cell marks the best of its column.
+A table is a list of rows of text, and its first row holds the column titles. A cell of the form
+`**text**` is marked: it is the best of its column.
 """
 
 import csv
@@ -8,9 +9,15 @@ import io
 import re
 from collections.abc import Iterable
 
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
 Rows = list[list[str]]
+"""A table: the column titles, then the rows below them."""
 
 NUMBER_PATTERN = re.compile(r"([-+]?(nan|inf|[\d.,]+(e[-+]?\d+)?)%?( (±|of) \S+)?|–)?")
+"""What a cell of a column of numbers holds: `1,234`, `0.5 ± 0.1`, `2 of 3`, `–` or nothing."""
 
 LATEX_SIGNS = {
     **{sign: f"\\{sign}" for sign in "&%_#${}"},
@@ -21,70 +28,77 @@ LATEX_SIGNS = {
     **{"Δ": r"$\Delta$", "σ": r"$\sigma$", "φ": r"$\varphi$", "θ": r"$\theta$", "α": r"$\alpha$"},
     **{"–": "--", "…": r"\dots{}", "₀": "$_0$", "²": "$^2$"},
 }
-"""What LaTeX reads as its own, or its fonts may not have, and how that is said."""
+"""LaTeX for the characters that are commands to it or that its fonts may lack."""
 
 
 def format_number(value: float | None) -> str:
-    """Five significant digits, an en dash for what is not there."""
+    """A number in five significant digits, an integer in full; – for None."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
 
 
-def format_mean_std(mean: float, std: float) -> str:
-    """A mean ± a deviation of two significant digits, both to the same place."""
+def format_mean_std(mean: float, std: float | None) -> str:
+    """`mean ± std`, std in two significant digits and both to the same place; None: the mean alone.
+
+    As 0.61759 and 0.0032 → 0.6176 ± 0.0032.
+    """
+    if std is None:
+        return format_number(mean)
     if std == 0:
         return f"{format_number(mean)} ± 0"
-    size = int(f"{std:.1e}".partition("e")[2])  # rounded: 0.0996 is 0.10
+    # The exponent after rounding to two digits: 0.0996 becomes 0.10, so -1 and not -2.
+    exponent = int(f"{std:.1e}".partition("e")[2])
     if 1e-6 <= std < 1e15:
-        places = 1 - size
+        places = 1 - exponent
         shown = [f"{round(value, places):,.{max(0, places)}f}" for value in (mean, std)]
         return " ± ".join(shown)
     if 1e-3 <= abs(mean) < 1e15:
-        return f"{mean:.{min(15, 1 - size)}f} ± {std:.1e}"
-    top = int(f"{mean:.1e}".partition("e")[2])
-    return f"{mean:.{min(15, max(0, top - size + 1))}e} ± {std:.1e}"
+        return f"{mean:.{min(15, 1 - exponent)}f} ± {std:.1e}"
+    mean_exponent = int(f"{mean:.1e}".partition("e")[2])
+    return f"{mean:.{min(15, max(0, mean_exponent - exponent + 1))}e} ± {std:.1e}"
 
 
 def is_numeric(column: Iterable[str]) -> bool:
-    """Whether a column has numbers alone, of which some may lack."""
+    """Whether a column holds only numbers and blanks, so that it is aligned to the right."""
     return all(NUMBER_PATTERN.fullmatch(unmarked(text)) for text in column)
 
 
 def unmarked(text: str) -> str:
-    """A cell without its mark."""
+    """A cell's text without the ** of a marked cell."""
     return text[2:-2] if is_marked(text) else text
 
 
 def is_marked(text: str) -> bool:
-    """Whether a cell is marked as the best."""
+    """Whether a cell is marked as the best of its column."""
     return len(text) > 4 and text.startswith("**") and text.endswith("**")
 
 
 def markdown(rows: Rows, align: str) -> str:
-    """Rows as a Markdown table, the first its head."""
+    """A table in Markdown, its columns aligned to the left (`align` "l") or right ("r")."""
     rule = ["---:" if align == "r" else "---"] * len(rows[0])
     escaped = [[re.sub(r"[|\\]", r"\\\g<0>", text) for text in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in (escaped[0], rule, *escaped[1:]))
 
 
 def csv_of(rows: Iterable[list[str]]) -> str:
-    """Rows as CSV, without marks."""
+    """A table as CSV, without the marks of best cells."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([unmarked(c) for c in row] for row in rows)
     return text.getvalue()
 
 
 def latex(rows: Rows) -> str:
-    """Rows as a tabular of booktabs, the first its head; what is marked is bold."""
+    """A table as a LaTeX tabular with the rules of booktabs; marked cells are bold."""
 
     def cell(text: str) -> str:
-        # Letters of the Latin alphabets are in LaTeX's fonts; of all else it may know nothing.
+        # Below U+0180 are the Latin letters, which LaTeX's fonts have. Others become "?".
         escaped = "".join(
             LATEX_SIGNS.get(sign, sign if sign < "\u0180" and sign.isprintable() else "?")
             for sign in unmarked(text)
         )
-        # A bracket that begins a row would be read as an argument of the \\ before it.
+        # [ or * at the start of a row would be read as an argument of the \\ that ends the row
+        # before it: braces keep them apart.
         escaped = f"{{{escaped}}}" if escaped.startswith(("[", "*")) else escaped
         return rf"\textbf{{{escaped}}}" if is_marked(text) else escaped
 
@@ -92,3 +106,15 @@ def latex(rows: Rows) -> str:
     columns = "l" + "r" * (len(rows[0]) - 1)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def terminal_table(title: str, rows: Rows) -> Table:
+    """A table for the terminal: marked cells bold, columns of numbers to the right."""
+    shown = Table(title=title, box=box.SIMPLE, pad_edge=False, title_justify="left")
+    for i, heading in enumerate(rows[0]):
+        right = i > 0 and is_numeric(row[i] for row in rows[1:])
+        shown.add_column(escape(heading), justify="right" if right else "left")
+    for row in rows[1:]:
+        marked = [f"[bold]{escape(unmarked(c))}[/]" if is_marked(c) else escape(c) for c in row]
+        shown.add_row(*marked)
+    return shown

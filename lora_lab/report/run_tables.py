@@ -1,0 +1,156 @@
+"""The tables of one run's report: its curves by epoch, facts about it, and theory's predictions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lora_lab.report.plotting import MAX_PANELS
+from lora_lab.report.run_figures import largest_updates
+from lora_lab.report.tables import Rows, format_number
+from lora_lab.report.theory import CHECK_COLUMNS, check_against_theory, check_row
+from lora_lab.runs import Run
+
+TARGET_KEYS = ("r", "alpha", "dropout", "init")
+"""The settings of the adapter that a target may set for its sites."""
+
+
+@dataclass(frozen=True)
+class RunTables:
+    """The tables of one run."""
+
+    curves: Rows
+    """Validation metrics by epoch, of the base and of the adapted model; with column titles."""
+    facts: Rows
+    """(fact, value) rows, without column titles."""
+    theory: Rows
+    """Rows under CHECK_COLUMNS, titles included; [] where there is no theory."""
+
+
+def run_tables(run: Run) -> RunTables:
+    """Makes a run's tables, from the files in its directory alone."""
+    theory = [check_row(check) for check in check_against_theory(run)]
+    return RunTables(_curves(run), _facts(run), [CHECK_COLUMNS, *theory] if theory else [])
+
+
+def singular_values_by_site(run: Run) -> dict[str, np.ndarray]:
+    """Site → singular values of its ΔW (times × k), from spectra.npz; {} without that file."""
+    path, suffix = run.path / "spectra.npz", "/singular_values"
+    if not path.exists():
+        return {}
+    with np.load(path) as arrays:
+        return {k.removesuffix(suffix): arrays[k] for k in arrays.files if k.endswith(suffix)}
+
+
+def _curves(run: Run) -> Rows:
+    """A row for each epoch; beside each loss the published one, where the config has it."""
+    published = run.config.get("published") or {}
+    method = run.config["adapter"]["method"]
+    columns: dict[str, dict[int, float]] = {}
+    for prefix, label, paper in (("base/", "base", "base"), ("", method, "adapted")):
+        for key in dict.fromkeys(
+            k for row in run.rows() for k in row if k.startswith(f"{prefix}val/")
+        ):
+            name = f"{label} {key.removeprefix(f'{prefix}val/')}"
+            columns[name] = run.curve(key)
+            if key.endswith("val/loss") and published.get(paper):
+                columns[f"{label} published"] = published[paper]
+    epochs = sorted({epoch for curve in columns.values() for epoch in curve})
+    body = [[str(e), *(format_number(curve.get(e)) for curve in columns.values())] for e in epochs]
+    return [["epoch", *columns], *body]
+
+
+def _facts(run: Run) -> Rows:
+    """(fact, value) rows: adapter, losses, sizes, ΔW, advice on ranks, seeds."""
+    config = run.config
+    facts = [*_adapter_facts(config), *_loss_facts(run), *_size_facts(run)]
+    facts += [*_update_facts(run), *_advice_facts(run)]
+    facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
+    return facts
+
+
+def _adapter_facts(config: dict[str, Any]) -> Rows:
+    """One row with the settings of the adapter; none where the method is not LoRA."""
+    adapter = config["adapter"]
+    if adapter["method"] != "lora":
+        return []
+    parts = [f"r={adapter['r']}", f"alpha={adapter['alpha']:g}"]
+    parts += [adapter["scaling"], adapter["init"]]
+    parts += ["DoRA"] if adapter.get("dora") else []
+    trains, ratio = adapter.get("trains", "both"), adapter.get("lr_ratio", 1)
+    parts += [f"trains {trains}"] if trains != "both" else []
+    parts += [f"lr ratio {ratio:g}"] if ratio != 1 else []
+    differ = any(target.get(key) for target in config["target"].values() for key in TARGET_KEYS)
+    if differ or adapter.get("rank_pattern") or adapter.get("alpha_pattern"):
+        parts.append("but for sites with their own (adapter/adapter.json)")
+    return [["adapter", ", ".join(parts)]]
+
+
+def _loss_facts(run: Run) -> Rows:
+    """The validation loss before and after adaptation, and that of the merged model."""
+    facts, loss = [], run.curve("val/loss")
+    if loss:
+        facts.append(["loss on the new data before adaptation", format_number(loss[min(loss)])])
+    if len(loss) > 1:
+        facts.append(["loss on the new data after adaptation", format_number(loss[max(loss)])])
+    if (merged := run.last("merged/val/loss")) is not None:
+        facts.append(["loss of the merged model", format_number(merged)])
+    return facts
+
+
+def _size_facts(run: Run) -> Rows:
+    """Trainable parameters, and the bytes of the adapter's file and of the optimizer's state."""
+    facts = []
+    trainable, base = run.last("parameters/trainable"), run.last("parameters/base")
+    if trainable and base:
+        share = f"{format_number(trainable)} of {format_number(base)} ({trainable / base:.3%})"
+        facts.append(["trainable parameters", share])
+    if (size := run.last("bytes/adapter")) is not None:
+        facts.append(["adapter on disk", _bytes(size)])
+    if (size := run.last("bytes/optimizer")) is not None:
+        full = run.last("bytes/full_optimizer")
+        beside = f", {_bytes(full)} for full fine-tuning" if full else ""
+        facts.append(["optimizer state", f"{_bytes(size)}{beside}"])
+    return facts
+
+
+def _bytes(size: float) -> str:
+    """A number of bytes with its decimal unit: 1234 → 1.23 kB."""
+    unit = min(3, int(np.log10(max(size, 1)) // 3))
+    return f"{size / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB')[unit]}"
+
+
+def _update_facts(run: Run) -> Rows:
+    """What was measured of ΔW, for the sites where its norm is largest."""
+    facts: Rows = []
+    spectra = singular_values_by_site(run)
+    for site, singular_values in largest_updates(spectra).items():  # (times, k)
+        largest = ", ".join(format_number(value) for value in singular_values[-1][:4])
+        more = ", …" if singular_values.shape[1] > 4 else ""
+        effective_rank = run.last(f"spectra/{site}/effective_rank")
+        facts.append([f"ΔW of {site}: singular values", f"{largest}{more}"])
+        facts.append([f"ΔW of {site}: effective rank", format_number(effective_rank)])
+        if (amplification := run.last(f"spectra/{site}/amplification")) is not None:
+            name = f"ΔW of {site}: ‖ΔW‖ over what W has of its directions"
+            facts.append([name, format_number(amplification)])
+        if (intruders := run.last(f"spectra/{site}/intruders")) is not None:
+            among = run.last(f"spectra/{site}/intruders_among")
+            of_all = f" of {format_number(among)}" if among else ""
+            name = f"W + ΔW of {site}: first directions that W has not"
+            facts.append([name, format_number(intruders) + of_all])
+    if (others := len(spectra) - MAX_PANELS) > 0:
+        facts.append([f"and {others} sites more", "with a smaller ΔW, in spectra.npz"])
+    return facts
+
+
+def _advice_facts(run: Run) -> Rows:
+    """One row with the ranks that advice.yaml recommends; none without that file."""
+    if not (run.path / "advice.yaml").exists():
+        return []
+    advice = yaml.safe_load((run.path / "advice.yaml").read_text())
+    ranks = advice["adapter"]["rank_pattern"].items()
+    shown = ", ".join(f"{site} {k}" for site, k in list(ranks)[:MAX_PANELS])
+    more = ", …" if len(ranks) > MAX_PANELS else ""
+    gain = f"≥ {100 * advice['keep']:.4g}% of the gain ({advice['share']:.1%})"
+    return [[f"ranks that keep {gain}", shown + more]]
