@@ -48,14 +48,12 @@ class PageTable:
     @cached_property
     def column_classes(self) -> list[str]:
         """Each column's CSS class: num (numbers), long (texts that wrap) or none."""
-        return [self._column_class(column) for column in zip(*self.rows[1:], strict=True)]
-
-    @staticmethod
-    def _column_class(column: tuple[Any, ...]) -> str:
-        texts = [c["text"] if isinstance(c, dict) else c for c in column]
-        if max(map(len, texts)) > 70:
-            return "long"
-        return "num" if is_numeric(texts) else ""
+        classes = []
+        for column in zip(*self.rows[1:], strict=True):
+            texts = [cell["text"] if isinstance(cell, dict) else cell for cell in column]
+            short = "num" if is_numeric(texts) else ""
+            classes.append("long" if max(map(len, texts)) > 70 else short)
+        return classes
 
 
 def write_sweep_page(sweep: SweepReport) -> Path:
@@ -134,18 +132,14 @@ def _runs_table(sweep: SweepReport, to: Path) -> PageTable:
     """All runs, each with links to its own page, where it has one, and to its directory."""
     rows: list[list[Any]] = [["run", "status", "seed", "val/loss", "seconds", "files"]]
     for result in sweep.results:
-        page, seconds = result.run.path / "report" / "index.html", result.status.get("seconds")
-        link = _link(page, to) if page.exists() else None
-        rows.append(
-            [
-                {"text": result.run.path.name, "link": link},
-                result.state,
-                str(result.config.get("seed", "–")),
-                format_number(result.metrics.get("val/loss") if result.is_finished else None),
-                "–" if seconds is None else f"{seconds:.1f}",
-                {"text": "directory", "link": f"{_link(result.run.path, to)}/"},
-            ]
-        )
+        path, seconds = result.run.path, result.status.get("seconds")
+        run_page = path / "report" / "index.html"
+        name = {"text": path.name, "link": _link(run_page, to) if run_page.exists() else None}
+        seed = str(result.config.get("seed", "–"))
+        loss = format_number(result.metrics.get("val/loss") if result.is_finished else None)
+        duration = "–" if seconds is None else f"{seconds:.1f}"
+        directory = {"text": "directory", "link": f"{_link(path, to)}/"}
+        rows.append([name, result.state, seed, loss, duration, directory])
     return PageTable("runs", rows, "A run's name leads to its own report.")
 
 
@@ -191,14 +185,8 @@ def _figure(path: Path, caption: str, to: Path) -> dict[str, Any]:
     # The first chunk of a PNG is IHDR, whose data starts at byte 16: width and height, big-endian.
     width, height = struct.unpack(">II", content[16:24])
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    size = {"width": round(width / 1.5), "height": round(height / 1.5)}
-    return {
-        "source": source,
-        "caption": caption,
-        "wide": width > WIDE_PIXELS,
-        "link": _link(path, to),
-        **size,
-    }
+    size = {"width": round(width / 1.5), "height": round(height / 1.5), "wide": width > WIDE_PIXELS}
+    return {"source": source, "caption": caption, "link": _link(path, to), **size}
 
 
 def _write(to: Path, **content: Any) -> Path:
@@ -206,7 +194,7 @@ def _write(to: Path, **content: Any) -> Path:
     loader = PackageLoader("lora_lab.report", package_path="")
     environment = Environment(autoescape=True, undefined=StrictUndefined, loader=loader)
     environment.tests["marked"] = is_marked
-    environment.filters["bare"] = unmarked
+    environment.filters["unmarked"] = unmarked
     page = environment.get_template("page.html").render(states=STATES, **content)
     write_atomic(to / "index.html", page)
     return to / "index.html"

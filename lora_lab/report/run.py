@@ -12,7 +12,7 @@ from rich.table import Table
 from lora_lab.report import page
 from lora_lab.report.run_figures import write_figures
 from lora_lab.report.run_tables import run_tables, singular_values_by_site
-from lora_lab.report.tables import csv_of, format_number, markdown
+from lora_lab.report.tables import csv_of, format_number, format_seconds, markdown
 from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic
 
@@ -118,19 +118,12 @@ def runs_table(runs: Iterable[Run], state: str | None = None, sort: str = "name"
         if state in (None, status["state"]):
             # All have the same value where the sort is by name, so that they stay in that order.
             values = {"name": 0, "loss": loss, "time": status.get("seconds")}
-            values["started"] = status.get("started")
-            listed.append((values[sort], run, status, loss))
+            listed.append((values.get(sort, status.get(sort)), run, status, loss))
     # None and nan come last; a nan is the number that differs from itself.
     listed.sort(key=lambda item: (item[0] is None or item[0] != item[0], item[0] or 0))
     for _, run, status, loss in listed:
-        seconds = status.get("seconds")
-        table.add_row(
-            status["state"],
-            run.path.absolute().parent.name,
-            status.get("cell", "–"),
-            str(status.get("seed", "–")),
-            format_number(loss),
-            f"{seconds:.0f} s" if seconds is not None else "–",
-            run.path.name.rpartition("-")[2],
-        )
+        experiment, run_hash = run.path.absolute().parent.name, run.path.name.rpartition("-")[2]
+        cell, seed = status.get("cell", "–"), str(status.get("seed", "–"))
+        numbers = (format_number(loss), format_seconds(status.get("seconds")))
+        table.add_row(status["state"], experiment, cell, seed, *numbers, run_hash)
     return table

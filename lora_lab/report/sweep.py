@@ -26,7 +26,15 @@ from lora_lab.report.rank_series import differing_seeds
 from lora_lab.report.run import figures_line
 from lora_lab.report.sections import ExperimentReport, SweepReport
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
-from lora_lab.report.tables import Rows, csv_of, format_number, latex, markdown, terminal_table
+from lora_lab.report.tables import (
+    Rows,
+    csv_of,
+    format_number,
+    format_seconds,
+    latex,
+    markdown,
+    terminal_table,
+)
 from lora_lab.report.theory import GAP_NOTE
 from lora_lab.report.tradeoff_figure import metric_by_parameters
 from lora_lab.runs import Run, write_atomic
@@ -143,30 +151,20 @@ def _figures(
     of_each = f"each run, and the mean of each r{f' over {kinds}' if kinds else ''}."
     figures: dict[str, tuple[str, Figure | None]] = {}
     for metric in metrics:
-        figures[f"rank{_suffix(metric)}"] = (
-            f"{metric_label(metric).capitalize()} against r: {of_each}",
-            rank_figures.metric_by_rank(finished, metric),
-        )
+        caption = f"{metric_label(metric).capitalize()} against r: {of_each}"
+        figures[f"rank{_suffix(metric)}"] = caption, rank_figures.metric_by_rank(finished, metric)
     for metric in metrics:
-        figures[f"tradeoff{_suffix(metric)}"] = (
-            f"Trained parameters against {metric_label(metric)}: mean ± standard deviation of "
-            "each cell, and the front.",
-            metric_by_parameters(cells, metric),
-        )
-    theory = rank_figures.theory_by_rank(finished)
-    figures["theory"] = ("What theory says, and what was measured.", theory)
-    figures["measures"] = (
-        f"Effective and stable rank of ΔW against r: {of_each}",
-        rank_figures.update_ranks_by_rank(finished),
-    )
-    figures["spectra"] = (
-        "Singular values of ΔW by r: the mean of the runs of each r.",
-        rank_figures.spectra_by_rank(finished),
-    )
-    figures["swept"] = (
-        "What was swept, and what came of it: the mean of each cell.",
-        metrics_by_swept_keys(all_cells, metrics),
-    )
+        caption = f"Trained parameters against {metric_label(metric)}: mean ± standard deviation of"
+        caption += " each cell, and the front."
+        figures[f"tradeoff{_suffix(metric)}"] = caption, metric_by_parameters(cells, metric)
+    caption = "What theory says, and what was measured."
+    figures["theory"] = caption, rank_figures.theory_by_rank(finished)
+    caption = f"Effective and stable rank of ΔW against r: {of_each}"
+    figures["measures"] = caption, rank_figures.update_ranks_by_rank(finished)
+    caption = "Singular values of ΔW by r: the mean of the runs of each r."
+    figures["spectra"] = caption, rank_figures.spectra_by_rank(finished)
+    caption = "What was swept, and what came of it: the mean of each cell."
+    figures["swept"] = caption, metrics_by_swept_keys(all_cells, metrics)
     return figures
 
 
@@ -206,17 +204,13 @@ def job_table(jobs: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
     for overrides, path, state, cause in jobs:
         run = Run(path) if path else None
         point = " ".join(o for o in overrides if o in swept) or " ".join(overrides)
-        seconds = run.status.get("seconds") if run else None
+        seconds = format_seconds(run.status.get("seconds") if run else None)
         loss = run.last("val/loss") if run and state == "finished" else None
         if run and state == "interrupted":
             cause = stop_cause(run.status)
         if run and state == "failed":
             cause += f" (traceback: {run.path / 'log.txt'})"
-        table.add_row(
-            state if state != "none" else "not begun",
-            point,
-            format_number(loss),
-            f"{seconds:.0f} s" if seconds is not None else "–",
-            cause if state in ("failed", "interrupted", "config error") else "",
-        )
+        shown_cause = cause if state in ("failed", "interrupted", "config error") else ""
+        shown_state = state if state != "none" else "not begun"
+        table.add_row(shown_state, point, format_number(loss), seconds, shown_cause)
     return table

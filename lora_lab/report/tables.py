@@ -38,6 +38,11 @@ def format_number(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
 
 
+def format_seconds(seconds: float | None) -> str:
+    """A duration in whole seconds, as `12 s`; – for None."""
+    return "–" if seconds is None else f"{seconds:.0f} s"
+
+
 def format_mean_std(mean: float, std: float | None) -> str:
     """`mean ± std`, std in two significant digits and both to the same place; None: the mean alone.
 

@@ -1,4 +1,10 @@
-"""Reports from run directories alone."""
+"""Reports of runs and of folders of runs: tables, facts, unfinished runs, and `lora-lab ls`.
+
+Truth: means, deviations and gaps computed here by `statistics` from the metrics.jsonl files; a
+report made again elsewhere from the run directory alone; run directories damaged by hand.
+
+Run: make test ARGS=tests/report/test_report.py
+"""
 
 import csv
 import json
@@ -25,8 +31,8 @@ from tests.conftest import Lab, command, only_run
 from tests.copied_runs import copy_run
 
 
-def kept(run: Path) -> dict[str, bytes]:
-    """A report's files but for PDFs, which hold their date, and table.md, which names the run."""
+def report_files(run: Path) -> dict[str, bytes]:
+    """A report's PNG and CSV files: PDFs hold their date, and table.md its directory's name."""
     files = (run / "report").iterdir()
     return {p.name: p.read_bytes() for p in files if p.suffix in (".png", ".csv")}
 
@@ -37,7 +43,7 @@ def test_a_report_needs_the_run_directory_alone(
     lab("digits", "figures=true")
     run = only_run()
     shown = capsys.readouterr().out
-    before = kept(run.path)
+    before = report_files(run.path)
     moved = Path("moved")
     shutil.move(run.path, moved)
     shutil.rmtree("runs")
@@ -46,7 +52,7 @@ def test_a_report_needs_the_run_directory_alone(
     assert command(monkeypatch, "report", "moved") == 0
     again = capsys.readouterr().out
     assert again.split("figures")[0].strip() in shown
-    assert kept(moved) == before
+    assert report_files(moved) == before
     assert {p.stem for p in (moved / "report").glob("*.pdf")} == {
         *("loss", "spectrum", "delta", "phi", "truncation")
     }
@@ -75,12 +81,12 @@ def test_every_method_has_a_report(lab: Lab, adapter: str):
     assert (only_run().path / "report" / "loss.png").stat().st_size > 5000
 
 
-def finals(run: Run) -> dict[str, float]:
+def final_metrics(run: Run) -> dict[str, float]:
     """The last value of each metric, read from metrics.jsonl alone."""
-    found = {}
+    last = {}
     for line in (run.path / "metrics.jsonl").read_text().splitlines():
-        found |= json.loads(line)
-    return {k: v for k, v in found.items() if k not in ("step", "epoch")}
+        last |= json.loads(line)
+    return {k: v for k, v in last.items() if k not in ("step", "epoch")}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -98,26 +104,26 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     capsys.readouterr()
     assert command(monkeypatch, "report", "runs/shift") == 0
     shown = capsys.readouterr().out
-    made = Path("runs/shift/report")
+    folder = Path("runs/shift/report")
     measured: dict[tuple[str, str], list[float]] = {}
     cell_of: dict[tuple[str, str], str] = {}  # (r, lr) as the main table has them
     for run in find_runs(Path("runs")):
-        for metric, value in finals(run).items() if run.finished else ():
+        for metric, value in final_metrics(run).items() if run.finished else ():
             measured.setdefault((run.status["cell"], metric), []).append(value)
         point = (str(run.config["adapter"].get("r", "")), str(run.config["optimizer"]["lr"]))
         cell_of[point] = run.status["cell"]
-    everything = {(row["cell"], row["metric"]): row for row in rows_of(made / "metrics.csv")}
-    assert set(everything) == set(measured)
+    metrics_table = {(row["cell"], row["metric"]): row for row in rows_of(folder / "metrics.csv")}
+    assert set(metrics_table) == set(measured)
     for key, values in measured.items():
-        row = everything[key]
+        row = metrics_table[key]
         assert int(row["n"]) == len(values) == (1 if key[0].startswith("full") else 3)
         assert float(row["mean"]) == pytest.approx(statistics.mean(values), rel=1e-14)
         if len(values) > 1:
             assert float(row["std"]) == pytest.approx(statistics.stdev(values), rel=1e-9)
         assert (float(row["min"]), float(row["max"])) == (min(values), max(values))
-    losses = {cell: own for (cell, metric), own in measured.items() if metric == "val/loss"}
-    table = rows_of(made / "cells.csv")
-    assert len(table) == 5, "the cell whose only run failed is there too"
+    losses = {cell: values for (cell, metric), values in measured.items() if metric == "val/loss"}
+    table = rows_of(folder / "cells.csv")
+    assert len(table) == 5, "the cell whose only run failed has a row too"
     for row in table:
         cell = cell_of[row["r"], row["lr"]]
         if row["lr"] == "1e+30":
@@ -131,28 +137,30 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
         else:
             assert row["val/loss std"] == ""
     best = min(losses, key=lambda cell: statistics.mean(losses[cell]))
-    (bold,) = [line for line in (made / "report.md").read_text().splitlines() if "**" in line]
-    own = losses[best]
+    (bold,) = [line for line in (folder / "report.md").read_text().splitlines() if "**" in line]
+    best_losses = losses[best]
     text = (
-        format_mean_std(statistics.mean(own), statistics.stdev(own))
-        if len(own) > 1
-        else f"{own[0]:.5g}"
+        format_mean_std(statistics.mean(best_losses), statistics.stdev(best_losses))
+        if len(best_losses) > 1
+        else f"{best_losses[0]:.5g}"
     )
     assert f"**{text}**" in bold
-    tex = (made / "cells.tex").read_text()
+    tex = (folder / "cells.tex").read_text()
     assert r"\toprule" in tex
     assert tex.count(r"\textbf{") == 1
-    lines = (made / "report.md").read_text().split("## cells\n\n")[1].split("\n\n")[0].splitlines()
+    lines = (
+        (folder / "report.md").read_text().split("## cells\n\n")[1].split("\n\n")[0].splitlines()
+    )
     for value in (value for line in lines[2:] for value in line.split("|")[1:-1]):
-        said = value.strip().strip("*").replace("±", r"$\pm$").replace("–", "--")
-        assert said in tex, "LaTeX holds what Markdown holds"
-    (failed,) = (r for r in rows_of(made / "not_finished.csv") if r["status"] == "failed")
+        latex_value = value.strip().strip("*").replace("±", r"$\pm$").replace("–", "--")
+        assert latex_value in tex, "LaTeX holds what Markdown holds"
+    (failed,) = (r for r in rows_of(folder / "not_finished.csv") if r["status"] == "failed")
     assert "DivergedError" in failed["cause"]
     assert failed["run"] in shown
     for name in ("rank", "tradeoff", "measures", "spectra"):
-        assert (made / f"{name}.png").stat().st_size > 5000
-        assert (made / f"{name}.pdf").exists()
-    cut = {int(row["k"]): row for row in rows_of(made / "truncation.csv")}
+        assert (folder / f"{name}.png").stat().st_size > 5000
+        assert (folder / f"{name}.pdf").exists()
+    cut = {int(row["k"]): row for row in rows_of(folder / "truncation.csv")}
     assert sorted(cut) == [0, 1, 2, 3]
     assert float(cut[3]["cut from the largest r"]) == pytest.approx(
         float(cut[3]["trained at r = k"]), rel=1e-4
@@ -161,38 +169,38 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     assert cut[0]["trained at r = k"] == ""
 
 
-def test_every_run_that_is_not_finished_is_told(
+def test_every_run_that_is_not_finished_is_listed(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert lab("shift", "adapter.r=1,2", "seed=0,1,2", "-m") == 0
     runs = {(r.config["adapter"]["r"], r.config["seed"]): r for r in find_runs(Path("runs"))}
-    killed, torn, gone = runs[1, 1], runs[1, 2], runs[2, 1]
+    killed, damaged, removed = runs[1, 1], runs[1, 2], runs[2, 1]
     status = json.loads((killed.path / "status.json").read_text())
     (killed.path / "status.json").write_text(json.dumps({**status, "state": "running"}))
-    (torn.path / "metrics.jsonl").write_text('{"a"\n{"epoch": 1}\n')
-    shutil.rmtree(gone.path)
-    held = FileLock(runs[2, 2].path / "lock").acquire()
+    (damaged.path / "metrics.jsonl").write_text('{"a"\n{"epoch": 1}\n')
+    shutil.rmtree(removed.path)
+    lock = FileLock(runs[2, 2].path / "lock").acquire()
     status = json.loads((runs[2, 2].path / "status.json").read_text())
     (runs[2, 2].path / "status.json").write_text(json.dumps({**status, "state": "running"}))
     capsys.readouterr()
     assert command(monkeypatch, "report", "runs/shift") == 0
-    held.lock.release()
-    told = {r["run"]: r for r in rows_of(Path("runs/shift/report/not_finished.csv"))}
-    states = {name: row["status"] for name, row in told.items()}
+    lock.lock.release()
+    listed = {r["run"]: r for r in rows_of(Path("runs/shift/report/not_finished.csv"))}
+    states = {name: row["status"] for name, row in listed.items()}
     assert states == {
         killed.path.name: "interrupted",
-        torn.path.name: "damaged",
-        gone.path.name: "missing",
+        damaged.path.name: "damaged",
+        removed.path.name: "missing",
         runs[2, 2].path.name: "running",
     }
-    assert told[gone.path.name]["cause"] == "not begun: adapter.r=2 seed=1"
+    assert listed[removed.path.name]["cause"] == "not begun: adapter.r=2 seed=1"
     assert "2 finished, 1 interrupted, 1 damaged, 1 running, 1 missing" in capsys.readouterr().out
     first, second = rows_of(Path("runs/shift/report/cells.csv"))
     assert (first["r"], first["n"], first["runs"]) == ("1", "1", "3")
     assert (second["r"], second["n"], second["runs"]) == ("2", "1", "2")
 
 
-def test_without_a_list_of_what_was_planned_a_cell_that_lacks_a_seed_is_told(lab: Lab):
+def test_without_a_list_of_what_was_planned_a_missing_seed_is_listed(lab: Lab):
     assert lab("shift") == 0
     first = only_run()
     points = [{"adapter.r": r, "seed": s} for r in (1, 2, 4) for s in (1, 2) if (r, s) != (4, 2)]
@@ -204,7 +212,7 @@ def test_without_a_list_of_what_was_planned_a_cell_that_lacks_a_seed_is_told(lab
     assert "seed 2 " in cause
 
 
-def test_nothing_finished_yet_is_a_report_too(
+def test_a_folder_without_finished_runs_has_a_report(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30") == 1
@@ -251,10 +259,10 @@ def test_theory_stands_beside_what_was_measured(
     for run in find_runs(Path("runs")):
         with (run.path / "report" / "theory.csv").open() as file:
             loss = next(row for row in csv.DictReader(file) if row["metric"] == "val/loss")
-        said = run.last("theory/val/loss")
-        assert float(loss["theory"]) == pytest.approx(said, rel=1e-4)
+        predicted = run.last("theory/val/loss")
+        assert float(loss["theory"]) == pytest.approx(predicted, rel=1e-4)
         assert float(loss["measured"]) == pytest.approx(run.last("val/loss"), rel=1e-4)
-        gap = (run.last("val/loss") - said) / said  # pyright: ignore
+        gap = (run.last("val/loss") - predicted) / predicted  # pyright: ignore
         assert float(loss["gap"]) == pytest.approx(gap, rel=1e-2)
         assert loss["holds"] == "NO", "two steps do not reach the floor"
     assert command(monkeypatch, "report", "runs") == 0
@@ -303,7 +311,7 @@ def test_ls_filters_and_sorts(
     done = [name for name, run in hashes.items() if run.finished]
     assert sorted(listed()) == sorted(hashes)
     assert listed("--state", "failed") == [name for name in hashes if name not in done]
-    by_loss = sorted(done, key=lambda name: finals(hashes[name])["val/loss"])
+    by_loss = sorted(done, key=lambda name: final_metrics(hashes[name])["val/loss"])
     assert listed("--state", "finished", "--sort", "loss") == by_loss
     by_start = sorted(hashes, key=lambda name: hashes[name].status["started"])
     assert listed("--sort", "started") == by_start
@@ -312,7 +320,7 @@ def test_ls_filters_and_sorts(
 @pytest.mark.parametrize(
     "arguments", [("ls", "nowhere"), ("report", "nowhere"), ("best", "nowhere")]
 )
-def test_what_is_not_there_is_said(
+def test_a_path_that_does_not_exist_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ):
     assert command(monkeypatch, *arguments) == 2
@@ -335,22 +343,22 @@ def test_help_imports_nothing_heavy(arguments: list[str]):
 
 
 def test_data_seeds_are_named_and_pooled_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch):
-    """Cells differ in data.seed, by its whole name; what pools it says so, with n."""
+    """data.seed is a column under its full name; a figure that pools data seeds says so."""
     assert lab("shift", "adapter.r=2") == 0
     points = product((1, 2), (0, 1), (0, 1, 2))
     keys = ("adapter.r", "data.seed", "seed")
     runs = copy_run(only_run(), (dict(zip(keys, p, strict=True)) for p in points), Path("sweep"))
     assert command(monkeypatch, "report", "sweep/shift") == 0
-    made = Path("sweep/shift/report")
-    for row in rows_of(made / "cells.csv"):
-        own = [r for r in runs if r.status["cell"] == row["cell"]]
+    folder = Path("sweep/shift/report")
+    for row in rows_of(folder / "cells.csv"):
+        members = [r for r in runs if r.status["cell"] == row["cell"]]
         assert row["n"] == "3"
-        assert row["data.seed"] == str(own[0].config["data"]["seed"])
-    assert {row["trained at r = k n"] for row in rows_of(made / "truncation.csv")} == {"0", "6"}
-    assert "over seeds and data seeds" in (made / "index.html").read_text()
+        assert row["data.seed"] == str(members[0].config["data"]["seed"])
+    assert {row["trained at r = k n"] for row in rows_of(folder / "truncation.csv")} == {"0", "6"}
+    assert "over seeds and data seeds" in (folder / "index.html").read_text()
 
 
-def test_a_cell_whose_seeds_draw_nothing_is_told(lab: Lab):
+def test_a_note_names_cells_whose_seeds_draw_nothing(lab: Lab):
     assert lab("shift", "adapter=full", "seed=0,1", "-m") == 0
     assert lab("shift", "seed=0,1", "runs_dir=lora", "-m") == 0
     cells, lora = (cells_of([read_run(r) for r in find_runs(Path(d))]) for d in ("runs", "lora"))
@@ -365,15 +373,15 @@ def test_theory_has_a_row_for_a_cell_with_its_worst_gap(lab: Lab):
     rows = theory_table(cells_of(results))
     (loss,) = [dict(zip(rows[0], row, strict=True)) for row in rows if "val/loss" in row]
     values = [run.metrics["val/loss"] for run in results]
-    said = results[0].metrics["theory/val/loss"]
+    predicted = results[0].metrics["theory/val/loss"]
     assert loss["n"] == "3"
     assert loss["measured"] == format_mean_std(statistics.mean(values), statistics.stdev(values))
-    worst = max(abs(value - said) / said for value in values)
+    worst = max(abs(value - predicted) / predicted for value in values)
     assert float(loss["worst gap"]) == pytest.approx(worst, rel=0.1)
     assert loss["holds"] == "NO"
 
 
-def test_a_run_that_was_told_to_stop_says_so():
+def test_a_run_stopped_by_a_signal_has_the_cause_stopped():
     for error in ("SystemExit: 1", "KeyboardInterrupt: "):
         assert stop_cause({"state": "interrupted", "error": error}) == "stopped"
     assert stop_cause({"state": "failed", "error": "ValueError: x\ny"}) == "ValueError: x"

@@ -1,4 +1,10 @@
-"""report/index.html: what it says, that it needs nothing but itself, how a browser lays it out."""
+"""report/index.html: what it holds, that it loads nothing, and how a browser lays it out.
+
+Truth: the page parsed by html.parser beside report.md and the run directories; boxes measured by
+chromium at two widths, where it is installed, behind a proxy that notes each request.
+
+Run: make test ARGS=tests/report/test_report_page.py
+"""
 
 import json
 import re
@@ -45,10 +51,10 @@ MEASURE = """
   const images = [...document.images].map(one => [one.complete, one.naturalWidth]);
   document.querySelector("th button").click(); document.querySelector("th button").click();
   const first = [...document.querySelector("tbody").rows].map(row => row.cells[0].innerText);
-  const asked = performance.getEntriesByType("resource").map(one => one.name);
+  const requests = performance.getEntriesByType("resource").map(one => one.name);
   const page = document.documentElement.scrollWidth;
-  const said = {asked, width, wide, over, images, first, page};
-  parent.postMessage(JSON.stringify(said), "*");
+  const measured = {requests, width, wide, over, images, first, page};
+  parent.postMessage(JSON.stringify(measured), "*");
 })</script>
 """
 
@@ -95,7 +101,7 @@ def folder(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("runs/digits/report")
 
 
-def test_it_says_every_cell_run_and_failure_and_needs_nothing(folder: Path):
+def test_it_holds_each_cell_run_and_failure_and_loads_nothing(folder: Path):
     text = (folder / "index.html").read_text()
     page = Page(text)
     cells = [line.split("|")[1:-1] for line in _table((folder / "report.md").read_text())]
@@ -126,7 +132,7 @@ def _table(markdown: str) -> list[str]:
     return markdown.split("## cells\n\n")[1].split("\n\n")[0].splitlines()
 
 
-def test_what_a_run_says_cannot_break_the_page(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+def test_an_error_text_cannot_break_the_page(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     assert lab("digits") == 0
     run = only_run()
     status = json.loads((run.path / "status.json").read_text())
@@ -150,19 +156,19 @@ def test_a_run_has_its_page(lab: Lab):
 
 
 @needs_browser
-def test_nothing_is_cut_overlaps_or_asks_a_host(folder: Path):
+def test_nothing_is_cut_off_or_overlaps_or_asks_a_host(folder: Path):
     text = (folder / "index.html").read_text()
     (folder / "measured.html").write_text(text.replace("</body>", f"{MEASURE}</body>"))
     for width, dark in product((1280, 400), (False, True)):
-        said = _laid_out(folder, width, dark)
-        assert [name for name in said["asked"] if not name.startswith("data:")] == []
-        assert said["width"] == width
-        assert said["page"] == width, "the page itself does not scroll sideways"
-        assert said["wide"] == []
-        assert said["over"] == []
-        assert said["images"]
-        assert all(complete and pixels for complete, pixels in said["images"])
-        ranks = [int(r) for r in said["first"]]
+        layout = _laid_out(folder, width, dark)
+        assert [name for name in layout["requests"] if not name.startswith("data:")] == []
+        assert layout["width"] == width
+        assert layout["page"] == width, "the page itself does not scroll sideways"
+        assert layout["wide"] == []
+        assert layout["over"] == []
+        assert layout["images"]
+        assert all(complete and pixels for complete, pixels in layout["images"])
+        ranks = [int(r) for r in layout["first"]]
         assert ranks == sorted(ranks, reverse=True), "two clicks on a head sort downward"
         assert ranks[0] == 8
 
@@ -184,17 +190,17 @@ def _laid_out(folder: Path, width: int, dark: bool) -> dict[str, Any]:
             timeout=100,
         )
         # The browser asks its maker about updates and the time, whatever the page.
-        assert not [asked for asked in proxy.asked if not re.search(rb"google(apis)?\.com", asked)]
-    found = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert found, done.stderr
-    return json.loads(found.group(1))
+        assert not [r for r in proxy.requests if not re.search(rb"google(apis)?\.com", r)]
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr
+    return json.loads(title.group(1))
 
 
 class Proxy:
     """What a browser would go through to reach any host: notes whoever asks."""
 
     def __enter__(self) -> "Proxy":
-        self.asked: list[bytes] = []
+        self.requests: list[bytes] = []
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self._listen, daemon=True).start()
@@ -210,4 +216,4 @@ class Proxy:
             except OSError:
                 return
             with connection:
-                self.asked.append(connection.recv(1000))
+                self.requests.append(connection.recv(1000))

@@ -1,4 +1,9 @@
-"""Tables as LaTeX, Markdown and CSV, whatever is in them."""
+"""Numbers and tables as text, LaTeX, Markdown and CSV, with all kinds of special characters.
+
+Truth: pdflatex, where it is installed; Python's csv reader; roundings written by hand.
+
+Run: make test ARGS=tests/report/test_tables.py
+"""
 
 import csv
 import io
@@ -18,7 +23,7 @@ HARD = [
 ]
 
 
-def test_latex_says_what_it_reads_as_its_own():
+def test_latex_escapes_its_special_characters():
     body = latex([["".join(LATEX_SIGNS)], ["\\"], ["x_1^2 {y} ~ 5% & #3 $"]])
     lines = body.splitlines()[2:-2]
     assert lines[-1] == (r"x\_1\textasciicircum{}2 \{y\} \textasciitilde{} 5\% \& \#3 \$ \\")
@@ -29,7 +34,7 @@ def test_latex_says_what_it_reads_as_its_own():
         assert known.isascii()
 
 
-def test_a_mark_is_bold_once():
+def test_a_marked_cell_is_bold():
     assert r"\textbf{0.5 $\pm$ 0.1}" in latex(HARD)
     assert latex(HARD).count("textbf") == 1
     assert "{[16]}" in latex([["a"], ["[16]"]]), "a bracket after \\\\ would be its argument"
@@ -55,7 +60,7 @@ def test_csv_and_markdown_keep_every_cell():
 
 
 @pytest.mark.parametrize(
-    ("mean", "std", "said"),
+    ("mean", "std", "text"),
     [
         (0.61759, 0.0032, "0.6176 ± 0.0032"),
         (9.6917, 1.7, "9.7 ± 1.7"),
@@ -67,6 +72,6 @@ def test_csv_and_markdown_keep_every_cell():
         (0.29167, 0.0, "0.29167 ± 0"),
     ],
 )
-def test_a_deviation_has_two_digits_and_its_mean_the_same_place(mean: float, std: float, said: str):
-    assert format_mean_std(mean, std) == said
-    assert is_numeric([said, "–", f"**{said}**"])
+def test_a_deviation_has_two_digits_and_its_mean_the_same_place(mean: float, std: float, text: str):
+    assert format_mean_std(mean, std) == text
+    assert is_numeric([text, "–", f"**{text}**"])
