@@ -1,4 +1,4 @@
-"""Tables, figures and pages made of run directories.
+"""Run directories → tables, figures and pages.
 
 A report reads only the files that a run wrote. It imports nothing of training, so that runs of
 another machine or version can be reported too.

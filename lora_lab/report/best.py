@@ -9,8 +9,6 @@ from lora_lab.report.cells import Cell, RunResult
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.runs import Run
 
-GOALS = ("minimize", "maximize")
-
 
 @dataclass(frozen=True)
 class ExperimentBest:
@@ -52,7 +50,7 @@ def best_by_experiment(
     results = [result for run in runs if (result := of.read_run(run)).is_finished]
     _check_metric(metric, results)
     if (goal := goal or of.goal_of(metric)) is None:
-        raise ValueError(f"--goal must be given for {metric}: {' or '.join(GOALS)}")
+        raise ValueError(f"--goal must be given for {metric}: minimize or maximize")
     sign = 1 if goal == "minimize" else -1
     best = []
     for experiment in dict.fromkeys(result.experiment for result in results):

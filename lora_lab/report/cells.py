@@ -1,7 +1,7 @@
 """Runs as they were read, grouped into cells, and each metric's statistics over a cell's runs.
 
-A cell is one point of an ablation: the runs whose configs differ in `seed` alone. A run is read
-once, by `read_run`; tables and figures are made of `RunResult`s and `Cell`s.
+A cell is one point of an ablation: the runs whose configs differ in `seed` alone. `read_run` reads
+a run once; tables and figures take `RunResult`s and `Cell`s.
 """
 
 import json

@@ -40,8 +40,7 @@ def _differing_rows(column: str, first: dict[str, Any], second: dict[str, Any]) 
     rows: Rows = [[column, "1", "2"]]
     for key in {**first, **second}:
         if (key in first, first.get(key)) != (key in second, second.get(key)):
-            texts = [full_text(one[key]) if key in one else "–" for one in (first, second)]
-            rows.append([key, *texts])
+            rows.append([key, *(full_text(d[key]) if key in d else "–" for d in (first, second))])
     return rows
 
 

@@ -129,7 +129,7 @@ def _unfinished_tables(sweep: SweepReport, to: Path) -> list[PageTable]:
 
 
 def _runs_table(sweep: SweepReport, to: Path) -> PageTable:
-    """All runs, each with links to its own page, where it has one, and to its directory."""
+    """All runs, each with links to its page, where it has one, and to its directory."""
     rows: list[list[Any]] = [["run", "status", "seed", "val/loss", "seconds", "files"]]
     for result in sweep.results:
         path, seconds = result.run.path, result.status.get("seconds")

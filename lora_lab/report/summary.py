@@ -62,7 +62,7 @@ def _best_cells(cells: Sequence[Cell], metric: str) -> set[str]:
 
 
 def cells_table_in_full(cells: Sequence[Cell]) -> Rows:
-    """The main table for programs: all digits, mean and deviation in columns of their own."""
+    """The main table for programs: all digits, mean and deviation in separate columns."""
     keys = swept_keys(cells)
     metrics = [*validation_metrics(cells), "train/loss"]
     measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
@@ -150,7 +150,7 @@ def truncation_table(finished: Sequence[RunResult], in_full: bool = False) -> Ro
     """The validation loss at rank k, once trained at r = k and once cut to rank k after training.
 
     The cut ΔW is that of the runs with the largest r. Rows are of each series of runs that differ
-    in r and seeds alone. `in_full` gives all digits, with the deviation in a column of its own.
+    in r and seeds alone. `in_full` gives all digits, with the deviation in a separate column.
     """
     ways = ("trained at r = k", "cut from the largest r")
     titles = [[way, f"{way} std", f"{way} n"] if in_full else [way, "n"] for way in ways]

@@ -113,7 +113,7 @@ def _notes(cells: Sequence[Cell], finished: Sequence[RunResult]) -> dict[str, st
 
 
 def _write_table(rows: Rows, to: Path, file: str, in_full: Rows | None = None) -> None:
-    """Writes a table as LaTeX and as CSV, the CSV of its form `in_full` where there is one.
+    """Writes a table as LaTeX and as CSV, the CSV from `in_full` where that is given.
 
     A table without rows removes the files of an earlier report.
     """
