@@ -65,10 +65,10 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
     from lora_lab.runs import find_run
 
     runs = [find_run(path) for path in paths]
-    from lora_lab import train
     from lora_lab.cli import analyze
+    from lora_lab.console import silence_lightning
 
-    train.silence_lightning()
+    silence_lightning()
     if len(runs) > 1:
         report.write_pairs(analyze.compare_updates(runs), to, _console())
         return
@@ -87,7 +87,7 @@ def export(path: Path, directory: Path, format: str) -> None:
 
     run = find_run(path)
     from lora_lab.cli.export import export
-    from lora_lab.train import silence_lightning
+    from lora_lab.console import silence_lightning
 
     silence_lightning()
 
@@ -102,10 +102,10 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
     from lora_lab.runs import RunFailedError, find_run
 
     run = find_run(path)
-    from lora_lab import train
     from lora_lab.cli import reproduce
+    from lora_lab.console import silence_lightning
 
-    train.silence_lightning()
+    silence_lightning()
     try:
         reproduction = reproduce.reproduce_run(run, to, _console(), fresh)
         is_same = reproduce.print_comparison(reproduction, tolerance, _console())

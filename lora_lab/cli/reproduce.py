@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from lora_lab import adapters, train
+from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
+from lora_lab.console import show_log
+from lora_lab.exit_codes import interruption_code
 from lora_lab.report.cells import flatten_config
 from lora_lab.report.run_tables import singular_values_by_site
 from lora_lab.report.tables import Rows, markdown
@@ -104,12 +106,12 @@ def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> 
     base_file = bases.path(new_plan.cfg)
     modified_before = _modified_ns(base_file)
     console.print(f"reproducing {run.path} in {new_plan.path}", soft_wrap=True, highlight=False)
-    train.show_log(console)
+    show_log(console)
     try:
         new = experiment.run(new_plan, console)
     except (KeyboardInterrupt, SystemExit) as stop:
         console.print("interrupted: the same command begins again")
-        sys.exit(train.interruption_code(stop))
+        sys.exit(interruption_code(stop))
     except Exception as error:
         raise RunFailedError(
             f"{type(error).__name__}: {error}\nthe traceback is in {new_plan.path / 'log.txt'}"

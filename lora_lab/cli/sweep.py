@@ -14,6 +14,7 @@ from lora_lab import train
 from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError, TrainedBase, content_hash, nearest
+from lora_lab.console import silence_lightning
 from lora_lab.sweeps import sweeper
 from lora_lab.sweeps.multirun import Job, plan_job
 from lora_lab.sweeps.search import BayesSearch, random_points, startup_points
@@ -36,7 +37,7 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
     try:
         sweep = read_sweep(path, overrides)
         total = _run_count(sweep, count)
-        train.silence_lightning()
+        silence_lightning()
         points = [sweep.overrides_at(values) for values in _known_points(sweep, total, seed)]
         extremes = [] if sweep.method == "grid" else sweep.extreme_points()
         checked = [sweep.overrides_at(values) for values in extremes]

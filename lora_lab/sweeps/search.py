@@ -63,7 +63,7 @@ class BayesSearch:
                 self._study.tell(trial.number, state=TrialState.FAIL)
         trials = self._trials(OPEN, DONE)
         self.jobs = multirun.plan_jobs([self._overrides(trial) for trial in trials])
-        """The job of every trial, in their order."""
+        """The jobs of all trials, in their order."""
         self._job_by_trial = dict(zip([trial.number for trial in trials], self.jobs, strict=True))
         self._asked: set[int] = set()  # trials that this process has run or is running
 
@@ -124,7 +124,7 @@ class BayesSearch:
 
 
 def _create_study(storage: str | None, direction: Goal) -> optuna.Study:
-    """A study in memory, or the one stored at `storage`, made where it does not exist."""
+    """A study in memory, or the one stored at `storage`, created where it does not exist."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
         storage=storage, study_name="sweep", direction=direction, load_if_exists=True
@@ -132,7 +132,7 @@ def _create_study(storage: str | None, direction: Goal) -> optuna.Study:
 
 
 def _draw(study: optuna.Study, space: Space, sampler: BaseSampler) -> FrozenTrial:
-    """The study's next trial, every parameter of the space drawn by the sampler."""
+    """The study's next trial, all parameters of the space drawn by the sampler."""
     study.sampler = sampler
     trial = study.ask({name: parameter.distribution for name, parameter in space.items()})
     return study.get_trials(deepcopy=False)[trial.number]
@@ -150,7 +150,7 @@ def _tpe_sampler(seed: int, number: int) -> TPESampler:
 def _seed(seed: int, number: int) -> int:
     """The seed of one trial's sampler.
 
-    Each trial has a sampler of its own: a sampler seeded once would draw the first trials' numbers
-    again in the next process.
+    Each trial has a new sampler: one that is seeded once would draw the first trials' numbers again
+    in the next process.
     """
     return generator(seed, "trial", number).initial_seed() % 2**32

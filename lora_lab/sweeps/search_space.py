@@ -1,6 +1,6 @@
 """The search space of a W&B sweep file: each form of a parameter, as a distribution for Optuna.
 
-Optuna draws uniform numbers (on a log scale too) and choices. W&B's other distributions are made
+Optuna draws uniform numbers (on a log scale too) and choices. W&B's other distributions come
 from a uniform draw by the inverse of their cumulative distribution function: `value_of_draw`.
 """
 

@@ -30,7 +30,7 @@ class Sweep:
     run_cap: int | None
     early_terminate: bool
     fixed_overrides: list[str]
-    """Overrides of every run: parameters with one value, and the command line's."""
+    """Overrides of all runs: parameters with one value, and the command line's."""
     space: dict[str, Parameter]
     """The swept parameters by name, in alphabetical order as W&B takes them."""
     hydra_overrides: list[str]

@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from lora_lab import train
 from lora_lab.config import compose
+from lora_lab.console import silence_lightning
 from lora_lab.data import Data, Phase
 from lora_lab.data.shift import Shift
 from lora_lab.training import experiment
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=[*SIZES], default=[*SIZES])
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
-    train.silence_lightning()
+    silence_lightning()
     torch.set_num_threads(1)
     table = Table(title=f"µs a step: median (least – most) of {arguments.repeats} turns")
     for name in ("about", "time", *LOOPS, "Lightning − plain", "lora_lab − Lightning", "bound"):

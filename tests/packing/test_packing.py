@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lora_lab import train
 from lora_lab.adapters.pack import Pack
 from lora_lab.config import compose
+from lora_lab.console import silence_lightning
 from lora_lab.packing.recorded_step import RecordedStep
 from lora_lab.packing.runs import run_pack
 from lora_lab.runs import Run, find_runs
@@ -47,7 +47,7 @@ PACKED = ["-m", "hydra/launcher=packed", "hydra.launcher.n_jobs=1"]
 @pytest.fixture(autouse=True)
 def package_log(caplog: pytest.LogCaptureFixture) -> None:
     """Collects what the package logs, and silences Lightning's warnings."""
-    train.silence_lightning()
+    silence_lightning()
     caplog.set_level(logging.INFO, "lora_lab")
 
 

@@ -30,7 +30,7 @@ when a job ends.
 """
 
 GRACE = 30
-"""Seconds that a job has to end after it is told to, before it is killed."""
+"""Seconds that a job has to end by itself once it is stopped, before it is killed."""
 
 
 class Worker(Protocol):
@@ -134,7 +134,7 @@ class _Pool:
                 self.running[place] = pack, self.start(pack, place)
 
     def collect(self) -> bool:
-        """Takes in how the packs that have ended did; whether there were any."""
+        """Records how the packs that have ended did; whether any had."""
         before = len(self.errors)
         for place, (pack, worker) in list(self.running.items()):
             if worker.ended():
@@ -201,7 +201,7 @@ def _returns(
 def _exit_on_signals() -> Iterator[None]:
     """Within it SIGTERM and a closed terminal (SIGHUP) raise SystemExit, as Ctrl-C raises.
 
-    By default they end the process at once, and its jobs would not be told.
+    By default they end the process at once, and its jobs would run on.
     """
 
     def leave(signum: int, _: Any) -> None:

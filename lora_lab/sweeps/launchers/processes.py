@@ -1,8 +1,8 @@
-"""hydra/launcher=joblib: shares one machine's cores or GPUs out to jobs in processes of their own.
+"""hydra/launcher=joblib: shares one machine's cores or GPUs among jobs, each in a fresh process.
 
-joblib's pool dies as a whole when one of its processes is killed, and it uses a process again for
-the next job, when its GPU is chosen and its memory is taken. Here each job is a fresh process,
-forked from a server that has imported everything and computed nothing (see fork_server.py).
+joblib's pool dies with all its jobs when one of its processes is killed, and it uses a process
+again for the next job, when its GPU is chosen and its memory is taken. Here each job is forked from
+a server that has imported everything and computed nothing (see fork_server.py).
 """
 
 import multiprocessing
@@ -25,6 +25,7 @@ from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from joblib import cpu_count
 
 from lora_lab.config.schema import ConfigError
+from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, FINISHED, SIGTERM
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.launchers.gather import LostError, gather, needs_process
@@ -106,8 +107,8 @@ def _threads(jobs: Sequence[Job], at_once: int) -> tuple[int, int]:
 def resolve_n_jobs(n_jobs: int | None, gpu_count: int, devices: object) -> int:
     """How many jobs run at once: `n_jobs`, or all cores where it is -1.
 
-    Where it is None: one for every `devices` GPUs (those of one run), and without GPUs one for
-    every `devices` cores. Raises HydraException where it is another number.
+    Where it is None: one for each `devices` GPUs (those of one run), and without GPUs one for each
+    `devices` cores. Raises HydraException where it is another number.
     """
     if n_jobs is None:
         per_job = devices if isinstance(devices, int) else 1  # "auto"
@@ -150,10 +151,12 @@ class JobProcess:
     def error(self) -> Exception | None:
         """Why it failed, from its exit code; None where it finished."""
         code = self.process.exitcode or 0
-        if code in (0, 1, 2, 130, 143):  # it ended by itself: its run's status says how
+        if code in (FINISHED, FAILED, CONFIG_ERROR, CTRL_C, SIGTERM):
+            # It ended by itself: its run's status says how, and its output is not needed.
             output = self.log.read_text().strip() if self.log.exists() else ""
             self.log.unlink(missing_ok=True)
-            return ConfigError(output) if code == 2 else RunFailedError(output) if code else None
+            kind = ConfigError if code == CONFIG_ERROR else RunFailedError
+            return kind(output) if code != FINISHED else None
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return LostError(f"its process ended by {name}{hint}; its output is in {self.log}")
@@ -169,13 +172,13 @@ class JobProcess:
 
 
 def _run_in_process(gpus: list[str], threads: tuple[int, int], log: Path, call: bytes) -> None:
-    """Runs one job, in a process forked for it. Exits with 0: finished, 1: failed, 2: config error.
+    """Runs one job, in a process forked for it. Exits with a code of exit_codes.py.
 
     `threads` are those of the run and of its base's training. `call` holds the pickled arguments of
     hydra_joblib_launcher's execute_job.
     """
-    # A group of its own: the terminal sends Ctrl-C to the launcher's group alone, and the launcher
-    # tells its jobs. Otherwise they would have it twice.
+    # A new process group: the terminal sends Ctrl-C to the launcher's group alone, and the launcher
+    # sends it on to its jobs. Otherwise they would get it twice.
     os.setpgrp()
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -191,7 +194,7 @@ def _run_in_process(gpus: list[str], threads: tuple[int, int], log: Path, call: 
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     result = execute_job(*cloudpickle.loads(call))
     if result.status != JobStatus.COMPLETED:
-        sys.exit(2 if isinstance(result._return_value, ConfigError) else 1)
+        sys.exit(CONFIG_ERROR if isinstance(result._return_value, ConfigError) else FAILED)
 
 
 def _end_with_launcher() -> None:

@@ -1,0 +1,23 @@
+"""The exit codes of `lora-lab`, and of the processes of a multirun's jobs.
+
+| code | what happened                                                             |
+|------|---------------------------------------------------------------------------|
+| 0    | finished, or finished before and not repeated                             |
+| 1    | failed: a run (a multirun: any of its runs) began and did not end well    |
+| 2    | config error: the run was not begun                                       |
+| 130  | interrupted by Ctrl-C (128 + SIGINT); the same command goes on            |
+| 143  | interrupted by SIGTERM (128 + SIGTERM); the same command goes on          |
+"""
+
+FINISHED, FAILED, CONFIG_ERROR, CTRL_C, SIGTERM = 0, 1, 2, 130, 143
+
+
+def interruption_code(stop: BaseException) -> int:
+    """The exit code for what interrupted a run.
+
+    Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into an exception of its own.
+    """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    is_sigterm = isinstance(stop, SIGTERMException) or getattr(stop, "code", None) == SIGTERM
+    return SIGTERM if is_sigterm else CTRL_C
