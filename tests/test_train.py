@@ -1,4 +1,10 @@
-"""The main job end to end, small: what it leaves, what it says of bad input, how it goes on."""
+"""`lora-lab train` end to end, at a small size: its files, its errors, and how it goes on.
+
+Independent truth: the same run as a plain torch loop (losses, ΔW, the step of a divergence), SVDs
+of weights read back from the files, and runs repeated bit for bit.
+
+Run: make test ARGS=tests/test_train.py
+"""
 
 import gc
 import json
@@ -23,7 +29,7 @@ from lora_lab.runs import find_runs
 from tests.conftest import SMALL, Lab, only_run
 
 
-def test_a_run_leaves_everything(lab: Lab, capsys: pytest.CaptureFixture[str]):
+def test_a_run_writes_all_its_files(lab: Lab, capsys: pytest.CaptureFixture[str]):
     assert lab("shift", "figures=true") == 0
     run = only_run()
     assert run.status["state"] == "finished"
@@ -52,7 +58,7 @@ def test_a_run_leaves_everything(lab: Lab, capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_numbers_are_those_of_a_plain_loop(lab: Lab):
-    """The whole run again in plain torch: same draws, same batches, same losses and ΔW."""
+    """The same run in plain torch: same draws, same batches, same losses and ΔW."""
     assert lab("shift", "adapter.r=2", "adapter.alpha=3", "seed=5", "data.seed=7") == 0
     run = only_run()
 
@@ -141,12 +147,12 @@ def test_again_shows_the_finished_run_and_overwrite_repeats_it_bit_for_bit(
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_what_a_job_leaves_can_be_freed(lab: Lab):
+def test_a_later_multirun_freezes_no_garbage_of_an_earlier_one(lab: Lab):
     """A multirun's jobs are in one process by default."""
     assert lab("shift", "-m", "seed=0,1") == 0
-    kept = gc.get_freeze_count()
+    frozen = gc.get_freeze_count()
     assert lab("shift", "-m", "seed=2,3") == 0
-    assert gc.get_freeze_count() <= kept
+    assert gc.get_freeze_count() <= frozen
 
 
 def test_runs_of_one_cell_share_base_and_data_and_differ_in_their_adapters(lab: Lab):
@@ -197,7 +203,7 @@ def test_a_base_from_a_checkpoint(lab: Lab):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         ("adapter.r=0", "adapter.r=0: must be greater than 0"),
         ("adapter.r=-3", "adapter.r=-3: must be greater than 0"),
@@ -278,12 +284,12 @@ def test_a_base_from_a_checkpoint(lab: Lab):
         ("spectra.every_n_epochs=0", "spectra.every_n_epochs=0: must be greater than 0"),
     ],
 )
-def test_bad_input(lab: Lab, capsys: pytest.CaptureFixture[str], overrides: str, says: str):
+def test_bad_input(lab: Lab, capsys: pytest.CaptureFixture[str], overrides: str, message: str):
     Path("text").write_text("not tensors")
     save_file({"other": torch.zeros(2)}, "other")
     assert lab("shift", *overrides.split()) == 2
     printed = capsys.readouterr()
-    assert says in " ".join(printed.err.split())
+    assert message in " ".join(printed.err.split())
     assert "Traceback" not in printed.out + printed.err
     assert not Path("runs").exists()
     assert not Path("bases").exists()
@@ -304,7 +310,7 @@ def test_a_loss_that_diverges_fails_the_run_and_says_where(
 def test_the_step_of_the_divergence_is_the_first(lab: Lab):
     """With clipping off, SGD at this rate overflows float32 at a step that a plain loop finds."""
     lab("shift", "optimizer=sgd", "optimizer.lr=1e7", "adapter.r=1")
-    says = only_run().status["error"]
+    message = only_run().status["error"]
     base = load_base(Path("bases"))["linear.weight"]
     model = Linear(12, 9)
     adapters.attach(model, r=1, alpha=1, init="gaussian")
@@ -323,7 +329,7 @@ def test_the_step_of_the_divergence_is_the_first(lab: Lab):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert f"in epoch 1, step {step} of 8" in says
+    assert f"in epoch 1, step {step} of 8" in message
 
 
 def test_a_failed_run_of_a_multirun_leaves_the_others(lab: Lab, capsys: pytest.CaptureFixture[str]):
@@ -360,7 +366,7 @@ def test_a_multirun_says_how_far_it_is_and_how_each_run_ended(
     assert "LORA_LAB_JOBS" not in os.environ
 
 
-def test_the_first_failure_ends_a_multirun_where_it_is_asked_to(lab: Lab):
+def test_fail_fast_ends_a_multirun_at_the_first_failure(lab: Lab):
     points = ("optimizer=sgd", "optimizer.lr=1e30,1e-3", "-m")
     assert lab("shift", *points, "sweep.fail_fast=true") == 1
     assert [run.status["state"] for run in find_runs(Path("runs"))] == ["failed"]
@@ -384,12 +390,12 @@ def start(*overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=offline"]
     pipe = subprocess.PIPE
 
-    def listen() -> None:
+    def accept_ctrl_c() -> None:
         """A shell ignores Ctrl-C on behalf of what it runs in the background, as these tests."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return subprocess.Popen(
-        [*command, *overrides], stdout=pipe, stderr=pipe, text=True, preexec_fn=listen
+        [*command, *overrides], stdout=pipe, stderr=pipe, text=True, preexec_fn=accept_ctrl_c
     )
 
 
@@ -472,9 +478,9 @@ def test_targets_by_glob(lab: Lab):
     assert sites == [["body.fc1"], ["body.fc1", "head"], ["body.fc1", "head"]]
 
 
-def test_a_targets_own_settings_and_patterns(lab: Lab):
-    own = ("target=[linear]", "target.linear.r=3", "target.linear.exclude=[head]")
-    assert lab("digits", *own, "adapter.alpha_pattern={body*:5}") == 0
+def test_settings_and_patterns_of_one_target(lab: Lab):
+    settings = ("target=[linear]", "target.linear.r=3", "target.linear.exclude=[head]")
+    assert lab("digits", *settings, "adapter.alpha_pattern={body*:5}") == 0
     (site,) = json.loads((only_run().path / "adapter" / "adapter.json").read_text())[
         "sites"
     ].items()
@@ -544,9 +550,9 @@ def test_a_divergence_is_of_the_training_loss_whatever_is_measured_first(
     lab: Lab, overrides: tuple[str, ...]
 ):
     assert lab("shift", "optimizer=sgd", "optimizer.lr=1e30", *overrides) == 1
-    says = only_run().status["error"]
-    assert "DivergedError: train/loss became" in says
-    assert "in epoch 1, step " in says
+    message = only_run().status["error"]
+    assert "DivergedError: train/loss became" in message
+    assert "in epoch 1, step " in message
 
 
 def test_a_divergence_at_an_epochs_last_step_is_found_by_what_is_measured(lab: Lab):
@@ -556,8 +562,9 @@ def test_a_divergence_at_an_epochs_last_step_is_found_by_what_is_measured(lab: L
     assert "val/loss is " in only_run().status["error"]
     assert "after epoch 1, step 1 of the run" in only_run().status["error"]
     assert lab("shift", *one_step, "spectra.every_n_epochs=1") == 1
-    says = [run.status["error"] for run in find_runs(Path("runs"))]
-    assert any("after epoch 1, step 1 of the run: " in s and "NaN or infinity" in s for s in says)
+    errors = [run.status["error"] for run in find_runs(Path("runs"))]
+    message = "after epoch 1, step 1 of the run: "
+    assert any(message in error and "NaN or infinity" in error for error in errors)
 
 
 def test_a_base_that_is_no_number_is_said_before_any_step(lab: Lab):

@@ -1,4 +1,11 @@
-"""The same multirun through every launcher; jobs that fail, are killed, and are stopped."""
+"""The launchers: one multirun through each; jobs that fail, are killed, or are stopped.
+
+Independent truth: Hydra's basic launcher, which runs the same jobs one after another in this
+process and must give the same metrics.jsonl byte for byte; how processes ended is read from the
+system and from the files of their runs. A real SLURM of one node runs, where it can be installed.
+
+Run: make test ARGS=tests/sweeps/test_launchers.py
+"""
 
 import os
 import signal
@@ -30,21 +37,21 @@ ON_SLURM += ["hydra.launcher.mem_gb=1"]
 
 @pytest.fixture(autouse=True)
 def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job elsewhere computes as this process would, and finds the tests' models."""
+    """Jobs in other processes have the threads of this one, and can import the tests' models."""
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("COLUMNS", "250")
 
 
 def results(root: str) -> dict[str, bytes]:
-    """Every run's metrics.jsonl, by its experiment and name."""
+    """The metrics.jsonl of each run, by its experiment and name."""
     runs = {f"{run.path.parent.name}/{run.path.name}": run.path for run in find_runs(Path(root))}
     assert all(Run(path).finished for path in runs.values())
     return {name: (path / "metrics.jsonl").read_bytes() for name, path in runs.items()}
 
 
-def states() -> dict[tuple[int, float], str]:
-    """How every run ended, by its r and learning rate."""
+def state_by_r_and_lr() -> dict[tuple[int, float], str]:
+    """The state of each run, by its r and learning rate."""
     return {
         (run.config["adapter"]["r"], run.config["optimizer"]["lr"]): run.status["state"]
         for run in find_runs(Path("runs"))
@@ -53,25 +60,25 @@ def states() -> dict[tuple[int, float], str]:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A SLURM of one node on this machine: the environment that finds it."""
+    """A SLURM of one node on this machine: the environment with which its commands find it."""
     directory = tmp_path_factory.mktemp("slurm")
     for step in (["install"], ["start", str(directory)]):
         done = subprocess.run([SLURM, *step], capture_output=True, text=True)
         if done.returncode:
-            said = (done.stdout + done.stderr).strip()
-            pytest.skip(f"there is no SLURM here, and it cannot be set up: {said}")
+            output = (done.stdout + done.stderr).strip()
+            pytest.skip(f"SLURM is not here, and it cannot be set up: {output}")
     yield {"SLURM_CONF": str(directory / "slurm.conf")}
     subprocess.run([SLURM, "stop", str(directory)], check=True)
 
 
 @pytest.fixture
 def cluster(slurm: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its commands find it."""
+    """SLURM's commands work in this test."""
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
 
 
-def same_as_basic(lab: Lab, launcher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def check_same_as_basic(lab: Lab, launcher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     points = ("adapter.r=1,2", "seed=0,1")
     assert lab("shift", *points, "-m", "runs_dir=one", "bases_dir=one") == 0
     capsys.readouterr()
@@ -93,30 +100,30 @@ def same_as_basic(lab: Lab, launcher: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_joblib_gives_what_basic_gives(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    same_as_basic(lab, JOBLIB, capsys)
+    check_same_as_basic(lab, JOBLIB, capsys)
 
 
 @pytest.mark.slow
 def test_submitit_gives_what_basic_gives(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    same_as_basic(lab, LOCAL, capsys)
+    check_same_as_basic(lab, LOCAL, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_slurm_gives_what_basic_gives(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    same_as_basic(lab, ON_SLURM, capsys)
+    check_same_as_basic(lab, ON_SLURM, capsys)
 
 
-def the_others_finish(
+def check_other_jobs_finish(
     lab: Lab, launcher: list[str], capsys: pytest.CaptureFixture[str], lost: str
 ) -> None:
-    """One job is killed, one becomes NaN, two cannot be."""
+    """One job is killed, one diverges, three have a config error; the last one finishes."""
     points = ("adapter.r=1,99", "optimizer=sgd", "optimizer.lr=1e-3,1e30,2e-3")
     killed = "model._target_=tests.process_models.KillsItself"
     Path("kill").touch()
     assert lab("shift", killed, *points, *launcher) == 1
     shown = capsys.readouterr().out
-    ended = states()
+    ended = state_by_r_and_lr()
     assert ended.pop((1, 1e30)) == "failed"
     assert sorted(ended.values()) == ["finished", "interrupted"]
     assert "multirun: 6 runs (3 config error)" in shown
@@ -131,31 +138,31 @@ def the_others_finish(
     assert f"output of jobs that were lost: {folder}" in shown
     # The same command again runs it, and what failed.
     assert lab("shift", killed, *points, *launcher) == 1
-    assert sorted(states().values()) == ["failed", "finished", "finished"]
+    assert sorted(state_by_r_and_lr().values()) == ["failed", "finished", "finished"]
 
 
 def test_joblib_loses_only_the_job_that_is_killed(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    the_others_finish(lab, JOBLIB, capsys, "its process ended by SIGKILL (out of memory?)")
+    check_other_jobs_finish(lab, JOBLIB, capsys, "its process ended by SIGKILL (out of memory?)")
 
 
 @pytest.mark.slow
 def test_submitit_loses_only_the_job_that_is_killed(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    the_others_finish(lab, LOCAL, capsys, "was killed or cancelled")
+    check_other_jobs_finish(lab, LOCAL, capsys, "was killed or cancelled")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_slurm_loses_only_the_job_that_is_killed(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    the_others_finish(lab, ON_SLURM, capsys, "was killed or cancelled")
+    check_other_jobs_finish(lab, ON_SLURM, capsys, "was killed or cancelled")
 
 
-def test_no_job_begins_after_the_first_failure_where_it_is_asked_for(lab: Lab):
+def test_fail_fast_begins_no_job_after_the_first_failure(lab: Lab):
     points = ("optimizer=sgd", "optimizer.lr=1e30,1e-3", "sweep.fail_fast=true")
     assert lab("shift", *points, "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1") == 1
-    assert list(states().values()) == ["failed"]
+    assert list(state_by_r_and_lr().values()) == ["failed"]
 
 
-def test_a_launcher_that_cannot_be_is_told(lab: Lab, capsys: pytest.CaptureFixture[str]):
+def test_a_wrong_launcher_is_a_config_error(lab: Lab, capsys: pytest.CaptureFixture[str]):
     assert lab("shift", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0") == 2
     assert "hydra.launcher.n_jobs=0: must be 1 or more" in capsys.readouterr().err
     assert lab("shift", "-m", "hydra/launcher=jobl") == 2
@@ -190,22 +197,22 @@ def wait_for(condition, process: subprocess.Popen[Any] | None = None, seconds: f
 
 
 def processes_here() -> list[str]:
-    """The processes that work in this test's folder, but for this one."""
-    found = []
+    """Command lines of the other processes whose working directory is this test's folder."""
+    commands = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "cwd").resolve() == Path.cwd() and int(process.name) != os.getpid():
-                found.append((process / "cmdline").read_text())
+                commands.append((process / "cmdline").read_text())
         except OSError:
             continue
-    return found
+    return commands
 
 
 SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, *SLOW])
-def test_its_end_is_its_jobs_end(signum: signal.Signals):
+def test_jobs_end_when_the_launcher_ends(signum: signal.Signals):
     process = start_endless(*JOBLIB)
     process.send_signal(signum)
     process.wait(timeout=60)
@@ -263,7 +270,7 @@ def test_a_base_is_trained_by_the_cores_of_all_that_wait_for_it(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_a_job_that_slurm_queues_again_goes_on_and_a_cancelled_one_is_told():
+def test_a_job_that_slurm_queues_again_goes_on_and_a_cancelled_one_is_reported():
     """scontrol requeue is what preemption does; USR2 is what comes before the end of the time."""
     long = ["trainer.max_epochs=3000", "trainer.check_val_every_n_epoch=100"]
     command = [sys.executable, "-m", "lora_lab.train", *SMALL["shift"], "tracking=off", *long]
@@ -272,18 +279,18 @@ def test_a_job_that_slurm_queues_again_goes_on_and_a_cancelled_one_is_told():
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def running() -> list[str]:
-        asked = ["squeue", "--noheader", "--states=R", "--format=%i"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+        command = ["squeue", "--noheader", "--states=R", "--format=%i"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     def rows(seed: int) -> int:
-        found = [r for r in find_runs(Path("runs")) if f"-seed{seed}-" in r.path.name]
-        return len(found[0].curve("val/loss")) if found else 0
+        runs = [r for r in find_runs(Path("runs")) if f"-seed{seed}-" in r.path.name]
+        return len(runs[0].curve("val/loss")) if runs else 0
 
-    tricks = (["scontrol", "requeue"], ["scancel", "--signal=USR2"], ["scancel"])
-    for index, trick in enumerate(tricks):
+    commands = (["scontrol", "requeue"], ["scancel", "--signal=USR2"], ["scancel"])
+    for index, command in enumerate(commands):
         wait_for(lambda index=index: rows(index) > 5, process, 300)
         (job,) = [job for job in running() if job.endswith(f"_{index}")]
-        subprocess.run([*trick, job], check=True)
+        subprocess.run([*command, job], check=True)
     shown, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     ended = {run.config["seed"]: run.status for run in find_runs(Path("runs"))}

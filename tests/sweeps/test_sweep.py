@@ -1,4 +1,11 @@
-"""Sweep files: checked, run here with no account, continued, and driven by W&B's own agent."""
+"""Sweep files: checked, run here with no account, continued, and run by W&B's own agent.
+
+Independent truth: scipy's distributions for what is drawn; the product of the file's values for a
+grid; the parabola of one gradient step on a quadratic for bayes; an uninterrupted sweep for one
+that was stopped; W&B's client against a loopback server.
+
+Run: make test ARGS=tests/sweeps/test_sweep.py
+"""
 
 import math
 import os
@@ -51,9 +58,9 @@ def run_sweep(monkeypatch: pytest.MonkeyPatch) -> RunSweep:
 
 
 def of_size(path: Path, small: str = "shift") -> list[str]:
-    """What makes its runs small, but for what the file itself says."""
-    said = yaml.safe_load(path.read_text())["parameters"]
-    return [*QUICK, *(o for o in SMALL[small] if o.partition("=")[0] not in said)]
+    """Overrides that make its runs small, except for keys that the file sets."""
+    parameters = yaml.safe_load(path.read_text())["parameters"]
+    return [*QUICK, *(o for o in SMALL[small] if o.partition("=")[0] not in parameters)]
 
 
 def sweep_content(
@@ -63,21 +70,21 @@ def sweep_content(
     content: dict[str, Any] = {"method": method, "metric": {"name": "val/loss"}}
     if cap is not None:
         content["run_cap"] = cap
-    said = {key.replace("__", "."): value for key, value in parameters.items()}
-    return {**content, "parameters": {"experiment": {"value": "shift"}, **said}}
+    by_key = {key.replace("__", "."): value for key, value in parameters.items()}
+    return {**content, "parameters": {"experiment": {"value": "shift"}, **by_key}}
 
 
 RATE = {"distribution": "log_uniform_values", "min": 0.001, "max": 1.0}
 
 
 def loss_by_rate(root: str = "runs") -> dict[float, float | None]:
-    """Each finished run's learning rate, and its loss."""
+    """The validation loss of each finished run, by its learning rate."""
     runs = [run for run in find_runs(Path(root)) if run.finished]
     return {run.config["optimizer"]["lr"]: run.last("val/loss") for run in runs}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_point_of_every_file_can_be_run(path: Path):
+def test_all_points_of_our_sweep_files_can_be_run(path: Path):
     content = yaml.safe_load(path.read_text())
     assert content["command"][-1] == "${args_no_hyphens}"
     for start in ("lora-lab sweep", "wandb sweep"):
@@ -88,8 +95,8 @@ def test_every_point_of_every_file_can_be_run(path: Path):
         points += [read.overrides_at(values) for values in search.random_points(read.space, 5, 0)]
     else:
         listed = [
-            [f"{key}={value}" for value in said.get("values", [said.get("value")])]
-            for key, said in content["parameters"].items()
+            [f"{key}={value}" for value in spec.get("values", [spec.get("value")])]
+            for key, spec in content["parameters"].items()
         ]
         points = [hydra_arguments(list(point)) for point in product(*listed)]
         without = [{o for o in point if not o.startswith("tracking")} for point in points]
@@ -100,7 +107,7 @@ def test_every_point_of_every_file_can_be_run(path: Path):
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_every_grid_file_runs(run_sweep: RunSweep, path: Path):
+def test_our_grid_files_run(run_sweep: RunSweep, path: Path):
     name = yaml.safe_load(path.read_text())["parameters"]["experiment"]["value"]
     fewer = ["adapter.r=2,full"] if path.stem == "rank_vs_full" else []
     assert run_sweep(path, "seed=0", "--count", "2", *fewer, small=name) == 0
@@ -132,10 +139,10 @@ def test_a_grid_is_in_the_order_of_its_names_and_its_commands_can_be_pasted(
     assert only_run().config["target"].keys() == {"*near"}
 
 
-def test_a_grid_goes_on_and_its_failure_is_told(
+def test_a_grid_goes_on_after_a_failure_and_reports_it(
     run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    fails(monkeypatch, RuntimeError("on purpose"), at=2)
+    fail_run(monkeypatch, RuntimeError("on purpose"), at=2)
     content = sweep_content(seed={"values": [0, 1, 2]})
     assert run_sweep(content) == 1
     out = capsys.readouterr().out
@@ -150,7 +157,7 @@ def test_a_grid_goes_on_and_its_failure_is_told(
         assert run.finished
 
 
-def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> None:
+def fail_run(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> None:
     """The run of that number, from 1, ends with `error` when it is in the middle."""
     real, real_keep, begun = experiment.run, experiment._save_trained, []
 
@@ -168,24 +175,24 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> Non
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
-def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
+def test_an_interrupted_search_goes_on_and_gives_the_same_runs(
     run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, method: str
 ):
     monkeypatch.setattr(search, "STARTUP_TRIALS", 3)
     content = sweep_content(method, 5, optimizer__lr=RATE, adapter__r={"values": [1, 2]})
-    assert run_sweep(content, "runs_dir=whole") == 0
-    assert len(loss_by_rate("whole")) == 5
+    assert run_sweep(content, "runs_dir=uninterrupted") == 0
+    assert len(loss_by_rate("uninterrupted")) == 5
     with monkeypatch.context() as patch:
-        fails(patch, KeyboardInterrupt(), at=4)
+        fail_run(patch, KeyboardInterrupt(), at=4)
         assert run_sweep(content) == 130
     assert len(loss_by_rate()) == 3
     started = {run.path: run.status["started"] for run in find_runs(Path("runs")) if run.finished}
     assert run_sweep(content) == 0
-    assert loss_by_rate() == loss_by_rate("whole")
+    assert loss_by_rate() == loss_by_rate("uninterrupted")
     assert all(Run(path).status["started"] == at for path, at in started.items())
     assert run_sweep(content, "--count", "6") == 0
     assert len(loss_by_rate()) == 6
-    assert loss_by_rate().items() > loss_by_rate("whole").items()
+    assert loss_by_rate().items() > loss_by_rate("uninterrupted").items()
 
 
 def test_another_seed_draws_other_points(run_sweep: RunSweep, capsys: pytest.CaptureFixture[str]):
@@ -199,7 +206,7 @@ def test_another_seed_draws_other_points(run_sweep: RunSweep, capsys: pytest.Cap
     assert len(set(drawn[0])) == 3
 
 
-def test_bayes_shows_beforehand_what_no_result_decides_on(
+def test_dry_run_of_bayes_shows_the_startup_points(
     run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(search, "STARTUP_TRIALS", 2)
@@ -209,8 +216,8 @@ def test_bayes_shows_beforehand_what_no_result_decides_on(
     assert len(commands) == 2
     assert more == "# 1 more, which depend on the results of these"
     assert run_sweep(content) == 0
-    told = [float(c.rpartition("optimizer.lr=")[2]) for c in commands]
-    assert set(told) < loss_by_rate().keys()
+    shown = [float(c.rpartition("optimizer.lr=")[2]) for c in commands]
+    assert set(shown) < loss_by_rate().keys()
 
 
 def test_a_failed_trial_is_tried_again_at_the_same_point(
@@ -218,7 +225,7 @@ def test_a_failed_trial_is_tried_again_at_the_same_point(
 ):
     content = sweep_content("bayes", 3, optimizer__lr=RATE)
     with monkeypatch.context() as patch:
-        fails(patch, RuntimeError("on purpose"), at=2)
+        fail_run(patch, RuntimeError("on purpose"), at=2)
         assert run_sweep(content) == 1
     assert "2 of 3 done, 1 failed" in capsys.readouterr().out
     (failed,) = [run for run in find_runs(Path("runs")) if not run.finished]
@@ -226,8 +233,8 @@ def test_a_failed_trial_is_tried_again_at_the_same_point(
     assert failed.finished
     assert len(loss_by_rate()) == 3
     best = min((loss, rate) for rate, loss in loss_by_rate().items() if loss is not None)
-    said = capsys.readouterr().out
-    assert f"best val/loss {best[0]:.6g}: runs/shift/" in said
+    printed = capsys.readouterr().out
+    assert f"best val/loss {best[0]:.6g}: runs/shift/" in printed
     assert run_sweep(content, "overwrite=true") == 0
     assert "multirun: 3 runs\n" in capsys.readouterr().out  # none is known any more
 
@@ -242,26 +249,26 @@ def test_a_bayes_sweep_runs_once_at_a_time(run_sweep: RunSweep, capsys: pytest.C
 
 
 @pytest.mark.slow
-def test_bayes_finds_the_learning_rate_that_is_known(run_sweep: RunSweep):
+def test_bayes_finds_the_best_learning_rate_of_a_quadratic(run_sweep: RunSweep):
     """One step of gradient descent on a quadratic: the loss is a parabola in the rate."""
     rate = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e4}
     content = sweep_content("bayes", 30, optimizer__lr=rate)
     content["parameters"]["experiment"] = {"value": "planted_linear"}
     one = ["adapter=full", "optimizer=sgd", "data.steps=1", "trainer.max_epochs=1"]
     assert run_sweep(content, *one, small="planted_linear") == 0
-    found = [(rate, loss) for rate, loss in loss_by_rate().items() if loss is not None]
+    points = [(rate, loss) for rate, loss in loss_by_rate().items() if loss is not None]
     before = find_runs(Path("runs"))[0].curve("val/loss")[0]
     # Through the loss before, and those of the two rates that moved it most without leaving.
-    (x, y), (u, v) = sorted(found, key=lambda pair: abs(math.log(pair[1] / before)))[-2:]
+    (x, y), (u, v) = sorted(points, key=lambda pair: abs(math.log(pair[1] / before)))[-2:]
     a = ((y - before) / x - (v - before) / u) / (x - u)
     best = -((y - before) / x - a * x) / (2 * a)
-    assert min(found, key=lambda pair: pair[1])[0] == pytest.approx(best, rel=0.25)
+    assert min(points, key=lambda pair: pair[1])[0] == pytest.approx(best, rel=0.25)
 
 
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on(run_sweep: RunSweep):
     content = sweep_content("bayes", 14, optimizer__lr=RATE)
-    assert run_sweep(content, "runs_dir=whole") == 0
+    assert run_sweep(content, "runs_dir=uninterrupted") == 0
     lab = [str(Path(sys.executable).with_name("lora-lab")), "sweep", "sweep.yaml"]
     for done in (3, 12):
         process = subprocess.Popen([*lab, *of_size(Path("sweep.yaml"))], stdout=subprocess.DEVNULL)
@@ -271,7 +278,7 @@ def test_a_search_that_is_killed_goes_on(run_sweep: RunSweep):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert run_sweep(content) == 0
-    assert loss_by_rate() == loss_by_rate("whole")
+    assert loss_by_rate() == loss_by_rate("uninterrupted")
 
 
 BAD = {
@@ -320,22 +327,22 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_file(run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], case: str):
-    change, says = BAD[case]
-    refused(run_sweep, capsys, change(sweep_content(adapter__r={"values": [1, 2]})), says)
+    change, message = BAD[case]
+    refused(run_sweep, capsys, change(sweep_content(adapter__r={"values": [1, 2]})), message)
 
 
 def refused(
-    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], content: dict[str, Any], says: str
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], content: dict[str, Any], message: str
 ) -> None:
     assert run_sweep(content) == 2
-    said = capsys.readouterr()
-    assert f"lora-lab sweep: sweep.yaml: {says}" in said.err
+    printed = capsys.readouterr()
+    assert f"lora-lab sweep: sweep.yaml: {message}" in printed.err
     assert not Path("runs").exists()
-    assert "multirun" not in said.out
+    assert "multirun" not in printed.out
 
 
 @pytest.mark.parametrize(
-    ("key", "said", "says"),
+    ("key", "spec", "message"),
     [
         ("adapter.rr", {"values": [1]}, "adapter.rr: there is no such key; nearest: r"),
         ("adapter.r", {"values": [1, 10]}, "adapter.r=10 exceeds the rank of 'linear'"),
@@ -355,19 +362,19 @@ def refused(
     ],
 )
 def test_a_bad_parameter(
-    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], key: str, said: Any, says: str
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], key: str, spec: Any, message: str
 ):
     content = sweep_content()
-    content["parameters"][key] = said
+    content["parameters"][key] = spec
     assert run_sweep(content) == 2
     err = capsys.readouterr().err
     assert err.startswith("lora-lab sweep: sweep.yaml: parameters")
-    assert says in err
+    assert message in err
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("said", "says"),
+    ("spec", "message"),
     [
         ({"min": 1.0, "max": 0.1}, "min=1.0: must be at most max=0.1"),
         ({"min": -0.5, "max": 0.1}, "optimizer.lr=-0.5: must be greater than 0"),
@@ -381,22 +388,22 @@ def test_a_bad_parameter(
     ],
 )
 def test_a_bad_distribution(
-    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], said: dict[str, Any], says: str
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str], spec: dict[str, Any], message: str
 ):
-    assert run_sweep(sweep_content("random", 3, optimizer__lr=said)) == 2
-    assert says in capsys.readouterr().err
+    assert run_sweep(sweep_content("random", 3, optimizer__lr=spec)) == 2
+    assert message in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
-def test_early_terminate_is_said_to_be_left_out(
+def test_early_terminate_is_ignored_with_a_message(
     run_sweep: RunSweep, capsys: pytest.CaptureFixture[str]
 ):
     content = sweep_content(seed={"value": 3}) | {
         "early_terminate": {"type": "hyperband", "min_iter": 3}
     }
     assert run_sweep(content, "--dry-run") == 0
-    said, dry = capsys.readouterr().out.splitlines()
-    assert "all runs go to their end" in said
+    warning, dry = capsys.readouterr().out.splitlines()
+    assert "all runs go to their end" in warning
     assert dry.startswith("lora-lab train ")
 
 
@@ -412,20 +419,20 @@ DISTRIBUTIONS = {
 }
 
 
-def drawn(said: dict[str, Any], count: int = 300) -> list[Any]:
-    return [values["x"] for values in search.random_points({"x": parse_parameter(said)}, count, 0)]
+def drawn(spec: dict[str, Any], count: int = 300) -> list[Any]:
+    return [values["x"] for values in search.random_points({"x": parse_parameter(spec)}, count, 0)]
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_distributions_are_wandbs(name: str):
-    said, truth = DISTRIBUTIONS[name]
-    values = drawn(said)
+    spec, truth = DISTRIBUTIONS[name]
+    values = drawn(spec)
     assert stats.kstest(values, truth.cdf).pvalue > 0.01
-    low, high = parse_parameter(said).extremes
+    low, high = parse_parameter(spec).extremes
     assert low <= min(values) < max(values) <= high
 
 
-def test_steps_are_whole_multiples_as_near_as_can_be():
+def test_stepped_values_are_the_nearest_multiples_of_q():
     values = drawn({"distribution": "q_uniform", "min": 0.0, "max": 1.0, "q": 0.25})
     shares = [values.count(x) / len(values) for x in (0, 0.25, 0.5, 0.75, 1)]
     assert sum(shares) == 1
@@ -441,8 +448,8 @@ def test_lists_are_drawn_evenly_or_by_their_probabilities():
     assert [even.count(x) / 300 for x in ("1", "a", "True")] == pytest.approx([1 / 3] * 3, abs=0.1)
     odd = drawn({"values": [1, 2, 3], "probabilities": [0.7, 0.3, 0]})
     assert [odd.count(x) / 300 for x in "123"] == pytest.approx([0.7, 0.3, 0], abs=0.1)
-    whole = drawn({"min": 1, "max": 3})
-    assert [whole.count(x) / 300 for x in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.1)
+    integers = drawn({"min": 1, "max": 3})
+    assert [integers.count(x) / 300 for x in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.1)
 
 
 def test_a_parameter_that_names_no_form_is_refused():
@@ -460,18 +467,18 @@ def test_a_parameter_that_names_no_form_is_refused():
         ("shift", []),
     ],
 )
-def test_a_metric_that_is_taken_is_logged(lab: Lab, name: str, overrides: list[str]):
+def test_metrics_that_a_sweep_accepts_are_logged(lab: Lab, name: str, overrides: list[str]):
     assert lab(name, *overrides) == 0
     small = SMALL[name]
     names = sweep.logged_metrics(plan(composed(f"experiment={name}", *small, *overrides)))
-    there = {key for row in only_run().rows() for key in row}
-    assert names <= there
-    assert {n for n in there if n.startswith(("val/", "train/", "merged/"))} <= names
+    logged_keys = {key for row in only_run().rows() for key in row}
+    assert names <= logged_keys
+    assert {n for n in logged_keys if n.startswith(("val/", "train/", "merged/"))} <= names
 
 
 @pytest.mark.slow
 def test_wandb_sweep_and_agent_run_a_grid_file():
-    """The real client: every run arrives with its config, history, spectra, state and sweep."""
+    """The real client: each run arrives with its config, history, spectra, state and sweep."""
     path = next(path for path in SWEEPS if path.stem == "rank_vs_full")
     content = yaml.safe_load(path.read_text())
     fewer = {"adapter.r": {"values": [2, "full"]}, "seed": {"value": 0}}
@@ -479,19 +486,19 @@ def test_wandb_sweep_and_agent_run_a_grid_file():
     content["parameters"] |= fewer | {k: {"value": yaml.safe_load(v)} for k, v in small.items()}
     Path("sweep.yaml").write_text(yaml.safe_dump(content))
     names = sorted(content["parameters"])
-    listed = [content["parameters"][name] for name in names]
+    specs = [content["parameters"][name] for name in names]
     grid = [
         dict(zip(names, values, strict=True))
-        for values in product(*(said.get("values", [said.get("value")]) for said in listed))
+        for values in product(*(spec.get("values", [spec.get("value")]) for spec in specs))
     ]
     wandb = [sys.executable, "-m", "wandb"]
     with WandbServer() as server:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         env = {**os.environ, **server.env, "PATH": path}
-        made = subprocess.run(
+        created = subprocess.run(
             [*wandb, "sweep", "sweep.yaml"], env=env, check=True, capture_output=True, text=True
         )
-        (agent,) = [w for w in made.stderr.splitlines() if "wandb agent" in w]
+        (agent,) = [w for w in created.stderr.splitlines() if "wandb agent" in w]
         server.agent_runs = [*grid, grid[0]]  # the last has been run by then
         subprocess.run(
             [*wandb, "agent", agent.rpartition(" ")[2]], env=env, check=True, capture_output=True
