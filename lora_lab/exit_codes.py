@@ -15,7 +15,7 @@ FINISHED, FAILED, CONFIG_ERROR, CTRL_C, SIGTERM = 0, 1, 2, 130, 143
 def interruption_code(stop: BaseException) -> int:
     """The exit code for what interrupted a run.
 
-    Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into an exception of its own.
+    Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into SIGTERMException.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 

@@ -221,7 +221,7 @@ def _plan_multirun(arguments: list[str]) -> "list[Job]":
 
 
 def announce_multirun(jobs: "list[Job]", total: int = 0) -> None:
-    """Prints in one line what the multirun is made of, and each config error.
+    """Prints in one line how many runs the multirun has, in which states, and each config error.
 
     `total` is the number of its runs, where `jobs` are not all of them yet.
     """

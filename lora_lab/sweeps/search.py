@@ -73,7 +73,7 @@ class BayesSearch:
         At most `at_once` new trials, and none after the last of `trial_count`.
         """
         batch = [t.number for t in self._trials(OPEN) if t.number not in self._asked]
-        while len(batch) < min(at_once, STARTUP_TRIALS) and not self._is_complete():
+        while len(batch) < min(at_once, STARTUP_TRIALS) and len(self.jobs) < self.trial_count:
             batch.append(self._new_trial())
         self._asked.update(batch)
         multirun.set_jobs(self.jobs, self.trial_count)
@@ -103,9 +103,6 @@ class BayesSearch:
         best = self._study.best_trial
         assert best.value is not None
         return self._job_by_trial[best.number], best.value
-
-    def _is_complete(self) -> bool:
-        return len(self._job_by_trial) >= self.trial_count
 
     def _new_trial(self) -> int:
         """Draws a trial, plans its job, and gives its number in the study."""

@@ -47,7 +47,7 @@ FORMS: dict[str, Keys] = {
     "log_normal": MOMENTS,  # exp(N)
     "q_log_normal": {**MOMENTS, **STEP},  # round(exp(N) / q) · q
 }
-"""W&B's distributions, and the keys of each with their defaults; None where there is no default.
+"""W&B's distributions, and the keys of each with their defaults; None where it must be given.
 
 https://docs.wandb.ai/guides/sweeps/sweep-config-keys
 """

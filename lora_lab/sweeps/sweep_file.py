@@ -79,7 +79,7 @@ def read_sweep(path: Path, overrides: Sequence[str]) -> Sweep:
     if not isinstance(specs, dict) or not specs:
         raise ConfigError("parameters: must be given, {adapter.r: {values: [1, 2]}}")
     # Our files ask W&B's agents for tracking=online. Runs here have no agent and may have no
-    # account, so that the user's own tracking setting stands.
+    # account, so that the user's tracking setting stands.
     specs = {str(k): v for k, v in specs.items() if (k, v) != ("tracking", {"value": "online"})}
     fixed, space = _apply_overrides(_parse_parameters(specs), method, overrides)
     early_terminate = bool(content.get("early_terminate"))

@@ -1,6 +1,6 @@
 """The Hydra sweeper that runs the points of a search, with the launcher that the config names.
 
-All multiruns and sweep files go through it. Hydra's own sweeper would check a job only when it
+All multiruns and sweep files go through it. Hydra's basic sweeper would check a job only when it
 begins it; here all points are known, and checked, before the first.
 """
 

@@ -1,4 +1,4 @@
-"""Sweep files: checked, run here with no account, continued, and run by W&B's own agent.
+"""Sweep files: checked, run here with no account, continued, and run by W&B's agent.
 
 Independent truth: scipy's distributions for what is drawn; the product of the file's values for a
 grid; the parabola of one gradient step on a quadratic for bayes; an uninterrupted sweep for one

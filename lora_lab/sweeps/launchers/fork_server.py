@@ -3,7 +3,7 @@
 Who starts whom, with `hydra/launcher=joblib` or `packed`:
 
     lora-lab train -m …        the launcher: checks all jobs, starts them, waits for them
-    └── fork server            imports what every job needs, and computes nothing
+    └── fork server            imports what all jobs need, and computes nothing
         ├── job                one run, or one pack of runs
         │   └── a process for each device, where a run has several (training/devices.py)
         └── job

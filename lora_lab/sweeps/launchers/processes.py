@@ -187,7 +187,7 @@ def _run_in_process(gpus: list[str], threads: tuple[int, int], log: Path, call: 
         # In time, as the server has not looked for GPUs: CUDA reads this when it is first used.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     run_threads, bases.base_threads = threads
-    # OpenMP read the variable when torch was imported in the server, so torch is told as well. The
+    # OpenMP read the variable when torch was imported in the server, so torch is set as well. The
     # variable is for the processes that a run with several devices starts.
     os.environ["OMP_NUM_THREADS"] = str(run_threads)
     torch.set_num_threads(run_threads)

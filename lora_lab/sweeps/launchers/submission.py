@@ -56,7 +56,7 @@ class _Launcher(BaseSubmititLauncher):
             executor = submitit.AutoExecutor(
                 folder, cluster=cluster, **{f"{cluster}_max_num_timeout": timeouts}
             )
-            # submitit wants the cluster's name before what not every cluster has: slurm_qos.
+            # submitit wants the cluster's name before settings that not all clusters have: slurm_qos.
             executor.update_parameters(
                 **{key if key in common else f"{cluster}_{key}": v for key, v in params.items()}
             )
@@ -181,9 +181,9 @@ class SlurmJob(SubmittedJob):
 
 
 class SlurmQueue:
-    """SLURM's queue, asked for all jobs at once and at most every 3 seconds.
+    """SLURM's queue, asked for all jobs at once and at most once in 3 seconds.
 
-    submitit would ask sacct, which not every cluster has.
+    submitit would ask sacct, which some clusters lack.
     """
 
     def __init__(self) -> None:

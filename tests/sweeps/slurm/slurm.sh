@@ -13,7 +13,7 @@ installed() { for tool in "${tools[@]}"; do command -v "$tool" >/dev/null || ret
 install() {
     installed && return
     [ "$(id -u)" = 0 ] || { echo "SLURM is not installed, and only root can install it"; return 1; }
-    command -v apt-get >/dev/null || { echo "SLURM is not installed, and there is no apt-get"; return 1; }
+    command -v apt-get >/dev/null || { echo "SLURM is not installed, and neither is apt-get"; return 1; }
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq && apt-get install -y -qq slurm-wlm munge >/dev/null
     installed
@@ -24,7 +24,7 @@ free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); p
 start() {
     local dir=$1
     [ "$(id -u)" = 0 ] || { echo "slurmd must be run by root"; return 1; }
-    installed || { echo "there is no SLURM: $0 install"; return 1; }
+    installed || { echo "SLURM is not installed: $0 install"; return 1; }
     mkdir -p "$dir"/{state,spool,munge}
     chmod 755 "$dir" "$dir/munge"
     head -c 1024 /dev/urandom >"$dir/munge/key"
