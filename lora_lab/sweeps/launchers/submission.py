@@ -56,7 +56,7 @@ class _Launcher(BaseSubmititLauncher):
             executor = submitit.AutoExecutor(
                 folder, cluster=cluster, **{f"{cluster}_max_num_timeout": timeouts}
             )
-            # submitit wants the cluster's name before settings that not all clusters have: slurm_qos.
+            # submitit wants the cluster's name before settings that are its alone: slurm_qos.
             executor.update_parameters(
                 **{key if key in common else f"{cluster}_{key}": v for key, v in params.items()}
             )
