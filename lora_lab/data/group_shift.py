@@ -30,21 +30,15 @@ class GroupShift(Planted):
         steps: PositiveInt,
         seed: Seed,
     ):
-        super().__init__(phase, steps, seed)
+        super().__init__(phase, in_features, out_features, noise, steps, seed)
         if sum(groups) > in_features:
             raise ValueError(
                 f"groups={groups}: {sum(groups)} tokens, and in_features={in_features} has fewer"
             )
-        self.in_features, self.out_features, self.groups = in_features, out_features, groups
-        self.noise = noise
+        self.groups = groups
         shape = (len(groups), out_features)
         shifts = torch.randn(*shape, generator=generator(seed, "shifts")).double()
         self.shifts = shifts * shift / out_features**0.5  # (groups, features)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The number of tokens, and of the features of each."""
-        return {"in_features": self.in_features, "out_features": self.out_features}
 
     @property
     def delta(self) -> Tensor:
@@ -56,14 +50,5 @@ class GroupShift(Planted):
         """All tokens with their y (tokens, features), for training and for validation."""
         shape = (self.in_features, self.out_features)
         y = torch.randn(*shape, generator=generator(self.seed, "E")).double()
-        if self.phase == "adapt":
-            noise = torch.randn(*shape, generator=generator(self.seed, "noise"))
-            y = y + self.delta + self.noise * noise
-        dataset = TensorDataset(torch.arange(self.in_features), y.float())
-        return dataset, dataset
-
-    def design_and_targets(self) -> tuple[Tensor, Tensor]:
-        """The tokens as one-hot rows (n × tokens), and y (n × features)."""
-        assert self.train is not None
-        tokens, y = self.train.tensors
-        return F.one_hot(tokens, self.in_features), y
+        y = y + self.delta if self.phase == "adapt" else y
+        return self.datasets(torch.arange(self.in_features), y)

@@ -1,35 +1,60 @@
 """Base class of data sets that plant a known change in one weight, with the best ΔW for them."""
 
-from abc import abstractmethod
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lora_lab.adapters import INITS, adapter_class, attached
 from lora_lab.analysis import theory
 from lora_lab.analysis.theory import LeastSquaresFit, Prediction
 from lora_lab.data.module import Data, Phase
+from lora_lab.seeding import generator
 
 
 class Planted(Data):
     """A known change planted in the one weight of a linear model.
 
+    The model is for `in_features` (of an embedding: tokens) and `out_features`. Normal noise of
+    standard deviation `noise` is added to the targets that adapters learn, not to the base's.
     Each step trains on all rows, and validation is on the same rows. So the final validation loss
     should be that of the best ΔW the adapter can reach, which is a least squares problem.
     """
 
     task = "regression"
 
-    def __init__(self, phase: Phase, steps: int, seed: int):
+    def __init__(
+        self, phase: Phase, in_features: int, out_features: int, noise: float, steps: int, seed: int
+    ):
         super().__init__(phase, None, seed, steps)
+        self.in_features, self.out_features, self.noise = in_features, out_features, noise
 
-    @abstractmethod
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The numbers of inputs and outputs of the weight; of an embedding, tokens and features."""
+        return {"in_features": self.in_features, "out_features": self.out_features}
+
+    def datasets(self, x: Tensor, y: Tensor) -> tuple[TensorDataset, TensorDataset]:
+        """The training and the validation set, which are one: inputs `x` and targets `y` + noise.
+
+        The base's targets have no noise.
+        """
+        if self.phase == "adapt":
+            y = y + self.noise * torch.randn(y.shape, generator=generator(self.seed, "noise"))
+        dataset = TensorDataset(x, y.float())
+        return dataset, dataset
+
     def design_and_targets(self) -> tuple[Tensor, Tensor]:
         """The training data as a regression Y ≈ X Wᵀ on the weight as a matrix W (out × rest).
 
-        X is the design matrix (n × rest), Y the targets (n × out).
+        X is the design matrix (n × rest), Y the targets (n × out). Here X are the inputs as they
+        are, or tokens as one-hot rows.
         """
+        assert self.train is not None
+        x, y = self.train.tensors
+        return x if x.is_floating_point() else F.one_hot(x, self.in_features), y
 
     def design_and_residual(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """X, and Y − X Wᵀ with the weight W of the base, in float64."""
@@ -106,6 +131,16 @@ def planted_matrix(out: int, rest: int, sigma: list[float], rng: torch.Generator
         )
     U, V = (random_orthonormal(size, len(sigma), rng) for size in (out, rest))
     return U * torch.tensor(sigma, dtype=torch.float64) @ V.T
+
+
+def white_noise(rows: int, columns: int, whiten: bool, rng: torch.Generator) -> Tensor:
+    """White noise (rows × columns) of variance 1, in float64.
+
+    With `whiten` the columns are exactly orthogonal, and each has the mean square 1.
+    """
+    if whiten:
+        return random_orthonormal(rows, columns, rng) * rows**0.5
+    return torch.randn(rows, columns, generator=rng, dtype=torch.float64)
 
 
 def random_orthonormal(rows: int, columns: int, rng: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
-from lora_lab.data.planted import Planted, planted_matrix, random_orthonormal
+from lora_lab.data.planted import Planted, planted_matrix, white_noise
 from lora_lab.seeding import generator
 
 
@@ -35,39 +35,30 @@ class PlantedConv(Planted):
         steps: PositiveInt,
         seed: Seed,
     ):
-        super().__init__(phase, steps, seed)
+        super().__init__(phase, in_features, out_features, noise, steps, seed)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: must be odd")
         if whiten and samples < (pixels := in_features * size**2):
             raise ValueError(f"samples={samples}: whiten needs an image a pixel, {pixels}")
-        self.samples, self.in_features, self.out_features = samples, in_features, out_features
-        self.kernel_size, self.size, self.whiten, self.noise = kernel_size, size, whiten, noise
+        self.samples, self.kernel_size, self.size = samples, kernel_size, size
+        self.whiten = whiten
         rest = in_features * kernel_size**2
         self.delta = planted_matrix(out_features, rest, sigma, generator(seed, "delta"))
 
     @property
     def sizes(self) -> dict[str, int]:
         """The numbers of channels in and out, and the side of the kernel."""
-        names = ("in_features", "out_features", "kernel_size")
-        return {name: getattr(self, name) for name in names}
+        return {**super().sizes, "kernel_size": self.kernel_size}
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
         """Images (n, in, size, size) and y (n, out, size, size), for training and validation."""
         W = torch.randn(self.delta.shape, generator=generator(self.seed, "theta")).double()
         W = W / W.shape[1] ** 0.5 + (self.delta if self.phase == "adapt" else 0)
-        rows = (self.samples, self.in_features * self.size**2)
-        rng = generator(self.seed, "x", self.phase)
-        if self.whiten:
-            x = random_orthonormal(*rows, rng) * self.samples**0.5
-        else:
-            x = torch.randn(*rows, generator=rng, dtype=torch.float64)
+        pixels, rng = self.in_features * self.size**2, generator(self.seed, "x", self.phase)
+        x = white_noise(self.samples, pixels, self.whiten, rng)
         x = x.view(-1, self.in_features, self.size, self.size)
         kernel = W.view(-1, self.in_features, self.kernel_size, self.kernel_size)
-        y = F.conv2d(x, kernel, padding="same")
-        if self.phase == "adapt":
-            y = y + self.noise * torch.randn(y.shape, generator=generator(self.seed, "noise"))
-        dataset = TensorDataset(x.float(), y.float())
-        return dataset, dataset
+        return self.datasets(x.float(), F.conv2d(x, kernel, padding="same"))
 
     def design_and_targets(self) -> tuple[Tensor, Tensor]:
         """Patches under the kernel, one a row (n · size² × in · k²), and the outputs there."""

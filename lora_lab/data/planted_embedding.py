@@ -1,7 +1,6 @@
 """An embedding table that changes by a matrix of known singular values."""
 
 import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -32,15 +31,9 @@ class PlantedEmbedding(Planted):
         steps: PositiveInt,
         seed: Seed,
     ):
-        super().__init__(phase, steps, seed)
-        self.samples, self.zipf, self.noise = samples, zipf, noise
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(phase, in_features, out_features, noise, steps, seed)
+        self.samples, self.zipf = samples, zipf
         self.delta = planted_matrix(in_features, out_features, sigma, generator(seed, "delta"))
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The number of tokens, and of the features of each."""
-        return {"in_features": self.in_features, "out_features": self.out_features}
 
     def counts(self) -> Tensor:
         """How often each token occurs (tokens,), rounded by the method of the largest remainder."""
@@ -56,13 +49,4 @@ class PlantedEmbedding(Planted):
         E = torch.randn(self.delta.shape, generator=generator(self.seed, "E")).double()
         tokens = torch.arange(self.in_features).repeat_interleave(self.counts())
         y = (E + self.delta if self.phase == "adapt" else E)[tokens]
-        if self.phase == "adapt":
-            y = y + self.noise * torch.randn(y.shape, generator=generator(self.seed, "noise"))
-        dataset = TensorDataset(tokens, y.float())
-        return dataset, dataset
-
-    def design_and_targets(self) -> tuple[Tensor, Tensor]:
-        """The tokens as one-hot rows (n × tokens), and y (n × features)."""
-        assert self.train is not None
-        tokens, y = self.train.tensors
-        return F.one_hot(tokens, self.in_features), y
+        return self.datasets(tokens, y)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from lora_lab.adapters import INITS, Adapter, attached
@@ -12,7 +12,7 @@ from lora_lab.analysis import theory
 from lora_lab.analysis.theory import Prediction
 from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
-from lora_lab.data.planted import Planted, planted_matrix, random_orthonormal
+from lora_lab.data.planted import Planted, planted_matrix, white_noise
 from lora_lab.seeding import generator
 
 
@@ -42,43 +42,24 @@ class PlantedLinear(Planted):
         steps: PositiveInt,
         seed: Seed,
     ):
-        super().__init__(phase, steps, seed)
+        super().__init__(phase, in_features, out_features, noise, steps, seed)
         if whiten and samples < in_features:
             raise ValueError(f"samples={samples}: whiten needs in_features={in_features} at least")
-        self.samples, self.in_features, self.out_features = samples, in_features, out_features
-        self.spread, self.correlation, self.whiten = spread, correlation, whiten
-        self.noise, self.sigma, self.expects = noise, sigma, expects
+        self.samples, self.spread, self.correlation = samples, spread, correlation
+        self.whiten, self.expects = whiten, expects
         self.delta = planted_matrix(out_features, in_features, sigma, generator(seed, "delta"))
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The numbers of inputs and of outputs of θ."""
-        return {"in_features": self.in_features, "out_features": self.out_features}
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
         """Inputs (samples, in) and y (samples, out), for training and for validation."""
-        shape, rows = (self.out_features, self.in_features), (self.samples, self.in_features)
+        shape = (self.out_features, self.in_features)
         W = torch.randn(*shape, generator=generator(self.seed, "theta")).double() * self.spread
         rng = generator(self.seed, "x", self.phase)
-        if self.whiten:
-            x = random_orthonormal(*rows, rng) * self.samples**0.5
-        else:
-            x = torch.randn(*rows, generator=rng, dtype=torch.float64)
+        x = white_noise(self.samples, self.in_features, self.whiten, rng)
         index = torch.arange(self.in_features, dtype=torch.float64)
         covariance = self.correlation ** (index[:, None] - index).abs()  # (in, in)
         x = x @ torch.linalg.cholesky(covariance).T
         y = x @ (W + self.delta if self.phase == "adapt" else W).T
-        if self.phase == "adapt":
-            noise = torch.randn(y.shape, generator=generator(self.seed, "noise"))
-            y = y + self.noise * noise
-        dataset = TensorDataset(x.float(), y.float())
-        return dataset, dataset
-
-    def design_and_targets(self) -> tuple[Tensor, Tensor]:
-        """The inputs (n × in) and y (n × out) as they are."""
-        assert self.train is not None
-        x, y = self.train.tensors
-        return x, y
+        return self.datasets(x.float(), y)
 
     def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
         """The predictions that `expects` chooses; empty where theory does not cover the run."""

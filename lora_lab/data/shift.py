@@ -41,12 +41,9 @@ class Shift(Data):
 
     def draw(self) -> tuple[TensorDataset, TensorDataset]:
         """x (samples, in) and y (samples, out), for training and for validation."""
-        theta = torch.randn(
-            self.in_features, self.out_features, generator=generator(self.seed, "theta")
-        )
-        x = torch.randn(
-            self.samples, self.in_features, generator=generator(self.seed, "x", self.phase)
-        )
+        theta_rng, x_rng = generator(self.seed, "theta"), generator(self.seed, "x", self.phase)
+        theta = torch.randn(self.in_features, self.out_features, generator=theta_rng)
+        x = torch.randn(self.samples, self.in_features, generator=x_rng)
         y = x @ (theta + self.shift if self.phase == "adapt" else theta)
         dataset = TensorDataset(x, y)
         return dataset, dataset
