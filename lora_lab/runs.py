@@ -5,6 +5,7 @@ config.yaml, env.json, status.json, metrics.jsonl and log.txt are what every run
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -78,12 +79,10 @@ class Run:
             return {"state": "none"}
         except ValueError:
             return {"state": "damaged"}
-        if status.get("state", "damaged") == "running":
-            try:
-                with FileLock(self.path / "lock", timeout=0):
-                    status["state"] = "interrupted"
-            except (Timeout, OSError):  # locked by its process; or the folder is read-only
-                pass
+        if status.get("state") == "running":
+            # Timeout: its process holds the lock. OSError: the folder is read-only.
+            with suppress(Timeout, OSError), FileLock(self.path / "lock", timeout=0):
+                status["state"] = "interrupted"
         return {"state": "damaged", **status}
 
     @property
@@ -93,11 +92,10 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without a last line that a crash cut short."""
-        try:
-            stat = (self.path / "metrics.jsonl").stat()
-        except FileNotFoundError:
-            return []
-        return _rows((self.path / "metrics.jsonl").absolute(), stat.st_mtime_ns, stat.st_size)
+        path = self.path / "metrics.jsonl"
+        with suppress(FileNotFoundError):
+            return _rows(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size)
+        return []
 
     def last(self, key: str) -> float | None:
         """The last value of a metric; None where it was not logged."""
@@ -143,10 +141,9 @@ def find_runs(root: Path) -> list[Run]:
 
 def planned_runs(folder: Path) -> dict[str, list[str]]:
     """Name → overrides of each run that multiruns were asked to run in an experiment's folder."""
-    try:
+    with suppress(FileNotFoundError):
         return json.loads((folder / PLANNED_FILE).read_text())
-    except FileNotFoundError:
-        return {}
+    return {}
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -169,13 +166,9 @@ def find_run(path: Path) -> Run:
     """
     if (path / "status.json").exists():
         return Run(path)
-    runs = find_runs(Path("runs"))
-    matches = [
-        run
-        for run in runs
-        if run.path.name == path.name or run.path.name.rpartition("-")[2].startswith(path.name)
-    ]
+    name, paths = path.name, [run.path for run in find_runs(Path("runs"))]
+    matches = [p for p in paths if p.name == name or p.name.split("-")[-1].startswith(name)]
     if len(matches) != 1:
-        names = ", ".join(run.path.name for run in matches or runs[:3]) or "none"
+        names = ", ".join(p.name for p in matches or paths[:3]) or "none"
         raise FileNotFoundError(f"{path} is no run directory and no run's hash; runs: {names}")
-    return matches[0]
+    return Run(matches[0])

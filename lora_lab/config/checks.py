@@ -2,25 +2,13 @@
 
 import inspect
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from lora_lab.config.schema import (
-    CheckpointBase,
-    Component,
-    Config,
-    ConfigError,
-    Full,
-    Lora,
-    NoAdapter,
-    Node,
-    TargetRule,
-    TrainedBase,
-    nearest,
-)
+from lora_lab.config.schema import Component, Config, ConfigError, TargetRule, nearest
 
 
 def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -> Config:
@@ -35,8 +23,8 @@ def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -
         # same command line are meant for the ranks, so that here they are not errors.
         content["adapter"] = {**node, "method": "full"}
         explicit_keys = [key for key in explicit_keys if not key.startswith("adapter.")]
-    _drop_foreign_keys(content, "adapter", (Lora, Full, NoAdapter), explicit_keys)
-    _drop_foreign_keys(content, "base", (TrainedBase, CheckpointBase), explicit_keys)
+    _drop_foreign_keys(content, "adapter", explicit_keys)
+    _drop_foreign_keys(content, "base", explicit_keys)
     if isinstance(adapter := content.get("adapter"), dict):
         for pattern in ("rank_pattern", "alpha_pattern"):
             if isinstance(globs := adapter.get(pattern), dict):
@@ -48,9 +36,7 @@ def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -
         raise ConfigError("\n".join(_message(e) for e in error.errors())) from None
 
 
-def _drop_foreign_keys(
-    content: dict[str, Any], group: str, choices: Sequence[type[Node]], explicit: Collection[str]
-) -> None:
+def _drop_foreign_keys(content: dict[str, Any], group: str, explicit: Collection[str]) -> None:
     """Removes from content[group] the keys that only choices other than its `method` have.
 
     Those that are `explicit`, as "adapter.dropout", stay.
@@ -58,7 +44,7 @@ def _drop_foreign_keys(
     if not isinstance(node := content.get(group), dict):
         return
     chosen, others = set(), set()
-    for choice in choices:
+    for choice in get_args(Config.model_fields[group].annotation):  # for adapter: Lora, Full, …
         methods = get_args(choice.model_fields["method"].annotation)
         (chosen if node.get("method") in methods else others).update(choice.model_fields)
     content[group] = {

@@ -5,15 +5,14 @@ import logging
 import os
 import platform
 import shutil
-import socket
-import subprocess
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
+from subprocess import DEVNULL, SubprocessError, check_output
 from typing import Any
 
 import yaml
@@ -61,8 +60,7 @@ def record_run(
         before = run.status
         if before["state"] == "finished" and not overwrite:
             raise RunFinishedError(str(path))
-        started = time.time()
-        status = {"state": "running", "started": started, "host": socket.gethostname(), **about}
+        status = {"state": "running", "started": time.time(), "host": platform.node(), **about}
         continues = before["state"] in ("running", "interrupted") and not overwrite
         if continues:
             status |= {"tries": before.get("tries", 1) + 1, "spent": _seconds_spent(path, before)}
@@ -70,7 +68,7 @@ def record_run(
         _clear(path, status, before["state"] == "finished", continues)
         write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_atomic(path / "env.json", json.dumps(environment(), indent=2) + "\n")
-        with _log_file(path), _outcome(run, started, status.get("spent", 0.0)):
+        with _log_file(path), _outcome(run, status["started"], status.get("spent", 0.0)):
             yield run
 
 
@@ -126,15 +124,11 @@ def _outcome(run: Run, started: float, spent: float) -> Iterator[None]:
         yield
     except BaseException as error:
         # Lightning turns Ctrl-C and SIGTERM into SystemExit.
-        is_stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        seconds, message = spent + time.time() - started, f"{type(error).__name__}: {error}"
         with (run.path / "log.txt").open("a") as file:
-            file.write(traceback.format_exc())
-        run.update_status(
-            state="interrupted" if is_stopped else "failed",
-            seconds=spent + time.time() - started,
-            error=f"{type(error).__name__}: {error}",
-            traceback=traceback.format_exc(),
-        )
+            file.write(trace := traceback.format_exc())
+        run.update_status(state=state, seconds=seconds, error=message, traceback=trace)
         raise
     run.update_status(state="finished", seconds=spent + time.time() - started)
     for folder in (CHECKPOINTS, PREVIOUS):
@@ -154,18 +148,13 @@ def _seconds_spent(path: Path, before: dict[str, Any]) -> float:
 
 def environment() -> dict[str, Any]:
     """The content of env.json: the machine, package versions and git commit of a run."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    installed = {name: next(iter(distributions(name=name)), None) for name in PACKAGES}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.machine(),
         "cpus": os.cpu_count(),
-        "packages": versions,
+        "packages": {name: package and package.version for name, package in installed.items()},
         "git": _git("rev-parse", "HEAD"),
         "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
@@ -173,9 +162,6 @@ def environment() -> dict[str, Any]:
 
 def _git(*command: str) -> str | None:
     """The output of a git command; None where git or the repository is missing."""
-    try:
-        return subprocess.run(
-            ["git", *command], capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with suppress(OSError, SubprocessError):
+        return check_output(["git", *command], stderr=DEVNULL, text=True, timeout=5).strip()
+    return None
