@@ -1,4 +1,4 @@
-"""What all figures share: series styles, panels, log and rank axes, labels, and saving as files."""
+"""What figures share: series styles, panels, log and rank axes, heat maps, labels, and saving."""
 
 import re
 from pathlib import Path
@@ -61,10 +61,9 @@ def log_scale(axes: Axes, low: float, high: float, axis_name: str = "y") -> None
     axes.set(**{f"{axis_name}scale": "log"})
     axis = axes.xaxis if axis_name == "x" else axes.yaxis
     decades = np.log10(high / low)
-    if decades < 1e-3:
-        return  # all values are equal: matplotlib's default limits and ticks will do
-    tick_digits = (1, 2, 5) if decades > 0.7 else range(1, 10)
-    if decades < 3:
+    # For equal values, as for three decades and more, matplotlib's default ticks will do.
+    if 1e-3 <= decades < 3:
+        tick_digits = (1, 2, 5) if decades > 0.7 else range(1, 10)
         axis.set_major_locator(LogLocator(subs=tick_digits, numticks=12))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(NullFormatter())
@@ -84,6 +83,21 @@ def rank_axis(axes: Axes, ranks: set[int]) -> None:
             labelled.append(r)
     axes.set_xticks(labelled, [str(r) for r in labelled], minor=False)
     axes.minorticks_off()
+
+
+def phi_heat_map(figure: Figure, panel: Axes, phi: np.ndarray) -> None:
+    """Draws φ, the overlap of two subspaces (Hu et al. 2021, equation 4), with a colour bar.
+
+    `phi` (i × j) has values from 0 to 1. Row i and column j stand for the first i and the first j
+    directions, counted from 1.
+    """
+    i, j = phi.shape
+    # imshow counts cells from 0 and from the top. This extent (left, right, bottom, top) puts the
+    # centre of the first cell at (1, 1), and row 1 at the top.
+    extent = (0.5, j + 0.5, i + 0.5, 0.5)
+    image = panel.imshow(phi, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
+    panel.locator_params(integer=True, min_n_ticks=1)
+    figure.colorbar(image, ax=panel, label="φ(i, j)")
 
 
 def metric_label(name: str) -> str:

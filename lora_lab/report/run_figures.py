@@ -3,6 +3,7 @@
 Each is written as PNG and PDF. All numbers come from the run directory.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,8 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.report.phi_heat_map import phi_heat_map
-from lora_lab.report.plotting import MAX_PANELS, log_scale, panels, save
+from lora_lab.report.plotting import MAX_PANELS, log_scale, panels, phi_heat_map, save
 from lora_lab.runs import Run
 
 MAX_SINGULAR_VALUES = 16
@@ -50,8 +50,7 @@ def _update_figures(run: Run, spectrum: dict[str, np.ndarray]) -> dict[str, Figu
     """The figures of ΔW, by name, for the sites in `spectrum`; read from spectra.npz."""
     with np.load(run.path / "spectra.npz") as arrays:
         figures = {"spectrum": _spectrum(arrays["epochs"], spectrum)}
-        corners = {site: arrays[f"{site}/delta"] for site in spectrum}
-        shapes = {site: tuple(arrays[f"{site}/shape"]) for site in spectrum}
+        figures["delta"] = _delta(arrays, list(spectrum))
         phi = {s: arrays[f"{s}/phi_base"] for s in spectrum if f"{s}/phi_base" in arrays}
         # A site's curve is measured with only that site cut, the one without a site with all cut.
         prefixes = {None: "truncation", **{site: f"{site}/truncation" for site in spectrum}}
@@ -60,7 +59,6 @@ def _update_figures(run: Run, spectrum: dict[str, np.ndarray]) -> dict[str, Figu
             for site, prefix in prefixes.items()
             if f"{prefix}/ranks" in arrays
         }
-    figures["delta"] = _delta(corners, shapes)
     if phi:
         figures["phi"] = _phi(phi)
     if curves:
@@ -82,9 +80,8 @@ def _loss(run: Run) -> Figure:
                 points = zip(*curve.items(), strict=True)  # epochs, losses
                 axes.plot(*points, style, color=f"C{i}", linewidth=width, label=label)
         if curve := published.get(published_key):
-            label = f"{model}, published"
             points = zip(*curve.items(), strict=True)
-            axes.plot(*points, "o", color=f"C{i}", fillstyle="none", label=label)
+            axes.plot(*points, "o", color=f"C{i}", fillstyle="none", label=f"{model}, published")
     axes.set(xlabel="epoch", ylabel="loss", title=run.config["name"])
     _log_scale_of_lines(axes)
     axes.grid(alpha=0.3)
@@ -119,19 +116,17 @@ def _spectrum(epochs: np.ndarray, spectrum: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def _delta(corners: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> Figure:
+def _delta(arrays: Mapping[str, np.ndarray], sites: Sequence[str]) -> Figure:
     """The entries of ΔW as a picture, a panel for each site; red is above 0, blue below.
 
-    `corners` are the top left entries of each ΔW that were stored, `shapes` its full shape.
+    `arrays` are those of spectra.npz, which has the top left entries of ΔW and its full shape.
     """
-    figure, axes = panels(len(corners), width=4.5)
-    for panel, (site, corner) in zip(axes, corners.items(), strict=True):
+    figure, axes = panels(len(sites), width=4.5)
+    for panel, site in zip(axes, sites, strict=True):
+        corner, (out, rest) = arrays[f"{site}/delta"], arrays[f"{site}/shape"]
         limit = np.abs(corner).max() or 1.0
-        image = panel.imshow(
-            corner, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
-        )
+        image = panel.imshow(corner, "RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         rows, columns = corner.shape
-        out, rest = shapes[site]
         title = f"ΔW of {site}: {rows} × {columns} of {out} × {rest}\n"
         title += f"entries from {corner.min():.4g} to {corner.max():.4g}"
         panel.set_title(title, fontsize=10)

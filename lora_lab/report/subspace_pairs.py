@@ -9,8 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab.report.phi_heat_map import phi_heat_map
-from lora_lab.report.plotting import MAX_PANELS, panels, save
+from lora_lab.report.plotting import MAX_PANELS, panels, phi_heat_map, save
 from lora_lab.report.tables import Rows, csv_of
 from lora_lab.runs import write_atomic
 
@@ -51,43 +50,41 @@ def write_pairs(pairs: Sequence[SubspacePair], directory: Path, console: Console
     """Writes pairs.csv, phi.npz and the figures to `directory`, and prints the table."""
     directory.mkdir(parents=True, exist_ok=True)
     runs = dict.fromkeys(run for pair in pairs for run in (pair.first_run, pair.second_run))
-    short_names = {run: f"run {i + 1}" for i, run in enumerate(runs)}
-    rows = _rows(pairs, short_names)
+    labels = {run: f"run {i + 1}" for i, run in enumerate(runs)}
+    rows = _rows(pairs, labels)
     write_atomic(directory / "pairs.csv", csv_of(rows))
     arrays = {f"{p.first_run}|{p.second_run}|{p.site}|{p.side}": p.phi for p in pairs}
     np.savez_compressed(directory / "phi.npz", allow_pickle=False, **arrays)  # pyright: ignore
     console.print(EXPLANATION, highlight=False)
-    for run, short_name in short_names.items():
-        console.print(f"{short_name}: {run}", highlight=False, soft_wrap=True)
+    for run, label in labels.items():
+        console.print(f"{label}: {run}", highlight=False, soft_wrap=True)
     table = Table(*rows[0], box=box.SIMPLE, pad_edge=False)
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
-    _write_heat_maps(pairs, short_names, directory)
+    _draw_heat_maps(pairs, labels, directory)
     console.print(f"written  {directory} (pairs.csv, phi.npz, figures)", highlight=False)
 
 
-def _rows(pairs: Sequence[SubspacePair], short_names: dict[str, str]) -> Rows:
-    """The table of the pairs, its head first; runs are called by their short names."""
+def _rows(pairs: Sequence[SubspacePair], labels: dict[str, str]) -> Rows:
+    """The table of the pairs, its head first; `labels` holds the short name of each run."""
     rows = [["runs", "site", "side", "φ(1, 1)", "φ(i, j)", "i, j", "random", "distance"]]
     for pair in pairs:
         i, j = pair.phi.shape
-        runs = f"{short_names[pair.first_run]}, {short_names[pair.second_run]}"
+        runs = f"{labels[pair.first_run]}, {labels[pair.second_run]}"
         similarities = [f"{phi:.4f}" for phi in (pair.phi[0, 0], pair.phi[-1, -1])]
         comparison = [f"{i}, {j}", f"{pair.random_phi:.4f}", f"{pair.grassmann_distance:.4f}"]
         rows.append([runs, pair.site, pair.side, *similarities, *comparison])
     return rows
 
 
-def _write_heat_maps(
-    pairs: Sequence[SubspacePair], short_names: dict[str, str], directory: Path
-) -> None:
+def _draw_heat_maps(pairs: Sequence[SubspacePair], labels: dict[str, str], directory: Path) -> None:
     """Writes a figure for each side, with a heat map of φ for each of its first 12 pairs."""
     for side in dict.fromkeys(pair.side for pair in pairs):
         pairs_of_side = [pair for pair in pairs if pair.side == side][:MAX_PANELS]
         figure, axes = panels(len(pairs_of_side), width=4.5)
         for panel, pair in zip(axes, pairs_of_side, strict=True):
-            first, second = short_names[pair.first_run], short_names[pair.second_run]
+            first, second = labels[pair.first_run], labels[pair.second_run]
             phi_heat_map(figure, panel, pair.phi)
             panel.set_title(f"{pair.site}: {first}, {second}", fontsize=10)
             panel.set(xlabel=f"first j of {second}", ylabel=f"first i of {first}")
