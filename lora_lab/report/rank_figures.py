@@ -6,7 +6,6 @@ function returns None where there is nothing to draw.
 
 from collections.abc import Sequence
 from statistics import mean
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,19 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lora_lab.report import rank_series
+from lora_lab.report import plotting, rank_series
 from lora_lab.report.cells import RunResult
-from lora_lab.report.plotting import (
-    MAX_PANELS,
-    graded_colors,
-    legend_label,
-    log_scale,
-    metric_label,
-    panels,
-    rank_axis,
-    series_legend_lines,
-    series_style,
-)
 from lora_lab.report.theory import TheoryCheck
 
 
@@ -36,35 +24,29 @@ def metric_by_rank(results: Sequence[RunResult], metric: str) -> Figure | None:
     Full fine-tuning and the frozen base are horizontal lines. The validation loss also has the
     truncation curve of each series' largest r. None where no series has two ranks.
     """
-    series = rank_series.lora_runs_by_series(results)
-    series = {
-        name: runs
-        for name, runs in series.items()
-        if len(rank_series.values_by_rank(runs, metric)) > 1
-    }
+    series = rank_series.series_over_ranks(results, metric)
     if not series:
         return None
-    figure, (axes,) = panels(1, width=7, height=4.5)
-    values: list[float] = []
-    ranks: set[int] = set()
+    figure, (axes,) = plotting.panels(1, width=7, height=4.5)
     lines: dict[str, Line2D] = {}
+    points: list[tuple[int, float]] = []
     for i, runs in enumerate(series.values()):
         series_lines, drawn = _draw_series(axes, runs, metric, i, is_only=len(series) == 1)
         lines |= series_lines
-        ranks |= drawn.keys()
-        values += [value for at_rank in drawn.values() for value in at_rank]
+        points += drawn
+    values = [value for _, value in points]
     references = (("full", "full fine-tuning", "black"), ("none", "frozen base", "gray"))
     for method, label, color in references:
         if reference := rank_series.best_reference(results, method, metric):
             name, level = reference
-            label = f"{label}, {legend_label(name)}" if name else label
+            label = f"{label}, {plotting.legend_label(name)}" if name else label
             lines[label] = axes.axhline(level, color=color, linewidth=1.1, linestyle=":")
             values.append(level)
-    axes.set(xlabel="r", ylabel=metric_label(metric), title=results[0].experiment)
-    rank_axis(axes, ranks)
+    axes.set(xlabel="r", ylabel=plotting.metric_label(metric), title=results[0].experiment)
+    plotting.rank_axis(axes, {r for r, _ in points})
     # A loss of zero comes out as rounding error, which would stretch a log axis over many decades.
     if metric.endswith("loss") and min(values) > 1e-6 * max(values):
-        log_scale(axes, min(values), max(values))
+        plotting.log_scale(axes, min(values), max(values))
     axes.grid(alpha=0.3)
     _add_legends(figure, list(series), lines)
     return figure
@@ -72,27 +54,25 @@ def metric_by_rank(results: Sequence[RunResult], metric: str) -> Figure | None:
 
 def _draw_series(
     axes: Axes, runs: Sequence[RunResult], metric: str, i: int, is_only: bool
-) -> tuple[dict[str, Line2D], dict[int, list[float]]]:
+) -> tuple[dict[str, Line2D], list[tuple[int, float]]]:
     """Draws the i-th series: its runs, their means, the truncation curve, and theory.
 
-    Returns the lines by their label in the legend, and the values drawn by r, theory left out.
+    Returns the lines by their label in the legend, and the points drawn, theory left out.
     """
-    drawn = rank_series.values_by_rank(runs, metric)
-    lines = {"trained at r, mean": _draw_runs_and_means(axes, drawn, i)}
+    by_rank = rank_series.values_by_rank(runs, metric)
+    lines = {"trained at r, mean": _draw_runs_and_means(axes, by_rank, i)}
+    points = [(r, value) for r, values in by_rank.items() for value in values]
     losses, largest = rank_series.truncation_losses(runs) if metric == "val/loss" else ({}, 0)
     # k = 0, with nothing left of ΔW, has no place on a log axis.
     if cut := {k: mean(at_rank) for k, at_rank in sorted(losses.items()) if k}:
         label = f"cut from r = {largest}" if is_only else "cut from the largest r"
-        color, _ = series_style(i)
+        color, _ = plotting.series_style(i)
         (lines[label],) = axes.plot(list(cut), list(cut.values()), "--", color=color, linewidth=1)
-        for k, loss in cut.items():
-            drawn.setdefault(k, []).append(loss)
-    theory = {
-        (run.rank, one.theory) for run in runs for one in run.theory_checks if one.metric == metric
-    }
+        points += cut.items()
+    theory = {(run.rank, c.theory) for run in runs for c in run.theory_checks if c.metric == metric}
     if theory:
         (lines["theory"],) = axes.plot(*zip(*sorted(theory), strict=True), "k+", markersize=9)
-    return lines, drawn
+    return lines, points
 
 
 def _draw_runs_and_means(axes: Axes, by_rank: dict[int, list[float]], i: int) -> Line2D:
@@ -100,11 +80,10 @@ def _draw_runs_and_means(axes: Axes, by_rank: dict[int, list[float]], i: int) ->
 
     They have the colour and marker of the i-th series.
     """
-    color, marker = series_style(i)
+    color, marker = plotting.series_style(i)
     points = [(r, value) for r, values in by_rank.items() for value in values]
     axes.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
-    means = [mean(values) for values in by_rank.values()]
-    (line,) = axes.plot(list(by_rank), means, color=color)
+    (line,) = axes.plot(list(by_rank), list(map(mean, by_rank.values())), color=color)
     return line
 
 
@@ -120,8 +99,8 @@ def _add_legends(figure: Figure, series_names: Sequence[str], lines: dict[str, L
                 style = {"linestyle": line.get_linestyle(), "linewidth": line.get_linewidth()}
                 lines[label] = Line2D([], [], color="dimgray", **style)
         columns = 1 + (len(series_names) - 1) // 18
-        marks = series_legend_lines(len(series_names))
-        labels = [legend_label(name) for name in series_names]
+        marks = plotting.series_legend_lines(len(series_names))
+        labels = [plotting.legend_label(name) for name in series_names]
         figure.legend(marks, labels, loc="outside right upper", fontsize=7, ncols=columns)
         figure.set_figwidth(figure.get_figwidth() + columns * (0.6 + 0.06 * max(map(len, labels))))
     dot = Line2D([], [], color="dimgray", marker="o", linestyle="", alpha=0.6, markersize=4)
@@ -138,22 +117,18 @@ def theory_by_rank(results: Sequence[RunResult]) -> Figure | None:
     by_metric: dict[str, dict[str, dict[int, list[TheoryCheck]]]] = {}  # metric → series → r
     for name, runs in rank_series.lora_runs_by_series(results).items():
         for result in runs:
-            for comparison in result.theory_checks:
-                by_rank = by_metric.setdefault(comparison.metric, {}).setdefault(name, {})
-                by_rank.setdefault(result.rank or 0, []).append(comparison)
-    by_metric = {
-        metric: series
-        for metric, series in by_metric.items()
-        if any(len(by_rank) > 1 for by_rank in series.values())
-    }
+            for check in result.theory_checks:
+                by_rank = by_metric.setdefault(check.metric, {}).setdefault(name, {})
+                by_rank.setdefault(result.rank or 0, []).append(check)
+    by_metric = {m: series for m, series in by_metric.items() if max(map(len, series.values())) > 1}
     if not by_metric:
         return None
-    figure, axes = panels(len(by_metric), width=4.5)
+    figure, axes = plotting.panels(len(by_metric), width=4.5)
     for panel, (metric, series) in zip(axes, by_metric.items(), strict=True):
         for i, (name, by_rank) in enumerate(series.items()):
             _draw_theory(panel, name, by_rank, i)
-        panel.set(title=metric_label(metric), xlabel="r")
-        rank_axis(panel, {r for by_rank in series.values() for r in by_rank})
+        panel.set(title=plotting.metric_label(metric), xlabel="r")
+        plotting.rank_axis(panel, {r for by_rank in series.values() for r in by_rank})
         low, high = panel.get_ylim()
         # Values that differ by rounding only are drawn as a flat line.
         if (middle := abs(low + high) / 2) and high - low < 0.02 * middle:
@@ -168,17 +143,16 @@ def _draw_theory(panel: Axes, series: str, by_rank: dict[int, list[TheoryCheck]]
 
     A theory with standard errors has a band of three of them around its line.
     """
-    color, marker = series_style(i)
+    color, marker = plotting.series_style(i)
     ranks = sorted(by_rank)
-    theory = np.array([mean(one.theory for one in by_rank[r]) for r in ranks])
-    errors = np.array([mean(one.standard_error for one in by_rank[r]) for r in ranks])
-    panel.plot(ranks, theory, color=color, label=f"theory {legend_label(series)}".strip())
+    theory = np.array([mean(check.theory for check in by_rank[r]) for r in ranks])
+    errors = np.array([mean(check.standard_error for check in by_rank[r]) for r in ranks])
+    panel.plot(ranks, theory, color=color, label=f"theory {plotting.legend_label(series)}".strip())
     if errors.any():
         band = (theory - 3 * errors, theory + 3 * errors)
         panel.fill_between(ranks, *band, color=color, alpha=0.15, label="± 3 s.e.")
-    points = [(r, one.measured) for r in ranks for one in by_rank[r]]
-    style: dict[str, Any] = {"fillstyle": "none", "color": color, "label": "measured"}
-    panel.plot(*zip(*points, strict=True), marker, **style)
+    points = [(r, check.measured) for r in ranks for check in by_rank[r]]
+    panel.plot(*zip(*points, strict=True), marker, fillstyle="none", color=color, label="measured")
 
 
 def update_ranks_by_rank(results: Sequence[RunResult]) -> Figure | None:
@@ -189,29 +163,24 @@ def update_ranks_by_rank(results: Sequence[RunResult]) -> Figure | None:
     """
     series = rank_series.lora_runs_by_series(results)
     series = {name: runs for name, runs in series.items() if len({run.rank for run in runs}) > 1}
-    if not series:
+    measures = {m: _measure_by_rank(series, m) for m in ("effective_rank", "stable_rank")}
+    if not all(measures.values()):
         return None
-    figure, axes = panels(2, width=4.5)
-    names: list[str] = []
-    for panel, measure in zip(axes, ("effective_rank", "stable_rank"), strict=True):
-        by_rank = _measure_by_rank(series, measure)
-        if not by_rank:
-            return None
+    figure, axes = plotting.panels(2, width=4.5)
+    for panel, (measure, by_rank) in zip(axes, measures.items(), strict=True):
         ranks = sorted({r for values in by_rank.values() for r in values})
         panel.plot(ranks, ranks, ":", color="gray", linewidth=1)
         for i, values in enumerate(by_rank.values()):
             _draw_runs_and_means(panel, dict(sorted(values.items())), i)
         panel.set(xlabel="r", ylabel=f"{measure.replace('_', ' ')} of ΔW")
-        rank_axis(panel, set(ranks))
-        largest = max(ranks)
-        panel.set_ylim(0.95, max(2, 1.15 * largest))  # so that the bound is in view at all ranks
-        if largest > 10:
-            log_scale(panel, 1, largest)
+        plotting.rank_axis(panel, set(ranks))
+        panel.set_ylim(0.95, max(2, 1.15 * ranks[-1]))  # so that the bound is in view at all ranks
+        if ranks[-1] > 10:
+            plotting.log_scale(panel, 1, ranks[-1])
         panel.grid(alpha=0.3)
-        names = list(by_rank)
     bound = Line2D([], [], color="gray", linestyle=":", linewidth=1)
-    marks = [bound, *series_legend_lines(len(names))]
-    labels = ["r, the most it can be", *(legend_label(name) for name in names)]
+    labels = ["r, the most it can be", *map(plotting.legend_label, measures["stable_rank"])]
+    marks = [bound, *plotting.series_legend_lines(len(labels) - 1)]
     figure.legend(marks, labels, loc="outside right upper", fontsize=8)
     figure.set_figwidth(figure.get_figwidth() + 0.6 + 0.07 * max(map(len, labels)))
     return figure
@@ -239,8 +208,8 @@ def _measure_by_rank(
                 lines.setdefault(line, {}).setdefault(result.rank or 0, []).append(value)
     if len(series) > 1:
         return lines
-    largest = sorted(lines, key=lambda site: -max(map(mean, lines[site].values())))[:MAX_PANELS]
-    return {site: lines[site] for site in lines if site in largest}
+    by_size = sorted(lines, key=lambda site: -max(map(mean, lines[site].values())))
+    return {site: lines[site] for site in lines if site in by_size[: plotting.MAX_PANELS]}
 
 
 def spectra_by_rank(results: Sequence[RunResult]) -> Figure | None:
@@ -254,10 +223,10 @@ def spectra_by_rank(results: Sequence[RunResult]) -> Figure | None:
     if not spectra:
         return None
     by_norm = sorted(spectra, key=lambda s: -max(np.linalg.norm(v) for v in spectra[s].values()))
-    shown = {site: spectra[site] for site in spectra if site in by_norm[:MAX_PANELS]}
+    shown = {site: spectra[site] for site in spectra if site in by_norm[: plotting.MAX_PANELS]}
     ranks = sorted({r for by_rank in shown.values() for r in by_rank})
-    colors = dict(zip(ranks, graded_colors(len(ranks)), strict=True))
-    figure, axes = panels(len(shown), width=4)
+    colors = dict(zip(ranks, plotting.graded_colors(len(ranks)), strict=True))
+    figure, axes = plotting.panels(len(shown), width=4)
     for panel, (site, by_rank) in zip(axes, shown.items(), strict=True):
         largest = max(values.max() for values in by_rank.values())
         # A singular value of zero comes out as rounding error, and is left out of the log axis.
@@ -266,8 +235,8 @@ def spectra_by_rank(results: Sequence[RunResult]) -> Figure | None:
             values = np.where(values > threshold, values, np.nan)
             panel.plot(np.arange(1, len(values) + 1), values, ".-", color=colors[r], linewidth=1)
         smallest = min(v for values in by_rank.values() for v in values if v > threshold)
-        panel.set(title=legend_label(site), xlabel="i", ylabel=r"$\sigma_i$ of ΔW")
-        log_scale(panel, smallest, largest)
+        panel.set(title=plotting.legend_label(site), xlabel="i", ylabel=r"$\sigma_i$ of ΔW")
+        plotting.log_scale(panel, smallest, largest)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3, which="both")
     marks = [Line2D([], [], color=color, marker=".") for color in colors.values()]

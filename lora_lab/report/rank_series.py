@@ -46,6 +46,12 @@ def _separates_series(key: str) -> bool:
     return key not in FREE_KEYS and key != "cell" and not key.startswith("spectra.")
 
 
+def series_over_ranks(results: Sequence[RunResult], metric: str) -> dict[str, list[RunResult]]:
+    """The LoRA series whose runs have the metric at two ranks or more, by name."""
+    series = lora_runs_by_series(results)
+    return {name: runs for name, runs in series.items() if len(values_by_rank(runs, metric)) > 1}
+
+
 def differing_seeds(results: Sequence[RunResult]) -> str:
     """The kinds of seeds that differ between these runs, as `seeds and data seeds`; "" if none."""
     kinds = {
@@ -56,15 +62,13 @@ def differing_seeds(results: Sequence[RunResult]) -> str:
     return " and ".join(kind for kind, seeds in kinds.items() if len({*seeds} - {None}) > 1)
 
 
-def best_reference(
-    results: Sequence[RunResult], method: str, metric: str
-) -> tuple[str, float] | None:
+def best_reference(runs: Sequence[RunResult], method: str, metric: str) -> tuple[str, float] | None:
     """The best series of a method without r (`full` or `none`): its name and its mean metric.
 
     The mean is over seeds. The name is "" where all series have the same mean. None where no run of
     the method has a finite value.
     """
-    runs = [r for r in results if r.config["adapter"]["method"] == method and metric in r.metrics]
+    runs = [r for r in runs if r.config["adapter"]["method"] == method and metric in r.metrics]
     series = runs_by_series(runs)
     means = {name: mean(run.metrics[metric] for run in runs) for name, runs in series.items()}
     means = {name: value for name, value in means.items() if math.isfinite(value)}
@@ -80,9 +84,8 @@ def best_series(results: Sequence[RunResult]) -> tuple[str, list[RunResult]]:
     Only series with at least two ranks count; ("", []) where there is none.
     """
     candidates = [
-        (min(map(mean, losses.values())), name, runs)
-        for name, runs in lora_runs_by_series(results).items()
-        if len(losses := values_by_rank(runs, "val/loss")) > 1
+        (min(map(mean, values_by_rank(runs, "val/loss").values())), name, runs)
+        for name, runs in series_over_ranks(results, "val/loss").items()
     ]
     return min(candidates, key=lambda one: one[:2])[1:] if candidates else ("", [])
 
