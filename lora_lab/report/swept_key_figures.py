@@ -68,9 +68,7 @@ def _is_sampled(cells: Sequence[Cell], key: str) -> bool:
     return 2 < len(values) == len(cells) and all(isinstance(value, int | float) for value in values)
 
 
-def _scatter(
-    cells: Sequence[Cell], keys: dict[str, str], x_key: str, metrics: Sequence[str]
-) -> Figure:
+def _scatter(cells: list[Cell], keys: dict[str, str], x_key: str, metrics: list[str]) -> Figure:
     """Each metric's mean against the setting `x_key`, with the other of two settings as colour.
 
     A dotted line stands for a cell without a finished run.
@@ -80,17 +78,15 @@ def _scatter(
     colors = graded_colors(len(levels))
     figure, axes = panels(len(metrics), width=5)
     for panel, metric in zip(axes, metrics, strict=True):
+        measured = [cell for cell in cells if metric in cell.metrics]
         for i, level in enumerate(levels):
-            points = [
-                (cell.value_of(x_key), cell.metrics[metric].mean)
-                for cell in cells
-                if _level(cell, color_key) == level and metric in cell.metrics
-            ]
+            cells_at_level = [cell for cell in measured if _level(cell, color_key) == level]
+            points = [(cell.value_of(x_key), cell.metrics[metric].mean) for cell in cells_at_level]
             is_labelled = len(levels) <= MAX_LABELS or i in (0, len(levels) - 1)
             label = f"{keys[color_key]}={level}" if is_labelled else None
             if points:
                 panel.plot(*zip(*points, strict=True), "o", color=colors[i], label=label)
-        values = [cell.metrics[metric].mean for cell in cells if metric in cell.metrics]
+        values = [cell.metrics[metric].mean for cell in measured]
         for cell in cells:
             if not cell.finished:
                 panel.axvline(cell.value_of(x_key), color="darkred", linewidth=0.8, linestyle=":")
@@ -123,14 +119,14 @@ def _heat_map(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str
     figure.set_figheight(max(3.0, 1.6 + 0.4 * len(rows)) * (figure.get_figheight() / 4))
     for panel, metric in zip(axes, metrics, strict=True):
         grid = np.full((len(rows), len(columns)), np.nan)
-        unfinished: dict[tuple[int, int], str] = {}
+        states = np.full(grid.shape, "", object)
         for cell in cells:
             i, j = rows.index(_level(cell, second)), columns.index(_column(cell, first))
             if metric in cell.metrics:
                 grid[i, j] = cell.metrics[metric].mean
             elif not cell.finished:
-                unfinished[i, j] = cell.results[0].state
-        _draw_grid(panel, grid, unfinished, metric)
+                states[i, j] = cell.results[0].state
+        _draw_grid(panel, grid, states, metric)
         rotation = 45 if max(map(len, columns)) > 7 else 0
         panel.set_xticks(range(len(columns)), columns, rotation=rotation)
         panel.set_yticks(range(len(rows)), rows)
@@ -138,18 +134,17 @@ def _heat_map(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str
     return figure
 
 
-def _draw_grid(
-    panel: Axes, grid: np.ndarray, unfinished: dict[tuple[int, int], str], metric: str
-) -> None:
+def _draw_grid(panel: Axes, grid: np.ndarray, states: np.ndarray, metric: str) -> None:
     """Draws the means of a metric (rows × columns, NaN for none) as colours, and as numbers.
 
-    `unfinished` has the state of cells without a finished run, by row and column: they are hatched
-    and labelled with it. A grid of more than `MAX_LABELS` rows or columns has no numbers.
+    `states` (rows × columns) has the state of a cell without a finished run, which is hatched and
+    labelled with it, and "" elsewhere. A grid of more than `MAX_LABELS` rows or columns has no
+    numbers.
     """
     colors, norm = _color_scale(grid[np.isfinite(grid)].tolist(), metric)
     panel.set_facecolor("whitesmoke")
     image = panel.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
-    for i, j in unfinished:
+    for i, j in np.argwhere(states != ""):
         box = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", edgecolor="silver")
         panel.add_patch(box)
     if max(grid.shape) <= MAX_LABELS:
@@ -158,7 +153,7 @@ def _draw_grid(
             # Brightness as the eye sees it, weighted by red, green and blue (ITU-R BT.601).
             is_dark = np.dot(background[:3], (0.299, 0.587, 0.114)) < 0.5
             color = "white" if is_dark else "black"
-            text = f"{value:.3g}" if np.isfinite(value) else unfinished.get((i, j), "–")
+            text = f"{value:.3g}" if np.isfinite(value) else str(states[i, j]) or "–"
             panel.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     panel.figure.colorbar(image, ax=panel)
 
@@ -178,8 +173,7 @@ def _parallel_axes(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> 
 
     None with fewer than two cells that have a finite mean.
     """
-    cells = [cell for cell in cells if metric in cell.metrics]
-    cells = [cell for cell in cells if np.isfinite(cell.metrics[metric].mean)]
+    cells = [c for c in cells if metric in c.metrics and np.isfinite(c.metrics[metric].mean)]
     if len(cells) < 2:
         return None
     means = [cell.metrics[metric].mean for cell in cells]

@@ -28,15 +28,14 @@ def pareto_front(points: Sequence[Point], direction: str) -> list[int]:
     `direction` says: `minimize` or `maximize`.
     """
     sign = 1 if direction == "minimize" else -1
-    best, front = np.inf, []
+    points = [(cost, sign * value) for cost, value in points]  # of both, lower is better now
+    front: list[int] = []
     # By ascending cost, a point is on the front if it beats all cheaper ones. Among points of one
     # cost the best comes first, so that only those equal to it can follow.
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
-        cost, value = points[i][0], sign * points[i][1]
-        is_equal = bool(front) and (cost, value) == (points[front[-1]][0], best)
-        if value < best or is_equal:
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        last = points[front[-1]] if front else (-np.inf, np.inf)
+        if points[i][1] < last[1] or points[i] == last:
             front.append(i)
-            best = value
     return front
 
 
@@ -80,16 +79,13 @@ def metric_by_parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
     return figure
 
 
-def _draw_cells(
-    axes: Axes, points: Sequence[Point], errors: Sequence[float], front: Sequence[int]
-) -> None:
+def _draw_cells(axes: Axes, points: list[Point], errors: list[float], front: list[int]) -> None:
     """Draws each cell with an error bar, those of the front in blue and joined by a step line."""
     style: dict[str, Any] = {"elinewidth": 0.8, "capsize": 2, "linestyle": "", "zorder": 3}
-    behind = [i for i in range(len(points)) if i not in front]
-    for indices, color, label in (
-        (behind, "darkgray", "a cell, ± one deviation"),
-        (front, COLORS[0], "on the front: none is cheaper and better"),
-    ):
+    others = [i for i in range(len(points)) if i not in front]
+    behind = (others, "darkgray", "a cell, ± one deviation")
+    on_front = (front, COLORS[0], "on the front: none is cheaper and better")
+    for indices, color, label in (behind, on_front):
         if indices:
             x, y = zip(*(points[i] for i in indices), strict=True)
             bars = [errors[i] for i in indices]
@@ -107,13 +103,12 @@ def _label_front(
     keys = swept_keys(cells)
     texts_by_letter = {}
     offset, place = ((5, -5), "top") if below else ((5, 5), "bottom")
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "zorder": 4}
     for letter, i in zip(ascii_lowercase, front[:MAX_LABELS], strict=False):
         text = cell_label(cells[i], keys)
         if list(keys) != ["adapter.r"]:
             texts_by_letter[letter], text = text, letter
-        axes.annotate(
-            text, points[i], offset, textcoords="offset points", fontsize=8, va=place, zorder=4
-        )
+        axes.annotate(text, points[i], offset, va=place, **style)
     return texts_by_letter
 
 
