@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_lab.analysis import findings, spectra
-from lora_lab.analysis.spectra import SVD, svd_of_matrix
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Spectra
 from lora_lab.report import SubspacePair
@@ -77,8 +76,7 @@ def _spans(run: Run) -> dict[tuple[str, str], Tensor]:
 
     Directions whose singular value is no more than rounding are left out.
     """
-    path = run.path / "spectra.npz"
-    if not path.exists():
+    if not (path := run.path / "spectra.npz").exists():
         raise FileNotFoundError(
             f"{run.path} has no spectra.npz: it is not finished, or adapts nothing"
         )
@@ -87,7 +85,7 @@ def _spans(run: Run) -> dict[tuple[str, str], Tensor]:
         sites = [key.removesuffix("/S") for key in arrays.files if key.endswith("/S")]
         for site in sites:
             U, S, Vh = (torch.from_numpy(arrays[f"{site}/{name}"]) for name in ("U", "S", "Vh"))
-            svd = SVD(U.double(), S.double(), Vh.double()).above_rounding()
+            svd = spectra.SVD(U.double(), S.double(), Vh.double()).above_rounding()
             if len(svd.S):
                 spans[site, "input"] = _orthonormal(svd.Vh.T)  # (in, directions)
                 spans[site, "output"] = _orthonormal(svd.U)  # (out, directions)
@@ -95,7 +93,7 @@ def _spans(run: Run) -> dict[tuple[str, str], Tensor]:
     for key, A in (load_file(factors) if factors.exists() else {}).items():
         site, _, name = key.rpartition(".")
         if name == "A":
-            svd = svd_of_matrix(A).above_rounding()
+            svd = spectra.svd_of_matrix(A).above_rounding()
             if len(svd.S):
                 spans[site, "A"] = svd.Vh.T  # (in, directions)
     return spans

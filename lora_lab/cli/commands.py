@@ -109,10 +109,10 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
     try:
         reproduction = reproduce.reproduce_run(run, to, _console(), fresh)
         is_same = reproduce.print_comparison(reproduction, tolerance, _console())
+        sys.exit(0 if is_same else 1)
     except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
-        is_same = False
-    sys.exit(0 if is_same else 1)
+        sys.exit(1)
 
 
 def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
@@ -123,9 +123,7 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
     """
     if "/" in project:
         owner, _, name = project.partition("/")
-        raise ValueError(
-            f"{project} is no project's name: {name} --entity {owner} says whose it is"
-        )
+        raise ValueError(f"{project} is no project's name: give {name} --entity {owner}")
     from lora_lab.tracking import dashboard
 
     if not dry_run and dashboard.has_login():
@@ -135,14 +133,9 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
             print(f"failed: {error}", file=sys.stderr)
             sys.exit(1)
         return
-    from rich import box
-    from rich.table import Table
+    from lora_lab import report
 
-    head, *rows = dashboard.panel_table()
-    table = Table(*head, box=box.SIMPLE, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
+    _console().print(report.terminal_table("", dashboard.panel_table()))
     why = "as --dry-run asks" if dry_run else "without a login: `wandb login` makes one"
     print(f"nothing was made, {why}")
 

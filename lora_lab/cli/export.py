@@ -9,10 +9,7 @@ from lora_lab.adapters import AdapterError
 from lora_lab.runs import Run
 from lora_lab.training.restore import restore
 
-FORMATS = {
-    "peft": "adapter_model.safetensors",
-    "merged": "model.safetensors",
-}
+FORMATS = {"peft": "adapter_model.safetensors", "merged": "model.safetensors"}
 """Format → the main file of what it writes."""
 
 

@@ -1,6 +1,10 @@
-"""Help texts of `lora-lab`, `lora-lab train` and `lora-lab sweep`."""
+"""Help texts of `lora-lab` and of its subcommands."""
 
 from lora_lab.config.options import options
+
+ABOUT = """\
+Experiments with low-rank adaptation: which rank, which alpha, which layers, and what the learned \
+update looks like."""
 
 EPILOG = """\
 examples:
@@ -23,6 +27,24 @@ examples:
   lora-lab ls                                 every run: status, cell, seed, loss, time
   lora-lab ls --state failed                  those that failed
 """
+
+# argparse wraps the next four texts to the width of the terminal.
+REPORT = """Of a run: its tables and figures again. Of a folder: every metric as mean ± standard
+deviation by cell, the best marked, figures, and what is not finished; as Markdown, CSV, LaTeX, PNG,
+PDF and one page, report/index.html. Runs may go on meanwhile."""
+
+REPRODUCE = """Runs a finished run again from its stored config, in a new directory, and prints the
+stored numbers beside the new, with what differs of the environment. The same environment gives the
+same bits; another machine, version or number of threads does not, and needs a --tolerance, as 1e-5.
+Exits with 0: within the tolerance, 1: beyond it or failed, 2: no run to be reproduced."""
+
+DASHBOARD = """Makes a saved workspace view and a report in a W&B project that has runs: losses by
+cell with seeds averaged, against r and parameters, the truncation of ΔW, its effective ranks and
+singular values, which settings matter. Each call makes new ones. Without a login it prints what it
+would make, and exits with 0 as --dry-run does."""
+
+BEST = """The best cells of each experiment, mean ± standard deviation over their seeds, and the
+best run with the command that repeats it."""
 
 SWEEP = """\
 Runs a W&B sweep file here, with no account. `wandb sweep FILE` and `wandb agent ID` run the same

@@ -113,9 +113,8 @@ def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> 
         console.print("interrupted: the same command begins again")
         sys.exit(interruption_code(stop))
     except Exception as error:
-        raise RunFailedError(
-            f"{type(error).__name__}: {error}\nthe traceback is in {new_plan.path / 'log.txt'}"
-        ) from error
+        where = f"the traceback is in {new_plan.path / 'log.txt'}"
+        raise RunFailedError(f"{type(error).__name__}: {error}\n{where}") from error
     if isinstance(new_plan.cfg.base, CheckpointBase):
         base = f"loaded from {new_plan.cfg.base.path}, the file that the stored run had"
     else:
@@ -198,11 +197,9 @@ def _verdict(comparisons: list[Comparison], beyond: list[Comparison], tolerance:
     """The last line: whether the run is reproduced, and the largest difference."""
     if beyond:
         largest = max(beyond, key=lambda comparison: comparison.relative)
-        return (
-            f"NOT REPRODUCED: {len(beyond)} of {len(comparisons)} values differ by more than "
-            f"--tolerance {tolerance:g}, most {largest.name} "
-            f"({largest.relative:.3g} of what is stored)"
-        )
+        differing = f"{len(beyond)} of {len(comparisons)} values differ"
+        most = f"{largest.name} ({largest.relative:.3g} of what is stored)"
+        return f"NOT REPRODUCED: {differing} by more than --tolerance {tolerance:g}, most {most}"
     largest_gap = max(c.relative for c in comparisons if c.stored is not None)
     how = f"none differs by more than {largest_gap:.3g} of what is stored"
     return f"reproduced: {len(comparisons)} values, {how if largest_gap else 'all equal'}"
