@@ -13,6 +13,9 @@ from lora_lab.adapters.init import INITS
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 
+Rows = tuple[int, int] | None
+"""Some rows of a weight: the first, and the one after the last. None: all rows."""
+
 TENSOR_NAMES = ("A", "B", "core", "A0", "B0", "magnitude")
 """The tensors that an adapter can hold, which are all that is stored of it."""
 
@@ -55,13 +58,10 @@ class Adapter(nn.Module, ABC):
     weight_before_merge: Tensor | None
     """A copy of the weight from before `merge` changed it; None while not merged."""
 
-    def __init__(
-        self, layer: nn.Module, parameter: str, rows: tuple[int, int] | None, recipe: Recipe
-    ):
+    def __init__(self, layer: nn.Module, parameter: str, rows: Rows, recipe: Recipe):
         """An adapter without tensors yet, which `draw` or `fill` give it.
 
-        It is for the weight that `layer` holds under the name `parameter`, or for its rows from
-        rows[0] up to rows[1].
+        It is for these rows of the weight that `layer` holds under the name `parameter`.
         """
         super().__init__()
         self.parameter, self.rows, self.recipe = parameter, rows, recipe
@@ -84,6 +84,8 @@ class Adapter(nn.Module, ABC):
     @staticmethod
     def reason_not_adaptable(layer: nn.Module) -> str | None:
         """Why this layer cannot be adapted although its type can; None where it can."""
+        if getattr(layer, "max_norm", None) is not None:
+            return "its max_norm rewrites the base's weight in every forward pass; set it to None"
         return None
 
     @property

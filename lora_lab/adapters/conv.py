@@ -1,12 +1,13 @@
 """The factored adapter of convolutions."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.factored import ByStack, FactoredAdapter
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class ConvAdapter(FactoredAdapter):
@@ -24,26 +25,24 @@ class ConvAdapter(FactoredAdapter):
         """Exactly Conv1d, Conv2d and Conv3d: a subclass may have another forward."""
         return type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def align_with_output(self, values: Tensor, output: Tensor) -> Tensor:
+    def align_with_output(self, values: Tensor) -> Tensor:
         """One value a channel, before the positions: (out,) → (out, 1, 1) of a Conv2d."""
         return values.view(*values.shape, *[1] * (len(self.shape) - 2))
 
-    def down(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+    def down(self, layer: Conv, input: Tensor, A: Tensor) -> Tensor:
         """r filters for each group, with the layer's geometry: (*, in, …) → (*, groups · r, …)."""
-        conv: Any = layer
         filters = A.view(-1, *self.shape[1:])  # (r, in/groups, *k)
-        if conv.groups > 1:
-            filters = torch.cat([filters] * conv.groups)  # (groups · r, in/groups, *k)
-        return conv._conv_forward(self.apply_dropout(input), filters, None)
+        if layer.groups > 1:
+            filters = torch.cat([filters] * layer.groups)  # (groups · r, in/groups, *k)
+        return layer._conv_forward(self.apply_dropout(input), filters, None)
 
     # The 1 × 1 convolution by B is a product for each image and group, added onto the output in the
     # same call. A Conv2d with 2 groups, 6 output channels and r = 4 on a batch of 8 images that
     # come out as 5 × 5: output (8, 6, 5, 5) → (16, 3, 25), hidden (8, 8, 5, 5) → (16, 4, 25) and
     # B (6, 4) → (16, 3, 4).
-    def up(self, layer: nn.Module, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
+    def up(self, layer: Conv, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
         """Each group's rows of B times its r channels, in one product onto the layer's output."""
-        conv: Any = layer
-        groups, is_batched = conv.groups, output.dim() == len(self.shape)
+        groups, is_batched = layer.groups, output.dim() == len(self.shape)
         batch = output.shape[0] if is_batched else 1
         products, rows, r = batch * groups, B.shape[0] // groups, B.shape[1]
         # Multiplied out, since reshape cannot infer a -1 from an empty batch.
@@ -54,33 +53,28 @@ class ConvAdapter(FactoredAdapter):
         hidden = hidden.reshape(products, r, positions)
         return torch.baddbmm(output_by_group, B, hidden, alpha=self.scale).view(output.shape)
 
-    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+    def down_stacked(self, layer: Conv, input: Tensor, A: Tensor) -> Tensor:
         """One convolution for all runs where they share the input, else one for each."""
-        conv: Any = layer
-        is_one = len(input) == 1 and conv.groups == 1 and input.dim() == 1 + len(self.shape)
+        is_one = len(input) == 1 and layer.groups == 1 and input.dim() == 1 + len(self.shape)
         if is_one and not (self.recipe.dropout and self.training):
             filters = A.reshape(-1, *self.shape[1:])  # (runs · r, in, *k)
-            hidden = conv._conv_forward(input[0], filters, None)  # (batch, runs · r, …)
+            hidden = layer._conv_forward(input[0], filters, None)  # (batch, runs · r, …)
             return hidden.unflatten(1, A.shape[:2]).movedim(1, 0)  # (runs, batch, r, …)
         inputs = input.expand(len(A), *input.shape[1:])
         return torch.stack([self.down(layer, x, a) for x, a in zip(inputs, A, strict=True)])
 
-    def up_stacked(self, layer: nn.Module, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
+    def up_stacked(self, layer: Conv, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
         """One product for each stack, over its runs, their batches and groups."""
-        conv: Any = layer
         shape, runs = output.shape[1:], [len(h) for h in hidden]  # (batch, out, …)
         batch, out, *positions = shape if len(shape) == len(self.shape) else (1, *shape)
-        groups, positions = conv.groups, math.prod(positions)
+        groups, positions = layer.groups, math.prod(positions)
         outputs = output.expand(sum(runs), *shape).split(runs)
         results = []
         for h, b, stack_output in zip(hidden, B, outputs, strict=True):
-            r = b.shape[-1]
-            # (runs, batch, groups, out/groups, r)
-            b = b.view(len(h), 1, groups, -1, r).expand(-1, batch, -1, -1, -1)
-            result = torch.baddbmm(  # (runs · batch · groups, out/groups, positions)
-                stack_output.reshape(-1, out // groups, positions),
-                b.reshape(-1, out // groups, r),
-                h.reshape(-1, r, positions),
-            )
-            results.append(result.view(len(h), *shape))
+            k, r, rows = len(h), b.shape[-1], out // groups
+            # (k, out, r) → (k, batch, groups, out/groups, r) → (k · batch · groups, out/groups, r)
+            b = b.view(k, 1, groups, rows, r).expand(-1, batch, -1, -1, -1).reshape(-1, rows, r)
+            stack_output = stack_output.reshape(-1, rows, positions)
+            result = torch.baddbmm(stack_output, b, h.reshape(-1, r, positions))
+            results.append(result.view(k, *shape))
         return results[0] if len(results) == 1 else torch.cat(results)

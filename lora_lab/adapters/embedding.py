@@ -1,7 +1,7 @@
 """The factored adapter of embeddings."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.factored import Hidden, Output
 from lora_lab.adapters.linear import LinearAdapter
-from lora_lab.adapters.recipe import AdapterError, Recipe
+from lora_lab.adapters.recipe import AdapterError
 
 
 class EmbeddingAdapter(LinearAdapter):
@@ -26,32 +27,21 @@ class EmbeddingAdapter(LinearAdapter):
     kind = "embedding"
     zero_factor: ClassVar = "A"
 
-    def __init__(
-        self, layer: nn.Module, parameter: str, rows: tuple[int, int] | None, recipe: Recipe
-    ):
-        super().__init__(layer, parameter, rows, recipe)
-        assert isinstance(layer, nn.Embedding)
+    def __init__(self, layer: nn.Embedding, *args: Any):
+        super().__init__(layer, *args)
         self.padding = layer.padding_idx
 
     def fill(self, tensors: dict[str, Tensor]) -> Adapter:
         """Raises AdapterError for an A that changes the padding token."""
-        if self.padding is not None and "A" in tensors and tensors["A"][..., self.padding].any():
-            raise AdapterError(
-                f"A changes the padding token {self.padding}, whose change is always zero"
-            )
+        padding = self.padding
+        if padding is not None and "A" in tensors and tensors["A"][..., padding].any():
+            raise AdapterError(f"A changes the padding token {padding}, whose change stays zero")
         return super().fill(tensors)
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         """Exactly nn.Embedding: a subclass may have another forward."""
         return type(layer) is nn.Embedding
-
-    @staticmethod
-    def reason_not_adaptable(layer: nn.Module) -> str | None:
-        """With max_norm torch rewrites the frozen weight in each forward pass."""
-        if getattr(layer, "max_norm", None) is not None:
-            return "its max_norm rewrites the base's weight in every forward pass; set it to None"
-        return None
 
     @staticmethod
     def weight_to_matrix(weight: Float[Tensor, "tokens features"]) -> Tensor:
@@ -63,17 +53,11 @@ class EmbeddingAdapter(LinearAdapter):
         """tokens × features, as the weight."""
         return matrix.T
 
-    def forward(
-        self,
-        layer: nn.Module,
-        input: Int[Tensor, "*batch"],
-        output: Float[Tensor, "*batch features"],
-    ) -> Tensor:
+    def forward(self, layer: nn.Embedding, input: Int[Tensor, "*batch"], output: Output) -> Output:
         """The vectors with W + ΔW, with the layer's treatment of padding and frequent tokens."""
         # Autocast leaves lookups in float32. On the sum it would round the base's vectors, too.
         with torch.autocast(output.device.type, enabled=False):
             adapted = super().forward(layer, input, output)
-        assert isinstance(layer, nn.Embedding)
         if layer.scale_grad_by_freq:
             # Each token's gradient is divided by how often it occurs in the input. For a token that
             # occurs 4 times the share is 1/4: a quarter of its change carries the gradient, the
@@ -95,15 +79,13 @@ class EmbeddingAdapter(LinearAdapter):
         return delta.index_fill(0, torch.tensor(self.padding, device=delta.device), 0)
 
     def down(
-        self, layer: nn.Module, input: Int[Tensor, "*batch"], A: Float[Tensor, "r tokens"]
-    ) -> Float[Tensor, "*batch r"]:
+        self, layer: nn.Embedding, input: Int[Tensor, "*batch"], A: Float[Tensor, "r tokens"]
+    ) -> Hidden:
         """The columns of A that belong to the tokens."""
-        assert isinstance(layer, nn.Embedding)
         return self.apply_dropout(F.embedding(input, A.T, layer.padding_idx))
 
-    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+    def down_stacked(self, layer: nn.Embedding, input: Tensor, A: Tensor) -> Tensor:
         """One lookup for all runs where they share the tokens, else one for each."""
-        assert isinstance(layer, nn.Embedding)
         if len(input) > 1:
             return torch.stack([self.down(layer, x, a) for x, a in zip(input, A, strict=True)])
         # A (runs, r, tokens) as one table of runs · r numbers a token

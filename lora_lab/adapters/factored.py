@@ -2,14 +2,21 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
 
 ByStack = Sequence[Tensor]
 """A tensor for each stack of a `Pack`: (k, …) for the k runs whose adapters are one stack."""
+
+Hidden = Float[Tensor, "*batch r"]
+"""What A gives: r numbers for each row of the layer's input."""
+
+Output = Float[Tensor, "*batch out"]
+"""What a layer gives: one number for each output feature."""
 
 
 class FactoredAdapter(Adapter):
@@ -17,10 +24,11 @@ class FactoredAdapter(Adapter):
 
     ΔW is never formed in training. The adapter computes in the dtype of the layer's output. A kind
     of layer says what A and B do to its input: `down` applies A, `up` applies B and adds the
-    output. `down_stacked` and `up_stacked` do the same for the runs of a `Pack`.
+    output. `down_stacked` and `up_stacked` do the same for the runs of a `Pack`. A `layer` is of a
+    type that the class `fits`.
     """
 
-    def forward(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
+    def forward(self, layer: Any, input: Tensor, output: Tensor) -> Tensor:
         """The layer's output with W + ΔW, from its `input` and its `output` with W."""
         A, B = self.factors()
         if A.dtype != output.dtype:
@@ -31,31 +39,31 @@ class FactoredAdapter(Adapter):
         # DoRA scales the rows of W + ΔW and not the bias: gain · (adapted − bias) + bias. As a sum
         # onto `adapted` it adds exactly nothing at the start, where the gain is 1.
         bias = getattr(layer, "bias", None)
-        linear = adapted if bias is None else adapted - self.align_with_output(bias, output)
+        linear = adapted if bias is None else adapted - self.align_with_output(bias)
         gain = self.row_gain(self.weight_of(layer)).to(output.dtype)
-        return adapted + (self.align_with_output(gain, output) - 1) * linear
+        return adapted + (self.align_with_output(gain) - 1) * linear
 
-    def align_with_output(self, values: Float[Tensor, "*runs out"], output: Tensor) -> Tensor:
-        """One value for each output feature, in a shape that broadcasts over `output`."""
+    def align_with_output(self, values: Float[Tensor, "*runs out"]) -> Tensor:
+        """One value for each output feature, in a shape that broadcasts over the output."""
         return values
 
     @abstractmethod
-    def down(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+    def down(self, layer: Any, input: Tensor, A: Tensor) -> Tensor:
         """A applied to the layer's input: r numbers where the layer gives `out`."""
 
     @abstractmethod
-    def up(self, layer: nn.Module, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
+    def up(self, layer: Any, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
         """`output` + scale · B applied to `hidden`, which `down` gave."""
 
     @abstractmethod
-    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+    def down_stacked(self, layer: Any, input: Tensor, A: Tensor) -> Tensor:
         """`down` for the k runs of one stack, with A (k, r, rest).
 
         `input` is (k, …), or (1, …) where the runs share it. Gives (k, …).
         """
 
     @abstractmethod
-    def up_stacked(self, layer: nn.Module, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
+    def up_stacked(self, layer: Any, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
         """`up` for all runs of a pack: `hidden` and `B` have a tensor for each stack.
 
         Each B (k, out, r) is already multiplied by the scale. `output` is (runs, …), or (1, …)

@@ -149,9 +149,8 @@ def _read(directory: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
 
 def _check_fit(adapter: Adapter, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raises AdapterError unless these tensors are this adapter's, by name and shape."""
-    if list(adapter.shape) != description["shape"]:
-        stored = description["shape"]
-        raise AdapterError(f"has shape {list(adapter.shape)}, the adapter's was {stored}")
+    if (shape := list(adapter.shape)) != (stored := description["shape"]):
+        raise AdapterError(f"has shape {shape}, the adapter's was {stored}")
     out, rest = adapter.weight_to_matrix(torch.empty(adapter.shape, device="meta")).shape
     r, recipe = adapter.r, adapter.recipe
     wanted = {"A": [r, rest], "B": [out, r]}

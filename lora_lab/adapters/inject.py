@@ -86,15 +86,10 @@ def place_adapters(model: nn.Module, adapters: Mapping[Site, Adapter], name: str
 def _check_placeable(model: nn.Module, sites: list[str], name: str) -> None:
     if not name.isidentifier() or hasattr(Slot(), name):
         raise AdapterError(f"name={name!r}: must be a plain word, and not one of nn.ModuleDict's")
-    if merged := slots.merged_adapters(model):
-        shown = ", ".join(site or "the model itself" for site in merged)
-        raise AdapterError(f"these layers are merged: {shown}; unmerge them first")
-    present = slots.all_adapters(model)
-    if taken := [site for site in sites if (name, site) in present]:
-        raise AdapterError(
-            f"there is an adapter '{name}' already on {', '.join(taken) or 'the model itself'}; "
-            "detach it, or give this one another name"
-        )
+    slots.require_unmerged(model)
+    if taken := [site for site in slots.attached(model, name) if site in sites]:
+        shown = ", ".join(site or "the model itself" for site in taken)
+        raise AdapterError(f"adapter '{name}' sits on {shown}: detach it, or take another name")
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == "lora" and not isinstance(module, Slot):
             raise AdapterError(f"the model's module '{path}' has the name of an adapter")
@@ -195,10 +190,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for layer in list(model.modules()):
         if not isinstance(slot := layer._modules.get("lora"), Slot):
             continue
-        for other in [name] if name is not None else list(slot):
-            if other in slot:
-                del slot[other]
-            slot.active = None if slot.active == other else slot.active
+        for other in [other for other in slot if name in (None, other)]:
+            del slot[other]
+        slot.active = None if name in (None, slot.active) else slot.active
         if not len(slot):
             _remove_slot(layer)
     if not slots.all_adapters(model):

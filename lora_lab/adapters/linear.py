@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.factored import ByStack, FactoredAdapter
+from lora_lab.adapters.factored import ByStack, FactoredAdapter, Hidden, Output
 
 
 class LinearAdapter(FactoredAdapter):
@@ -22,18 +22,12 @@ class LinearAdapter(FactoredAdapter):
         return type(layer) is nn.Linear
 
     def down(
-        self, layer: nn.Module, input: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]
-    ) -> Float[Tensor, "*batch r"]:
+        self, layer: Any, input: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]
+    ) -> Hidden:
         """A x."""
         return F.linear(self.apply_dropout(input), A)
 
-    def up(
-        self,
-        layer: nn.Module,
-        hidden: Float[Tensor, "*batch r"],
-        B: Float[Tensor, "out r"],
-        output: Float[Tensor, "*batch out"],
-    ) -> Float[Tensor, "*batch out"]:
+    def up(self, layer: Any, hidden: Hidden, B: Float[Tensor, "out r"], output: Output) -> Output:
         """`output` + scale · `hidden` Bᵀ, in one product without another pass over the output."""
         # Two dimensions mostly have few rows, and are spared the views below.
         if output.dim() == 2:
@@ -46,7 +40,7 @@ class LinearAdapter(FactoredAdapter):
         B_transposed = B.T.contiguous()[None]  # (1, r, out)
         return torch.baddbmm(rows, hidden, B_transposed, alpha=self.scale).view(output.shape)
 
-    def down_stacked(self, layer: nn.Module, input: Tensor, A: Tensor) -> Tensor:
+    def down_stacked(self, layer: Any, input: Tensor, A: Tensor) -> Tensor:
         """One product for all runs where they share the input and none drops entries of it."""
         if len(input) == 1 and not (self.recipe.dropout and self.training):
             hidden = F.linear(input[0], A.flatten(0, 1))  # (*batch, runs · r)
@@ -55,7 +49,7 @@ class LinearAdapter(FactoredAdapter):
         hidden: Any = _StackedDown.apply(input.reshape(len(A), -1, input.shape[-1]), A)
         return hidden.view(*input.shape[:-1], A.shape[1])
 
-    def up_stacked(self, layer: nn.Module, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
+    def up_stacked(self, layer: Any, hidden: ByStack, B: ByStack, output: Tensor) -> Tensor:
         """One product for each stack, all into one result that nothing has to join."""
         rows, *hidden = (t.reshape(len(t), -1, t.shape[-1]) for t in (output, *hidden))
         result: Any = _StackedUp.apply(rows, len(B), *hidden, *B)

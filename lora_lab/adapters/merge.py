@@ -8,21 +8,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.inject import detach, place_adapters, restore_weight
 from lora_lab.adapters.recipe import AdapterError
-from lora_lab.adapters.slots import attached, layer_of, merged_adapters, names, require_attached
 from lora_lab.adapters.targets import Target, find_sites
 
 
 def deltas(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """ΔW of the adapter `name`, or of the active one, by site, in the weights' shapes."""
-    adapters = attached(model) if name is None else require_attached(model, name)
+    adapters = slots.attached(model) if name is None else slots.require_attached(model, name)
     # Another adapter may be merged: the base's weight is then the one that it keeps.
-    merged_by_site = merged_adapters(model).items()
+    merged_by_site = slots.merged_adapters(model).items()
     base = {site: W for site, a in merged_by_site if (W := a.weight_before_merge) is not None}
     return {
-        site: adapter.delta(base.get(site, adapter.weight_of(layer_of(model, site, adapter))))
+        site: adapter.delta(base.get(site, adapter.weight_of(slots.layer_of(model, site, adapter))))
         for site, adapter in adapters.items()
     }
 
@@ -34,14 +34,9 @@ def merge(model: nn.Module) -> None:
     The sum is computed in float32 (or wider) whatever the weight's dtype. A copy of the weight is
     kept for `unmerge`. Raises AdapterError if an adapter is merged already, or none is active.
     """
-    if merged_by_site := merged_adapters(model):
-        site = next(iter(merged_by_site))
-        raise AdapterError(f"the adapter of '{site}' is merged already: unmerge it first")
-    adapters = attached(model)
-    if not adapters:
-        raise AdapterError("no adapter is active: there is nothing to merge")
-    for site, adapter in adapters.items():
-        weight = adapter.weight_of(layer_of(model, site, adapter))
+    slots.require_unmerged(model)
+    for site, adapter in slots.require_attached(model, None).items():
+        weight = adapter.weight_of(slots.layer_of(model, site, adapter))
         delta = adapter.delta(weight)
         before = weight.detach().clone()
         weight.copy_(weight.to(delta.dtype) + delta)
@@ -52,10 +47,10 @@ def merge(model: nn.Module) -> None:
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Undoes `merge`, bit for bit. Raises AdapterError if no adapter is merged."""
-    if not (merged_by_site := merged_adapters(model)):
+    if not (merged_by_site := slots.merged_adapters(model)):
         raise AdapterError("no adapter is merged")
     for site, adapter in merged_by_site.items():
-        restore_weight(layer_of(model, site, adapter), adapter)
+        restore_weight(slots.layer_of(model, site, adapter), adapter)
     _update_tied(model)
 
 
@@ -70,7 +65,7 @@ def merged(model: nn.Module) -> nn.Module:
     """A copy of the model with the active adapter merged into its weights, and no adapters."""
     twin = copy.deepcopy(model)
     merge(twin)
-    for adapter in merged_adapters(twin).values():
+    for adapter in slots.merged_adapters(twin).values():
         adapter.weight_before_merge = None  # so that detach does not undo the merge
     _update_tied(twin)
     detach(twin)
@@ -86,28 +81,22 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     """
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError(f"weights={weights!r}: must be {{adapter's name: share}}")
-    if missing := [other for other in weights if other not in names(model)]:
-        raise AdapterError(
-            f"there is no adapter {', '.join(missing)}, only {', '.join(names(model))}"
-        )
-    factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    first_by_site: dict[str, Adapter] = {}
+    shares: dict[str, list[tuple[float, Adapter]]] = {}
     for other, share in weights.items():
-        for site, adapter in attached(model, other).items():
+        for site, adapter in slots.require_attached(model, other).items():
             if adapter.magnitude is not None:
                 raise AdapterError(f"the adapter '{other}' is a DoRA: its ΔW is no product B A")
-            A, B = adapter.factors()
-            factors.setdefault(site, []).append((A, share * adapter.scale * B))
-            first_by_site.setdefault(site, adapter)
-    targets = {site: Target(match=glob.escape(site), tied=True) for site in factors}
+            shares.setdefault(site, []).append((share, adapter))
+    targets = {site: Target(match=glob.escape(site), tied=True) for site in shares}
     sites = find_sites(model, targets)
-    if len(sites) < len(factors):
+    if len(sites) < len(shares):
         raise AdapterError("the adapters sit on a tied weight by its different names: attach alike")
     adapters = {}
     for site in sites:
-        A = torch.cat([A for A, _ in factors[site.name]])  # (Σ r, rest)
-        B = torch.cat([B for _, B in factors[site.name]], 1)  # (out, Σ r)
-        first, r = first_by_site[site.name], A.shape[0]
+        scaled = [(share * a.scale, *a.factors()) for share, a in shares[site.name]]
+        A = torch.cat([A for _, A, _ in scaled])  # (Σ r, rest)
+        B = torch.cat([scale * B for scale, _, B in scaled], 1)  # (out, Σ r)
+        first, r = shares[site.name][0][1], A.shape[0]
         plain = {"alpha": r, "scaling": "alpha/r", "trains": "both", "init": "kaiming"}
         recipe = replace(first.recipe, r=r, **plain)
         layer = model.get_submodule(site.layer)

@@ -32,9 +32,5 @@ def groups_of(
             if parameter.requires_grad:
                 is_apart = ratio != 1 and name == adapter.zero_factor
                 (starts_at_zero if is_apart else others).append(parameter)
-    groups = [(others, lr), (starts_at_zero, lr * ratio)]
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": weight_decay}
-        for parameters, rate in groups
-        if parameters
-    ]
+    rates = [(others, lr), (starts_at_zero, lr * ratio)]
+    return [{"params": p, "lr": rate, "weight_decay": weight_decay} for p, rate in rates if p]

@@ -82,12 +82,10 @@ class Pack(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The outputs of all runs for one batch: (runs, …)."""
         dense = [packed for packed in self.packed_adapters if packed.kind == WeightAdapter.kind]
-        deltas = [
-            torch.cat(
-                [stack.adapter.parameter_delta(packed.base_weight()) for stack in packed.stacks]
-            )
-            for packed in dense
-        ]  # (runs, *weight) for each parameter that is adapted where it is read
+        deltas = []  # (runs, *weight) for each parameter that is adapted where it is read
+        for packed in dense:
+            weight = packed.base_weight()
+            deltas.append(torch.cat([s.adapter.parameter_delta(weight) for s in packed.stacks]))
 
         def forward_one_run(run_marker: Tensor, deltas: list[Tensor]) -> Tensor:
             for packed in self.packed_adapters:
@@ -142,16 +140,16 @@ class PackedAdapter(nn.Module):
             adapter = stack.adapter
             stack_A, stack_B = adapter.factors()  # (k, r, rest), (k, out, r)
             hidden.append(adapter.down_stacked(layer, stack_input, stack_A.to(output.dtype)))
-            B.append((stack.scale.to(stack_B.device) * stack_B).to(output.dtype))
+            B.append((adapter.scale.to(stack_B.device) * stack_B).to(output.dtype))
             if adapter.magnitude is not None:
                 gains.append(adapter.row_gain(adapter.weight_of(layer)))  # (k, out)
         adapted = adapter.up_stacked(layer, hidden, B, output)
         if not gains:
             return adapted
         bias = getattr(layer, "bias", None)
-        linear = adapted if bias is None else adapted - adapter.align_with_output(bias, output)
+        linear = adapted if bias is None else adapted - adapter.align_with_output(bias)
         # (runs, out) → of a convolution (runs, out, 1…) → over the batch (runs, 1…, out, 1…)
-        gain = adapter.align_with_output(torch.cat(gains).to(output.dtype), output)
+        gain = adapter.align_with_output(torch.cat(gains).to(output.dtype))
         gain = gain.view(len(gain), *[1] * (adapted.dim() - gain.dim()), *gain.shape[1:])
         return adapted + (gain - 1) * linear
 

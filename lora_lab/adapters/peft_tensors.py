@@ -72,23 +72,16 @@ def from_peft(
     _check_shapes(site, layer, peft_tensors, r, dora)
     weight = layer.get_parameter(site.parameter)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    tensors = {
-        part: peft_tensors[key].to(weight.device, dtype)
-        for part, key in tensor_keys(site.kind).items()
-        if dora or part != "magnitude"
-    }
+    parts = {key: part for part, key in tensor_keys(site.kind).items()}
+    tensors = {parts[key]: t.to(weight.device, dtype) for key, t in peft_tensors.items()}
     groups, kernel = _groups_and_kernel(layer)
     tensors["A"], tensors["B"] = _factors(tensors["A"], tensors["B"], groups, kernel)
     if dora:
         tensors["magnitude"] = tensors["magnitude"].flatten()
     r = len(tensors["A"])
-    recipe = Recipe(
-        r,
-        alpha_for_scale(scale, r, rslora),
-        dropout=0.0 if site.kind == "embedding" else config["lora_dropout"],  # PEFT's has none
-        scaling="alpha/sqrt(r)" if rslora else "alpha/r",
-        dora=dora,
-    )
+    dropout = 0.0 if site.kind == "embedding" else config["lora_dropout"]  # PEFT's has none
+    scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
+    recipe = Recipe(r, alpha_for_scale(scale, r, rslora), dropout, scaling=scaling, dora=dora)
     adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
     adapter.scale = scale
     return replace(site, recipe=recipe), adapter.fill(tensors)

@@ -7,20 +7,14 @@ from typing import TypeGuard
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.adapter import Adapter, Rows
 from lora_lab.adapters.conv import ConvAdapter
 from lora_lab.adapters.embedding import EmbeddingAdapter
 from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter
 from lora_lab.adapters.recipe import Recipe
 from lora_lab.adapters.weight import WeightAdapter, row_blocks
 
-ADAPTERS: tuple[type[Adapter], ...] = (
-    LinearAdapter,
-    TransposedLinearAdapter,
-    ConvAdapter,
-    EmbeddingAdapter,
-    WeightAdapter,
-)
+ADAPTERS = (LinearAdapter, TransposedLinearAdapter, ConvAdapter, EmbeddingAdapter, WeightAdapter)
 """The adapter classes. A layer gets the first that fits it."""
 
 KINDS = tuple(dict.fromkeys(Adapter.kind for Adapter in ADAPTERS))
@@ -33,8 +27,8 @@ class Site:
 
     It is named by its layer where that has one adaptable weight (`encoder.fc1`), else by its
     parameter (`attn.out_proj_weight`) or block of one (`attn.in_proj_weight_q`). `layer` is the
-    layer's name in the model, `parameter` the weight's name in the layer, `rows` the first row of
-    the block and the one after its last. `attention` says whether it belongs to attention.
+    layer's name in the model, `parameter` the weight's name in the layer. `attention` says whether
+    it belongs to attention.
     """
 
     name: str
@@ -44,7 +38,7 @@ class Site:
     recipe: Recipe | None = None
     layer: str = ""
     parameter: str = "weight"
-    rows: tuple[int, int] | None = None
+    rows: Rows = None
     attention: bool = False
     tied_to: tuple[str, ...] = ()
     """The names of other parameters that are the same weight."""
@@ -105,21 +99,3 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
 def _is_adaptable(weight: object) -> TypeGuard[Tensor]:
     """Whether a change can be added: floating point, and not a lazy layer's that has no shape."""
     return isinstance(weight, Tensor) and not is_lazy(weight) and weight.is_floating_point()
-
-
-def memory_span(weight: Tensor) -> tuple[int, int, int]:
-    """Where a weight is in memory: its storage, and its first and last element in bytes.
-
-    Two tied weights have the same span, also where they are different Parameter objects. A weight
-    on the meta device has no memory, and is known by its object.
-    """
-    if weight.is_meta:
-        return id(weight), 0, 0
-    size, first = weight.element_size(), int(weight.storage_offset())
-    last = first + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
-    return weight.untyped_storage().data_ptr(), first * size, last * size
-
-
-def overlaps(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-    """Whether two different memory spans have bytes in common."""
-    return one != other and one[0] == other[0] and one[1] <= other[2] and other[1] <= one[2]

@@ -60,6 +60,13 @@ def merged_adapters(model: nn.Module) -> dict[str, Adapter]:
     return {site: a for (_, site), a in adapters if a.weight_before_merge is not None}
 
 
+def require_unmerged(model: nn.Module) -> None:
+    """Raises AdapterError where an adapter is merged into its weights."""
+    if merged := merged_adapters(model):
+        shown = ", ".join(site or "the model itself" for site in merged)
+        raise AdapterError(f"an adapter is merged into {shown}: unmerge it first")
+
+
 def attached(model: nn.Module, name: str | None = None) -> dict[str, Adapter]:
     """The adapters named `name`, or the active ones, by site."""
     slots = [m for m in model.modules() if isinstance(m, Slot) and m.active is not None]
@@ -99,11 +106,9 @@ def switch(model: nn.Module, name: str | None) -> None:
 
     Raises AdapterError where there is no such adapter, or one is merged.
     """
-    if name is not None and name not in names(model):
-        raise AdapterError(
-            f"name={name!r}: there is no such adapter, only {', '.join(names(model))}"
-        )
-    _check_unmerged(model)
+    if name is not None:
+        require_attached(model, name)
+    require_unmerged(model)
     for module in model.modules():
         if isinstance(module, Slot):
             module.active = name if name is not None and name in module else None
@@ -111,16 +116,10 @@ def switch(model: nn.Module, name: str | None) -> None:
         adapter.set_trainable(other == name)
 
 
-def _check_unmerged(model: nn.Module) -> None:
-    for (name, site), adapter in all_adapters(model).items():
-        if adapter.weight_before_merge is not None:
-            raise AdapterError(f"the adapter '{name}' of '{site}' is merged: unmerge it first")
-
-
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """A context in which the model is its base, bit for bit; then adapters act as before."""
-    _check_unmerged(model)
+    require_unmerged(model)
     active_by_slot = {m: m.active for m in model.modules() if isinstance(m, Slot)}
     for slot in active_by_slot:
         slot.active = None

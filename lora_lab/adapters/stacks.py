@@ -63,8 +63,8 @@ class Stack:
         self.adapter.B.data = self.adapter.B.data.mT.contiguous().mT
         scales = [adapter.scale for adapter in run_adapters]
         like = next(self.adapter.parameters())
-        self.scale = torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
-        self.adapter.scale = self.scale
+        scales = torch.tensor(scales, dtype=like.dtype, device=like.device)
+        self.adapter.scale = scales[:, None, None]
         for name in tensors[0]:
             stacked = getattr(self.adapter, name).data
             for i, adapter in enumerate(run_adapters):

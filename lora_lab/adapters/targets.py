@@ -5,24 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lab.adapters.recipe import AdapterError, Recipe
-from lora_lab.adapters.sites import (
-    ADAPTERS,
-    KINDS,
-    Site,
-    adapter_class,
-    candidate_sites,
-    memory_span,
-    overlaps,
-)
+from lora_lab.adapters.sites import ADAPTERS, KINDS, Site, adapter_class, candidate_sites
 
 GROUPS = (*KINDS, "attention", "all")
 """What a target's `kind` can be: a kind of site, whatever belongs to attention, or all sites."""
 
 Span = tuple[int, int, int]
-"""Where a weight is in memory: see `memory_span`."""
+"""Where a weight is in memory: see `_memory_span`."""
 
 Patterns = Mapping[str, Mapping[str, float]]
 """Values for single sites: {"r" or "alpha": {glob on names: value}}."""
@@ -88,7 +80,7 @@ def find_sites(
     label_by_site = _pick(model, targets, candidates)
     picked = [site for site in candidates if site.name in label_by_site]
     patterns = {"r": rank_pattern or {}, "alpha": alpha_pattern or {}}
-    _check_patterns(patterns, picked)
+    _check_globs([*patterns["r"], *patterns["alpha"]], picked, "pattern")
     names_by_span = _parameters_in_memory(model)
     sites: list[Site] = []
     taken: set[object] = set()
@@ -125,10 +117,7 @@ def _pick(model: nn.Module, targets: Mapping[str, Target], sites: Sequence[Site]
         names = [site.name for site in sites if target.picks(site)]
         if not names:
             raise TargetError(_reason_none_picked(label, target, model, sites))
-        for glob in (*_globs(target.match), *_globs(target.exclude)):
-            if not any(_fits(site, glob) for site in sites):
-                nearest = _nearest(glob, sites)
-                raise TargetError(f"target '{label}': '{glob}' fits no weight; nearest: {nearest}")
+        _check_globs([*_globs(target.match), *_globs(target.exclude)], sites, f"target '{label}':")
         for name in names:
             if name in label_by_site:
                 raise TargetError(
@@ -139,11 +128,10 @@ def _pick(model: nn.Module, targets: Mapping[str, Target], sites: Sequence[Site]
     return label_by_site
 
 
-def _check_patterns(patterns: Patterns, picked: Sequence[Site]) -> None:
-    for pattern in (glob for globs in patterns.values() for glob in globs):
-        if not any(_fits(site, pattern) for site in picked):
-            nearest = _nearest(pattern, picked)
-            raise TargetError(f"pattern '{pattern}' fits no site; nearest: {nearest}")
+def _check_globs(globs: Sequence[str], sites: Sequence[Site], where: str) -> None:
+    for glob in globs:
+        if not any(_fits(site, glob) for site in sites):
+            raise TargetError(f"{where} '{glob}' fits no site; nearest: {_nearest(glob, sites)}")
 
 
 def _parameters_in_memory(model: nn.Module) -> dict[Span, list[str]]:
@@ -151,8 +139,26 @@ def _parameters_in_memory(model: nn.Module) -> dict[Span, list[str]]:
     names_by_span: dict[Span, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not nn.parameter.is_lazy(parameter):
-            names_by_span.setdefault(memory_span(parameter), []).append(name)
+            names_by_span.setdefault(_memory_span(parameter), []).append(name)
     return names_by_span
+
+
+def _memory_span(weight: Tensor) -> Span:
+    """Where a weight is in memory: its storage, and its first and last element in bytes.
+
+    Two tied weights have the same span, also where they are different Parameter objects. A weight
+    on the meta device has no memory, and is known by its object.
+    """
+    if weight.is_meta:
+        return id(weight), 0, 0
+    size, first = weight.element_size(), int(weight.storage_offset())
+    last = first + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
+    return weight.untyped_storage().data_ptr(), first * size, last * size
+
+
+def _overlaps(one: Span, other: Span) -> bool:
+    """Whether two different memory spans have bytes in common."""
+    return one != other and one[0] == other[0] and one[1] <= other[2] and other[1] <= one[2]
 
 
 def _check_weight(
@@ -170,9 +176,9 @@ def _check_weight(
         )
     if reason := adapter_class(layer).reason_not_adaptable(layer):
         raise TargetError(f"'{site.name}' cannot be adapted: {reason}, or exclude it by a glob")
-    span = memory_span(weight)
+    span = _memory_span(weight)
     names = names_by_span[span]
-    parts = [n for other in names_by_span if overlaps(span, other) for n in names_by_span[other]]
+    parts = [n for other in names_by_span if _overlaps(span, other) for n in names_by_span[other]]
     if parts:
         raise TargetError(
             f"the weight of '{site.name}' shares some of its memory with {', '.join(parts)}: an "

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.adapter import Adapter, Rows
 
 BLOCK_NAMES = {nn.MultiheadAttention: "qkv", nn.LSTM: "ifgo", nn.GRU: "rzn"}
 """Layers that hold several matrices as blocks of rows of one parameter, with a letter for each.
@@ -35,12 +35,10 @@ class WeightAdapter(Adapter):
 
     @staticmethod
     def reason_not_adaptable(layer: nn.Module) -> str | None:
-        """Layers that rewrite their weight in forward, or whose gradient is sparse, cannot be."""
-        if getattr(layer, "max_norm", None) is not None:
-            return "its max_norm rewrites the weight in every forward pass; set it to None"
+        """As for all adapters; and a gradient that is sparse cannot pass through W + ΔW."""
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
             return "a sparse gradient cannot pass through W + ΔW; set sparse=False"
-        return None
+        return Adapter.reason_not_adaptable(layer)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The parameter `weight`, all of it, with ΔW on this adapter's rows."""
@@ -66,7 +64,7 @@ class WeightAdapter(Adapter):
         return A * self.apply_dropout(ones) if self.recipe.dropout else A
 
 
-def row_blocks(layer: nn.Module, parameter: str, rows: int) -> dict[str, tuple[int, int] | None]:
+def row_blocks(layer: nn.Module, parameter: str, rows: int) -> dict[str, Rows]:
     """The sites of a parameter with this many rows, by name, each with its range of rows.
 
     For `in_proj_weight` of 192 rows in nn.MultiheadAttention: {"in_proj_weight_q": (0, 64),

@@ -312,7 +312,7 @@ def test_merged_twice_or_not_at_all_is_an_error():
     with pytest.raises(adapters.AdapterError, match="no adapter is merged"):
         adapters.unmerge(model)
     adapters.merge(model)
-    with pytest.raises(adapters.AdapterError, match="merged already"):
+    with pytest.raises(adapters.AdapterError, match="is merged into site: unmerge it"):
         adapters.merge(model)
     with pytest.raises(adapters.AdapterError, match="unmerge it"), adapters.disabled(model):
         pass
