@@ -4,15 +4,15 @@ A report reads only the files that a run wrote. It imports nothing of training, 
 another machine or version can be reported too.
 """
 
-from lora_lab.report.best import ExperimentBest, best_by_experiment
+from lora_lab.report.best import best_by_experiment
 from lora_lab.report.compare import difference_tables
-from lora_lab.report.run import runs_table, show_run, site_table, write_run
+from lora_lab.report.printed_tables import job_table, runs_table, site_table
+from lora_lab.report.run import show_run, write_run
 from lora_lab.report.subspace_pairs import SubspacePair, write_pairs
-from lora_lab.report.sweep import job_table, show_sweep, write_sweep
+from lora_lab.report.sweep import show_sweep, write_sweep
 from lora_lab.report.tables import terminal_table
 
 __all__ = [
-    "ExperimentBest",
     "SubspacePair",
     "best_by_experiment",
     "difference_tables",

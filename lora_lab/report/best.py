@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_lab.report import cells as of
+from lora_lab.report import cells
 from lora_lab.report.cells import Cell, RunResult
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.runs import Run
@@ -26,16 +26,16 @@ class ExperimentBest:
     def varied_keys(self) -> list[str]:
         """The dotted keys that tell its runs apart: the swept ones, and `seed` if it varies."""
         seeds = {result.config["seed"] for cell in self.cells for result in cell.results}
-        return [*of.swept_keys(self.cells), *(["seed"] if len(seeds) > 1 else [])]
+        return [*cells.swept_keys(self.cells), *(["seed"] if len(seeds) > 1 else [])]
 
     def rows(self, limit: int) -> Rows:
         """A table of the best cells, at most `limit`."""
-        keys = of.swept_keys(self.cells)
+        keys = cells.swept_keys(self.cells)
         rows = [[*(keys.values() or ["cell"]), "n", self.metric, "min", "max"]]
         for cell in self.cells[:limit]:
             s = cell.metrics[self.metric]
             limits = [format_number(s.minimum), format_number(s.maximum)]
-            rows.append([*of.swept_texts(cell, keys), str(s.n), str(s), *limits])
+            rows.append([*cell.swept_texts(keys), str(s.n), str(s), *limits])
         return rows
 
 
@@ -47,15 +47,15 @@ def best_by_experiment(
     `goal` is minimize or maximize; None takes it from the metric's name. Raises ValueError for a
     metric that no run logged, and where neither `goal` nor the name tells the goal.
     """
-    results = [result for run in runs if (result := of.read_run(run)).is_finished]
+    results = [result for run in runs if (result := cells.read_run(run)).is_finished]
     _check_metric(metric, results)
-    if (goal := goal or of.goal_of(metric)) is None:
+    if (goal := goal or cells.goal_of(metric)) is None:
         raise ValueError(f"--goal must be given for {metric}: minimize or maximize")
     sign = 1 if goal == "minimize" else -1
     best = []
     for experiment in dict.fromkeys(result.experiment for result in results):
         members = [result for result in results if result.experiment == experiment]
-        if ranked := of.ranked_cells(of.cells_of(members), metric, goal):
+        if ranked := cells.ranked_cells(cells.cells_of(members), metric, goal):
             measured = [r for cell in ranked for r in cell.finished if metric in r.metrics]
             best_result = min(measured, key=lambda result: sign * result.metrics[metric])
             best.append(ExperimentBest(experiment, metric, goal, ranked, best_result))

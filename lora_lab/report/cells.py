@@ -107,7 +107,7 @@ def read_run(run: Run) -> RunResult:
         config = config if isinstance(config, dict) and "adapter" in config else {}
     if status["state"] == "finished" and not is_readable:
         status["state"] = "damaged"
-    metrics = {key: metrics[key] for key in metrics if key not in ("step", "epoch")}
+    metrics = {key: value for key, value in metrics.items() if key not in ("step", "epoch")}
     return RunResult(run, status, config, metrics)
 
 
@@ -164,6 +164,15 @@ class Cell:
         if key == "cell":
             return self.name.rpartition("-")[2]
         return self.settings.get(key)
+
+    def swept_texts(self, keys: dict[str, str]) -> list[str]:
+        """The first columns of its row: its swept settings; its name where nothing was swept."""
+        return [short_text(self.value_of(key)) for key in keys] or [self.name]
+
+    def full_texts(self, keys: dict[str, str]) -> list[str]:
+        """Likewise in a table for programs: its name, then its settings, "" for one it lacks."""
+        values = [self.value_of(key) for key in keys]
+        return [self.name, *("" if value is None else full_text(value) for value in values)]
 
     def final_values(self, metric: str) -> list[float]:
         """The metric's last value in each finished run that logged it."""
@@ -227,13 +236,10 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
     data.seed and base.seed stay full: `seed` alone is the run's, over which a cell is the mean.
     """
-    short = {key: key.removesuffix("._target_").split(".")[-1] for key in keys}
-    short = {key: key if name == "seed" else name for key, name in short.items()}
-    names = list(short.values())
-    return {
-        key: name if names.count(name) == 1 else key.removesuffix("._target_")
-        for key, name in short.items()
-    }
+    full = {key: key.removesuffix("._target_") for key in keys}
+    last_parts = [name.rpartition(".")[2] for name in full.values()]
+    unique = {part for part in last_parts if last_parts.count(part) == 1 and part != "seed"}
+    return {k: p if p in unique else full[k] for k, p in zip(keys, last_parts, strict=True)}
 
 
 def short_text(value: Any) -> str:
@@ -257,11 +263,6 @@ def full_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def swept_texts(cell: Cell, keys: dict[str, str]) -> list[str]:
-    """The first columns of a cell's row: its swept settings; its name where nothing was swept."""
-    return [short_text(cell.value_of(key)) for key in keys] or [cell.name]
-
-
 def cell_label(cell: Cell, keys: dict[str, str]) -> str:
     """A cell by its swept settings, for a legend or a label: `r=4, lr=0.01`."""
     values = [(name, cell.value_of(key)) for key, name in keys.items()]
@@ -277,13 +278,18 @@ def goal_of(metric: str) -> str | None:
     return "maximize" if ending.endswith(HIGHER_IS_BETTER) else None
 
 
-def ranked_cells(cells: Sequence[Cell], metric: str, goal: str) -> list[Cell]:
-    """The cells by their mean of a metric, the best first; those without a finite mean left out."""
+def ranked_cells(cells: Sequence[Cell], metric: str, goal: str | None = None) -> list[Cell]:
+    """The cells by their mean of a metric, the best first; those without a finite mean left out.
+
+    `goal` None: as `goal_of` tells; [] where it does not.
+    """
+    if (goal := goal or goal_of(metric)) is None:
+        return []
     ranked = [c for c in cells if metric in c.metrics and math.isfinite(c.metrics[metric].mean)]
     sign = 1 if goal == "minimize" else -1
     return sorted(ranked, key=lambda cell: sign * cell.metrics[metric].mean)
 
 
-def validation_metrics(cells: Sequence[Cell]) -> list[str]:
+def val_metrics(cells: Sequence[Cell]) -> list[str]:
     """The names of the validation metrics (`val/…`) that any of the cells has."""
     return list(dict.fromkeys(k for cell in cells for k in cell.metrics if k.startswith("val/")))

@@ -148,15 +148,14 @@ def _link(path: Path, to: Path) -> str:
     return quote(Path(os.path.relpath(path, to)).as_posix())
 
 
-def write_run_page(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequence[str]) -> Path:
+def write_run_page(run: Run, tables: dict[str, Rows], figures: Sequence[str]) -> Path:
     """Writes the page of one run, and returns its path.
 
-    `tables` are (title, rows); `figures` are the file names of its PNGs without the suffix.
+    `tables` is title → rows; `figures` are the file names of its PNGs without the suffix.
     """
     to, status = run.path / "report", run.status
-    shown = [
-        PageTable(title, rows, GAP_NOTE if title == "theory" else "") for title, rows in tables
-    ]
+    shown = {title: rows for title, rows in tables.items() if len(rows) > 1}
+    notes = {"theory": GAP_NOTE}
     seconds = status.get("seconds")
     return _write(
         to,
@@ -166,7 +165,7 @@ def write_run_page(run: Run, tables: Sequence[tuple[str, Rows]], figures: Sequen
         sections=[
             {
                 "name": "",
-                "tables": [table for table in shown if len(table.rows) > 1],
+                "tables": [PageTable(t, rows, notes.get(t, "")) for t, rows in shown.items()],
                 "figures": [_figure(to / f"{name}.png", CAPTIONS[name], to) for name in figures],
                 "config_title": "config.yaml",
                 "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),

@@ -1,6 +1,5 @@
 """The tables of one run's report: its curves by epoch, facts about it, and theory's predictions."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,17 @@ TARGET_KEYS = ("r", "alpha", "dropout", "init")
 """The settings of the adapter that a target may set for its sites."""
 
 
-@dataclass(frozen=True)
-class RunTables:
-    """The tables of one run."""
+def run_tables(run: Run) -> dict[str, Rows]:
+    """Makes a run's tables, by title, from the files in its directory alone.
 
-    curves: Rows
-    """Validation metrics by epoch, of the base and of the adapted model; with column titles."""
-    facts: Rows
-    """(fact, value) rows, without column titles."""
-    theory: Rows
-    """Rows under CHECK_COLUMNS, titles included; [] where there is no theory."""
-
-
-def run_tables(run: Run) -> RunTables:
-    """Makes a run's tables, from the files in its directory alone."""
-    theory = [check_row(check) for check in check_against_theory(run)]
-    return RunTables(_curves(run), _facts(run), [CHECK_COLUMNS, *theory] if theory else [])
+    `facts` has (fact, value) rows, `curves` the validation metrics by epoch. `theory` is left out
+    where the run has none.
+    """
+    tables = {"facts": _facts(run), "curves": _curves(run)}
+    if checks := check_against_theory(run):
+        rows = [[check.metric, *check_row([check])] for check in checks]
+        tables["theory"] = [CHECK_COLUMNS, *rows]
+    return tables
 
 
 def singular_values_by_site(run: Run) -> dict[str, np.ndarray]:
@@ -44,16 +38,17 @@ def singular_values_by_site(run: Run) -> dict[str, np.ndarray]:
 
 
 def _curves(run: Run) -> Rows:
-    """A row for each epoch; beside each loss the published one, where the config has it."""
+    """Validation metrics of the base and of the adapted model, a row for each epoch.
+
+    Beside each loss is the published one, where the config has it.
+    """
     published = run.config.get("published") or {}
     method = run.config["adapter"]["method"]
     columns: dict[str, dict[int, float]] = {}
-    for prefix, label, paper in (("base/", "base", "base"), ("", method, "adapted")):
-        for key in dict.fromkeys(
-            k for row in run.rows() for k in row if k.startswith(f"{prefix}val/")
-        ):
-            name = f"{label} {key.removeprefix(f'{prefix}val/')}"
-            columns[name] = run.curve(key)
+    logged = dict.fromkeys(key for row in run.rows() for key in row)
+    for prefix, label, paper in (("base/val/", "base", "base"), ("val/", method, "adapted")):
+        for key in (key for key in logged if key.startswith(prefix)):
+            columns[f"{label} {key.removeprefix(prefix)}"] = run.curve(key)
             if key.endswith("val/loss") and published.get(paper):
                 columns[f"{label} published"] = published[paper]
     epochs = sorted({epoch for curve in columns.values() for epoch in curve})
@@ -62,12 +57,11 @@ def _curves(run: Run) -> Rows:
 
 
 def _facts(run: Run) -> Rows:
-    """(fact, value) rows: adapter, losses, sizes, ΔW, advice on ranks, seeds."""
+    """(fact, value) rows, titles included: adapter, losses, sizes, ΔW, advice on ranks, seeds."""
     config = run.config
-    facts = [*_adapter_facts(config), *_loss_facts(run), *_size_facts(run)]
-    facts += [*_update_facts(run), *_advice_facts(run)]
-    facts.append(["seed, data seed", f"{config['seed']}, {config['data'].get('seed', '–')}"])
-    return facts
+    facts = [["fact", "value"], *_adapter_facts(config), *_loss_facts(run), *_size_facts(run)]
+    seeds = f"{config['seed']}, {config['data'].get('seed', '–')}"
+    return [*facts, *_update_facts(run), *_advice_facts(run), ["seed, data seed", seeds]]
 
 
 def _adapter_facts(config: dict[str, Any]) -> Rows:

@@ -5,24 +5,14 @@ hold all digits and one number in each cell.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lab.report.cell_statistics import Statistics, statistics_of
-from lora_lab.report.cells import (
-    Cell,
-    RunResult,
-    cells_of,
-    full_text,
-    goal_of,
-    ranked_cells,
-    swept_keys,
-    swept_texts,
-    validation_metrics,
-)
+from lora_lab.report.cells import Cell, RunResult, cells_of, ranked_cells, swept_keys, val_metrics
 from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
 from lora_lab.report.tables import Rows, format_number
-from lora_lab.report.theory import CHECK_COLUMNS, TheoryCheck, check_row_over_runs
+from lora_lab.report.theory import CHECK_COLUMNS, TheoryCheck, check_row
 from lora_lab.runs import PLANNED_FILE, planned_runs
 
 
@@ -32,18 +22,15 @@ def cells_table(cells: Sequence[Cell]) -> Rows:
     The best mean of each validation metric is marked. `n` is the number of finished runs.
     """
     keys = swept_keys(cells)
-    metrics = [*validation_metrics(cells), "train/loss"]
-    measures = [
-        m for m in ("effective rank", "stable rank") if any(m in c.rank_measures for c in cells)
-    ]
+    metrics = [*val_metrics(cells), "train/loss"]
+    measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
     rows = [[*(keys.values() or ["cell"]), "n", "trainable", *metrics, *measures]]
     best = {metric: _best_cells(cells, metric) for metric in metrics[:-1]}
     for cell in cells:
         finished, total = len(cell.finished), len(cell.results)
         trainable = cell.metrics.get("parameters/trainable")
-        row = swept_texts(cell, keys)
-        row += [str(finished) if finished == total else f"{finished} of {total}"]
-        row += [format_number(trainable.mean) if trainable else "–"]
+        n = str(finished) if finished == total else f"{finished} of {total}"
+        row = [*cell.swept_texts(keys), n, format_number(trainable.mean if trainable else None)]
         for metric in metrics:
             text = str(cell.metrics.get(metric, "–"))
             row.append(f"**{text}**" if cell.name in best.get(metric, ()) else text)
@@ -54,8 +41,7 @@ def cells_table(cells: Sequence[Cell]) -> Rows:
 
 def _best_cells(cells: Sequence[Cell], metric: str) -> set[str]:
     """The names of the cells with the best mean of a metric; none where one cell alone has it."""
-    goal = goal_of(metric)
-    ranked = ranked_cells(cells, metric, goal) if goal else []
+    ranked = ranked_cells(cells, metric)
     if len(ranked) < 2:
         return set()
     return {c.name for c in ranked if c.metrics[metric].mean == ranked[0].metrics[metric].mean}
@@ -64,13 +50,13 @@ def _best_cells(cells: Sequence[Cell], metric: str) -> set[str]:
 def cells_table_in_full(cells: Sequence[Cell]) -> Rows:
     """The main table for programs: all digits, mean and deviation in separate columns."""
     keys = swept_keys(cells)
-    metrics = [*validation_metrics(cells), "train/loss"]
+    metrics = [*val_metrics(cells), "train/loss"]
     measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
     head = ["cell", *keys.values(), "n", "runs", "trainable"]
     rows = [[*head, *(f"{m}{suffix}" for m in (*metrics, *measures) for suffix in ("", " std"))]]
     for cell in cells:
         trainable = cell.metrics.get("parameters/trainable")
-        row = [*_full_texts(cell, keys), str(len(cell.finished)), str(len(cell.results))]
+        row = [*cell.full_texts(keys), str(len(cell.finished)), str(len(cell.results))]
         row.append(repr(trainable.mean) if trainable else "")
         for metric in metrics:
             row += _mean_std_in_full(cell.metrics.get(metric))
@@ -78,12 +64,6 @@ def cells_table_in_full(cells: Sequence[Cell]) -> Rows:
             row += _mean_std_in_full(cell.rank_measures.get(measure))
         rows.append(row)
     return rows
-
-
-def _full_texts(cell: Cell, keys: Iterable[str]) -> list[str]:
-    """A cell's name and its swept settings; "" for a setting that it has not."""
-    values = [cell.value_of(key) for key in keys]
-    return [cell.name, *("" if value is None else full_text(value) for value in values)]
 
 
 def _mean_std_in_full(s: Statistics | None) -> list[str]:
@@ -111,7 +91,7 @@ def all_metrics_table(cells: Sequence[Cell]) -> Rows:
     for cell in cells:
         for metric, s in cell.metrics.items():
             values = [_in_full(value) for value in (s.mean, s.std, s.minimum, s.maximum)]
-            rows.append([*_full_texts(cell, keys), metric, str(s.n), *values])
+            rows.append([*cell.full_texts(keys), metric, str(s.n), *values])
     return rows
 
 
@@ -128,7 +108,7 @@ def theory_table(cells: Sequence[Cell]) -> Rows:
             by_metric.setdefault(check.metric, []).append(check)
         for name, checks in by_metric.items():
             n = str(len(checks))
-            rows.append([*swept_texts(cell, keys), name, n, *check_row_over_runs(checks)])
+            rows.append([*cell.swept_texts(keys), name, n, *check_row(checks)])
     return rows
 
 
@@ -138,7 +118,7 @@ def theory_by_run_table(cells: Sequence[Cell]) -> Rows:
     rows = [["cell", *keys.values(), "seed", *CHECK_COLUMNS[:3], "error", *CHECK_COLUMNS[3:]]]
     for cell in cells:
         for result in cell.finished:
-            start = [*_full_texts(cell, keys), str(result.config["seed"])]
+            start = [*cell.full_texts(keys), str(result.config["seed"])]
             for check in result.theory_checks:
                 values = (check.measured, check.theory, check.standard_error, check.gap)
                 verdict = "yes" if check.holds else "NO"

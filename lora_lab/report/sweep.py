@@ -1,45 +1,27 @@
-"""The report of a folder of runs, by experiment: written as files, and printed.
-
-Also the table that a multirun prints of how its jobs ended.
-"""
+"""The report of a folder of runs, by experiment: written as files, and printed."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from lora_lab.report import page, rank_figures, summary
-from lora_lab.report.cells import (
-    Cell,
-    RunResult,
-    cells_of,
-    goal_of,
-    read_run,
-    stop_cause,
-    validation_metrics,
-)
+from lora_lab.report.cells import Cell, RunResult, cells_of, goal_of, read_run, val_metrics
 from lora_lab.report.plotting import metric_label, save
 from lora_lab.report.rank_series import differing_seeds
 from lora_lab.report.run import figures_line
 from lora_lab.report.sections import ExperimentReport, SweepReport
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
-from lora_lab.report.tables import (
-    Rows,
-    csv_of,
-    format_number,
-    format_seconds,
-    latex,
-    markdown,
-    terminal_table,
-)
+from lora_lab.report.tables import Rows, csv_of, latex, markdown, terminal_table
 from lora_lab.report.theory import GAP_NOTE
 from lora_lab.report.tradeoff_figure import metric_by_parameters
 from lora_lab.runs import Run, write_atomic
 
 NO_FIGURES = "none yet: those against r need finished runs of two ranks"
+
+Figures = dict[str, tuple[str, Figure | None]]
+"""File name → caption and figure; the figure is None where the runs have nothing to show in it."""
 
 
 def write_sweep(runs: Sequence[Run], directory: Path) -> SweepReport:
@@ -124,7 +106,7 @@ def _write_table(rows: Rows, to: Path, file: str, in_full: Rows | None = None) -
             (to / f"{file}{suffix}").unlink(missing_ok=True)
 
 
-def _write_figures(figures: dict[str, tuple[str, Figure | None]], to: Path) -> dict[str, str]:
+def _write_figures(figures: Figures, to: Path) -> dict[str, str]:
     """Writes the figures that were drawn, and returns {file name: caption} of them.
 
     Removes the figures of an earlier report, of other runs, that are not drawn now.
@@ -141,15 +123,13 @@ def _write_figures(figures: dict[str, tuple[str, Figure | None]], to: Path) -> d
     return captions
 
 
-def _figures(
-    all_cells: Sequence[Cell], finished: Sequence[RunResult]
-) -> dict[str, tuple[str, Figure | None]]:
-    """File name → caption and figure; the figure is None where its runs have nothing to show."""
+def _figures(all_cells: Sequence[Cell], finished: Sequence[RunResult]) -> Figures:
+    """Draws the figures of one experiment."""
     cells = [cell for cell in all_cells if cell.finished]
-    metrics = [m for m in validation_metrics(cells) if goal_of(m)]
+    metrics = [m for m in val_metrics(cells) if goal_of(m)]
     kinds = differing_seeds(finished)
     of_each = f"each run, and the mean of each r{f' over {kinds}' if kinds else ''}."
-    figures: dict[str, tuple[str, Figure | None]] = {}
+    figures: Figures = {}
     for metric in metrics:
         caption = f"{metric_label(metric).capitalize()} against r: {of_each}"
         figures[f"rank{_suffix(metric)}"] = caption, rank_figures.metric_by_rank(finished, metric)
@@ -188,29 +168,3 @@ def show_sweep(sweep: SweepReport, console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False)
     path = sweep.directory / "report" / "index.html"
     console.print(f"page     {path}", soft_wrap=True, highlight=False)
-
-
-def job_table(jobs: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
-    """How the jobs of a multirun ended, each given as (overrides, run directory, state, cause).
-
-    The column `run` has the overrides that not all jobs share.
-    """
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    points = [set(overrides) for overrides, *_ in jobs]
-    swept = set.union(*points) - set.intersection(*points)
-    for name in ("status", "run", "val/loss", "time", "cause"):
-        right = name in ("val/loss", "time")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for overrides, path, state, cause in jobs:
-        run = Run(path) if path else None
-        point = " ".join(o for o in overrides if o in swept) or " ".join(overrides)
-        seconds = format_seconds(run.status.get("seconds") if run else None)
-        loss = run.last("val/loss") if run and state == "finished" else None
-        if run and state == "interrupted":
-            cause = stop_cause(run.status)
-        if run and state == "failed":
-            cause += f" (traceback: {run.path / 'log.txt'})"
-        shown_cause = cause if state in ("failed", "interrupted", "config error") else ""
-        shown_state = state if state != "none" else "not begun"
-        table.add_row(shown_state, point, format_number(loss), seconds, shown_cause)
-    return table

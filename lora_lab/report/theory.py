@@ -1,14 +1,15 @@
 """A run's final metrics compared with what theory predicts for them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from lora_lab.report.tables import format_mean_std, format_number
+from lora_lab.report.tables import format_mean_std
 from lora_lab.runs import Run
 
 CHECK_COLUMNS = ["metric", "measured", "theory", "gap", "holds"]
-"""The column titles above the rows of `check_row`."""
+"""The column titles of a table of theory: the metric, then what `check_row` gives."""
 GAP_NOTE = (
     "gap: over theory, or over the loss before adaptation where theory is 0; holds: within 1e-3, "
     "or within 3 standard errors where theory has one (±)"
@@ -55,26 +56,17 @@ def check_against_theory(run: Run) -> list[TheoryCheck]:
     return checks
 
 
-def check_row(check: TheoryCheck) -> list[str]:
-    """One check as a row under CHECK_COLUMNS."""
-    theory = format_mean_std(check.theory, check.standard_error or None)
-    return [check.metric, format_number(check.measured), theory, *_gap_and_verdict(check, [check])]
+def check_row(checks: Sequence[TheoryCheck]) -> list[str]:
+    """The checks of one metric, one for each run, as one row under CHECK_COLUMNS.
 
-
-def check_row_over_runs(checks: Sequence[TheoryCheck]) -> list[str]:
-    """The checks of one metric in a cell's runs as one row under CHECK_COLUMNS, without the metric.
-
-    Measured is mean ± deviation, the gap is the worst one, and it holds where all checks do.
+    The row lacks the metric's name. Over several runs, measured is mean ± deviation, theory the
+    mean, the gap the worst one, and it holds where all checks do.
     """
-    if len(checks) == 1:
-        return check_row(checks[0])[1:]
-    worst = max(checks, key=lambda check: (abs(check.gap), not check.holds))
     measured = [check.measured for check in checks]
+    several = len(measured) > 1 and all(map(math.isfinite, measured))
+    deviation = stdev(measured) if several else None
+    theory = mean(check.theory for check in checks)
     error = max(check.standard_error for check in checks)
-    theory = format_mean_std(mean(check.theory for check in checks), error or None)
-    deviation = format_mean_std(mean(measured), stdev(measured))
-    return [deviation, theory, *_gap_and_verdict(worst, checks)]
-
-
-def _gap_and_verdict(worst: TheoryCheck, checks: Sequence[TheoryCheck]) -> list[str]:
-    return [f"{worst.gap:.1e}", "yes" if all(check.holds for check in checks) else "NO"]
+    worst = max(checks, key=lambda check: (abs(check.gap), not check.holds))
+    means = [format_mean_std(mean(measured), deviation), format_mean_std(theory, error or None)]
+    return [*means, f"{worst.gap:.1e}", "yes" if all(check.holds for check in checks) else "NO"]
