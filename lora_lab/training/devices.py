@@ -9,11 +9,10 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -22,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, process_rank
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan
+from lora_lab.training.run_record import lock
 
 PR_SET_PDEATHSIG = 1
 """Linux prctl option: the signal a process gets when its parent ends (linux/prctl.h)."""
@@ -44,7 +44,7 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
     """
     run, count = Run(plan.path), plan.processes
     run.path.mkdir(parents=True, exist_ok=True)
-    with _locked(run):
+    with lock(run):
         state = run.status["state"]
         if state == "finished" and not plan.cfg.overwrite:
             raise RunFinishedError(str(run.path))
@@ -93,21 +93,11 @@ def _record_failure(run: Run, process: int, count: int, exitcode: int) -> str:
     error, log = f"process {process} of {count} ended by {how}", _log(run.path, process)
     if log.exists():
         error = f"process {process} of {count}: {log.read_text().strip().splitlines()[-1]}"
-    with suppress(RunBusyError), _locked(run):
+    with suppress(RunBusyError), lock(run):
         run.update_status(state="failed", error=error)
         with (run.path / "log.txt").open("a") as file:
             file.write(log.read_text() if log.exists() else f"{error}\n")
     return error
-
-
-@contextmanager
-def _locked(run: Run) -> Iterator[None]:
-    """A context with the run directory's lock: no process runs it. Raises RunBusyError."""
-    try:
-        with FileLock(run.path / "lock").acquire(timeout=1):
-            yield
-    except Timeout:
-        raise RunBusyError(f"{run.path} is being run by another process") from None
 
 
 def run_worker(plan: Plan, console: Console) -> None:

@@ -55,7 +55,7 @@ def record_run(
     """
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
-    with _lock(run):
+    with lock(run):
         # This process has the lock now: a state of "running" is that of a process that was killed.
         before = run.status
         if before["state"] == "finished" and not overwrite:
@@ -72,7 +72,7 @@ def record_run(
             yield run
 
 
-def _lock(run: Run) -> AcquireReturnProxy:
+def lock(run: Run) -> AcquireReturnProxy:
     """The run's lock, acquired. Raises RunBusyError where another process holds it."""
     try:
         return FileLock(run.path / "lock").acquire(timeout=1)
