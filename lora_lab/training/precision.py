@@ -4,29 +4,26 @@ Lightning's Trainer does this while it trains. Outside of training (before ΔW i
 when a finished run is restored, when a pack is tried out) the same plugins are used without one.
 """
 
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from lightning.pytorch.plugins.precision import (
-    DoublePrecision,
-    HalfPrecision,
-    MixedPrecision,
-    Precision,
-    TransformerEnginePrecision,
-)
-from torch import bfloat16, float16, nn
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from torch import nn
 
 from lora_lab.config.schema import Trainer
 
-FULL_NAMES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-"""Lightning's short names of precisions, as `trainer.precision=16`."""
+
+def connector(trainer: Trainer) -> _AcceleratorConnector:
+    """The part of Lightning's Trainer that chooses its device and its precision plugin.
+
+    It is built by itself, for one device, in a tenth of a millisecond. Lightning has no public
+    function for this choice.
+    """
+    name = trainer.model_dump().get("precision")
+    return _AcceleratorConnector(devices=1, accelerator=trainer.accelerator, precision=name)
 
 
 def device_type(trainer: Trainer) -> str:
     """The type of device that `trainer.accelerator` means on this machine, as `cpu` or `cuda`."""
-    if trainer.accelerator not in ("auto", "gpu"):
-        return trainer.accelerator
-    if MPSAccelerator.is_available():
-        return "mps"
-    return "cuda" if CUDAAccelerator.is_available() else "cpu"
+    return connector(trainer).strategy.root_device.type
 
 
 def precision_plugin(trainer: Trainer) -> Precision:
@@ -35,21 +32,7 @@ def precision_plugin(trainer: Trainer) -> Precision:
     Its `convert_module` casts a model in place, `convert_input` gives a cast batch, and
     `forward_context` is the context (autocast, or a default dtype) of a forward pass.
     """
-    name = str(trainer.model_dump().get("precision") or "32-true")
-    name = FULL_NAMES.get(name, name)
-    if name in ("16-true", "bf16-true"):
-        return HalfPrecision(name)  # pyright: ignore
-    if name == "64-true":
-        return DoublePrecision()
-    if name.startswith("transformer-engine"):
-        dtype = float16 if name.endswith("-float16") else bfloat16
-        return TransformerEnginePrecision(weights_dtype=dtype)
-    if name in ("16-mixed", "bf16-mixed"):
-        device = device_type(trainer)
-        if device == "cpu":  # as Lightning: a CPU has no autocast to float16
-            name = "bf16-mixed"
-        return MixedPrecision(name, device if device in ("cpu", "mps") else "cuda")  # pyright: ignore
-    return Precision()
+    return connector(trainer).precision_plugin
 
 
 def cast(module: nn.Module, trainer: Trainer) -> None:

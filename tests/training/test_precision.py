@@ -56,6 +56,7 @@ def test_as_lightnings_trainer(accelerator: str, precision: str | int | None):
     assert dtypes(plugin, ours) == dtypes(lightning.precision_plugin, theirs)
 
 
-def test_mixed_precision_is_of_the_device_that_is_used():
+def test_mixed_precision_is_of_the_device_that_is_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     plugin: Any = precision_plugin(settings("cuda", "16-mixed"))
     assert (plugin.device, plugin.precision) == ("cuda", "16-mixed")
