@@ -14,9 +14,9 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lora_lab import adapters
@@ -30,7 +30,7 @@ SHARE = 0.05
 """The largest share of the training time that writing checkpoints may take."""
 
 
-class Checkpoint(pl.Callback):
+class Checkpoint(Callback):
     """Writes a checkpoint of the last complete epoch to `directory` each `interval` seconds.
 
     An epoch is complete once its last row is logged. That is after Lightning's hooks for an epoch's
@@ -101,13 +101,13 @@ class Checkpoint(pl.Callback):
         path = self.resume_path()
         return torch.load(path, "cpu", weights_only=True)["lora_lab"]["epochs"] if path else 0
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Allows a checkpoint with the adapters' weights alone, if the model has adapters."""
         assert isinstance(pl_module, BaseModule)
         pl_module.strict_loading = not adapters.names(pl_module.model)
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Adds rows, counts and random streams; removes the base's weights and Lightning's loops.
 
@@ -127,7 +127,7 @@ class Checkpoint(pl.Callback):
         }
 
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Sets Lightning's counts of epochs and steps, so that it begins with the next epoch."""
         content, loop = checkpoint["lora_lab"], trainer.fit_loop
@@ -143,22 +143,22 @@ class Checkpoint(pl.Callback):
         self.streams = content["streams"][trainer.global_rank % len(content["streams"])]
         log.info("%s resumed from epoch %d of %s", self.kind, self.saved_epochs, trainer.max_epochs)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock of the first interval."""
         self.due = time.monotonic() + self.interval
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes a checkpoint if one is due; a resumed training gets its random streams first."""
         if self.streams is not None:
             _set_streams(self.streams, pl_module.device)
             self.streams = None
         self._save_if_due(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the last epoch if it is due: what follows training can take long too."""
         self._save_if_due(trainer)
 
-    def _save_if_due(self, trainer: pl.Trainer) -> None:
+    def _save_if_due(self, trainer: Trainer) -> None:
         started = time.monotonic()
         due = trainer.current_epoch > self.saved_epochs and started >= self.due
         # Process 0 decides for all: clocks differ, and all processes take part in a checkpoint.
@@ -168,14 +168,14 @@ class Checkpoint(pl.Callback):
         self.saved_epochs, now = trainer.current_epoch, time.monotonic()
         self.due = now + max(self.interval, (now - started) / SHARE) if self.interval else now
 
-    def _save_epoch(self, trainer: pl.Trainer) -> None:
+    def _save_epoch(self, trainer: Trainer) -> None:
         self._replace(lambda path: trainer.save_checkpoint(path, weights_only=False), trainer)
 
     def save(self, content: dict[str, Any]) -> None:
         """Writes `content` as the newest checkpoint."""
         self._replace(lambda path: torch.save(content, path))
 
-    def _replace(self, write: Callable[[Path], None], trainer: pl.Trainer | None = None) -> None:
+    def _replace(self, write: Callable[[Path], None], trainer: Trainer | None = None) -> None:
         """Calls `write` with a new file and puts it in the place of the checkpoint.
 
         The file is on the disk (fsync) before it takes the place, so that a complete checkpoint
@@ -190,7 +190,7 @@ class Checkpoint(pl.Callback):
             part.replace(self.path)
 
 
-def _streams(trainer: pl.Trainer, device: torch.device) -> list[dict[str, Any]]:
+def _streams(trainer: Trainer, device: torch.device) -> list[dict[str, Any]]:
     """The state of the global random streams, one dict for each process."""
     kind, keys, *rest = np.random.get_state()
     streams = {

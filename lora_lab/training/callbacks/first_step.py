@@ -1,7 +1,9 @@
 """Compares the first step of LoRA with gradient descent on the full weights."""
 
-import lightning.pytorch as pl
+from typing import Any
+
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lora_lab.adapters import Adapter
@@ -10,7 +12,7 @@ from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule, Batch
 
 
-class FirstStep(pl.Callback):
+class FirstStep(Callback):
     """Logs two numbers of the first step that depend on the adapter's scaling.
 
     `first_step/gradient_ratio` is ‖∇_Z‖ / ‖G‖: the gradient of the factors that start at zero (B;
@@ -27,7 +29,7 @@ class FirstStep(pl.Callback):
         self.done = False
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Computes both gradients of the first batch; model and random streams do not change."""
         if self.dense or trainer.global_step:
@@ -54,21 +56,13 @@ class FirstStep(pl.Callback):
         groups = trainer.optimizers[0].param_groups  # with LoRA+ the factor has its group
         self.lr = next(g["lr"] for g in groups if any(p is factors[0] for p in g["params"]))
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Logs both numbers once the first step is taken."""
         if trainer.global_step != 1 or self.done:
             return
         self.done = True
-        descent = -sum(
-            (G * self.updates.delta_matrix(s)).sum().item() for s, G in self.dense.items()
-        )
+        delta_matrix = self.updates.delta_matrix
+        descent = -sum((G * delta_matrix(s)).sum().item() for s, G in self.dense.items())
         rows = sum(torch.linalg.vector_norm(G, dim=1).sum().item() for G in self.dense.values())
         row = {"gradient_ratio": self.ratio}
         if self.lr and rows:  # not in a warm-up's first step, which goes nowhere

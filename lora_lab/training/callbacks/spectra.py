@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_lab.adapters import Site
 from lora_lab.analysis.spectra import Spectrum, spectrum_of_blocks
@@ -19,7 +19,7 @@ CORNER = 64
 """The most rows and columns of ΔW that spectra.npz holds, for a picture of it."""
 
 
-class SpectraCallback(pl.Callback):
+class SpectraCallback(Callback):
     """Measures the ΔW of each site before the first step, as `schedule` says, and at the end.
 
     Each measurement is logged at once, for each site and for groups of sites (see `groups`).
@@ -35,18 +35,13 @@ class SpectraCallback(pl.Callback):
         self.history: dict[str, list[Spectrum]] = {}
         """By site, the spectrum at each measurement."""
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures before the first step, unless the run was resumed."""
         if not self.epochs:
             self._measure(trainer, 0)
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measures each `every_n_steps`; not at an epoch's end that is measured anyway."""
         interval, step = self.schedule.every_n_steps, trainer.global_step
@@ -57,13 +52,13 @@ class SpectraCallback(pl.Callback):
         if not (epoch.is_integer() and epoch % self.schedule.every_n_epochs == 0):
             self._measure(trainer, epoch)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures each `every_n_epochs`."""
         assert isinstance(pl_module, BaseModule)
         if pl_module.epochs_done % self.schedule.every_n_epochs == 0:
             self._measure(trainer, pl_module.epochs_done)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures at the end, unless the last epoch has been measured."""
         if self.epochs[-1] != trainer.current_epoch:
             self._measure(trainer, trainer.current_epoch)
@@ -89,14 +84,13 @@ class SpectraCallback(pl.Callback):
             shape, eps = state_dict["shapes"][site], state_dict["eps"][site]
             self.history[site] = [Spectrum(row, shape, eps) for row in values]
 
-    def _measure(self, trainer: pl.Trainer, epoch: float) -> None:
+    def _measure(self, trainer: Trainer, epoch: float) -> None:
         """Measures and logs all sites. Raises DivergedError if ΔW is infinite or NaN."""
         try:
             spectra = self.updates.spectra_by_site()
         except ValueError as error:
-            raise DivergedError(
-                f"after epoch {epoch:g}, step {trainer.global_step} of the run: {error}"
-            ) from error
+            when = f"after epoch {epoch:g}, step {trainer.global_step} of the run"
+            raise DivergedError(f"{when}: {error}") from error
         self.epochs.append(epoch)
         self.step = trainer.global_step
         for site, spectrum in spectra.items():
