@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
+Train = Callable[[Path], tuple[nn.Module, list[Row]]]
+"""Trains a base: from a folder for checkpoints to the trained model and the rows it logged."""
+
 base_threads: int | None = None
 """CPU threads for training a base while other runs here wait for it; None: as for a run."""
 
@@ -53,15 +56,11 @@ def key(cfg: Config) -> str:
     tasks and seeding. Code is hashed as its syntax tree, so that comments, docstrings and layout do
     not change the key. A renamed function does change it.
     """
-    trainer = cfg.trainer.model_dump()
-    for setting in (*DEVICE_KEYS, "max_epochs"):
-        trainer.pop(setting, None)
+    trainer = cfg.trainer.model_dump(exclude={*DEVICE_KEYS, "max_epochs"})
     # A callee whose module is not known is hashed by its own source.
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
-    code = [
-        syntax(inspect.getsource(part))
-        for part in (*callees, data, planted, modules, tasks, seeding)
-    ]
+    parts = (*callees, data, planted, modules, tasks, seeding)
+    code = [syntax(inspect.getsource(part)) for part in parts]
     nodes = [node.model_dump(by_alias=True) for node in (cfg.base, cfg.data, cfg.model)]
     # Python's version too: the bytes experiments learn the source text of Python's library, and
     # ast.dump's format differs between versions.
@@ -90,15 +89,10 @@ def path(cfg: Config) -> Path:
     return Path(cfg.bases_dir) / f"{name}-{key(cfg)[:16]}.safetensors"
 
 
-def obtain(
-    cfg: Config,
-    train: Callable[[Path], tuple[nn.Module, list[Row]]],
-    replay: Callable[[list[Row]], None],
-) -> Base:
+def obtain(cfg: Config, train: Train, replay: Callable[[list[Row]], None]) -> Base:
     """The base that `cfg` asks for: loaded from its file, or trained if it is not stored yet.
 
-    `train` is given a folder for checkpoints and gives the trained model and the rows it logged. An
-    interrupted training goes on from the checkpoints in that folder, in this run or in the next.
+    An interrupted training goes on from the checkpoints in its folder, in this run or in the next.
     `replay` logs the rows again where the base was stored before, so that each run's metrics hold
     those of its base. Of several runs that need one base at the same time, one trains it and the
     others wait. A stored file whose checksum is wrong is trained again.
@@ -125,9 +119,7 @@ def _locked(file: Path) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def _train_and_store(
-    cfg: Config, file: Path, train: Callable[[Path], tuple[nn.Module, list[Row]]]
-) -> Base:
+def _train_and_store(cfg: Config, file: Path, train: Train) -> Base:
     started, checkpoints = time.time(), file.with_suffix(".checkpoints")
     run_threads = torch.get_num_threads()
     torch.set_num_threads(base_threads or run_threads)
@@ -140,12 +132,9 @@ def _train_and_store(
         raise
     finally:
         torch.set_num_threads(run_threads)
-    content = save(
-        {
-            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for k, v in model.state_dict().items()
-        }
-    )
+    state = model.state_dict().items()
+    # Cloned because safetensors refuses two names for one memory, which tied weights have.
+    content = save({key: value.cpu().contiguous().clone() for key, value in state})
     about = {
         "sha256": _checksum(content, rows),
         "seconds": time.time() - started,

@@ -84,24 +84,14 @@ class PackValidationModule(BaseModule):
 class CutsModule(PackValidationModule):
     """Validates a model with ΔW cut to several ranks, one run of a pack for each cut.
 
-    `svds` are those of ΔW by site, `cuts` the ranks by site of each cut. `model` has no adapters.
-    Raises AdapterError if the cuts cannot be one pack.
+    `runs` are each cut's adapters by site, whose ΔW is cut. `model` has no adapters. Raises
+    AdapterError if the cuts cannot be one pack.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        data: Data,
-        optimizer: Optimizer,
-        sites: Sequence[Site],
-        svds: Mapping[str, SVD],
-        cuts: Sequence[Mapping[str, int]],
+        self, model: nn.Module, data: Data, optimizer: Optimizer, runs: list[dict[str, Adapter]]
     ):
         super().__init__(model, data, optimizer)
-        runs = [
-            {s.name: _cut(model, s, svds[s.name].first(ranks[s.name])) for s in sites}
-            for ranks in cuts
-        ]
         self.adapters = nn.ModuleList(adapter for run in runs for adapter in run.values())
         first = range(0, len(runs), CUTS_PER_PASS)
         self.packs = [Pack(model, runs[i : i + CUTS_PER_PASS]) for i in first]
@@ -122,12 +112,6 @@ def _cut(model: nn.Module, site: Site, svd: SVD) -> Adapter:
     return adapter.fill({"A": A, "B": B})
 
 
-def val_loss(trainer: pl.Trainer, module: BaseModule, data: Data) -> float:
-    """The validation loss of the model as it is now, by a Trainer that logs nowhere."""
-    (result,) = trainer.validate(module, data, verbose=False)
-    return result[f"{module.prefix}val/loss"]
-
-
 def cut_losses(
     trainer: pl.Trainer,
     module: BaseModule,
@@ -146,8 +130,11 @@ def cut_losses(
         try:
             bare = copy_sharing_weights(module.model)
             adapters.detach(bare)
-            sites = list(updates.sites.values())
-            packed = CutsModule(bare, data, module.optimizer, sites, svds, cuts)
+            runs = [
+                {n: _cut(bare, s, svds[n].first(ranks[n])) for n, s in updates.sites.items()}
+                for ranks in cuts
+            ]
+            packed = CutsModule(bare, data, module.optimizer, runs)
             trainer.validate(packed, data, verbose=False)
             yield from packed.mean_losses().tolist()
             return
@@ -156,4 +143,5 @@ def cut_losses(
     with updates.cut_weights(svds) as cut:
         for ranks in cuts:
             cut(ranks)
-            yield val_loss(trainer, module, data)
+            (result,) = trainer.validate(module, data, verbose=False)
+            yield result[f"{module.prefix}val/loss"]

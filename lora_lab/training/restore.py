@@ -29,10 +29,8 @@ def restore(run: Run) -> Restored:
     Raises ValueError if the run is not finished or has trained nothing, FileNotFoundError if the
     base it was trained on is not stored here.
     """
-    if run.status["state"] != "finished":
-        raise ValueError(
-            f"{run.path} is {run.status['state']}: only a finished run can be restored"
-        )
+    if (state := run.status["state"]) != "finished":
+        raise ValueError(f"{run.path} is {state}: only a finished run can be restored")
     cfg = parse_config(dict(run.config))
     if not isinstance(cfg.adapter, Lora | Full):
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
@@ -61,9 +59,8 @@ def _base(cfg: Config, run: Run, model: nn.Module) -> dict[str, Tensor]:
         files = [path] if (path := bases.path(cfg)).exists() else []
     else:
         files = sorted(Path(cfg.bases_dir).glob("*.safetensors"))
-    wanted_hash = (
-        adapters.base_hash(run.path / "adapter") if isinstance(cfg.adapter, Lora) else None
-    )
+    is_lora = isinstance(cfg.adapter, Lora)
+    wanted_hash = adapters.base_hash(run.path / "adapter") if is_lora else None
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     for file in files:
         state = load_file(file)
