@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 Train = Callable[[Path], tuple[nn.Module, list[Row]]]
-"""Trains a base: from a folder for checkpoints to the trained model and the rows it logged."""
+"""A function that trains a base.
+
+It is given a folder for checkpoints, and gives the trained model and the rows that it logged.
+"""
 
 base_threads: int | None = None
 """CPU threads for training a base while other runs here wait for it; None: as for a run."""

@@ -106,9 +106,9 @@ def run_worker(plan: Plan, console: Console) -> None:
     If it fails, the process ends with code 1; it also ends as soon as its parent does.
     """
     if sys.platform == "linux":
-        # The kernel kills the processes when their parent ends. It does so to all at once, so that
-        # none takes another's end for a failure. It also ends a process that waits for the others
-        # inside a collective operation, where Python handles no gentler signal.
+        # The kernel kills the processes when their parent ends. It kills all at once: none lives on
+        # to report the end of another as a failure. It also ends a process that waits for the
+        # others inside a collective operation, where Python handles no gentler signal.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if process_rank():
         logging.getLogger("lora_lab").setLevel(logging.ERROR)  # process 0 logs the same

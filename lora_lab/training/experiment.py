@@ -191,14 +191,12 @@ def finish_run(trial: Trial, console: Console) -> None:
         return
     unlogged_trainer = plan.single_device_trainer(None, [], **change)
     _save_trained(plan.single_device_trainer(tracking, [], **change), trial)
-    arrays = spectra_callback.arrays()
+    updates, arrays = spectra_callback.updates, spectra_callback.arrays()
     # Written now too, so that the spectra are stored even if the analysis fails.
     findings.write(trial.run.path, arrays, None)
     module.prefix = ""
-    losses = partial(cut_losses, unlogged_trainer, module, trial.data, spectra_callback.updates)
-    learned = findings.analyze(
-        spectra_callback.updates, losses, cfg.spectra, cfg.bases_dir, console
-    )
+    losses = partial(cut_losses, unlogged_trainer, module, trial.data, updates)
+    learned = findings.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
     findings.write(trial.run.path, {**arrays, **learned.arrays}, learned.advice)
     assert module.final_step is not None
     tracking.log_findings(learned.metrics, learned.arrays, int(module.final_step["step"]))
@@ -229,11 +227,9 @@ def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
         _check_merge(trainer, trial)
         adapters.save(model, folder / "adapter")
         trial.tracking.log_artifact(folder / "adapter", "adapter")
-        costs |= {
-            "bytes/adapter": cost.adapter_bytes,
-            "bytes/optimizer": cost.optimizer_bytes,
-            "bytes/full_optimizer": cost.full_optimizer_bytes,
-        }
+        costs["bytes/adapter"] = cost.adapter_bytes
+        costs["bytes/optimizer"] = cost.optimizer_bytes
+        costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
     else:
         (folder / "model").mkdir()
         # Cloned because safetensors refuses two names for one memory, which tied weights have.
@@ -248,10 +244,8 @@ def log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:
     data.setup("fit")
     row: dict[str, float] = {}
     for metric, expected in data.predicted_metrics(model).items():
-        row |= {
-            f"theory/{metric}": expected.value,
-            f"theory_error/{metric}": expected.standard_error,
-        }
+        row[f"theory/{metric}"] = expected.value
+        row[f"theory_error/{metric}"] = expected.standard_error
     if row:
         tracking.log(row, 0)
 

@@ -163,14 +163,14 @@ def _find_sites(cfg: Config, model: nn.Module) -> list[Site]:
 
 
 _last_meta_model: tuple[Any, nn.Module] | None = None
-"""The model of the plan before, and what it was built from."""
+"""The model of the previous plan, and what it was built from."""
 
 
 def _meta_model(cfg: Config, sizes: dict[str, int]) -> nn.Module:
     """The model on the meta device.
 
-    The model of the plan before is used again if it was built from the same: building a large one
-    takes a second, and a multirun plans each of its points.
+    The model of the previous plan is used again if it was built from the same settings: building a
+    large one takes a second, and a multirun plans each of its points.
     """
     global _last_meta_model
     built_from = cfg.model.callee, repr((cfg.model.arguments, sizes))
@@ -272,20 +272,18 @@ def _check_fsdp(cfg: Config) -> None:
 
 def _check_checkpoint(base: CheckpointBase, model: nn.Module) -> str:
     """A base file's SHA-256. Raises ConfigError unless it holds exactly the model's weights."""
+    where = f"base.path={base.path}"
     try:
         with safe_open(base.path, "pt") as file:
             stored = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"base.path={base.path}: no safetensors file to be read: {error}"
-        ) from None
+        raise ConfigError(f"{where}: no safetensors file to be read: {error}") from None
     wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     if stored != wanted:
         differ = sorted(k for k in {**stored, **wanted} if stored.get(k) != wanted.get(k))
         shown = "; ".join(f"{k}: file {stored.get(k)}, model {wanted.get(k)}" for k in differ[:4])
         raise ConfigError(
-            f"base.path={base.path}: does not hold this model's weights "
-            f"({len(differ)} tensors differ: {shown})"
+            f"{where}: does not hold this model's weights ({len(differ)} tensors differ: {shown})"
         )
     with open(base.path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

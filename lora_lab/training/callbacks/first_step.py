@@ -15,11 +15,13 @@ from lora_lab.training.modules import BaseModule, Batch
 class FirstStep(Callback):
     """Logs two numbers of the first step that depend on the adapter's scaling.
 
-    `first_step/gradient_ratio` is ‖∇_Z‖ / ‖G‖: the gradient of the factors that start at zero (B;
-    of LoRA-XS the cores) over the dense gradient. `first_step/descent` is ⟨−G, ΔW⟩ / (η Σ‖G_o‖):
-    how far the step goes down the loss. Z are the factors that start at zero, η their learning
-    rate, G = ∂L/∂W the dense gradients of the first batch, G_o their rows, ΔW the update after the
-    step. Sums and norms are over all sites.
+    Z are the factors that start at zero (B; of LoRA-XS the cores), η their learning rate,
+    G = ∂L/∂W the dense gradients of the first batch, G_o their rows, ΔW the update after the step.
+    Sums and norms are over all sites.
+
+    `first_step/gradient_ratio` is ‖∇_Z‖ / ‖G‖, the size of the factors' gradient over that of the
+    dense gradient. `first_step/descent` is ⟨−G, ΔW⟩ / (η Σ‖G_o‖), how far the step goes down the
+    loss.
     """
 
     def __init__(self, updates: Updates, tracking: Tracking):

@@ -123,11 +123,11 @@ class SpectraCallback(Callback):
 
 
 def groups(spectra: Mapping[str, Spectrum], sites: Mapping[str, Site]) -> dict[str, Spectrum]:
-    """The spectra of groups of sites: `all`, and of several sites also by kind and by depth.
+    """The spectra of groups of sites: `all` of them, and the sites of each kind and of each depth.
 
-    A group's spectrum is that of the block-diagonal matrix of its ΔW. A single site is the group
-    `all` too, so that runs of one and of many sites share a chart. Depth is the first number in a
-    site's name, as 3 in `layers.3.attn.q`.
+    A group's spectrum is that of the block-diagonal matrix of its ΔW. Depth is the first number in
+    a site's name, as 3 in `layers.3.attn.q`. A run with a single site has the group `all` alone,
+    so that runs of one and of many sites share a chart.
     """
     if len(spectra) == 1:
         return {"all": spectrum_of_blocks(spectra.values())}
