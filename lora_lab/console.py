@@ -13,9 +13,9 @@ console = Console(width=None if sys.stdout.isatty() else 200)
 error_console = Console(stderr=True)
 
 
-def print_error(kind: str, message: str, suffix: str = "") -> None:
-    """Prints `kind: message suffix` to stderr, the kind in red."""
-    error_console.print(f"[red]{kind}:[/] {escape(message)}{suffix}", soft_wrap=True)
+def print_error(kind: str, message: str, suffix: str = "", to: Console = error_console) -> None:
+    """Prints `kind: message suffix`, the kind in red."""
+    to.print(f"[red]{kind}:[/] {escape(message)}{suffix}", soft_wrap=True)
 
 
 def show_log(to: Console = console) -> None:

@@ -24,13 +24,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.markup import escape
 
 from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, show_log, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, interruption_code
-from lora_lab.runs import RunFailedError
+from lora_lab.runs import Run, RunBusyError, RunFailedError, RunFinishedError
 from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
@@ -117,7 +116,6 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
     # Lightning and wandb take seconds to import: after the first checks, not before.
     with frozen_imports():
         from lora_lab import report
-        from lora_lab.runs import Run, RunBusyError, RunFinishedError
         from lora_lab.tracking import tracking
         from lora_lab.training import devices, experiment, plan
     silence_lightning()
@@ -138,17 +136,15 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
             tracking.copy_to_wandb(run_plan.cfg, run)
         if not (run.path / "report" / "table.md").exists():
             report.write_run(run)
-    except RunBusyError as error:
-        raise RunFailedError(str(error)) from None
     except (KeyboardInterrupt, SystemExit) as stop:
         if "SUBMITIT_EXECUTOR" in os.environ:
             raise  # its exit code tells submitit whether the job was queued again
         console.print(f"interrupted: the same command goes on with it ({run.path})")
         sys.exit(interruption_code(stop))
     except Exception as error:
-        raise RunFailedError(
-            f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
-        ) from error
+        # A busy run was not begun here: the log is the other process's.
+        cause = f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
+        raise RunFailedError(str(error) if isinstance(error, RunBusyError) else cause) from error
     if is_single:
         report.show_run(run, console)
 
@@ -157,14 +153,11 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
     """Trains the runs of a pack together. Raises RunFailedError if any of them failed."""
     from lora_lab import report
     from lora_lab.packing.runs import run_pack
-    from lora_lab.runs import Run, RunFinishedError
     from lora_lab.training import plan
 
     silence_lightning()
-    plans = [
-        _with_published(plan.plan(compose.compose_config(one)) if isinstance(one, list) else one)
-        for one in pack
-    ]
+    plans = [plan.plan(compose.compose_config(o)) if isinstance(o, list) else o for o in pack]
+    plans = [_with_published(run_plan) for run_plan in plans]
     try:
         errors = run_pack(plans, console)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -173,13 +166,11 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
         sys.exit(interruption_code(stop))
     messages = []
     for run_plan, error in zip(plans, errors, strict=True):
-        run = Run(run_plan.path)
         if error is None or isinstance(error, RunFinishedError):
-            report.write_run(run, run_plan.cfg.figures is True)
+            report.write_run(Run(run_plan.path), run_plan.cfg.figures is True)
         else:
             messages.append(f"{type(error).__name__}: {error}")
-            message = f"[red]failed:[/] {escape(messages[-1])} ({run.path / 'log.txt'})"
-            console.print(message, soft_wrap=True)
+            print_error("failed", messages[-1], f" ({run_plan.path / 'log.txt'})", to=console)
     if messages:
         raise RunFailedError(f"{len(messages)} of {len(plans)} runs of the pack; {messages[0]}")
 
@@ -196,11 +187,9 @@ def _with_published(run_plan: "Plan") -> "Plan":
     if cfg.published is None:
         return run_plan
     paper = compose.published_config(HydraConfig.get().runtime.choices["experiment"], cfg)
-    rows = {
-        "base": cfg.published.base if bases.key(cfg) == bases.key(paper) else {},
-        "adapted": cfg.published.adapted if cfg.identity() == paper.identity() else {},
-    }
-    published = cfg.published.model_copy(update=rows)
+    base = cfg.published.base if bases.key(cfg) == bases.key(paper) else {}
+    adapted = cfg.published.adapted if cfg.identity() == paper.identity() else {}
+    published = cfg.published.model_copy(update={"base": base, "adapted": adapted})
     return replace(run_plan, cfg=cfg.model_copy(update={"published": published}))
 
 
@@ -241,12 +230,10 @@ def _finish_multirun(jobs: "list[Job]") -> None:
     from lora_lab import report
     from lora_lab.sweeps import multirun
 
-    output_folder = multirun.close()
     rows = [(job.overrides, job.path, job.state, job.cause) for job in jobs]
     console.print(report.job_table(rows))
-    if output_folder:
-        line = f"output of jobs that were lost: {output_folder}"
-        console.print(line, soft_wrap=True, highlight=False)
+    if folder := multirun.close():
+        console.print("output of jobs that were lost:", folder, soft_wrap=True, highlight=False)
 
 
 @contextmanager

@@ -70,17 +70,16 @@ def plan_jobs(points: Iterable[list[str]]) -> list[Job]:
 
     A wrong config raises nothing: the job has the error, so that the other jobs can run.
     """
-    return [_job(overrides, cfg) for overrides, cfg in compose.compose_points(points)]
-
-
-def _job(overrides: list[str], cfg: Config | ConfigError) -> Job:
-    try:
-        if isinstance(cfg, ConfigError):
-            raise cfg
-        job_plan = plan_job(cfg)
-        return Job(overrides, job_plan.path, plan=job_plan)
-    except ConfigError as error:
-        return Job(overrides, None, str(error))
+    jobs = []
+    for overrides, cfg in compose.compose_points(points):
+        try:
+            if isinstance(cfg, ConfigError):
+                raise cfg
+            job_plan = plan_job(cfg)
+            jobs.append(Job(overrides, job_plan.path, plan=job_plan))
+        except ConfigError as error:
+            jobs.append(Job(overrides, None, str(error)))
+    return jobs
 
 
 def plan_job(cfg: Config) -> Plan:
@@ -97,9 +96,8 @@ def plan_job(cfg: Config) -> Plan:
 
 def find_job(overrides: Sequence[str]) -> Job:
     """The job with these overrides: the one checked before the multirun began, else a new one."""
-    point = list(overrides)
-    known = [job for job in (_current.jobs if _current else ()) if job.overrides == point]
-    return known[0] if known else plan_jobs([point])[0]
+    point, jobs = list(overrides), _current.jobs if _current else []
+    return next((job for job in jobs if job.overrides == point), None) or plan_jobs([point])[0]
 
 
 def set_jobs(jobs: list[Job], total: int = 0) -> None:
@@ -175,10 +173,9 @@ def progress_line() -> str | None:
     failed = sum(status["state"] == "failed" for status in new_statuses)
     left = _current.total - done - failed - len(_current.lost)
     seconds = [s["seconds"] for s in new_statuses if s["state"] in ("finished", "failed")]
+    others = {"running": running, "failed": failed, "interrupted": len(_current.lost)}
     parts = [f"{done} of {_current.total} done"]
-    parts += [f"{running} running"] if running else []
-    parts += [f"{failed} failed"] if failed else []
-    parts += [f"{len(_current.lost)} interrupted"] if _current.lost else []
+    parts += [f"{n} {state}" for state, n in others.items() if n]
     if seconds and left:
         # `running` jobs share what is left.
         estimate = sum(seconds) / len(seconds) * left / max(1, running)

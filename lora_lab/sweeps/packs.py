@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from omegaconf import DictConfig
 from rich.console import Console
 
 from lora_lab.adapters import INITS
@@ -13,14 +14,15 @@ from lora_lab.runs import NOT_IN_IDENTITY
 from lora_lab.sweeps.multirun import Job
 from lora_lab.training.plan import Plan
 
-ELEMENTWISE_OPTIMIZERS = (
-    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"),
-    *("RMSprop", "Rprop", "SGD"),
-)
+ELEMENTWISE_OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam")
+ELEMENTWISE_OPTIMIZERS += ("RAdam", "RMSprop", "Rprop", "SGD")
 """torch's optimizers that move each number by its own gradient alone, as a pack needs it.
 
 Adafactor, Muon and LBFGS do not: they would mix the runs that lie in one stacked parameter.
 """
+
+Pack = list[int]
+"""Jobs that are trained together, or one alone, as indices of a launcher's list of jobs."""
 
 VARIES_IN_PACK = ("r", "alpha", "dropout", "init")
 """Settings of a target that may differ between the runs of a pack."""
@@ -67,9 +69,27 @@ def pack_key(cfg: Config) -> str:
     return content_hash([content, *kinds, adapter["dora"], cfg.optimizer.target])
 
 
+def packs_to_run(jobs: Sequence[Job], config: DictConfig, processes: int) -> list[Pack]:
+    """The jobs that a launcher has to run: in packs where it has pack=true, else one by one.
+
+    Not run are those with an invalid config and, unless overwrite=true, those that are finished and
+    have their report. `processes` is how many packs can be trained side by side.
+    """
+    wanted = [i for i, job in enumerate(jobs) if _needs_process(job, config.overwrite)]
+    launcher = config.hydra.launcher
+    if launcher.pack and wanted:
+        return group_into_packs(jobs, wanted, processes, launcher.max_runs)
+    return [[i] for i in wanted]
+
+
+def _needs_process(job: Job, overwrite: bool) -> bool:
+    has_report = job.path is not None and (job.path / "report" / "table.md").exists()
+    return job.path is not None and (overwrite or job.state != "finished" or not has_report)
+
+
 def group_into_packs(
     jobs: Sequence[Job], wanted: Sequence[int], processes: int, max_runs: int | None
-) -> list[list[int]]:
+) -> list[Pack]:
     """Sorts the `wanted` jobs, indices of `jobs`, into packs; a job by itself is a pack of one.
 
     Prints the sizes of the packs, and why other jobs run alone.
@@ -85,7 +105,7 @@ def group_into_packs(
         if reason := reason_to_run_alone(plan):
             reasons[reason] += 1
         jobs_by_key.setdefault(f"alone {i}" if reason else pack_key(plan.cfg), []).append(i)
-    packs: list[list[int]] = []
+    packs: list[Pack] = []
     for group in jobs_by_key.values():
         share = round(processes * len(group) / len(wanted))
         packs += _split(group, jobs, max(1, min(len(group), share)), max_runs or len(group))
@@ -93,7 +113,7 @@ def group_into_packs(
     return packs
 
 
-def _split(group: list[int], jobs: Sequence[Job], parts: int, max_runs: int) -> list[list[int]]:
+def _split(group: list[int], jobs: Sequence[Job], parts: int, max_runs: int) -> list[Pack]:
     """Jobs that may be one pack in `parts` packs, or in more where `max_runs` asks for it.
 
     Sorted by rank and dealt out in turn, so that packs cost the same and end together: of ranks
@@ -104,7 +124,7 @@ def _split(group: list[int], jobs: Sequence[Job], parts: int, max_runs: int) -> 
     return [group[part::parts] for part in range(parts)]
 
 
-def _print_packs(packs: list[list[int]], reasons: Counter[str]) -> None:
+def _print_packs(packs: list[Pack], reasons: Counter[str]) -> None:
     console = Console(width=200, highlight=False)
     sizes = ", ".join(str(len(pack)) for pack in packs if len(pack) > 1)
     if sizes:
@@ -115,7 +135,7 @@ def _print_packs(packs: list[list[int]], reasons: Counter[str]) -> None:
         console.print(f"[bold]alone:[/] {others} of the runs: no other has base, data and targets")
 
 
-def pack_task(launcher: Any, jobs: Sequence[Job], pack: list[int], elsewhere: bool = False) -> Any:
+def pack_task(launcher: Any, jobs: Sequence[Job], pack: Pack, elsewhere: bool = False) -> Any:
     """The function that a pack's process calls: `train.job` for one job, or for the full pack.
 
     Plans are sent with it. Where the process is `elsewhere`, on another machine, it gets overrides

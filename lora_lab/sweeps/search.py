@@ -12,11 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 from lora_lab.runs import Run
 from lora_lab.seeding import generator
 from lora_lab.sweeps import multirun
-from lora_lab.sweeps.multirun import Job
-from lora_lab.sweeps.search_space import Parameter
+from lora_lab.sweeps.search_space import Space
 from lora_lab.sweeps.sweep_file import Goal, Sweep
-
-Space = dict[str, Parameter]
 
 STARTUP_TRIALS = 10
 """Trials of bayes that are drawn at random before it learns from results.
@@ -96,7 +93,7 @@ class BayesSearch:
                 else:
                     self._study.tell(number, state=TrialState.FAIL)
 
-    def best_run(self) -> tuple[Job, float] | None:
+    def best_run(self) -> tuple[multirun.Job, float] | None:
         """The best job so far and its metric; None before the first has finished."""
         if not self._trials(DONE):
             return None

@@ -12,12 +12,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna import distributions
 
 from lora_lab.config.schema import ConfigError, nearest
 
@@ -61,10 +56,14 @@ class Parameter:
     values in a grid; None where the form cannot be in a grid.
     """
 
-    distribution: BaseDistribution
+    distribution: distributions.BaseDistribution
     value_of_draw: Callable[[Any], Any]
     extremes: list[Any]
     grid_values: list[Any] | None = None
+
+
+Space = dict[str, Parameter]
+"""The swept parameters by name."""
 
 
 def parse_parameter(spec: Any) -> Parameter:
@@ -113,10 +112,9 @@ def _check_keys(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
         known = f"{nearest(kind, FORMS)} (there are {', '.join(FORMS)})"
         raise ConfigError(f"distribution={kind}: there is no such distribution{known}")
     given = {key: value for key, value in spec.items() if key != "distribution"}
-    for key in given:
-        if key not in FORMS[kind]:
-            takes = ", ".join(FORMS[kind])
-            raise ConfigError(f"{key}: {kind} has no such key{nearest(key, FORMS[kind])} ({takes})")
+    if unknown := [key for key in given if key not in FORMS[kind]]:
+        known = f"{nearest(unknown[0], FORMS[kind])} ({', '.join(FORMS[kind])})"
+        raise ConfigError(f"{unknown[0]}: {kind} has no such key{known}")
     keys = {**FORMS[kind], **given}
     if missing := [key for key, value in keys.items() if key not in given and value is None]:
         raise ConfigError(f"{missing[0]}: must be given, {kind} needs it")
@@ -134,21 +132,19 @@ def _choice(values: Any, probabilities: Any = None) -> Parameter:
             raise ConfigError(f"{value}: a dict is no setting; give its keys one by one, with dots")
     texts = list(dict.fromkeys(map(str, values)))
     if probabilities is None:
-        return Parameter(CategoricalDistribution(texts), str, texts, texts)
-    shares = probabilities if isinstance(probabilities, list) else []
-    fits = len(shares) == len(values) and all(isinstance(p, int | float) and p >= 0 for p in shares)
+        return Parameter(distributions.CategoricalDistribution(texts), str, texts, texts)
+    count, shares = len(values), probabilities if isinstance(probabilities, list) else []
+    fits = len(shares) == count and all(isinstance(p, int | float) and p >= 0 for p in shares)
     if not fits or not math.isclose(sum(shares), 1):
-        raise ConfigError(
-            f"probabilities={probabilities}: must be {len(values)} shares that add up to 1"
-        )
+        raise ConfigError(f"probabilities={probabilities}: must be {count} shares that add up to 1")
     # Probabilities [0.7, 0.3] have the upper edges [0.7, 1]: u = 0.8 is past one edge, value 1.
     edges = list(accumulate(shares))
 
     def value_of(u: float) -> str:
         index = sum(u >= edge for edge in edges)
-        return str(values[min(index, len(values) - 1)])
+        return str(values[min(index, count - 1)])
 
-    return Parameter(FloatDistribution(0, 1), value_of, texts)
+    return Parameter(distributions.FloatDistribution(0, 1), value_of, texts)
 
 
 def _number(kind: str, keys: dict[str, Any]) -> Parameter:
@@ -163,17 +159,17 @@ def _number(kind: str, keys: dict[str, Any]) -> Parameter:
     if unstepped == "int_uniform":
         if not (isinstance(low, int) and isinstance(high, int)):
             raise ConfigError(f"min={low} max={high}: must be whole numbers with int_uniform")
-        return Parameter(IntDistribution(low, high), int, [low, high], [*range(low, high + 1)])
+        grid = [*range(low, high + 1)]
+        return Parameter(distributions.IntDistribution(low, high), int, [low, high], grid)
     if unstepped == "uniform":
-        distribution = FloatDistribution(low, high)
+        distribution = distributions.FloatDistribution(low, high)
     elif "log_uniform" in unstepped:
         distribution = _log_uniform(kind, low, high)
     else:
-        distribution = FloatDistribution(TAIL, 1 - TAIL)
+        distribution = distributions.FloatDistribution(TAIL, 1 - TAIL)
         value = _normal_quantile(unstepped, keys["mu"], keys["sigma"])
     if q is None:
-        ends = [value(distribution.low), value(distribution.high)]
-        return Parameter(distribution, value, ends)
+        return Parameter(distribution, value, [value(distribution.low), value(distribution.high)])
 
     def step(draw: float) -> float:
         # An integer where q is one; and 0.3, not 0.30000000000000004.
@@ -184,14 +180,14 @@ def _number(kind: str, keys: dict[str, Any]) -> Parameter:
     return Parameter(distribution, step, [step(distribution.low), step(distribution.high)], grid)
 
 
-def _log_uniform(kind: str, low: float, high: float) -> FloatDistribution:
+def _log_uniform(kind: str, low: float, high: float) -> distributions.FloatDistribution:
     """The distribution of x where log x, or log 1/x, is uniform; see FORMS for the bounds."""
     if not kind.endswith("_values"):  # the bounds are exponents of e
         low, high = (-high, -low) if kind.startswith("inv") else (low, high)
         low, high = math.exp(low), math.exp(high)
     elif low <= 0:
         raise ConfigError(f"min={low}: must be more than 0 with {kind}")
-    return FloatDistribution(low, high, log=True)
+    return distributions.FloatDistribution(low, high, log=True)
 
 
 def _normal_quantile(unstepped: str, mu: float, sigma: float) -> Callable[[float], float]:

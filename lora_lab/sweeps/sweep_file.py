@@ -10,7 +10,7 @@ import yaml
 
 from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError, nearest
-from lora_lab.sweeps.search_space import Parameter, parse_parameter
+from lora_lab.sweeps.search_space import Space, parse_parameter
 
 Goal = Literal["minimize", "maximize"]
 
@@ -31,8 +31,8 @@ class Sweep:
     early_terminate: bool
     fixed_overrides: list[str]
     """Overrides of all runs: parameters with one value, and the command line's."""
-    space: dict[str, Parameter]
-    """The swept parameters by name, in alphabetical order as W&B takes them."""
+    space: Space
+    """The swept parameters, in alphabetical order as W&B takes them."""
     hydra_overrides: list[str]
     """Overrides of Hydra itself, as hydra/launcher=joblib."""
 
@@ -81,7 +81,7 @@ def read_sweep(path: Path, overrides: Sequence[str]) -> Sweep:
     # Our files ask W&B's agents for tracking=online. Runs here have no agent and may have no
     # account, so that the user's tracking setting stands.
     specs = {str(k): v for k, v in specs.items() if (k, v) != ("tracking", {"value": "online"})}
-    fixed, space = _apply_overrides(_parse_parameters(specs), method, overrides)
+    fixed, space = _with_overrides(_parse_parameters(specs), method, overrides)
     early_terminate = bool(content.get("early_terminate"))
     hydra = [override for override in overrides if _is_hydras(override)]
     return Sweep(method, metric, goal, cap, early_terminate, fixed, space, hydra)
@@ -95,17 +95,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError("must be a mapping with method and parameters")
-    for key in content:
-        if key not in KEYS:
-            raise ConfigError(
-                f"{key}: there is no such key{nearest(key, KEYS)} ({', '.join(KEYS)})"
-            )
+    if unknown := [key for key in content if key not in KEYS]:
+        known = f"{nearest(unknown[0], KEYS)} ({', '.join(KEYS)})"
+        raise ConfigError(f"{unknown[0]}: there is no such key{known}")
     return content
 
 
-def _parse_parameters(specs: dict[str, Any]) -> dict[str, Parameter]:
+def _parse_parameters(specs: dict[str, Any]) -> Space:
     """The parameters of the file by name, each checked to be one value per run."""
-    space: dict[str, Parameter] = {}
+    space: Space = {}
     for key, spec in specs.items():
         if not all(c.isalnum() or c in "_.-" for c in key):
             raise ConfigError(f"parameters.{key}: W&B takes letters, digits and _ . - in a name")
@@ -120,9 +118,7 @@ def _parse_parameters(specs: dict[str, Any]) -> dict[str, Parameter]:
     return space
 
 
-def _apply_overrides(
-    space: dict[str, Parameter], method: str, overrides: Sequence[str]
-) -> tuple[list[str], dict[str, Parameter]]:
+def _with_overrides(space: Space, method: str, overrides: Sequence[str]) -> tuple[list[str], Space]:
     """The fixed overrides and the swept parameters, after the command line's overrides.
 
     `adapter.r=4` fixes a parameter; `adapter.r=2,4` sweeps over these values in its place.
@@ -143,11 +139,7 @@ def _apply_overrides(
                 f"parameters.{key}: a grid takes value, values, int_uniform or q_uniform; "
                 "other distributions are for random and bayes"
             )
-    constant = {
-        key: parameter.extremes[0]
-        for key, parameter in space.items()
-        if len({*parameter.extremes}) == 1
-    }
+    constant = {key: p.extremes[0] for key, p in space.items() if len({*p.extremes}) == 1}
     fixed = [f"{key}={value}" for key, value in constant.items()] + command_line
     return fixed, {key: space[key] for key in sorted(space) if key not in constant}
 
@@ -174,12 +166,9 @@ def _metric(spec: Any) -> tuple[str | None, Goal]:
         return None, "minimize"
     if not isinstance(spec, dict) or "name" not in spec:
         raise ConfigError(f"metric={spec}: must be {{name: val/loss, goal: minimize}}")
-    for key in spec:
-        if key not in ("name", "goal"):
-            hint = nearest(key, ("name", "goal"))
-            raise ConfigError(
-                f"metric.{key}: is not supported here{hint}; a metric has name and goal"
-            )
+    if unknown := [key for key in spec if key not in ("name", "goal")]:
+        key, hint = unknown[0], nearest(unknown[0], ("name", "goal"))
+        raise ConfigError(f"metric.{key}: is not supported here{hint}; a metric has name and goal")
     name, goal = str(spec["name"]), spec.get("goal", "minimize")
     if goal not in ("minimize", "maximize"):
         known = nearest(goal, ("minimize", "maximize"))

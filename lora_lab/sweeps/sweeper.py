@@ -11,8 +11,6 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.multirun import Job
@@ -31,7 +29,6 @@ class Search(Protocol):
 
     def tell(self) -> None:
         """Called when the jobs that `ask` gave last have ended."""
-        ...
 
 
 class JobList:
@@ -60,14 +57,12 @@ class PointSweeper(Sweeper):
 
     search: ClassVar[Search]
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Makes the launcher that the config names; Hydra calls this before `sweep`."""
-        self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+    def setup(self, **settings: Any) -> None:
+        """Makes the launcher that the config names; Hydra calls this before `sweep`.
+
+        `settings` are hydra_context, task_function and config, all for the launcher.
+        """
+        self.launcher = Plugins.instance().instantiate_launcher(**settings)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs all jobs of the search. Then raises the error of the first that failed, if any."""

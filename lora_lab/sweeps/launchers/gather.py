@@ -1,7 +1,7 @@
 """Runs jobs in other processes: starts them, watches them, prints how far they are, ends them.
 
-Both launchers use `gather`. What differs between processes of this machine and a cluster's jobs is
-in their workers.
+All launchers use `Pool`. What differs between processes of this machine and a cluster's jobs is in
+their workers.
 """
 
 import signal
@@ -10,17 +10,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lora_lab.config.schema import ConfigError
+from lora_lab.console import console
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.multirun import Job
+from lora_lab.sweeps.packs import Pack
 
 SLOW_POLL = 1.0
 """Where workers are polled no more often than this, in seconds, each change is printed.
@@ -45,112 +47,93 @@ class Worker(Protocol):
 
         A LostError where the process was killed, so that its run's status does not say so.
         """
-        ...
 
     def stop(self) -> None:
         """Asks it to end, so that its runs are interrupted and can go on later."""
-        ...
 
     def kill(self) -> None:
         """Ends it at once."""
-        ...
 
 
-Start = Callable[[list[int], int], Worker]
-"""Starts a pack, given as indices of jobs, in a place: 0 … at_once − 1, used by no other then."""
+Start = Callable[[Pack, int], Worker]
+"""Starts a pack in a place: 0 … at_once − 1, used by no other pack at that time."""
+
+Overrides = Sequence[Sequence[str]]
+"""The overrides of several jobs, as Hydra gives them to a launcher."""
 
 
 class LostError(RunFailedError):
     """A job whose process was killed or cancelled before it could write how its run ended."""
 
 
-def needs_process(job: Job, config: DictConfig) -> bool:
-    """Whether a job is to be run: its config is valid, and it is not finished and reported."""
-    if job.path is None:
-        return False
-    done = job.state == "finished" and (job.path / "report" / "table.md").exists()
-    return config.overwrite or not done
+class Pool:
+    """Runs packs of jobs in workers, `at_once` of them side by side, and gives how each job ended.
 
-
-def gather(
-    jobs: Sequence[Job],
-    packs: Sequence[list[int]],
-    config: DictConfig,
-    start: Start,
-    at_once: int,
-    poll_seconds: float,
-) -> list[JobReturn]:
-    """Runs `packs`, lists of indices of `jobs`, in workers; gives how each of `jobs` ended.
-
-    `at_once` packs run side by side. Jobs in no pack are not run: their configs are wrong or they
-    are finished. With sweep.fail_fast no job begins after the first failure. If this process is
-    ended by Ctrl-C, SIGTERM or another exception, the workers are ended first.
+    Jobs in none of the packs are not run: their configs are wrong or they are finished. With
+    sweep.fail_fast no job begins after the first failure.
     """
-    Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-    multirun.set_directory(Path(config.hydra.sweep.dir))
-    pool = _Pool(jobs, packs, config.sweep.fail_fast, start, at_once)
-    printed: str | None = None
-    try:
-        with _exit_on_signals():
-            while pool.waiting or pool.running:
-                pool.fill()
-                time.sleep(poll_seconds)
-                has_news = pool.collect()
-                if has_news or poll_seconds >= SLOW_POLL:
-                    printed = _print_progress(printed)
-    except BaseException:
-        _end([worker for _, worker in pool.running.values()])
-        raise
-    return _returns(jobs, pool.errors, config)
-
-
-class _Pool:
-    """The packs that wait, those that run, and how the jobs of the others ended."""
 
     def __init__(
-        self,
-        jobs: Sequence[Job],
-        packs: Sequence[list[int]],
-        fail_fast: bool,
-        start: Start,
-        at_once: int,
+        self, jobs: list[Job], packs: list[Pack], config: DictConfig, start: Start, at_once: int
     ):
-        self.jobs, self.fail_fast, self.start = jobs, fail_fast, start
+        self.jobs, self.config, self.start = jobs, config, start
         self.waiting = deque(packs)
         self.places = range(min(at_once, len(packs)))
-        self.running: dict[int, tuple[list[int], Worker]] = {}  # by place
-        packed = {i for pack in packs for i in pack}
-        self.errors: dict[int, Exception | None] = {  # by job, None of those that finished
-            i: ConfigError(job.error) if job.error else None
-            for i, job in enumerate(jobs)
-            if i not in packed
-        }
+        self.running: dict[int, tuple[Pack, Worker]] = {}  # by place
+        # The error of each job; None of those that finished.
+        errors = (ConfigError(job.error) if job.error else None for job in jobs)
+        self.errors: list[Exception | None] = list(errors)
+        for i in chain(*packs):
+            self.errors[i] = RunFailedError("not begun: sweep.fail_fast ended the multirun before")
+        self.printed = ""
 
-    def fill(self) -> None:
+    def run(self, poll_seconds: float) -> list[JobReturn]:
+        """Runs all packs, and looks at their workers once in `poll_seconds`.
+
+        If this process is ended by Ctrl-C, SIGTERM or another exception, the workers are ended
+        first.
+        """
+        directory = Path(self.config.hydra.sweep.dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        multirun.set_directory(directory)
+        try:
+            with _exit_on_signals():
+                while self.waiting or self.running:
+                    self._fill()
+                    time.sleep(poll_seconds)
+                    if self._collect() or poll_seconds >= SLOW_POLL:
+                        self._print_progress()
+        except BaseException:
+            _end([worker for _, worker in self.running.values()])
+            raise
+        returns = []
+        for job, error in zip(self.jobs, self.errors, strict=True):
+            status = JobStatus.FAILED if error else JobStatus.COMPLETED
+            returns.append(JobReturn(job.overrides, self.config, status=status))
+            returns[-1].return_value = error
+        return returns
+
+    def _fill(self) -> None:
         """Starts a waiting pack in each free place."""
         for place in self.places:
             if self.waiting and place not in self.running:
                 pack = self.waiting.popleft()
                 self.running[place] = pack, self.start(pack, place)
 
-    def collect(self) -> bool:
+    def _collect(self) -> bool:
         """Records how the packs that have ended did; whether any had."""
-        before = len(self.errors)
-        for place, (pack, worker) in list(self.running.items()):
-            if worker.ended():
-                del self.running[place]
-                error = worker.error()
-                self._record(pack, error)
-                if error and self.fail_fast:
-                    self._cancel_rest()
-        return len(self.errors) > before
-
-    def _record(self, pack: list[int], error: Exception | None) -> None:
-        for i in pack:
-            self.errors[i] = _job_error(self.jobs[i], error, len(pack))
-            path = self.jobs[i].path
-            if path and isinstance(self.errors[i], LostError):
-                multirun.mark_lost(path, str(error))
+        ended = [place for place, (_, worker) in self.running.items() if worker.ended()]
+        for place in ended:
+            pack, worker = self.running.pop(place)
+            error = worker.error()
+            for i in pack:
+                self.errors[i] = _job_error(self.jobs[i], error, len(pack))
+                path = self.jobs[i].path
+                if path and isinstance(self.errors[i], LostError):
+                    multirun.mark_lost(path, str(error))
+            if error and self.config.sweep.fail_fast:
+                self._cancel_rest()
+        return bool(ended)
 
     def _cancel_rest(self) -> None:
         """Starts no more packs, and stops those that SLURM has in its queue but has not begun."""
@@ -158,6 +141,14 @@ class _Pool:
         for pack, worker in self.running.values():
             if all(self.jobs[i].state == "none" for i in pack):
                 worker.stop()
+
+    def _print_progress(self) -> None:
+        """Prints how far the multirun is, if that has changed since it was printed last."""
+        line = multirun.progress_line() or ""
+        counts, _, _ = line.partition(", about")  # the time left changes with each look
+        if counts != self.printed:
+            console.print(f"[bold]multirun:[/] {line}", highlight=False)
+            self.printed = counts
 
 
 def _job_error(job: Job, error: Exception | None, pack_size: int) -> Exception | None:
@@ -169,32 +160,6 @@ def _job_error(job: Job, error: Exception | None, pack_size: int) -> Exception |
     if pack_size == 1 or error is None or job.state == "finished":
         return None if pack_size > 1 else error
     return RunFailedError(job.cause) if job.state == "failed" else error
-
-
-def _print_progress(printed: str | None) -> str | None:
-    """Prints the multirun's progress if its counts are not those `printed` last; gives them."""
-    line = multirun.progress_line()
-    if line is None:
-        return printed
-    counts, _, _ = line.partition(", about")  # the time left changes with each look
-    if counts != printed:
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        console.print(f"[bold]multirun:[/] {line}", highlight=False)
-    return counts
-
-
-def _returns(
-    jobs: Sequence[Job], errors: dict[int, Exception | None], config: DictConfig
-) -> list[JobReturn]:
-    """How each job ended, as Hydra has it. A job without an entry in `errors` was not begun."""
-    not_begun = RunFailedError("not begun: sweep.fail_fast ended the multirun before")
-    returns = []
-    for i, job in enumerate(jobs):
-        error = errors.get(i, not_begun)
-        status = JobStatus.FAILED if error else JobStatus.COMPLETED
-        returns.append(JobReturn(job.overrides, config, status=status))
-        returns[-1].return_value = error
-    return returns
 
 
 @contextmanager

@@ -28,9 +28,9 @@ from lora_lab.config.schema import ConfigError
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, FINISHED, SIGTERM
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
-from lora_lab.sweeps.launchers.gather import LostError, gather, needs_process
+from lora_lab.sweeps.launchers.gather import LostError, Overrides, Pool
 from lora_lab.sweeps.multirun import Job
-from lora_lab.sweeps.packs import group_into_packs, pack_task
+from lora_lab.sweeps.packs import Pack, pack_task, packs_to_run
 from lora_lab.training import bases
 
 
@@ -59,26 +59,21 @@ class ProcessLauncher(JoblibLauncher):
         runs_per_pack = (settings.get("max_runs") or 8) if settings.get("pack") else 1
         return self.process_count * runs_per_pack
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> list[JobReturn]:
+    def launch(self, job_overrides: Overrides, initial_job_idx: int) -> list[JobReturn]:
         """Runs the jobs and waits for all of them. Gives how each ended."""
-        context, config = self.hydra_context, self.config
-        assert context is not None
+        config, context, hydra_state = self.config, self.hydra_context, Singleton.get_state()
         assert config is not None
         jobs = [multirun.find_job(overrides) for overrides in job_overrides]
-        wanted = [i for i, job in enumerate(jobs) if needs_process(job, config)]
-        gpus, at_once, packs = self.gpus, self.process_count, [[i] for i in wanted]
-        if self.joblib["pack"] and wanted:
-            packs = group_into_packs(jobs, wanted, at_once, self.joblib["max_runs"])
+        gpus, at_once = self.gpus, self.process_count
+        packs = packs_to_run(jobs, config, at_once)
+        if self.joblib["pack"] and packs:
             at_once = min(at_once, len(packs))
-        threads = _threads([jobs[i] for i in wanted], at_once)
+        threads = _threads([jobs[i] for pack in packs for i in pack], at_once)
         server = multiprocessing.get_context("forkserver")
         logs = Path(config.hydra.sweep.dir).absolute()
-        hydra_state = Singleton.get_state()
 
-        def start(pack: list[int], place: int) -> JobProcess:
-            number, overrides = initial_job_idx + pack[0], list(job_overrides[pack[0]])
+        def start(pack: Pack, place: int) -> JobProcess:
+            number, overrides = initial_job_idx + pack[0], jobs[pack[0]].overrides
             task = pack_task(self, jobs, pack)
             # cloudpickle, because a plan holds functions that pickle does not know by a name.
             call = cloudpickle.dumps((number, overrides, context, config, task, hydra_state))
@@ -88,7 +83,7 @@ class ProcessLauncher(JoblibLauncher):
             process.start()
             return JobProcess(process, log)
 
-        return gather(jobs, packs, config, start, at_once, poll_seconds=0.2)
+        return Pool(jobs, packs, config, start, at_once).run(poll_seconds=0.2)
 
 
 def _threads(jobs: Sequence[Job], at_once: int) -> tuple[int, int]:
@@ -120,9 +115,8 @@ def resolve_n_jobs(n_jobs: int | None, gpu_count: int, devices: object) -> int:
 
 def visible_gpus() -> list[str]:
     """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
-    if names := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return names.split(",")
-    return list(map(str, range(torch.cuda.device_count())))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",") if names else list(map(str, range(torch.cuda.device_count())))
 
 
 def gpus_of_job(gpus: list[str], place: int, job_count: int) -> list[str]:
@@ -138,11 +132,10 @@ def gpus_of_job(gpus: list[str], place: int, job_count: int) -> list[str]:
 
 
 class JobProcess:
-    """A job's process, as a worker of `gather`. `log` has its output, kept if it was killed."""
+    """A job's process, as a worker of a Pool. `log` has its output, kept if it was killed."""
 
     def __init__(self, process: BaseProcess, log: Path):
-        self.process = process
-        self.log = log
+        self.process, self.log = process, log
 
     def ended(self) -> bool:
         """Whether it runs no more."""

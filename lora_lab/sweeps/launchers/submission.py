@@ -8,7 +8,6 @@ import copy
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import submitit
@@ -21,14 +20,11 @@ from omegaconf import OmegaConf
 from submitit.core.utils import UncompletedJobError
 
 from lora_lab.sweeps import multirun
-from lora_lab.sweeps.launchers.gather import LostError, Start, gather, needs_process
-from lora_lab.sweeps.packs import group_into_packs, pack_task
+from lora_lab.sweeps.launchers.gather import LostError, Overrides, Pool
+from lora_lab.sweeps.packs import Pack, pack_task, packs_to_run
 
 MISSING = 30
 """Seconds after which a job that is not in SLURM's queue and has left no result is lost."""
-
-Submit = Callable[[list[int]], submitit.Job[JobReturn]]
-"""Submits a pack, given as indices of jobs."""
 
 
 class _Launcher(BaseSubmititLauncher):
@@ -42,39 +38,35 @@ class _Launcher(BaseSubmititLauncher):
     def executor(self) -> submitit.AutoExecutor:
         """submitit's executor, with the launcher's parameters. Raises HydraException."""
         params = {key: value for key, value in self.params.items() if value is not None}
-        folder, timeouts = params.pop("submitit_folder"), params.pop("max_num_timeout")
+        cluster, folder = self._EXECUTOR, params.pop("submitit_folder")
+        timeouts = {f"{cluster}_max_num_timeout": params.pop("max_num_timeout")}
         for ours in ("pack", "max_runs"):
             params.pop(ours, None)
-        cluster, common = self._EXECUTOR, OmegaConf.structured(BaseQueueConf)
         assert self.config is not None
         trainer = self.config.trainer
         if cluster == "local":
-            del params["array_parallelism"]  # submitit has no such limit here: `gather` keeps it
+            del params["array_parallelism"]  # submitit has no such limit here: Pool keeps it
         elif "gpus_per_node" not in params and trainer.accelerator in ("gpu", "cuda"):
             params["gpus_per_node"] = trainer.devices
+        # submitit wants the cluster's name before settings that only this cluster has: slurm_qos.
+        common = OmegaConf.structured(BaseQueueConf)
+        params = {key if key in common else f"{cluster}_{key}": v for key, v in params.items()}
         try:
-            executor = submitit.AutoExecutor(
-                folder, cluster=cluster, **{f"{cluster}_max_num_timeout": timeouts}
-            )
-            # submitit wants the cluster's name before settings that are its alone: slurm_qos.
-            executor.update_parameters(
-                **{key if key in common else f"{cluster}_{key}": v for key, v in params.items()}
-            )
+            executor = submitit.AutoExecutor(folder, cluster=cluster, **timeouts)
+            executor.update_parameters(**params)
         except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
             text = " ".join(str(error).split())
             raise HydraException(f"hydra/launcher=submitit_{cluster}: {text}") from None
         return executor
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> list[JobReturn]:
+    def launch(self, job_overrides: Overrides, initial_job_idx: int) -> list[JobReturn]:
         """Runs the jobs and waits for all of them. Gives how each ended."""
         config, hydra_state = self.config, Singleton.get_state()
         assert config is not None
         executor = self.executor()
         jobs = [multirun.find_job(overrides) for overrides in job_overrides]
 
-        def submit(pack: list[int]) -> submitit.Job[JobReturn]:
+        def submit(pack: Pack) -> submitit.Job[JobReturn]:
             # Called by submitit in the job's process. The launcher itself is what is called, for
             # its method `checkpoint`, by which submitit queues a preempted job again.
             callee, number = copy.copy(self), initial_job_idx + pack[0]
@@ -82,21 +74,23 @@ class _Launcher(BaseSubmititLauncher):
             overrides = jobs[pack[0]].overrides
             return executor.submit(callee, overrides, "hydra.sweep.dir", number, "", hydra_state)
 
-        wanted = [i for i, job in enumerate(jobs) if needs_process(job, config)]
-        packs = [[i] for i in wanted]
-        if self.params["pack"] and wanted:
-            packs = group_into_packs(jobs, wanted, 1, self.params["max_runs"])
-        returns = gather(jobs, packs, config, *self.workers(executor, submit, packs))
+        packs = packs_to_run(jobs, config, processes=1)
+        submitted: dict[int, submitit.Job[JobReturn]] = {}  # SLURM's, by the first job of the pack
+        at_once, poll_seconds, queue = self.jobs_at_once, 0.2, SlurmQueue()
+        if self._EXECUTOR == "slurm":
+            # All packs are submitted at once, as one array: SLURM decides when each begins.
+            at_once, poll_seconds = len(packs), 1.0
+            with executor.batch(allow_implicit_submissions=True):
+                submitted = {pack[0]: submit(pack) for pack in packs}
+
+        def start(pack: Pack, _: int) -> SubmittedJob:
+            return SlurmJob(submitted[pack[0]], queue) if submitted else SubmittedJob(submit(pack))
+
+        returns = Pool(jobs, packs, config, start, at_once).run(poll_seconds)
         folder = Path(self.params["submitit_folder"])
         if not [*folder.glob("*_log.out")]:  # no job was lost: these are left by lost ones alone
             shutil.rmtree(folder, ignore_errors=True)
         return returns
-
-    def workers(
-        self, executor: submitit.AutoExecutor, submit: Submit, packs: list[list[int]]
-    ) -> tuple[Start, int, float]:
-        """How `gather` starts a pack, how many at once, and the seconds between two polls."""
-        return lambda pack, _: SubmittedJob(submit(pack)), self.jobs_at_once, 0.2
 
 
 class LocalLauncher(_Launcher):
@@ -110,18 +104,12 @@ class SlurmLauncher(_Launcher):
 
     _EXECUTOR = "slurm"
 
-    def workers(
-        self, executor: submitit.AutoExecutor, submit: Submit, packs: list[list[int]]
-    ) -> tuple[Start, int, float]:
-        """All packs are submitted at once, as one array: SLURM decides when each begins."""
-        with executor.batch(allow_implicit_submissions=True):
-            submitted = {pack[0]: submit(pack) for pack in packs}
-        queue = SlurmQueue()
-        return lambda pack, _: SlurmJob(submitted[pack[0]], queue), len(packs) or 1, 1.0
-
 
 class SubmittedJob:
-    """A job in one of submitit's processes on this machine, as a worker of `gather`."""
+    """A job in one of submitit's processes on this machine, as a worker of a Pool."""
+
+    kind = "the process"
+    """What messages call it, before its number."""
 
     def __init__(self, job: submitit.Job[JobReturn]):
         self.job = job
@@ -135,25 +123,18 @@ class SubmittedJob:
 
         A job without a result is lost.
         """
-        paths = self.job.paths
+        paths, name = self.job.paths, f"{self.kind} {self.job.job_id}"
         if not paths.result_pickle.exists():
-            return LostError(
-                f"{self.label} was killed or cancelled; its output is in {paths.stdout}"
-            )
+            return LostError(f"{name} was killed or cancelled; its output is in {paths.stdout}")
         try:
             result = self.job.result()
         except UncompletedJobError as error:
             last_line = str(error).strip().splitlines()[-1]
-            return LostError(f"{self.label}: {last_line}: {paths.stdout}")
+            return LostError(f"{name}: {last_line}: {paths.stdout}")
         # It ended by itself: its run's status says how, and submitit's files can go.
         for file in paths.folder.glob(f"{self.job.job_id}_*"):
             file.unlink()
         return None if result.status == JobStatus.COMPLETED else result._return_value
-
-    @property
-    def label(self) -> str:
-        """The job's name in messages."""
-        return f"the process {self.job.job_id}"
 
     def stop(self) -> None:
         """Asks it to end."""
@@ -164,7 +145,9 @@ class SubmittedJob:
 
 
 class SlurmJob(SubmittedJob):
-    """A job of SLURM's, as a worker of `gather`."""
+    """A job of SLURM's, as a worker of a Pool."""
+
+    kind = "SLURM's job"
 
     def __init__(self, job: submitit.Job[JobReturn], queue: "SlurmQueue"):
         super().__init__(job)
@@ -173,11 +156,6 @@ class SlurmJob(SubmittedJob):
     def ended(self) -> bool:
         """Whether it has left a result, or has been missing from SLURM's queue for a while."""
         return self.job.paths.result_pickle.exists() or self.queue.misses(self.job.job_id)
-
-    @property
-    def label(self) -> str:
-        """The job's name in messages."""
-        return f"SLURM's job {self.job.job_id}"
 
 
 class SlurmQueue:
@@ -203,7 +181,7 @@ class SlurmQueue:
         """The jobs in the queue. Where SLURM does not answer, all that have been in it."""
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except subprocess.TimeoutExpired:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        except subprocess.SubprocessError:
             return list(self.last_seen)
-        return answer.stdout.split() if answer.returncode == 0 else list(self.last_seen)
+        return answer.stdout.split()
