@@ -1,6 +1,6 @@
 """Callbacks of a pack's Trainer: each run's ΔW is measured and its checkpoint written as usual."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from lora_lab.adapters.files import is_adapter_key
 from lora_lab.packing.module import Member, PackedModule
 from lora_lab.training.callbacks.checkpoint import Checkpoint
-from lora_lab.training.callbacks.spectra import SpectraCallback
 from lora_lab.training.modules import DivergedError
 
 
@@ -20,25 +19,15 @@ class EachRun(pl.Callback):
     A run whose ΔW is not finite fails, and the others go on.
     """
 
-    def __init__(self, spectra_callbacks: Mapping[Member, SpectraCallback]):
-        self.spectra_callbacks = spectra_callbacks
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures each run's ΔW before the first step."""
         self._call_each("on_train_start", trainer, pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Measures each run's ΔW after the steps that spectra.every_n_steps names."""
         # A pack's runs have one schedule, so one is asked and not each of them in each step.
-        if next(iter(self.spectra_callbacks.values())).schedule.every_n_steps is not None:
-            self._call_each("on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
+        if pl_module.members[0].trial.spectra_callback.schedule.every_n_steps is not None:
+            self._call_each("on_train_batch_end", trainer, pl_module, *args, **kwargs)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures each run's ΔW after the epochs that spectra.every_n_epochs names."""
@@ -48,15 +37,13 @@ class EachRun(pl.Callback):
         """Measures each run's ΔW after the last step."""
         self._call_each("on_train_end", trainer, pl_module)
 
-    def _call_each(
-        self, hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any
-    ) -> None:
-        assert isinstance(pl_module, PackedModule)
-        for member in list(pl_module.members):  # a copy, since a run that fails leaves the list
+    def _call_each(self, hook: str, trainer: Any, pack: Any, *args: Any, **kwargs: Any) -> None:
+        for member in list(pack.members):  # a copy, since a run that fails leaves the list
             try:
-                getattr(self.spectra_callbacks[member], hook)(trainer, member.module, *arguments)
+                call = getattr(member.trial.spectra_callback, hook)
+                call(trainer, member.module, *args, **kwargs)
             except DivergedError as error:
-                pl_module.fail(member, error)
+                pack.fail(member, error)
 
 
 # A run of a pack writes the checkpoint that it would write by itself: its adapters, its part of
@@ -69,22 +56,21 @@ class EachRun(pl.Callback):
 class PackedCheckpoint(Checkpoint):
     """Saves each run of a pack in its own directory, and resumes each from there.
 
-    `callbacks` are each run's checkpoint and the callback that measures its ΔW. The runs'
-    checkpoints are all of one epoch, or none has one.
+    The runs' checkpoints are all of one epoch, or none has one.
     """
 
-    def __init__(self, callbacks: Mapping[Member, tuple[Checkpoint, SpectraCallback]]):
-        first_member, (first_checkpoint, _) = next(iter(callbacks.items()))
-        directory, interval = first_checkpoint.path.parent, first_checkpoint.interval
-        super().__init__(directory, "", interval, first_member.tracking)
-        self.kind, self.callbacks = "run", callbacks
+    def __init__(self, members: Sequence[Member]):
+        first = members[0].trial.checkpoint
+        super().__init__(first.path.parent, "", first.interval, first.tracking)
+        self.kind = "run"
         self.contents: dict[Member, dict[str, Any]] = {}
         """Each run's checkpoint as it was read; empty where training starts afresh."""
-        for member, (checkpoint, spectra_callback) in callbacks.items():
+        for member in members:
             member.module.strict_loading = False  # a checkpoint holds the adapters' weights alone
-            if path := checkpoint.resume_path():
+            if path := member.trial.checkpoint.resume_path():
                 content = torch.load(path, "cpu", weights_only=True)
                 member.module.load_state_dict(content["state_dict"], strict=False)
+                spectra_callback = member.trial.spectra_callback
                 spectra_callback.load_state_dict(content["callbacks"][spectra_callback.state_key])
                 self.contents[member] = content
 
@@ -105,24 +91,21 @@ class PackedCheckpoint(Checkpoint):
             states = [self.contents[member]["optimizer_states"][0] for member in members]
             pl_module.packed_optimizer.load_run_states([m.module for m in members], states)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: `_save_epoch` calls this hook of each run's own checkpoint."""
 
     def _save_epoch(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
         assert isinstance(module, PackedModule)
         for member in module.members:
-            checkpoint, _ = self.callbacks[member]
             content = self._content(member, module, trainer)
-            checkpoint.on_save_checkpoint(trainer, member.module, content)
-            checkpoint.save(content)
+            member.trial.checkpoint.on_save_checkpoint(trainer, member.module, content)
+            member.trial.checkpoint.save(content)
 
     def _content(self, member: Member, module: PackedModule, trainer: pl.Trainer) -> dict[str, Any]:
         """What Lightning would write for the run by itself, with the keys in its order."""
-        _, spectra_callback = self.callbacks[member]
-        optimizer, run_module, step = module.packed_optimizer, member.module, trainer.global_step
+        spectra_callback, run_module = member.trial.spectra_callback, member.module
+        optimizer, step = module.packed_optimizer, trainer.global_step
         return {
             "epoch": trainer.current_epoch,
             "global_step": step,

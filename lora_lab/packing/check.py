@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.pack import Pack
 from lora_lab.packing.module import PackedModule
 from lora_lab.packing.recorded_step import RELATIVE_TOLERANCE
 from lora_lab.training.modules import Batch
@@ -57,8 +56,7 @@ def saved_bytes_of_one_run(module: PackedModule, x: Tensor, y: Tensor) -> int:
 
     Weights are left out: they are in memory anyway, and all runs share the base's.
     """
-    tensors = (*module.parameters(), *module.buffers())
-    weights = {t.untyped_storage().data_ptr() for t in tensors}
+    weights = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     bytes_by_address: dict[int, int] = {}  # several saved tensors can be views of one storage
 
     def note_size(tensor: Tensor) -> Tensor:
@@ -66,7 +64,7 @@ def saved_bytes_of_one_run(module: PackedModule, x: Tensor, y: Tensor) -> int:
         bytes_by_address[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    pack = Pack(module.model, [module.members[-1].adapters]).train()
+    pack = module.stack_runs(module.members[-1:]).train()
     # Autograd calls the first function with each tensor it saves, the second when it reads it.
     with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
         module.losses_by_run(pack(x), y).sum()
@@ -75,8 +73,7 @@ def saved_bytes_of_one_run(module: PackedModule, x: Tensor, y: Tensor) -> int:
 
 def outputs_both_ways(module: PackedModule, x: Tensor) -> tuple[Tensor, Tensor]:
     """The outputs of all runs for `x`, by a pack and by each run's own model: (runs, rows, …)."""
-    adapters_by_run = [member.adapters for member in module.members]
-    pack = Pack(module.model, adapters_by_run, module.optimizer_settings()).eval()
+    pack = module.stack_runs(module.members).eval()
     with torch.no_grad():
         packed = pack(x)
         return packed, torch.stack([member.module.model.eval()(x) for member in module.members])

@@ -1,6 +1,5 @@
 """The LightningModule of a pack: many LoRA runs over one base, each trained as if by itself."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab import adapters
-from lora_lab.adapters import Adapter
+from lora_lab.adapters import Adapter, attached
 from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import unstack
 from lora_lab.data import Data
-from lora_lab.packing.optimizer import PackedOptimizer
+from lora_lab.packing.optimizer import PackedOptimizer, optimizer_settings
 from lora_lab.packing.recorded_step import RecordedStep
-from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.cuts import PackValidationModule
+from lora_lab.training.experiment import Trial
 from lora_lab.training.modules import LOSS_READ_INTERVAL, Batch, DivergedError, LoRAModule
 
 log = logging.getLogger(__name__)
@@ -27,23 +25,18 @@ log = logging.getLogger(__name__)
 class Member:
     """One run of a pack.
 
-    `module` is the run's own, with its model, metrics and optimizer settings. `fail` marks the run
-    as failed with an error, and closes its directory.
+    `module` is that of its `trial`, with the run's model, metrics and optimizer settings. `fail`
+    marks the run as failed with an error, and closes its directory.
     """
 
+    trial: Trial
     module: LoRAModule
-    tracking: Tracking
     fail: Callable[[Exception], None]
 
     @property
     def adapters(self) -> dict[str, Adapter]:
         """Its adapters by site."""
-        return adapters.attached(self.module.model)
-
-    @property
-    def optimizer_settings(self) -> str:
-        """Optimizer settings as one string: runs of equal ones can be in one parameter group."""
-        return json.dumps([self.module.optimizer.model_dump(), self.module.lr_ratio])
+        return attached(self.module.model)
 
     def sort_key(self) -> Any:
         """Sorts runs so that those of equal ranks, dropout and optimizer settings are neighbours.
@@ -52,7 +45,7 @@ class Member:
         """
         recipes = [adapter.recipe for adapter in self.adapters.values()]
         ranks, dropouts = [r.r for r in recipes], [r.dropout for r in recipes]
-        return ranks, dropouts, self.optimizer_settings
+        return ranks, dropouts, optimizer_settings(self.module)
 
 
 class PackedModule(PackValidationModule):
@@ -75,33 +68,25 @@ class PackedModule(PackValidationModule):
         self.clipping: tuple[float, str] | None = None
         """The most that a run's gradient may be, and by what: `norm` or `value`."""
 
-    def optimizer_settings(self) -> list[str]:
-        """Each run's optimizer settings."""
-        return [member.optimizer_settings for member in self.members]
+    def stack_runs(self, members: Sequence[Member]) -> Pack:
+        """One pass of some of the runs, with their parameters stacked, in this module's mode."""
+        settings = [optimizer_settings(member.module) for member in members]
+        return Pack(self.model, [m.adapters for m in members], settings).train(self.training)
 
     def _build_passes(self) -> None:
         """Stacks the runs' parameters in packs of `runs_per_pass` runs."""
-        settings, n = self.optimizer_settings(), self.runs_per_pass
+        first, n = range(0, len(self.members), self.runs_per_pass), self.runs_per_pass
         # Lightning validates in inference mode. Parameters made in it could never be trained.
         with torch.inference_mode(False):
-            self.packs = [
-                Pack(self.model, [m.adapters for m in self.members[i : i + n]], settings[i : i + n])
-                for i in range(0, len(self.members), n)
-            ]
+            self.packs = [self.stack_runs(self.members[i : i + n]) for i in first]
         self.recorded_steps = [RecordedStep(pack, self.task.loss) for pack in self.packs]
-        for pack in self.packs:
-            pack.train(self.training)
 
     def _rebuild_passes(self) -> None:
         """Stacks the runs anew after their number, or that of a pass, has changed."""
         self._build_passes()
         if self.trainer.optimizers:
-            self.packed_optimizer.restack(
-                [member.module for member in self.members],
-                self.optimizer_settings(),
-                self.packs,
-                self.global_step,
-            )
+            modules = [member.module for member in self.members]
+            self.packed_optimizer.restack(modules, self.packs, self.global_step)
 
     def unstack_runs(self) -> None:
         """Gives each run tensors of its own in place of views of the stacks."""
@@ -142,20 +127,17 @@ class PackedModule(PackValidationModule):
         self._build_passes()
         total_steps = int(self.trainer.estimated_stepping_batches)
         modules = [member.module for member in self.members]
-        self.packed_optimizer = PackedOptimizer(
-            modules, self.optimizer_settings(), self.packs, total_steps
-        )
+        self.packed_optimizer = PackedOptimizer(modules, self.packs, total_steps)
         return self.packed_optimizer.torch_optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # pyright: ignore
         """Trains all runs one step on a batch."""
         optimizer: Any = self.optimizers()
-        losses = self._backward(batch)
+        self._losses.append(self._backward(batch))
         self.packed_optimizer.set_learning_rates(self.global_step)
         if self.clipping is not None:
             self._clip_gradients(*self.clipping)
         optimizer.step()
-        self._losses.append(losses)
         if len(self._losses) % LOSS_READ_INTERVAL == 0 or self.trainer.is_last_batch:
             self._read_losses()
 
@@ -173,8 +155,7 @@ class PackedModule(PackValidationModule):
             # Outside of `except`, whose traceback would keep the failed pass's tensors in memory.
             self.runs_per_pass = -(-self.runs_per_pass // 2)
             log.warning("out of memory: going on with %d runs at once", self.runs_per_pass)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where no GPU is in use
             self._rebuild_passes()
 
     def _clip_gradients(self, limit: float, algorithm: str) -> None:
@@ -188,12 +169,10 @@ class PackedModule(PackValidationModule):
             if algorithm == "value":
                 nn.utils.clip_grad_value_(pack.parameters(), limit)
                 continue
-            parameters = [
-                (start, p) for start, stack in pack.stacks for p in stack.adapter.parameters()
-            ]
             gradients = [
                 (slice(start, start + len(p.grad)), p.grad)  # the stack's runs, (runs of it, …)
-                for start, p in parameters
+                for start, stack in pack.stacks
+                for p in stack.adapter.parameters()
                 if p.grad is not None
             ]
             squared_norms = gradients[0][1].new_zeros(len(pack.runs))
@@ -260,7 +239,7 @@ class PackedModule(PackValidationModule):
 
     def _log_row(self, member: Member, row: dict[str, float]) -> None:
         now = self.step_and_epoch()
-        member.tracking.log({**row, "epoch": now["epoch"]}, int(now["step"]))
+        member.trial.tracking.log({**row, "epoch": now["epoch"]}, int(now["step"]))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

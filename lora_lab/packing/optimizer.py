@@ -1,5 +1,6 @@
 """The optimizer of a pack: torch's own over stacked parameters, and each run's state read out."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,49 +36,37 @@ class PackedOptimizer:
     """One torch optimizer for all runs of a pack, elementwise, over their stacked parameters.
 
     A run is known by its module. Hyperparameters are those of a parameter group, so there are
-    groups for each different value of `settings`; a stack holds runs of one setting only.
+    groups for each different value of `optimizer_settings`; a stack holds runs of one value only.
 
     Args:
         modules: each run's module, with its optimizer settings and its own view of the parameters.
-        settings: for each module, its optimizer settings as one string (`Member.setting`).
         packs: the passes that a step is made of, which hold the stacks.
         total_steps: the number of steps that learning rate schedules span.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[LoRAModule],
-        settings: Sequence[str],
-        packs: list[Pack],
-        total_steps: int,
-    ):
+    def __init__(self, modules: Sequence[LoRAModule], packs: list[Pack], total_steps: int):
         self.total_steps = total_steps
         self._locate(packs)
-        config = modules[0].optimizer
-        self.torch_optimizer: torch.optim.Optimizer = config.callee(
-            self._groups(modules, settings, packs), **config.arguments
-        )
+        config, groups = modules[0].optimizer, self._groups(modules)
+        self.torch_optimizer: torch.optim.Optimizer = config.callee(groups, **config.arguments)
 
     def _locate(self, packs: list[Pack]) -> None:
-        """Sets `locations`, by the id of a run's parameter.
+        """Sets `stacks`, those of all passes, and `locations`, by the id of a run's parameter.
 
-        Each is the stacked parameter that it is a view of, and the run's index in that.
+        A location is the stacked parameter that the run's is a view of, and the run's index in it.
         """
+        self.stacks = [stack for pack in packs for _, stack in pack.stacks]
         self.locations: dict[int, tuple[nn.Parameter, int]] = {}
-        for pack in packs:
-            for _, stack in pack.stacks:
-                for i, adapter in enumerate(stack.run_adapters):
-                    for name, parameter in adapter.named_parameters():
-                        self.locations[id(parameter)] = stack.adapter.get_parameter(name), i
+        for stack in self.stacks:
+            for i, adapter in enumerate(stack.run_adapters):
+                for name, parameter in adapter.named_parameters():
+                    self.locations[id(parameter)] = stack.adapter.get_parameter(name), i
 
-    def _groups(
-        self, modules: Sequence[LoRAModule], settings: Sequence[str], packs: list[Pack]
-    ) -> list[dict[str, Any]]:
+    def _groups(self, modules: Sequence[LoRAModule]) -> list[dict[str, Any]]:
         """The parameter groups: one for each setting (with LoRA+ two), and its schedule."""
-        all_stacks = [stack for pack in packs for _, stack in pack.stacks]
         groups = []
-        for setting, module in dict(zip(settings, modules, strict=True)).items():
-            stacks = [stack.adapter for stack in all_stacks if stack.setting == setting]
+        for setting, module in {optimizer_settings(m): m for m in modules}.items():
+            stacks = [stack.adapter for stack in self.stacks if stack.setting == setting]
             config = module.optimizer
             decay = config.arguments.get("weight_decay", 0.0)
             for group in groups_of(stacks, config.lr, module.lr_ratio, decay):
@@ -86,15 +75,13 @@ class PackedOptimizer:
                 groups.append({**config.arguments, **group, "schedule": schedule})
         return groups
 
-    def restack(
-        self, modules: Sequence[LoRAModule], settings: Sequence[str], packs: list[Pack], step: int
-    ) -> None:
+    def restack(self, modules: Sequence[LoRAModule], packs: list[Pack], step: int) -> None:
         """Goes on with these runs in new stacks, as after one has failed; each keeps its state."""
         states = [self.run_state(module, step) for module in modules]
         self.torch_optimizer.param_groups.clear()
         self.torch_optimizer.state.clear()
         self._locate(packs)
-        for group in self._groups(modules, settings, packs):
+        for group in self._groups(modules):
             self.torch_optimizer.add_param_group(group)
         self.load_run_states(modules, states)
 
@@ -110,16 +97,13 @@ class PackedOptimizer:
 
     def run_state(self, module: LoRAModule, step: int) -> dict[str, Any]:
         """The state_dict that a run's optimizer would hold after `step` steps outside of a pack."""
-        state, groups, number = {}, [], 0
+        parameters, groups = [], []
         for group in module.optimizer_groups():
-            first = number
-            for parameter in group["params"]:
-                if values := self._parameter_state(parameter):
-                    state[number] = values
-                number += 1
+            first, parameters = len(parameters), [*parameters, *group["params"]]
             settings = self._group_settings(group["params"][0], step)
-            groups.append({**settings, "params": list(range(first, number))})
-        return {"state": state, "param_groups": groups}
+            groups.append({**settings, "params": list(range(first, len(parameters)))})
+        states = enumerate(map(self._parameter_state, parameters))
+        return {"state": {n: state for n, state in states if state}, "param_groups": groups}
 
     def _parameter_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         """What the optimizer remembers of one run's parameter: its part of the stacked moments."""
@@ -143,9 +127,7 @@ class PackedOptimizer:
             settings |= {"initial_lr": schedule[0], "lr": self._learning_rate(schedule, step)}
         return settings
 
-    def load_run_states(
-        self, modules: Sequence[LoRAModule], states: Sequence[dict[str, Any]]
-    ) -> None:
+    def load_run_states(self, modules: Sequence[LoRAModule], states: list[dict[str, Any]]) -> None:
         """Writes each run's optimizer state, from a pack or from a run by itself, to the stacks."""
         for module, state in zip(modules, states, strict=True):
             parameters = [p for group in module.optimizer_groups() for p in group["params"]]
@@ -175,6 +157,11 @@ class PackedOptimizer:
                 "lr_lambdas": [None] * len(initial_rates),
             }
         ]
+
+
+def optimizer_settings(module: LoRAModule) -> str:
+    """Optimizer settings as one string: runs of equal ones can be in one parameter group."""
+    return json.dumps([module.optimizer.model_dump(), module.lr_ratio])
 
 
 def is_elementwise(value: Any, shape: torch.Size) -> bool:

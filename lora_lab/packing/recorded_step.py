@@ -1,7 +1,7 @@
 """One step of a pack, its losses and gradients: recorded on the first batch, replayed on others."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import is_
 
 import torch
@@ -118,11 +118,9 @@ class RecordedStep:
     def _compute(self, x: Tensor, y: Tensor) -> StepResult:
         """The step by vmap and autograd. Backward goes from the losses to the outputs, then on."""
         outputs = self.pack(x)  # (runs, batch, …)
-        losses, output_gradients = losses_and_output_gradients(self.loss, outputs.detach(), y)
+        losses, upstream = losses_and_output_gradients(self.loss, outputs.detach(), y)
         with torch.autocast(outputs.device.type, enabled=False):
-            gradients = torch.autograd.grad(
-                outputs, self.trained, output_gradients, allow_unused=True
-            )
+            gradients = torch.autograd.grad(outputs, self.trained, upstream, allow_unused=True)
         return losses, [
             # In the memory layout of the parameter: fused optimizers take that for granted.
             g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
@@ -134,7 +132,7 @@ class RecordedStep:
         assert self.graph is not None
         return self.graph(x, y)
 
-    def _python_state(self) -> tuple[list[int], list[object]]:
+    def _python_state(self) -> tuple[list[int], Sequence[object]]:
         """What a call of the model could change, to compare before and after.
 
         The values are all attributes and buffers of the base's modules, to be compared by identity.
@@ -142,9 +140,7 @@ class RecordedStep:
         """
         # The modules that stand for adapters are left out: the pack writes to them in each pass.
         modules = [m for m in self.pack.base.modules() if not isinstance(m, PackedAdapter)]
-        values: list[object] = [
-            value for m in modules for value in (*vars(m).values(), *m._buffers.values())
-        ]
+        values = [value for m in modules for value in (*vars(m).values(), *m._buffers.values())]
         versions = [v._version for v in values if isinstance(v, Tensor)]
         return [len(values), *versions], values
 

@@ -1,9 +1,8 @@
 """Runs trained together from start to end: each has its own directory, and fails by itself."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ from lora_lab.data import Data
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.check import UnpackableError, runs_per_pass
 from lora_lab.packing.module import Member, PackedModule
-from lora_lab.runs import Run, RunBusyError, RunFinishedError
+from lora_lab.runs import RunBusyError, RunFinishedError
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment
@@ -27,9 +26,6 @@ from lora_lab.training.precision import device_type, precision_plugin
 from lora_lab.training.run_record import log_only_to
 
 log = logging.getLogger(__name__)
-
-Fail = Callable[[Exception], None]
-"""Ends one run as failed with an error."""
 
 
 def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
@@ -46,7 +42,7 @@ def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
         if pack_runs.open_runs:
             model, trials = _build_trials(plans, pack_runs.open_runs, console)
             for group in _groups_by_epoch(trials):
-                _train(model, group, {i: partial(pack_runs.fail, i) for i in group}, console)
+                _train(model, group, pack_runs, console)
                 for i in [i for i in group if i in pack_runs.open_runs]:
                     pack_runs.finish(i, trials[i], console)
     except BaseException as error:  # Ctrl-C, or what is wrong with all of the runs
@@ -57,32 +53,24 @@ def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
     return pack_runs.errors
 
 
-@dataclass
-class OpenRun:
-    """A run whose status is `running`; closing `exits` writes how it ended."""
-
-    exits: ExitStack
-    run: Run
-    tracking: Tracking
-
-
 class PackRuns:
-    """The runs of a pack from begin to end, by the index of their plan.
-
-    `open_runs` are those that are running; `errors` has what each of the others failed with.
-    """
+    """The runs of a pack from begin to end, by the index of their plan."""
 
     def __init__(self, count: int):
-        self.open_runs: dict[int, OpenRun] = {}
+        self.open_runs: dict[int, Tracking] = {}
+        """The runs whose status is `running`, each as what logs its numbers."""
         self.errors: list[Exception | None] = [None] * count
+        """What each run failed with; None for one that runs or is finished."""
+        self._exits: dict[int, ExitStack] = {}
+        """Closing one writes how its run ended."""
 
     def begin(self, i: int, plan: Plan) -> None:
         """Opens a run's directory and its loggers, unless it is finished or runs elsewhere."""
         exits = ExitStack()
         try:
             run = exits.enter_context(experiment.open_run(plan))
-            tracking = exits.enter_context(Tracking(plan.cfg, run, plan.path))
-            self.open_runs[i] = OpenRun(exits, run, tracking)
+            self.open_runs[i] = exits.enter_context(Tracking(plan.cfg, run, plan.path))
+            self._exits[i] = exits
         except (RunBusyError, RunFinishedError) as error:
             self.errors[i] = error
 
@@ -91,7 +79,7 @@ class PackRuns:
         with log_only_to(trial.run.path):
             try:
                 experiment.finish_run(trial, console)
-                self.open_runs[i].exits.close()
+                self._exits[i].close()
                 del self.open_runs[i]
             except Exception as error:
                 self.fail(i, error)
@@ -99,21 +87,22 @@ class PackRuns:
     def fail(self, i: int, error: BaseException) -> None:
         """Closes a run as failed, or as interrupted where it was stopped."""
         self.errors[i] = error if isinstance(error, Exception) else None
+        del self.open_runs[i]
         # What the run's context managers see where an error leaves their `with` block.
-        self.open_runs.pop(i).exits.__exit__(type(error), error, error.__traceback__)
+        self._exits[i].__exit__(type(error), error, error.__traceback__)
 
 
 def _build_trials(
-    plans: Sequence[Plan], open_runs: Mapping[int, OpenRun], console: Console
+    plans: Sequence[Plan], open_runs: Mapping[int, Tracking], console: Console
 ) -> tuple[nn.Module, dict[int, Trial]]:
     """The base that the runs share, and each run's model, adapters and callbacks over it.
 
     The first run trains the base, unless it is cached; the others log the same rows of it.
     """
-    (first, first_run), *others = open_runs.items()
-    base = experiment.obtain_base(plans[first], first_run.tracking, console)
-    for _, other in others:
-        other.tracking.replay(base.rows)
+    (first, first_tracking), *others = open_runs.items()
+    base = experiment.obtain_base(plans[first], first_tracking, console)
+    for _, tracking in others:
+        tracking.replay(base.rows)
     model = plans[first].model()
     model.load_state_dict(base.state)
     models = {i: copy_sharing_weights(model) for i in open_runs}
@@ -122,10 +111,9 @@ def _build_trials(
     base_weights: dict[str, Tensor] | None = None  # copied by the first run, for all
     trials: dict[int, Trial] = {}
     data = plans[first].data("adapt")  # in memory once: runs of a pack have the same data.seed
-    for i, open_run in open_runs.items():
-        trials[i] = experiment.build_trial(
-            plans[i], models[i], data, open_run.run, open_run.tracking, base_weights
-        )
+    for i, tracking in open_runs.items():
+        plan, run = plans[i], tracking.run
+        trials[i] = experiment.build_trial(plan, models[i], data, run, tracking, base_weights)
         base_weights = trials[i].base
     return model, trials
 
@@ -138,27 +126,22 @@ def _groups_by_epoch(trials: Mapping[int, Trial]) -> list[dict[int, Trial]]:
     return list(groups.values())
 
 
-def _train(
-    model: nn.Module, trials: Mapping[int, Trial], fail: Mapping[int, Fail], console: Console
-) -> None:
-    """Trains runs that begin at one epoch: together, or one after another where that cannot be.
-
-    `fail` has for each run the function that ends it as failed.
-    """
-    members: dict[Member, Trial] = {}
+def _train(model: nn.Module, trials: Mapping[int, Trial], runs: PackRuns, console: Console) -> None:
+    """Trains runs that begin at one epoch: together, or one after another where that cannot be."""
+    members: list[Member] = []
     for i, trial in trials.items():
         assert isinstance(trial.module, LoRAModule)
-        members[Member(trial.module, trial.tracking, fail[i])] = trial
-    first = next(iter(trials.values()))
+        members.append(Member(trial, trial.module, partial(runs.fail, i)))
+    first = members[0].trial
     # Dropout masks of all runs are drawn from one stream, so its seed is made of all their configs.
     identities = [trial.plan.cfg.identity() for trial in trials.values()]
     pl.seed_everything(generator("pack", *identities).initial_seed() % 2**32, verbose=False)
-    module = PackedModule(model, first.data, list(members))
+    module = PackedModule(model, first.data, members)
     try:
         module.runs_per_pass = _runs_per_pass(module, first.plan, first.data)
     except UnpackableError as error:
         log.warning("not packed: %s", error)
-        _train_one_by_one(trials, fail, console)
+        _train_one_by_one(members, console)
     else:
         _train_together(module, members, console)
 
@@ -172,45 +155,37 @@ def _runs_per_pass(module: PackedModule, plan: Plan, data: Data) -> int:
         return runs_per_pass(module, batch, device_type(plan.cfg.trainer) == "cuda")
 
 
-def _train_one_by_one(
-    trials: Mapping[int, Trial], fail: Mapping[int, Fail], console: Console
-) -> None:
+def _train_one_by_one(members: Sequence[Member], console: Console) -> None:
     """Trains each run as if it were in no pack."""
-    for i, trial in trials.items():
-        pl.seed_everything(trial.plan.cfg.seed, verbose=False)
+    for member in members:
+        pl.seed_everything(member.trial.plan.cfg.seed, verbose=False)
         try:
-            experiment.adapt_model(trial, console)
+            experiment.adapt_model(member.trial, console)
         except Exception as error:
-            fail[i](error)
+            member.fail(error)
 
 
-def _train_together(
-    module: PackedModule, members: Mapping[Member, Trial], console: Console
-) -> None:
+def _train_together(module: PackedModule, members: Sequence[Member], console: Console) -> None:
     """Trains all runs in one Trainer. A pack whose last run has diverged ends without an error."""
-    first = next(iter(members.values()))
+    first = members[0].trial
     arguments = first.plan.cfg.trainer.model_dump()
     # The Trainer would clip the gradients of all runs by their common norm.
     if limit := arguments.get("gradient_clip_val"):
         module.clipping = limit, arguments.get("gradient_clip_algorithm") or "norm"
     log.info("packed: %d runs, %d at once", len(members), module.runs_per_pass)
-    spectra_callbacks = {member: trial.spectra_callback for member, trial in members.items()}
-    checkpoint = PackedCheckpoint(
-        {member: (trial.checkpoint, trial.spectra_callback) for member, trial in members.items()}
-    )
-    progress = ProgressBar(f"{len(members)} runs", console)
-    callbacks = [progress, EachRun(spectra_callbacks), checkpoint]
+    checkpoint = PackedCheckpoint(members)
+    callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(), checkpoint]
     trainer = first.plan.trainer(None, callbacks, gradient_clip_val=None)
     try:
         if not checkpoint.contents:  # what is logged before the first step of a fresh training
-            for trial in members.values():
-                experiment.log_theory(first.data, trial.module.model, trial.tracking)
+            for member in members:
+                experiment.log_theory(first.data, member.module.model, member.trial.tracking)
             trainer.validate(module, first.data, verbose=False)
         experiment.fit(trainer, module, first.data, None)
     except DivergedError:
         if module.members:
             raise
+    final_step = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
     for member in module.members:
-        final_step = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
         member.module.final_step = final_step
-        members[member].run.update_status(packed=len(members))
+        member.trial.run.update_status(packed=len(members))
