@@ -20,14 +20,9 @@ MAX_CELLS = 100
 """How many cells a panel shows, at most; the default of W&B is 10."""
 
 COLUMNS = (
-    "config:adapter.value.r",
-    "config:adapter.value.alpha",
-    "config:optimizer.value.lr",
-    "summary:val/loss",
-    "summary:merged/val/loss",
-    "summary:parameters/trainable",
-    "summary:spectra_of/all/effective_rank",
-    "summary:spectra_of/all/numerical_rank",
+    *("config:adapter.value.r", "config:adapter.value.alpha", "config:optimizer.value.lr"),
+    *("summary:val/loss", "summary:merged/val/loss", "summary:parameters/trainable"),
+    *("summary:spectra_of/all/effective_rank", "summary:spectra_of/all/numerical_rank"),
     "summary:advice/loss",
 )
 """Columns of the table of runs, by the keys that W&B gives them."""
@@ -92,10 +87,9 @@ def _delta_panels() -> list[Any]:
     """The effective rank and the first singular values of ΔW."""
     ranks, values = "^spectra/.*/effective_rank$", "^spectra/.*/sigma_[1-4]$"
     titles = "effective rank of each site's ΔW", "first singular values of each site's ΔW"
-    linear = {**LINES, "log_y": False}
     return [
         wr.ScatterPlot("effective rank of ΔW against r", x=RANK, y=EFFECTIVE_RANK),
-        wr.LinePlot(titles[0], metric_regex=ranks, groupby="Group", **linear),
+        wr.LinePlot(titles[0], metric_regex=ranks, groupby="Group", **{**LINES, "log_y": False}),
         wr.LinePlot(titles[1], metric_regex=values, groupby="Group", **LINES),
     ]
 
@@ -124,6 +118,7 @@ def _truncation_chart() -> wr.CustomChart:
 
 def workspace(project: str, entity: str) -> ws.Workspace:
     """The saved view: our sections on top, open, and below them W&B's automatic panels."""
+    order = [expr.Ordering(expr.Summary("val/loss"), ascending=True)]
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -134,9 +129,7 @@ def workspace(project: str, entity: str) -> ws.Workspace:
         ],
         settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=MAX_CELLS),
         runset_settings=ws.RunsetSettings(
-            groupby=[expr.Metric("Group")],
-            order=[expr.Ordering(expr.Summary("val/loss"), ascending=True)],
-            pinned_columns=list(COLUMNS),
+            groupby=[expr.Metric("Group")], order=order, pinned_columns=list(COLUMNS)
         ),
         auto_generate_panels=True,
     )
@@ -145,14 +138,10 @@ def workspace(project: str, entity: str) -> ws.Workspace:
 def report(project: str, entity: str) -> wr.Report:
     """The report: heading, question and panels of each section, and last the table of runs."""
     blocks: list[Any] = [wr.TableOfContents()]
+    order, columns = [wr.OrderBy(LOSS, ascending=True)], ["run:displayName", *COLUMNS]
     for section in sections():
         runs = wr.Runset(
-            entity=entity,
-            project=project,
-            name="cells",
-            groupby=["Group"],
-            order=[wr.OrderBy(LOSS, ascending=True)],
-            pinned_columns=["run:displayName", *COLUMNS],
+            entity, project, "cells", groupby=["Group"], order=order, pinned_columns=columns
         )
         is_last = section.name == "Settings"
         grid = wr.PanelGrid(runsets=[runs], panels=section.panels, hide_run_sets=not is_last)
@@ -178,10 +167,8 @@ def _title_and_metrics(panel: Any) -> list[str]:
         case wr.ScatterPlot():
             return [str(panel.title), f"{_name(panel.y)} against {_name(panel.x)}"]
         case wr.BarPlot():
-            return [
-                str(panel.title),
-                f"{', '.join(map(_name, panel.metrics))} by {_name(panel.groupby)}",
-            ]
+            metrics = ", ".join(map(_name, panel.metrics))
+            return [str(panel.title), f"{metrics} by {_name(panel.groupby)}"]
         case wr.CustomChart():
             return [panel.chart_strings["title"], panel.query["summaryTable"]["tableKey"]]
         case wr.ParallelCoordinatesPlot():

@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -76,12 +75,7 @@ class Tracking:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.jsonl.file.close()
         if self.wandb is None:
             return
@@ -125,18 +119,14 @@ class Tracking:
             self.log(_metrics(row), row["step"], histograms)
 
     def log_spectra(
-        self,
-        spectra: dict[str, Spectrum],
-        group_spectra: dict[str, Spectrum],
-        epoch: float,
-        step: int,
+        self, spectra: dict[str, Spectrum], groups: dict[str, Spectrum], epoch: float, step: int
     ) -> None:
         """Logs one row with the measures of each site's spectrum and of each group of sites.
 
         W&B also gets a histogram of each site's singular values.
         """
         row: dict[str, Any] = {"epoch": float(epoch)}
-        for prefix, by_name in (("spectra/", spectra), ("spectra_of/", group_spectra)):
+        for prefix, by_name in (("spectra/", spectra), ("spectra_of/", groups)):
             for name, spectrum in by_name.items():
                 row |= {f"{prefix}{name}/{key}": v for key, v in spectrum.measures().items()}
         histograms = {}
@@ -147,25 +137,16 @@ class Tracking:
         self.log(row, step, histograms)
 
     def log_line_series(
-        self,
-        key: str,
-        title: str,
-        xs: Sequence[float],
-        lines: Mapping[str, np.ndarray],
-        xname: str,
+        self, key: str, title: str, xs: Sequence[float], lines: charts.Arrays, xname: str
     ) -> None:
         """Logs a line chart to W&B: the first MAX_LINES of `lines`, y by name, over `xs`."""
         if self.wandb is not None:
             shown = dict(list(lines.items())[:MAX_LINES])
             ys = [line.tolist() for line in shown.values()]
-            chart = wandb.plot.line_series(
-                xs=list(xs), ys=ys, keys=list(shown), title=title, xname=xname
-            )
+            chart = wandb.plot.line_series(list(xs), ys, list(shown), title, xname)
             self._log_wandb_only({key: chart})
 
-    def log_findings(
-        self, metrics: dict[str, float], arrays: Mapping[str, np.ndarray], step: int
-    ) -> None:
+    def log_findings(self, metrics: dict[str, float], arrays: charts.Arrays, step: int) -> None:
         """Logs an analysis: its metrics as a row, and to W&B heat maps, a table and a chart.
 
         `arrays` are those of spectra.npz: `SITE/phi_base`, `SITE/S`, `truncation/ranks` and so on.
