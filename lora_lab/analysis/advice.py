@@ -36,15 +36,12 @@ class Advice:
 
     def text(self) -> str:
         """The content of advice.yaml: what is kept, and the adapter's settings."""
-        adapter = {
-            "r": max(self.ranks.values()),
-            "rank_pattern": {_as_glob(site): k for site, k in self.ranks.items()},
-        }
+        pattern = {glob.escape(site): k for site, k in self.ranks.items()}
         content = {
             "keep": self.keep,
             "share": self.share,
             "loss": {"cut": self.loss, "uncut": self.uncut, "without": self.without},
-            "adapter": adapter,
+            "adapter": {"r": max(self.ranks.values()), "rank_pattern": pattern},
         }
         return (
             "# The least ranks of ΔW that keep the share `keep` of what it gains in val/loss.\n"
@@ -72,13 +69,8 @@ def advise(truncation: Truncation, keep: float) -> Advice | None:
     return Advice(ranks, uncut, uncut, without, keep)
 
 
-def _as_glob(site: str) -> str:
-    """A glob that fits this name alone."""
-    return glob.escape(site)
-
-
 def _as_key(site: str) -> str:
-    """The same glob as a dict's key in Hydra's grammar: special characters escaped, never a number.
+    """A glob that fits this name alone, as a key in Hydra's grammar: escaped, and never a number.
 
     A layer of nn.Sequential is named `0`, which Hydra would read as a number; `[0]` is a glob that
     fits it alone and is text.
@@ -87,5 +79,5 @@ def _as_key(site: str) -> str:
         is_text = str(yaml.safe_load(site)) == site
     except yaml.YAMLError:
         is_text = True
-    name = _as_glob(site) if is_text else f"{_as_glob(site[:-1])}[{site[-1]}]"
+    name = glob.escape(site) if is_text else f"{glob.escape(site[:-1])}[{site[-1]}]"
     return re.sub(r"([\[\]{}:,=\\()])", r"\\\1", name)

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from lora_lab.analysis import spectra
 from lora_lab.analysis.advice import Advice, advise
-from lora_lab.analysis.spectra import SVD, Spectrum
 from lora_lab.analysis.truncation import CutLosses, truncate
 from lora_lab.analysis.updates import Updates
 from lora_lab.analysis.weight_svd import svd_of_weight
@@ -45,8 +44,7 @@ def analyze(
     svds = {site: updates.svd(site) for site in updates.sites}
     findings = Findings()
     for site, svd in svds.items():
-        first = svd.first(TRIPLES)
-        for name, tensor in (("U", first.U), ("S", first.S), ("Vh", first.Vh)):
+        for name, tensor in vars(svd.first(TRIPLES)).items():  # U, S and Vh
             findings.arrays[f"{site}/{name}"] = tensor.cpu().float().numpy()
     if cfg.against_base:
         for site, svd in svds.items():
@@ -64,7 +62,7 @@ def analyze(
 
 
 def _compare_with_base(
-    updates: Updates, site: str, svd: SVD, directory: Path, findings: Findings
+    updates: Updates, site: str, svd: spectra.SVD, directory: Path, findings: Findings
 ) -> None:
     """Adds how the directions of ΔW relate to those of W, and which are new in W + ΔW.
 
@@ -75,7 +73,7 @@ def _compare_with_base(
     W = updates.base_matrix(site).to(svd.S)
     of_base, of_delta = svd_of_weight(W, directory).above_rounding(), svd.above_rounding()
     if not updates.is_product(site):
-        spectrum = Spectrum(of_delta.S.cpu(), (W.shape[0], W.shape[1]), 0)
+        spectrum = spectra.Spectrum(of_delta.S.cpu(), (W.shape[0], W.shape[1]), 0)
         of_delta = of_delta.first(spectrum.energy_90)
     adapted = spectra.svd_of_matrix(W + svd.cut(len(svd.S)))
     of_adapted = adapted.above_rounding().first(INTRUDERS_AMONG)
@@ -86,11 +84,9 @@ def _compare_with_base(
         "intruders": spectra.intruders(of_base.U, of_adapted.U),
         "intruders_among": len(of_adapted.S),
     }
-    findings.metrics |= {
-        f"spectra/{site}/{name}": float(value)
-        for name, value in metrics.items()
-        if np.isfinite(value)
-    }
+    for name, value in metrics.items():
+        if np.isfinite(value):
+            findings.metrics[f"spectra/{site}/{name}"] = float(value)
     if len(of_delta.S) and len(of_base.S):
         phi = spectra.similarity(of_delta.first(TRIPLES).U, of_base.first(TRIPLES).U)
         findings.arrays[f"{site}/phi_base"] = phi.cpu().float().numpy()

@@ -145,8 +145,7 @@ def spectrum_of_factors(
     A: Float[Tensor, "r rest"], B: Float[Tensor, "out r"], scale: float = 1.0
 ) -> Spectrum:
     """The spectrum of scale · B A. Raises as `singular_values` does."""
-    sigma = singular_values(A, B, scale)
-    return Spectrum(sigma.cpu(), (B.shape[0], A.shape[1]), _eps(A))
+    return Spectrum(singular_values(A, B, scale).cpu(), (B.shape[0], A.shape[1]), _eps(A))
 
 
 def spectrum_of_matrix(delta: Float[Tensor, "out rest"]) -> Spectrum:
@@ -177,8 +176,7 @@ def spectra_of_sites(sites: Mapping[str, Factors]) -> dict[str, Spectrum]:
                 _check_finite(**{f"A of {name}": sites[name][0], f"B of {name}": sites[name][1]})
             raise
         for name, sigma in zip(names, values, strict=True):
-            scale = abs(sites[name][2])
-            spectra[name] = Spectrum(scale * sigma, (B.shape[1], A.shape[2]), _eps(A))
+            spectra[name] = Spectrum(abs(sites[name][2]) * sigma, (B.shape[1], A.shape[2]), _eps(A))
     return {site: spectra[site] for site in sites}
 
 

@@ -99,9 +99,8 @@ def excess_loss(n: int, d: int, out: int, k: int, r: int, noise: float, draws: i
     directions learn from noise alone. G is Gaussian, (out−k) × (d−k); E σ_j²(G) is a mean over
     `draws` samples of it.
     """
-    G = torch.randn(
-        draws, out - k, d - k, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    rng = torch.Generator().manual_seed(0)
+    G = torch.randn(draws, out - k, d - k, generator=rng, dtype=torch.float64)
     energy = torch.linalg.svdvals(G).square().mean(0)  # (min(out, d) − k,)
     spurious = (out - k) * (d - k) * (energy[: r - k].sum() / energy.sum()).item()
     wide, narrow = n - d - 1, n - k - 1
@@ -130,9 +129,7 @@ def threshold(out: int, d: int, tau: float) -> float:
     return tau * (out * d) ** 0.25
 
 
-def intruders(
-    strengths: Sequence[float], out: int, d: int, tau: float, top: int = 10
-) -> int | None:
+def intruders(strengths: list[float], out: int, d: int, tau: float, top: int = 10) -> int | None:
     """The number of intruder dimensions among the first `top` left singular vectors of W + ΔW.
 
     An intruder is one whose |cos| with each left singular vector of W is less than ½. W has iid

@@ -49,10 +49,7 @@ def ranks_to_measure(r: int) -> list[int]:
 
 
 def truncate(
-    svds: Mapping[str, SVD],
-    losses: CutLosses,
-    scope: Literal["sites", "model"],
-    console: Console,
+    svds: Mapping[str, SVD], losses: CutLosses, scope: Literal["sites", "model"], console: Console
 ) -> Truncation:
     """Measures the curve of the model and, with scope `sites`, that of each site.
 
@@ -61,36 +58,24 @@ def truncate(
     full = {site: len(svd.S) for site, svd in svds.items()}
     model_ranks = ranks_to_measure(max(full.values()))
     of_model = [{site: min(k, n) for site, n in full.items()} for k in model_ranks]
-    of_sites: dict[str, list[dict[str, int]]] = {}
-    if scope == "sites":
-        of_sites = {s: [{**full, s: k} for k in ranks_to_measure(n)] for s, n in full.items()}
+    cut_sites = full.items() if scope == "sites" else ()
+    of_sites = {s: [{**full, s: k} for k in ranks_to_measure(n)] for s, n in cut_sites}
     # Curves share cuts (each ends uncut): {(4, 2): {"fc1": 4, "fc2": 2}, …} holds each cut once.
-    cuts = {_key(cut): cut for curve in (of_model, *of_sites.values()) for cut in curve}
+    # All cuts name the sites in one order.
+    cuts = {tuple(cut.values()): cut for curve in (of_model, *of_sites.values()) for cut in curve}
+    measuring, is_hidden = losses(svds, list(cuts.values())), not console.is_terminal
     measured = track(
-        losses(svds, list(cuts.values())),
-        "truncation",
-        len(cuts),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
+        measuring, "truncation", len(cuts), console=console, transient=True, disable=is_hidden
     )
     known = dict(zip(cuts, measured, strict=True))
 
     def loss(ranks: RanksBySite) -> float:
-        if (key := _key(ranks)) not in known:
+        if (key := tuple(ranks.values())) not in known:
             (known[key],) = losses(svds, [ranks])
         return known[key]
 
-    return Truncation(
-        Curve(model_ranks, [loss(cut) for cut in of_model]),
-        {
-            site: Curve([cut[site] for cut in curve], [loss(cut) for cut in curve])
-            for site, curve in of_sites.items()
-        },
-        loss,
-    )
-
-
-def _key(ranks: RanksBySite) -> tuple[int, ...]:
-    """A cut as a dict's key; all cuts name the sites in one order."""
-    return tuple(ranks.values())
+    curves = {
+        site: Curve([cut[site] for cut in curve], list(map(loss, curve)))
+        for site, curve in of_sites.items()
+    }
+    return Truncation(Curve(model_ranks, list(map(loss, of_model))), curves, loss)

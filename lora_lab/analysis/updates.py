@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lora_lab import adapters
-from lora_lab.adapters import Adapter, Site, adapter_class
+from lora_lab.adapters import Adapter, Site, adapter_class, attached, disabled
 from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import SVD, Spectrum
 
@@ -29,7 +28,7 @@ class Updates:
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor], sites: Sequence[Site]):
         self.model, self.base_weights = model, base
         self.sites = {site.name: site for site in sites}
-        self.adapters_by_site = adapters.attached(model)
+        self.adapters_by_site = attached(model)
 
     def base_matrix(self, site: str) -> Tensor:
         """W₀ of a site as a matrix."""
@@ -91,7 +90,7 @@ class Updates:
                     target.copy_(self._adapter_class(site).matrix_to_weight(W, target.shape))
                     current_ranks[site] = ranks[site]
 
-        with torch.no_grad(), adapters.disabled(self.model):
+        with torch.no_grad(), disabled(self.model):
             try:
                 yield cut_to
             finally:

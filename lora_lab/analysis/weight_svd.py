@@ -27,6 +27,5 @@ def svd_of_weight(W: Tensor, directory: Path) -> SVD:
     except (OSError, KeyError, SafetensorError):
         svd = svd_of_matrix(W)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"U": svd.U, "S": svd.S, "Vh": svd.Vh}
-        write_atomic(path, save({k: t.cpu().contiguous() for k, t in tensors.items()}))
+        write_atomic(path, save({k: t.cpu().contiguous() for k, t in vars(svd).items()}))
         return svd
