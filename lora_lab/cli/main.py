@@ -72,7 +72,7 @@ def _sweep(commands: Any) -> None:
     )
     add("file", type=Path, help="a sweep file, as those in sweeps/")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="settings of every run")
-    add("--count", type=_count, default=None, help="how many runs, before run_cap")
+    add("--count", type=count, default=None, help="how many runs, before run_cap")
     add("--seed", type=int, default=0, help="draws random and bayes (0)")
     add("--dry-run", action="store_true", help="print the command of every run")
 
@@ -88,7 +88,7 @@ def _export(commands: Any) -> None:
 def _analyze(commands: Any) -> None:
     add = _add(commands, do.analyze, "a run's ΔW again; or the ΔW of several compared")
     add("paths", type=Path, nargs="+", help="run directories, or starts of hashes")
-    add("--keep", type=_share, default=None, help="share of the gain to keep")
+    add("--keep", type=share, default=None, help="share of the gain to keep")
     add("--truncation", choices=("sites", "model", "none"), default=None)
     add("--to", type=Path, default="analysis", help="where a comparison is written (analysis)")
 
@@ -97,7 +97,7 @@ def _reproduce(commands: Any) -> None:
     add = _add(commands, do.reproduce, "run a finished run again and compare", REPRODUCE)
     add("path", type=Path, help="a run directory, or the start of its hash")
     add("--to", type=Path, default="reproduced", help="where its directory is made (reproduced)")
-    add("--tolerance", type=_tolerance, default=0.0, help="of each stored value, as 1e-6 (0)")
+    add("--tolerance", type=tolerance, default=0.0, help="of each stored value, as 1e-6 (0)")
     add("--fresh", action="store_true", help="train the base again too, in the new directory")
 
 
@@ -129,22 +129,22 @@ def _diff(commands: Any) -> None:
     add("paths", type=Path, nargs=2, help="run directories, or starts of hashes")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """The value of --count: an integer of at least 1."""
-    if (count := int(text)) < 1:
+    if (value := int(text)) < 1:
         raise ArgumentTypeError(f"{text} must be at least 1")
-    return count
+    return value
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     """The value of --keep: a number above 0 and at most 1."""
-    if not 0 < (share := float(text)) <= 1:
+    if not 0 < (value := float(text)) <= 1:
         raise ArgumentTypeError(f"{text} must be more than 0 and at most 1")
-    return share
+    return value
 
 
-def _tolerance(text: str) -> float:
+def tolerance(text: str) -> float:
     """The value of --tolerance: a finite number of at least 0."""
-    if not 0 <= (tolerance := float(text)) < float("inf"):
+    if not 0 <= (value := float(text)) < float("inf"):
         raise ArgumentTypeError(f"{text} must be at least 0 and finite")
-    return tolerance
+    return value
