@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.report.plotting import MAX_PANELS, log_scale, panels, phi_heat_map, save
+from lora_lab.report.phi_heat_map import phi_heat_map
+from lora_lab.report.plotting import MAX_PANELS, log_scale, panels, save
 from lora_lab.runs import Run
 
 MAX_SINGULAR_VALUES = 16

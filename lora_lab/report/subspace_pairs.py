@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab.report.plotting import MAX_PANELS, panels, phi_heat_map, save
+from lora_lab.report.phi_heat_map import phi_heat_map
+from lora_lab.report.plotting import MAX_PANELS, panels, save
 from lora_lab.report.tables import Rows, csv_of
 from lora_lab.runs import write_atomic
 

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from lora_lab.report import rank_figures
 from lora_lab.report.cells import RunResult, cells_of, read_run
-from lora_lab.report.plotting import phi_heat_map, series_style
+from lora_lab.report.phi_heat_map import phi_heat_map
+from lora_lab.report.plotting import series_style
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
 from lora_lab.report.tradeoff_figure import metric_by_parameters, pareto_front
 from lora_lab.runs import Run, find_runs
