@@ -30,7 +30,10 @@ class ConvAdapter(FactoredAdapter):
         return values.view(*values.shape, *[1] * (len(self.shape) - 2))
 
     def down(self, layer: Conv, input: Tensor, A: Tensor) -> Tensor:
-        """r filters for each group, with the layer's geometry: (*, in, …) → (*, groups · r, …)."""
+        """Convolves each group with A's r filters, by the layer's stride, padding and dilation.
+
+        (batch, in, …) → (batch, groups · r, …), or both without a batch.
+        """
         filters = A.view(-1, *self.shape[1:])  # (r, in/groups, *k)
         if layer.groups > 1:
             filters = torch.cat([filters] * layer.groups)  # (groups · r, in/groups, *k)
@@ -41,7 +44,10 @@ class ConvAdapter(FactoredAdapter):
     # come out as 5 × 5: output (8, 6, 5, 5) → (16, 3, 25), hidden (8, 8, 5, 5) → (16, 4, 25) and
     # B (6, 4) → (16, 3, 4).
     def up(self, layer: Conv, hidden: Tensor, B: Tensor, output: Tensor) -> Tensor:
-        """Each group's rows of B times its r channels, in one product onto the layer's output."""
+        """Adds scale · B times `hidden` to the layer's `output`, group by group, as a new tensor.
+
+        `hidden` (batch, groups · r, …) and `output` (batch, out, …), or both without a batch.
+        """
         groups, is_batched = layer.groups, output.dim() == len(self.shape)
         batch = output.shape[0] if is_batched else 1
         products, rows, r = batch * groups, B.shape[0] // groups, B.shape[1]

@@ -188,7 +188,7 @@ def _reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A folder's config, with PEFT's defaults, and its tensors."""
+    """A folder's adapter_config.json, with PEFT's defaults, and its tensors by PEFT's keys."""
     try:
         config = json.loads((directory / "adapter_config.json").read_text())
         tensors = load_file(directory / "adapter_model.safetensors")

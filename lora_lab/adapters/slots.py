@@ -68,7 +68,10 @@ def require_unmerged(model: nn.Module) -> None:
 
 
 def attached(model: nn.Module, name: str | None = None) -> dict[str, Adapter]:
-    """The adapters named `name`, or the active ones, by site."""
+    """The adapters named `name`, or the active ones, as {name of the site: adapter}.
+
+    Sites without such an adapter are left out; the dict is empty where no site has one.
+    """
     slots = [m for m in model.modules() if isinstance(m, Slot) and m.active is not None]
     active = {id(a) for slot in slots for a in slot[slot.active].children()}  # pyright: ignore
     return {

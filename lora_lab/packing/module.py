@@ -199,7 +199,7 @@ class PackedModule(PackValidationModule):
         return torch.cat(self._read)
 
     def fail(self, member: Member, error: Exception) -> None:
-        """Takes a run out of the pack. Raises its error if it was the last one."""
+        """Ends one run as failed; the others go on. Raises its error if no run is left."""
         i = self.members.index(member)
         member.fail(error)
         del self.members[i]

@@ -146,9 +146,10 @@ class RecordedStep:
 
 
 def losses_and_output_gradients(loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses (runs,), and the gradient of each by its run's outputs, (runs, batch, …).
+    """The runs' losses (runs,), and the gradient of each loss to its run's outputs.
 
-    One run after the other: its outputs are then still in the processor's caches for the backward.
+    `outputs` and the gradients are (runs, batch, …); all runs share the targets `y`. The runs are
+    taken one after the other: the outputs of one are then still in a CPU's caches for its backward.
     """
     losses, output_gradients = [], torch.empty_like(outputs)
     for output, gradient in zip(outputs, output_gradients, strict=True):

@@ -65,12 +65,15 @@ class PackRuns:
         """Closing one writes how its run ended."""
 
     def begin(self, i: int, plan: Plan) -> None:
-        """Opens a run's directory and its loggers, unless it is finished or runs elsewhere."""
-        exits = ExitStack()
+        """Opens the directory and the loggers of the pack's run `i`.
+
+        A run that is finished, or that another process runs, is left out: its error says which.
+        """
         try:
-            run = exits.enter_context(experiment.open_run(plan))
-            self.open_runs[i] = exits.enter_context(Tracking(plan.cfg, run, plan.path))
-            self._exits[i] = exits
+            with ExitStack() as exits:
+                run = exits.enter_context(experiment.open_run(plan))
+                self.open_runs[i] = exits.enter_context(Tracking(plan.cfg, run, plan.path))
+                self._exits[i] = exits.pop_all()
         except (RunBusyError, RunFinishedError) as error:
             self.errors[i] = error
 

@@ -26,7 +26,10 @@ def simple_table(
 
 
 def site_table(sites: Iterable[Any]) -> Table:
-    """The sites that the targets matched: weight as a matrix, r, alpha, trainable parameters."""
+    """A row for each site that the targets matched, and the total of trainable parameters.
+
+    Columns: name, shape of the weight as a matrix, r, alpha, init, dropout, trainable parameters.
+    """
     sites = list(sites)
     names = ("weight", "r", "alpha", "init", "dropout", "trains")
     table = simple_table(["site", *(Column(name, justify="right") for name in names)])

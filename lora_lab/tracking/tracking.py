@@ -188,8 +188,8 @@ def _metrics(row: dict[str, Any]) -> dict[str, Any]:
 def copy_to_wandb(cfg: Config, run: Run) -> None:
     """Logs a finished run's rows and artifacts to a new W&B run.
 
-    For a W&B agent whose settings are those of a finished run: it expects a W&B run, and training
-    again would give the same numbers.
+    It is for a W&B agent that asks for settings which were run before: the agent waits for a W&B
+    run of its own, and training again would give the same numbers.
     """
     if cfg.tracking.mode == "off":
         return

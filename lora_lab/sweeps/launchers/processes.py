@@ -60,7 +60,11 @@ class ProcessLauncher(JoblibLauncher):
         return self.process_count * runs_per_pack
 
     def launch(self, job_overrides: Overrides, initial_job_idx: int) -> list[JobReturn]:
-        """Runs the jobs and waits for all of them. Gives how each ended."""
+        """Runs the jobs in other processes and waits for all. Gives how each ended, in their order.
+
+        A job that fails does not raise here: the sweeper reads its error from its JobReturn.
+        `initial_job_idx` is the number of the first of these jobs in the multirun.
+        """
         config, context, hydra_state = self.config, self.hydra_context, Singleton.get_state()
         assert config is not None
         jobs = [multirun.find_job(overrides) for overrides in job_overrides]

@@ -60,7 +60,11 @@ class _Launcher(BaseSubmititLauncher):
         return executor
 
     def launch(self, job_overrides: Overrides, initial_job_idx: int) -> list[JobReturn]:
-        """Runs the jobs and waits for all of them. Gives how each ended."""
+        """Runs the jobs in other processes and waits for all. Gives how each ended, in their order.
+
+        A job that fails does not raise here: the sweeper reads its error from its JobReturn.
+        `initial_job_idx` is the number of the first of these jobs in the multirun.
+        """
         config, hydra_state = self.config, Singleton.get_state()
         assert config is not None
         executor = self.executor()

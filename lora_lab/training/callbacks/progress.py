@@ -23,7 +23,7 @@ class ProgressBar(Callback):
         self.bar: progress.Progress | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the bar, after a resumed training at its epoch."""
+        """Starts the bar; where a training is resumed, at the epoch from which it goes on."""
         self.bar = progress.Progress(
             progress.TextColumn("{task.description:<6}"),
             progress.BarColumn(),
