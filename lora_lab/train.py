@@ -179,7 +179,7 @@ def _with_published(run_plan: "Plan") -> "Plan":
     """The plan with a paper's rows only where they can be compared.
 
     The rows of the base stay if the base is trained as published, those of the adapted model if the
-    run differs from the published one in nothing but seeds.
+    run differs from the published one in nothing but seeds and what is measured of ΔW (`spectra`).
     """
     from lora_lab.training import bases
 

@@ -149,7 +149,7 @@ class Adapter(nn.Module, ABC):
         return self
 
     def set_trainable(self, trainable: bool) -> None:
-        """Whether what the recipe trains takes gradients now; nothing else does."""
+        """Turns gradients on or off for the tensors that the recipe trains; others take none."""
         trains = {"both": ("A", "B"), "zero": (self.zero_factor,), "core": ("core",)}
         trained = (*trains[self.recipe.trains], "magnitude")
         for name, parameter in self.named_parameters():

@@ -28,8 +28,9 @@ def is_adapter_key(key: str) -> bool:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the active adapter that train, by their state-dict keys.
 
-    It also needs tensors that do not train (LoRA-FA's A, the first values of PiSSA's factors). The
-    same call of `attach` draws these again, and `save` writes all.
+    Tensors that do not train (LoRA-FA's A, the first values of PiSSA's factors) are left out. To
+    load the result elsewhere, first call `attach` with the same arguments, which draws them again.
+    `save` writes all tensors.
     """
     trained = {k for k, p in model.named_parameters() if is_adapter_key(k) and p.requires_grad}
     return {key: value for key, value in model.state_dict().items() if key in trained}

@@ -41,9 +41,11 @@ def attach(
             r): what else is targeted never changes them.
         name: A second call with another name puts another adapter beside the first.
 
+    Returns the adapted sites. Raises what `find_sites` raises, and AdapterError where a layer
+    already has an adapter of that name.
+
     Layers keep their object, weight and state-dict key. Norms with running statistics are held in
-    eval mode while they are frozen. Gives the sites. Raises what `find_sites` raises, and
-    AdapterError where a layer already has an adapter of that name.
+    eval mode while they are frozen.
 
     Load the base before attaching DoRA or an init that starts from the weight: they read it here.
     Code that reads the weight of a Linear, Conv or Embedding without calling the layer, as
@@ -96,7 +98,7 @@ def _check_placeable(model: nn.Module, sites: list[str], name: str) -> None:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Makes nothing of `model` but its adapters train, and holds norms' running statistics."""
+    """Freezes all parameters but the adapters', and holds norms with running statistics in eval."""
     for module in model.modules():
         if isinstance(module, Adapter):
             continue

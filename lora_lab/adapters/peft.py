@@ -45,10 +45,10 @@ which the tensors' keys and the layers' types are the better source. The others 
 def save_peft(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
     """Writes the adapter `name`, or the active one, as PEFT's folder.
 
-    `PeftModel.from_pretrained(base, directory)` then gives this model's outputs. What is not a B A
-    of rank r here is written as the B A that it is. ΔW of PiSSA and OLoRA has rank 2r there. That
-    of a grouped convolution has rank groups · r (see `peft_tensors`). Dropout is written where all
-    sites have the same, else as 0.
+    `PeftModel.from_pretrained(base, directory)` then gives this model's outputs. PEFT stores one
+    product B A for each layer, so other forms of ΔW are written as one: PiSSA and OLoRA with rank
+    2r, a grouped convolution with rank groups · r (see `peft_tensors`). Dropout is written where
+    all sites have the same, else as 0.
 
     Raises AdapterError, and writes nothing, where there is no such adapter, or with the reason for
     each site that PEFT would compute differently.

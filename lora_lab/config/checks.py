@@ -16,11 +16,11 @@ def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -
 
     An experiment's YAML may set keys that only one choice of a group has, such as adapter.r, which
     LoRA alone has. Under another choice (adapter=full) these keys are dropped, but not those that
-    the command line sets (`explicit_keys`), which are errors.
+    the command line sets (`explicit_keys`), which are errors. `adapter.r=full` means adapter=full,
+    so that `adapter.r=1,2,full` sweeps full fine-tuning beside ranks.
     """
     if isinstance(node := content.get("adapter"), dict) and node.get("r") == "full":
-        # adapter.r=1,2,full sweeps full fine-tuning beside ranks. Settings of the adapter on the
-        # same command line are meant for the ranks, so that here they are not errors.
+        # Settings of the adapter on the same command line are meant for the ranks, and no errors.
         content["adapter"] = {**node, "method": "full"}
         explicit_keys = [key for key in explicit_keys if not key.startswith("adapter.")]
     _drop_foreign_keys(content, "adapter", explicit_keys)

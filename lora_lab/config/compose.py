@@ -28,7 +28,11 @@ HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: '
 
 
 def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
-    """The typed config of what Hydra composed by `overrides`. Raises ConfigError."""
+    """Turns what Hydra composed into a checked Config. Raises ConfigError.
+
+    `overrides` are those of the command line: a key that they set and that does not apply, as
+    adapter.r under adapter=none, is an error, where one of an experiment's YAML is dropped.
+    """
     explicit_keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     try:
         plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)

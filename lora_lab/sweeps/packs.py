@@ -109,6 +109,10 @@ def group_into_packs(
     for group in jobs_by_key.values():
         share = round(processes * len(group) / len(wanted))
         packs += _split(group, jobs, max(1, min(len(group), share)), max_runs or len(group))
+    unlike = sum(len(group) == 1 for group in jobs_by_key.values()) - reasons.total()
+    reasons["no other has the same base, data, targets and training"] += unlike
+    split = sum(len(pack) == 1 for pack in packs) - reasons.total()
+    reasons["a process for each of them: hydra.launcher.n_jobs=1 packs them"] += split
     _print_packs(packs, reasons)
     return packs
 
@@ -129,10 +133,8 @@ def _print_packs(packs: list[Pack], reasons: Counter[str]) -> None:
     sizes = ", ".join(str(len(pack)) for pack in packs if len(pack) > 1)
     if sizes:
         console.print(f"[bold]packed:[/] {sum(map(len, packs))} runs, together {sizes}")
-    for reason, n in reasons.items():
+    for reason, n in (+reasons).items():  # those that are not 0
         console.print(f"[bold]alone:[/] {n} of the runs: {reason}")
-    if others := sum(len(pack) == 1 for pack in packs) - reasons.total():
-        console.print(f"[bold]alone:[/] {others} of the runs: no other has base, data and targets")
 
 
 def pack_task(launcher: Any, jobs: Sequence[Job], pack: Pack, elsewhere: bool = False) -> Any:

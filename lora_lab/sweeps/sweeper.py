@@ -1,7 +1,8 @@
 """The Hydra sweeper that runs the points of a search, with the launcher that the config names.
 
 All multiruns and sweep files go through it. Hydra's basic sweeper would check a job only when it
-begins it; here all points are known, and checked, before the first.
+begins it; here all known points are checked before the first runs. Only bayes has points that are
+not known yet: they depend on results.
 """
 
 from typing import Any, ClassVar, Protocol

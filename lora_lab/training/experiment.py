@@ -55,7 +55,8 @@ def run(plan: Plan, console: Console) -> Run:
     """Trains and measures a planned run and gives its finished run directory.
 
     Where several processes train one run, each calls this. The first alone writes the run
-    directory and does what follows the last step. Whatever is raised makes the run a failed one.
+    directory and does what follows the last step. An exception leaves the run's status `failed`,
+    Ctrl-C and SIGTERM leave it `interrupted`.
     """
     cfg = plan.cfg
     with (
@@ -128,9 +129,10 @@ def build_trial(
     tracking: Tracking,
     base: dict[str, Tensor] | None,
 ) -> Trial:
-    """A run whose model has its adapters.
+    """Puts together what a run is trained with: its module, spectra callback and checkpoint.
 
-    `base`: a copy of the base's weights, if another run of a pack has one; None: it is copied here.
+    `model` has its adapters already, if the run has any. `base` is a copy of the base's weights, if
+    another run of a pack has one; with None they are copied here.
     """
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     if isinstance(cfg.adapter, Lora):

@@ -186,8 +186,8 @@ class BaseModule(pl.LightningModule):
 def lr_factor(schedule: str, warmup: float, steps: int, step: int) -> float:
     """The factor on the configured learning rate at `step` (from 0) of `steps`.
 
-    It rises from 0 to 1 over `warmup` steps. Then it stays 1 (`constant`), or falls to 0 at the
-    last step along a line (`linear`) or half a cosine wave (`cosine`).
+    It rises from 0 to 1 over `warmup` steps. Then it stays 1 (`constant`), or falls along a line
+    (`linear`) or half a cosine wave (`cosine`) toward 0, which it would reach at step `steps`.
     """
     if step < warmup:
         return step / warmup
@@ -200,7 +200,8 @@ class LoRAModule(BaseModule):
 
     Base weights take no gradient and are not in the optimizer; running statistics do not change.
     Weight decay pulls the adapted model toward the base, so it is 0 unless the config sets it.
-    `lr_ratio` is LoRA+'s: the learning rate of B over that of A (Hayou et al. 2024).
+    `lr_ratio` is LoRA+'s: the learning rate of the factor that starts at zero (B; of an embedding,
+    A) divided by that of the other (Hayou et al. 2024).
     """
 
     def __init__(

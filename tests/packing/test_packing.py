@@ -412,6 +412,14 @@ MUST_AGREE = {
 """Settings that all runs of a pack have in common."""
 
 
+def test_runs_that_are_alone_for_want_of_a_smaller_n_jobs(capsys: pytest.CaptureFixture[str]):
+    packs, printed = packs_of_command(capsys, "seed=0,1,2", processes=3)
+    assert packs == [[0], [1], [2]]
+    assert "alone: 3 of the runs: a process for each" in printed
+    assert "n_jobs=1" in printed
+    assert "no other" not in printed
+
+
 @pytest.mark.parametrize("key", MAY_DIFFER)
 def test_settings_that_may_differ_in_a_pack(key: str, capsys: pytest.CaptureFixture[str]):
     packs, printed = packs_of_command(capsys, f"{key}={MAY_DIFFER[key]}")
@@ -427,7 +435,7 @@ def test_settings_that_separate_packs(key: str, capsys: pytest.CaptureFixture[st
     assert "packed: 4 runs, together 2, 2" in printed
     packs, printed = packs_of_command(capsys, f"{key}={MUST_AGREE[key]}")
     assert packs == [[0], [1]]
-    assert "alone: 2 of the runs: no other has base, data and targets" in printed
+    assert "alone: 2 of the runs: no other has the same base, data, targets and training" in printed
 
 
 RUN_ALONE = {

@@ -31,14 +31,17 @@ SHARE = 0.05
 
 
 class Checkpoint(Callback):
-    """Writes a checkpoint of the last complete epoch to `directory` each `interval` seconds.
+    """Writes a checkpoint of the last complete epoch, once `interval` seconds have passed.
 
     An epoch is complete once its last row is logged. That is after Lightning's hooks for an epoch's
     end, so the checkpoint is written as the next epoch starts. It holds the optimizer, its
     schedule, the callbacks' state, the random streams, all rows logged so far, and the weights: of
     a model with adapters only theirs, with the hash of the `base` they belong to. With `interval` 0
-    each epoch is written. `identity` is the hash of all settings that can change the training. This
-    callback comes last in the Trainer's list, so that the others have done their part of the epoch.
+    each epoch is written, as long as writing takes at most SHARE of the time. The end of training
+    counts as the start of an epoch.
+
+    `identity` is the hash of all settings that can change the training. This callback comes last in
+    the Trainer's list, so that the others have done their part of the epoch.
     """
 
     def __init__(
