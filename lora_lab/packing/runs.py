@@ -14,7 +14,6 @@ from lora_lab.data import Data
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.check import UnpackableError, runs_per_pass
 from lora_lab.packing.module import Member, PackedModule
-from lora_lab.runs import RunBusyError, RunFinishedError
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment
@@ -67,14 +66,15 @@ class PackRuns:
     def begin(self, i: int, plan: Plan) -> None:
         """Opens the directory and the loggers of the pack's run `i`.
 
-        A run that is finished, or that another process runs, is left out: its error says which.
+        A run that is finished, that another process runs, or whose files cannot be opened is left
+        out: its error says which.
         """
         try:
             with ExitStack() as exits:
                 run = exits.enter_context(experiment.open_run(plan))
                 self.open_runs[i] = exits.enter_context(Tracking(plan.cfg, run, plan.path))
                 self._exits[i] = exits.pop_all()
-        except (RunBusyError, RunFinishedError) as error:
+        except Exception as error:
             self.errors[i] = error
 
     def finish(self, i: int, trial: Trial, console: Console) -> None:

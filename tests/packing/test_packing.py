@@ -28,6 +28,7 @@ from lora_lab.packing.runs import run_pack
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.packs import group_into_packs
+from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan, plan
 from tests import interrupted_train
@@ -340,6 +341,23 @@ def check_same_losses(run: Run, other: Run, within: float) -> None:
         for key in LOSSES:
             if key in expected:
                 assert relative_distance(row[key], expected[key]) <= within, (key, row, expected)
+
+
+def test_a_run_whose_loggers_cannot_begin_fails_by_itself(monkeypatch: pytest.MonkeyPatch):
+    run_plans = plans_of("shift", ranks_and_seeds(1, 2, 4))
+
+    class FailsForTheFirst(Tracking):
+        def __init__(self, cfg: Any, run: Run, directory: Path):
+            if directory == run_plans[0].path:
+                raise OSError("no space left")
+            super().__init__(cfg, run, directory)
+
+    monkeypatch.setattr("lora_lab.packing.runs.Tracking", FailsForTheFirst)
+    errors = run_pack(run_plans, Console(quiet=True))
+    assert [str(error) for error in errors[:1]] == ["no space left"]
+    assert errors[1:] == [None] * (len(run_plans) - 1)
+    states = [Run(run_plan.path).status["state"] for run_plan in run_plans]
+    assert states == ["failed"] + ["finished"] * (len(run_plans) - 1)
 
 
 def test_where_all_diverge_all_fail():

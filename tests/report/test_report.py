@@ -26,6 +26,7 @@ from lora_lab.report.summary import (
     unfinished_table,
 )
 from lora_lab.report.tables import format_mean_std
+from lora_lab.report.theory import TheoryCheck, check_row
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
 from tests.copied_runs import copy_run
@@ -379,6 +380,12 @@ def test_theory_has_a_row_for_a_cell_with_its_worst_gap(lab: Lab):
     worst = max(abs(value - predicted) / predicted for value in values)
     assert float(loss["worst gap"]) == pytest.approx(worst, rel=0.1)
     assert loss["holds"] == "NO"
+
+
+def test_a_measurement_that_is_no_number_has_a_row_that_does_not_hold():
+    checks = [TheoryCheck("val/loss", value, 1.0, 0.0, 2.0) for value in (1.0, float("nan"))]
+    measured, theory, _, holds = check_row(checks)
+    assert (measured, theory, holds) == ("nan", "1", "NO")
 
 
 def test_a_run_stopped_by_a_signal_has_the_cause_stopped():
