@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab.cli.help_text import train_help
+from lora_lab.exit_codes import FAILED, FINISHED
 from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
@@ -109,10 +110,10 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
     try:
         reproduction = reproduce.reproduce_run(run, to, _console(), fresh)
         is_same = reproduce.print_comparison(reproduction, tolerance, _console())
-        sys.exit(0 if is_same else 1)
+        sys.exit(FINISHED if is_same else FAILED)
     except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
@@ -131,7 +132,7 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
             print("\n".join(dashboard.save_report_and_workspace(project, entity)))
         except dashboard.DashboardError as error:
             print(f"failed: {error}", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(FAILED)
         return
     from lora_lab import report
 

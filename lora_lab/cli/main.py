@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 from lora_lab import __version__
 from lora_lab.cli import commands as do
 from lora_lab.cli.help_text import ABOUT, BEST, DASHBOARD, EPILOG, REPORT, REPRODUCE, SWEEP, SWEEPS
+from lora_lab.exit_codes import CONFIG_ERROR
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged")
 
@@ -40,7 +41,7 @@ def main() -> None:
     try:
         run(**arguments)
     except (OSError, ValueError, BadZipFile) as error:
-        parser.exit(2, f"lora-lab {run.__name__}: {error}\n")
+        parser.exit(CONFIG_ERROR, f"lora-lab {run.__name__}: {error}\n")
 
 
 def _add(
