@@ -12,11 +12,10 @@ from filelock import FileLock, Timeout
 
 from lora_lab import train
 from lora_lab.analysis.spectra import Spectrum
-from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError, TrainedBase, content_hash, nearest
 from lora_lab.console import silence_lightning
 from lora_lab.sweeps import sweeper
-from lora_lab.sweeps.multirun import Job, plan_job
+from lora_lab.sweeps.multirun import Job, plan_jobs
 from lora_lab.sweeps.search import BayesSearch, random_points, startup_points
 from lora_lab.sweeps.sweep_file import Sweep, read_sweep
 from lora_lab.training.callbacks.spectra import groups
@@ -41,7 +40,8 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
         points = [sweep.overrides_at(values) for values in _known_points(sweep, total, seed)]
         extremes = [] if sweep.method == "grid" else sweep.extreme_points()
         checked = [sweep.overrides_at(values) for values in extremes]
-        plans = _plan_points([*checked, *points])
+        jobs = _plan_points([*checked, *points])
+        plans = [job.plan for job in jobs if job.plan]
         _check_metric(sweep, plans)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -57,8 +57,7 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
     sys.argv[1:] = ["-m", "hydra/sweeper=points", *sweep.hydra_overrides, *sweep.fixed_overrides]
     if sweep.method == "bayes":
         return _run_bayes(path, sweep, total, seed, plans[0])
-    pairs = zip(points, plans[len(checked) :], strict=True)
-    search = sweeper.JobList([Job(point, plan.path, plan=plan) for point, plan in pairs])
+    search = sweeper.JobList(jobs[len(checked) :])
     train.announce_multirun(search.jobs)
     sweeper.use_search(search)
     train.main(search.jobs)
@@ -110,19 +109,15 @@ def _known_points(sweep: Sweep, total: int, seed: int) -> Iterable[dict[str, Any
     return (random_points if sweep.method == "random" else startup_points)(sweep.space, total, seed)
 
 
-def _plan_points(points: Sequence[list[str]]) -> list[Plan]:
-    """The plan of each point. Raises a ConfigError with all errors and the points they are of."""
-    plans: list[Plan] = []
+def _plan_points(points: Sequence[list[str]]) -> list[Job]:
+    """The job of each point. Raises a ConfigError with all errors and the points they are of."""
+    jobs = plan_jobs(points)
     points_by_error: dict[str, list[list[str]]] = {}
-    for overrides, cfg in compose.compose_points(points):
-        try:
-            if isinstance(cfg, ConfigError):
-                raise cfg
-            plans.append(plan_job(cfg))
-        except ConfigError as error:
-            points_by_error.setdefault(str(error), []).append(overrides)
+    for job in jobs:
+        if job.error:
+            points_by_error.setdefault(job.error, []).append(job.overrides)
     if not points_by_error:
-        return plans
+        return jobs
     lines = [f"parameters: {e} ({_where(bad, points)})" for e, bad in points_by_error.items()]
     raise ConfigError("\n".join(lines))
 

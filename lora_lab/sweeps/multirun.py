@@ -75,14 +75,14 @@ def plan_jobs(points: Iterable[list[str]]) -> list[Job]:
         try:
             if isinstance(cfg, ConfigError):
                 raise cfg
-            job_plan = plan_job(cfg)
+            job_plan = _plan_job(cfg)
             jobs.append(Job(overrides, job_plan.path, plan=job_plan))
         except ConfigError as error:
             jobs.append(Job(overrides, None, str(error)))
     return jobs
 
 
-def plan_job(cfg: Config) -> Plan:
+def _plan_job(cfg: Config) -> Plan:
     """The plan of one job. Raises ConfigError.
 
     A job for SLURM is planned for one CPU: this machine may lack the cluster's GPUs, and the job
