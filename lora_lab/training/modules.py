@@ -15,10 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from lora_lab.adapters import parameter_groups
+from lora_lab.adapters.model_call import Inputs, logits, row_count
 from lora_lab.config.schema import Optimizer
 from lora_lab.training.tasks import TASKS
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Inputs, Tensor]
+"""Inputs and targets, as a data module gives them."""
 
 LOSS_READ_INTERVAL = 50
 """Steps between two reads of the training losses: reading a number waits for a GPU to finish."""
@@ -74,9 +76,9 @@ class BaseModule(pl.LightningModule):
                 fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """The model's output."""
-        return self.model(x)
+        return logits(self.model, inputs)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups: here one group of all parameters."""
@@ -103,8 +105,8 @@ class BaseModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The task's loss on one batch."""
-        x, y = batch
-        loss = self.task.loss(self.model(x), y)
+        inputs, targets = batch
+        loss = self.task.loss(self(inputs), targets)
         self._losses.append(loss.detach())
         if len(self._losses) == LOSS_READ_INTERVAL or self.trainer.is_last_batch:
             self._read_losses()
@@ -145,20 +147,20 @@ class BaseModule(pl.LightningModule):
         self.log_dict({f"{self.prefix}train/loss": mean, **self.step_and_epoch()})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the validation loss and metrics, logged as means over all rows."""
-        x, y = batch
-        output = self.model(x)
-        loss = self.task.loss(output, y)
-        if not len(x):  # fewer rows than processes
-            return
-        self.check_val_loss(loss)
+        """Adds a batch to the validation loss and metrics, logged as means over all targets."""
+        inputs, targets = batch
+        output = self(inputs)
         # Lightning averages the batch size over processes: as an int it would be rounded down.
-        rows: Any = float(len(x))
-        self.log(f"{self.prefix}val/loss", loss, batch_size=rows, sync_dist=True)
+        count: Any = float(self.task.count(targets))
+        if not count:  # fewer rows than processes, or no target that counts
+            return
+        loss = self.task.loss(output, targets)
+        self.check_val_loss(loss)
+        self.log(f"{self.prefix}val/loss", loss, batch_size=count, sync_dist=True)
         for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)
-            metric.update(output, y)
-            self.log(f"{self.prefix}val/{name}", metric, batch_size=len(x))
+            metric.update(output, targets)
+            self.log(f"{self.prefix}val/{name}", metric, batch_size=row_count(inputs))
 
     def check_val_loss(self, loss: Tensor) -> None:
         """Raises DivergedError if a validation loss is infinite or NaN."""

@@ -41,11 +41,11 @@ class FirstStep(Callback):
         adapters = self.updates.adapters_by_site
         weights = {site: pl_module.model.get_parameter(sites[site].key) for site in sites}
         factors = [_zero_factor(adapters[site]) for site in sites]
-        x, y = batch
+        inputs, targets = batch
         for weight in weights.values():
             weight.requires_grad_(True)
         with torch.random.fork_rng(), trainer.precision_plugin.train_step_context():
-            loss = pl_module.task.loss(pl_module.model(x), y)
+            loss = pl_module.task.loss(pl_module(inputs), targets)
             gradients = torch.autograd.grad(
                 loss, [*weights.values(), *factors], allow_unused=True, materialize_grads=True
             )

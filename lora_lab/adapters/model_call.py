@@ -1,0 +1,36 @@
+"""How a model is called with the inputs of a batch, and how such inputs are split by rows."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+Inputs = Tensor | dict[str, Tensor]
+"""What a model is called with: one tensor, or tensors by argument name. Rows are dimension 0."""
+
+
+def logits(model: nn.Module, inputs: Inputs) -> Tensor:
+    """What the model computes for `inputs`: its output, or the `logits` of its output.
+
+    The models of transformers give an object with several fields, of which `logits` is one.
+    """
+    output: Any = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return getattr(output, "logits", output)
+
+
+def row_count(inputs: Inputs) -> int:
+    """The number of rows of a batch."""
+    return len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+
+
+def split_rows(inputs: Inputs, rows: int) -> Iterator[Inputs]:
+    """Consecutive pieces of at most `rows` rows."""
+    for start in range(0, row_count(inputs), rows):
+        yield take_rows(inputs, slice(start, start + rows))
+
+
+def take_rows(inputs: Inputs, rows: slice) -> Inputs:
+    """Some rows of a batch's inputs."""
+    if isinstance(inputs, dict):
+        return {name: tensor[rows] for name, tensor in inputs.items()}
+    return inputs[rows]
