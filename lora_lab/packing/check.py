@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lora_lab.adapters.model_call import Inputs, logits, take_rows
 from lora_lab.packing.module import PackedModule
 from lora_lab.packing.recorded_step import RELATIVE_TOLERANCE
 from lora_lab.training.modules import Batch
@@ -33,7 +34,7 @@ def runs_per_pass(module: PackedModule, batch: Batch, on_gpu: bool) -> int:
     try:
         with torch.random.fork_rng():
             run_bytes = saved_bytes_of_one_run(module, x, y)
-            packed, expected = outputs_both_ways(module, x[: max(1, min(len(x), 4))])
+            packed, expected = outputs_both_ways(module, take_rows(x, slice(4)))
     except (RuntimeError, ValueError, TypeError) as error:
         cause = str(error).partition("\n")[0]
         raise UnpackableError(f"the model cannot be computed for many runs: {cause}") from error
@@ -51,7 +52,7 @@ def runs_per_pass(module: PackedModule, batch: Batch, on_gpu: bool) -> int:
     return max(1, min(len(module.members), max_bytes // max(run_bytes, 1)))
 
 
-def saved_bytes_of_one_run(module: PackedModule, x: Tensor, y: Tensor) -> int:
+def saved_bytes_of_one_run(module: PackedModule, x: Inputs, y: Tensor) -> int:
     """The bytes that autograd saves for the backward of one run, the one of highest rank.
 
     Weights are left out: they are in memory anyway, and all runs share the base's.
@@ -71,9 +72,9 @@ def saved_bytes_of_one_run(module: PackedModule, x: Tensor, y: Tensor) -> int:
     return sum(size for address, size in bytes_by_address.items() if address not in weights)
 
 
-def outputs_both_ways(module: PackedModule, x: Tensor) -> tuple[Tensor, Tensor]:
+def outputs_both_ways(module: PackedModule, x: Inputs) -> tuple[Tensor, Tensor]:
     """The outputs of all runs for `x`, by a pack and by each run's own model: (runs, rows, …)."""
     pack = module.stack_runs(module.members).eval()
     with torch.no_grad():
         packed = pack(x)
-        return packed, torch.stack([member.module.model.eval()(x) for member in module.members])
+        return packed, torch.stack([logits(m.module.model.eval(), x) for m in module.members])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lora_lab.adapters.model_call import Inputs
 from lora_lab.adapters.pack import Pack, PackedAdapter
 
 log = logging.getLogger(__name__)
@@ -64,17 +65,18 @@ class RecordedStep:
         self.trained = [p for p in pack.parameters() if p.requires_grad]
         self.graph: GraphModule | None = None
         """The recorded operations; None before the first batch, and where there is no record."""
-        self.recorded_shapes: tuple[torch.Size, torch.Size] | None = None
+        self.recorded_shapes: list[torch.Size] | None = None
         """Shapes of inputs and targets of the first batch; None before it."""
         self.is_trusted = False
         """Whether a replay has given the same as computing the same batch."""
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Inputs, y: Tensor) -> Tensor:
         """The losses (runs,) of a batch; its gradients are written to the parameters' `grad`."""
+        shapes = [t.shape for t in (*(x.values() if isinstance(x, dict) else [x]), y)]
         if self.recorded_shapes is None:
-            self.recorded_shapes = x.shape, y.shape
+            self.recorded_shapes = shapes
             losses, gradients = self._record(x, y)
-        elif self.graph is None or self.recorded_shapes != (x.shape, y.shape):
+        elif self.graph is None or self.recorded_shapes != shapes:
             losses, gradients = self._compute(x, y)
         else:
             losses, gradients = (self._replay if self.is_trusted else self._compare)(x, y)
@@ -82,7 +84,7 @@ class RecordedStep:
             parameter.grad = gradient
         return losses
 
-    def _record(self, x: Tensor, y: Tensor) -> StepResult:
+    def _record(self, x: Inputs, y: Tensor) -> StepResult:
         """Computes the first batch, then records it if computing left the model as it was."""
         numbers_before, values_before = self._python_state()
         computed = self._compute(x, y)
@@ -99,7 +101,7 @@ class RecordedStep:
             log.info("not recorded: %s", str(error).partition("\n")[0])
         return computed
 
-    def _compare(self, x: Tensor, y: Tensor) -> StepResult:
+    def _compare(self, x: Inputs, y: Tensor) -> StepResult:
         """Computes and replays the second batch; the graph is kept if both give the same."""
         with torch.random.fork_rng():  # so that both draw the same dropout masks
             losses, gradients = self._replay(x, y)
@@ -115,7 +117,7 @@ class RecordedStep:
             self.graph = None
         return computed
 
-    def _compute(self, x: Tensor, y: Tensor) -> StepResult:
+    def _compute(self, x: Inputs, y: Tensor) -> StepResult:
         """The step by vmap and autograd. Backward goes from the losses to the outputs, then on."""
         outputs = self.pack(x)  # (runs, batch, …)
         losses, upstream = losses_and_output_gradients(self.loss, outputs.detach(), y)
@@ -128,7 +130,7 @@ class RecordedStep:
         ]
 
     @torch.no_grad()
-    def _replay(self, x: Tensor, y: Tensor) -> StepResult:
+    def _replay(self, x: Inputs, y: Tensor) -> StepResult:
         assert self.graph is not None
         return self.graph(x, y)
 

@@ -160,7 +160,7 @@ class Tracking:
             for key, pixels in charts.heat_maps(arrays).items()
         }
         columns: list[Any] = ["site", "σ1", "σ2", "σ3", "σ4"]
-        rows = charts.singular_value_rows(arrays)
+        rows: list[Any] = charts.singular_value_rows(arrays)
         media["spectra/table"] = wandb.Table(columns=columns, data=rows)
         self._log_wandb_only(media)
         if "truncation/ranks" in arrays:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Adapter, Recipe, Site
+from lora_lab.adapters.model_call import split_rows
 from lora_lab.adapters.pack import Pack, copy_sharing_weights
 from lora_lab.analysis.spectra import SVD
 from lora_lab.analysis.updates import Updates
@@ -47,21 +48,22 @@ class PackValidationModule(BaseModule):
         A pack of n runs gets the batch in pieces of 1/n of the rows that one run gets, so that all
         runs' outputs take no more memory than one run's.
         """
-        x, y = batch
+        inputs, targets = batch
         batch_sums, first_run = [], 0
         for pack in self.packs:
             rows = max(1, self.eval_rows // len(pack.runs))
             total = torch.zeros(len(pack.runs), dtype=torch.float64)
             # outputs (runs, piece, …), losses (runs,): a mean over the piece for each run
-            for xs, ys in zip(x.split(rows), y.split(rows), strict=True):
-                outputs = pack(xs)
-                losses = self.losses_by_run(outputs, ys)
-                total += losses.double().cpu() * len(xs)
-                self.update_metrics(first_run, outputs, ys)
+            pieces = split_rows(inputs, rows), targets.split(rows)
+            for piece, piece_targets in zip(*pieces, strict=True):
+                outputs = pack(piece)
+                losses = self.losses_by_run(outputs, piece_targets)
+                total += losses.double().cpu() * len(piece_targets)
+                self.update_metrics(first_run, outputs, piece_targets)
             batch_sums.append(total)
             first_run += len(pack.runs)
         self.loss_sums.append(torch.cat(batch_sums))  # (runs of all packs,)
-        self.row_count += len(x)
+        self.row_count += len(targets)
 
     def losses_by_run(self, outputs: Tensor, y: Tensor) -> Tensor:
         """The loss of each run (runs,), from outputs (runs, rows, …) and the targets they share.
