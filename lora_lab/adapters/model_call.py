@@ -9,12 +9,14 @@ Inputs = Tensor | dict[str, Tensor]
 """What a model is called with: one tensor, or tensors by argument name. Rows are dimension 0."""
 
 
-def logits(model: nn.Module, inputs: Inputs) -> Tensor:
+def logits(model: nn.Module, *inputs: Inputs) -> Tensor:
     """What the model computes for `inputs`: its output, or the `logits` of its output.
 
-    The models of transformers give an object with several fields, of which `logits` is one.
+    The models of transformers give an object with several fields, of which `logits` is one. Inputs
+    are one dict of tensors by argument name, or tensors in the order of the model's arguments.
     """
-    output: Any = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    first = inputs[0]
+    output: Any = model(**first) if isinstance(first, dict) else model(*inputs)
     return getattr(output, "logits", output)
 
 

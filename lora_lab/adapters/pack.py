@@ -80,7 +80,7 @@ class Pack(nn.Module):
     # like (out, in). `inputs` are not batched. They and all that is computed from them alone are
     # computed once, up to the first adapter: there run_marker comes in, and makes vmap use the rule
     # that computes all runs (see vmap_rules.py).
-    def forward(self, inputs: Inputs) -> Tensor:
+    def forward(self, *inputs: Inputs) -> Tensor:
         """The outputs of all runs for one batch: (runs, …)."""
         dense = [packed for packed in self.packed_adapters if packed.kind == WeightAdapter.kind]
         deltas = []  # (runs, *weight) for each parameter that is adapted where it is read
@@ -93,7 +93,7 @@ class Pack(nn.Module):
                 packed.run_marker = run_marker
             for packed, delta in zip(dense, deltas, strict=True):
                 packed.run_delta = delta
-            return logits(self.base, inputs)
+            return logits(self.base, *inputs)
 
         run_marker = torch.zeros(len(self.runs), device=next(self.parameters()).device)
         with folded_attention():
