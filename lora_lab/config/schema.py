@@ -1,103 +1,29 @@
 """The schema of a config: the keys that can be set, their types, and the hash of a run."""
 
-import difflib
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable
-from pkgutil import resolve_name
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from lora_lab.adapters import GROUPS, INITS, SCALINGS, TRAINS
+from lora_lab.config.components import CheckpointBase as CheckpointBase
+from lora_lab.config.components import Component as Component
+from lora_lab.config.components import Node, PretrainedBase, TrainedBase
+from lora_lab.config.components import Optimizer as Optimizer
+from lora_lab.config.components import Seed as Seed
+from lora_lab.config.errors import ConfigError as ConfigError
+from lora_lab.config.errors import nearest as nearest
+from lora_lab.config.errors import one_of
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY
-
-
-class ConfigError(ValueError):
-    """A setting is wrong. The message names its key, its value, the rule, the nearest valid one."""
-
-
-def nearest(word: object, choices: Iterable[object]) -> str:
-    """The end of an error message: "; nearest: WORD" with the choice most like `word`.
-
-    Empty where no choice is alike.
-    """
-    matches = difflib.get_close_matches(str(word), list(map(str, choices)), n=1, cutoff=0.5)
-    return f"; nearest: {matches[0]}" if matches else ""
-
-
-def one_of(choices: Collection[str]) -> AfterValidator:
-    """A pydantic validator for a name in a table such as INITS. Its error lists the names."""
-
-    def check(value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}{nearest(value, choices)}")
-        return value
-
-    return AfterValidator(check)
-
-
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""A seed in the range that numpy and scikit-learn accept."""
-
-
-class Node(BaseModel):
-    """Base class of the config's nodes: unknown keys and values of another type are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False
-    )
-
-
-class Component(Node, extra="allow"):
-    """A node that names a callable by `_target_`; its other keys are the callable's arguments."""
-
-    target: str = Field(alias="_target_")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the callable: all keys but `_target_`."""
-        return dict(self.model_extra or {})
-
-    @property
-    def callee(self) -> Callable[..., Any]:
-        """The class or function that `_target_` names, imported."""
-        return resolve_name(self.target)
-
-
-class Optimizer(Component):
-    """A torch optimizer, and the schedule of its learning rate.
-
-    `lr` is the highest rate. After a warm-up it stays constant, or falls to zero linearly or as a
-    cosine. `warmup` is the share of all steps during which it rises from zero.
-    """
-
-    lr: float = Field(gt=0)
-    schedule: Literal["constant", "linear", "cosine"]
-    warmup: float = Field(ge=0, lt=1)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the torch optimizer."""
-        return {"lr": self.lr, **super().arguments}
-
-
-class TrainedBase(Node):
-    """A base that is trained here on the data's `base` phase, and kept in bases_dir."""
-
-    method: Literal["train"]
-    epochs: PositiveInt
-    seed: Seed
-    optimizer: Optimizer
-
-
-class CheckpointBase(Node):
-    """A base loaded from a safetensors file. Its `sha256`, not its path, counts in the identity."""
-
-    method: Literal["checkpoint"]
-    path: str
-    sha256: str | None = None
-
 
 Alpha = Annotated[float, Field(gt=0)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -146,7 +72,7 @@ class TargetRule(Node):
 
     kind: Annotated[str, one_of(GROUPS)] = "all"
     match: str | list[str] = "*"
-    exclude: str | list[str] = []
+    exclude: str | list[str] = Field(default=[])
     r: PositiveInt | None = None
     alpha: Alpha | None = None
     dropout: Dropout | None = None
@@ -162,13 +88,26 @@ class TargetRule(Node):
         return self
 
 
+TRAINER_DEFAULTS = {"max_steps": -1, "accumulate_grad_batches": 1, "val_check_interval": None}
+TRAINER_DEFAULTS |= {"log_every_n_steps": None}
+"""Keys of the trainer that earlier configs lack, with the values that change nothing."""
+
+
 class Trainer(Node, extra="allow"):
     """Arguments of Lightning's Trainer: these four and any other that it takes."""
 
     accelerator: str
     devices: int | str | list[int]
     max_epochs: PositiveInt
-    check_val_every_n_epoch: PositiveInt
+    check_val_every_n_epoch: PositiveInt | None
+
+    def identifying_settings(self) -> dict[str, Any]:
+        """What can change the result: no devices, and no key at its default of TRAINER_DEFAULTS."""
+        return {
+            key: value
+            for key, value in self.model_dump(exclude=set(DEVICE_KEYS)).items()
+            if key not in TRAINER_DEFAULTS or value != TRAINER_DEFAULTS[key]
+        }
 
 
 class Spectra(Node):
@@ -204,25 +143,59 @@ class Sweep(Node):
     fail_fast: bool = False
 
 
+class EarlyStopping(Node):
+    """When training ends early: `metric` is no better than before at `patience` validations.
+
+    Better is by more than `min_delta`.
+    """
+
+    metric: str = Field(min_length=1)
+    patience: PositiveInt
+    min_delta: NonNegativeFloat = 0.0
+
+
 class Published(Node):
     """Published losses of an experiment, on all data, by epoch: of the base, and when adapted."""
 
-    base: dict[int, float] = {}
-    adapted: dict[int, float] = {}
+    base: dict[int, float] = Field(default={})
+    adapted: dict[int, float] = Field(default={})
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _last_or_best(value: str) -> str:
+    if value != "last" and not re.fullmatch(r"best \S+", value):
+        raise ValueError('must be last, or best and a metric, as "best val/accuracy"')
+    return value
+
+
+LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stopping")
+"""Keys that the identity leaves out at their defaults, as configs of earlier versions lack them."""
 
 
 class Config(Node):
-    """The complete config of one run."""
+    """The complete config of one run.
+
+    `also_train` are globs on the names of parameters (or of modules above them) that train in full
+    beside the adapters; `bias` means each bias. `select` says which weights are the run's result:
+    the `last`, or the `best METRIC`, as "best val/accuracy".
+    """
 
     name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64)  # W&B's rule for a tag
     seed: Seed
     data: Component
     model: Component
-    base: TrainedBase | CheckpointBase = Field(discriminator="method")
+    base: TrainedBase | CheckpointBase | PretrainedBase = Field(discriminator="method")
     adapter: Lora | Full | NoAdapter = Field(discriminator="method")
     target: dict[str, TargetRule] = Field(min_length=1)
     optimizer: Optimizer
     trainer: Trainer
+    also_train: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[])
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    select: Annotated[str, AfterValidator(_last_or_best)] = "last"
+    early_stopping: EarlyStopping | None = None
     spectra: Spectra
     tracking: Tracking
     sweep: Sweep = Sweep()  # a default, as the config.yaml of older runs has no such key
@@ -232,6 +205,11 @@ class Config(Node):
     overwrite: bool
     figures: bool | None = None
     checkpoint_every: float = Field(default=60, ge=0)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything trains: adapters, all weights, or those of `also_train` alone."""
+        return not isinstance(self.adapter, NoAdapter) or bool(self.also_train)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as nested dicts, lists, texts and numbers, as config.yaml has it."""
@@ -247,10 +225,15 @@ class Config(Node):
     def _identifying_settings(self) -> dict[str, Any]:
         """The settings that `identity` hashes."""
         config = self.model_dump(by_alias=True, exclude=set(NOT_IN_IDENTITY))
-        for key in DEVICE_KEYS:
-            config["trainer"].pop(key, None)
+        for key in ("data", "model", "trainer"):
+            config[key] = getattr(self, key).identifying_settings()
         if isinstance(self.base, CheckpointBase):
             del config["base"]["path"]
+        if isinstance(self.adapter, Full):
+            del config["also_train"]  # all parameters train anyway
+        for key in LEFT_OUT_AT_DEFAULT:
+            if config.get(key) == Config.model_fields[key].default:
+                del config[key]
         for pattern in ("rank_pattern", "alpha_pattern"):
             if globs := config["adapter"].get(pattern):
                 # The first glob that matches decides, so their order is part of the identity; a
@@ -276,8 +259,10 @@ class Config(Node):
             parts += [adapter.scaling.replace("/", "-")] if adapter.scaling != "alpha/r" else []
             parts += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
         targets = "+".join(self.target) if adapter.method != "none" else ""
+        if not isinstance(adapter, Full):
+            targets += "".join(f"+{glob.strip('*.')}" for glob in self.also_train)
         data = f"data{self.data.arguments['seed']}" if "seed" in self.data.arguments else ""
-        rate = f"lr{self.optimizer.lr:g}" if adapter.method != "none" else ""
+        rate = f"lr{self.optimizer.lr:g}" if self.trains else ""
         name = "-".join(filter(None, [*parts, targets, rate, data]))
         # The cut keeps the directory's name, which seed and hash follow, under 255 bytes.
         return "".join(c if c.isalnum() or c in "-+._" else "_" for c in name)[:120]

@@ -1,0 +1,99 @@
+"""Nodes of a config that name a callable: data, model and optimizer; and the kinds of bases."""
+
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed in the range that numpy and scikit-learn accept."""
+
+
+class Node(BaseModel):
+    """Base class of the config's nodes: unknown keys and values of another type are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class Component(Node, extra="allow"):
+    """A node that names a callable by `_target_`; its other keys are the callable's arguments.
+
+    `content` has for each argument that is a path, as data.train, the hash of what lies there (or
+    a hub's commit). A plan fills it, and the identity has it in the path's place.
+    """
+
+    target: str = Field(alias="_target_")
+    content: dict[str, str] | None = Field(default=None, exclude_if=_is_none)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the callable: all keys but `_target_` and `content`."""
+        return dict(self.model_extra or {})
+
+    def identifying_settings(self) -> dict[str, Any]:
+        """The node's keys and values with content in the place of paths."""
+        return self.model_dump(by_alias=True, exclude={"content"}) | (self.content or {})
+
+    @property
+    def callee(self) -> Callable[..., Any]:
+        """The class or function that `_target_` names, imported."""
+        return resolve_name(self.target)
+
+
+def _share_or_whole(value: float) -> float:
+    if value > 1 and not value.is_integer():
+        raise ValueError("must be a share below 1, or a whole number of steps")
+    return value
+
+
+class Optimizer(Component):
+    """A torch optimizer, and the schedule of its learning rate.
+
+    `lr` is the highest rate. After a warm-up it stays constant, or falls to zero linearly or as a
+    cosine. During `warmup` it rises from zero: a share of all steps if below 1, else their number.
+    """
+
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: Annotated[float, Field(ge=0), AfterValidator(_share_or_whole)]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the torch optimizer."""
+        return {"lr": self.lr, **super().arguments}
+
+
+def warmup_steps(warmup: float, steps: int) -> float:
+    """The number of steps that an Optimizer's `warmup` means, of `steps` in all."""
+    return warmup if warmup >= 1 else warmup * steps
+
+
+class TrainedBase(Node):
+    """A base that is trained here on the data's `base` phase, and kept in bases_dir."""
+
+    method: Literal["train"]
+    epochs: PositiveInt
+    seed: Seed
+    optimizer: Optimizer
+
+
+class CheckpointBase(Node):
+    """A base loaded from a safetensors file. Its `sha256`, not its path, counts in the identity."""
+
+    method: Literal["checkpoint"]
+    path: str
+    sha256: str | None = None
+
+
+class PretrainedBase(Node):
+    """The weights that lie at model.path. Their `sha256` (or the hub's commit) is the identity."""
+
+    method: Literal["pretrained"]
+    sha256: str | None = None
