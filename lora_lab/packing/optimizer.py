@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.optimizer_groups import groups_of
 from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import Stack
+from lora_lab.config.components import warmup_steps
 from lora_lab.training.modules import LoRAModule, lr_factor
 
 Schedule = tuple[float, str, float]
@@ -92,8 +93,8 @@ class PackedOptimizer:
                 group["lr"] = self._learning_rate(group["schedule"], step)
 
     def _learning_rate(self, schedule: Schedule, step: int) -> float:
-        initial_rate, kind, warmup = schedule
-        return initial_rate * lr_factor(kind, warmup * self.total_steps, self.total_steps, step)
+        (initial_rate, kind, warmup), total = schedule, self.total_steps
+        return initial_rate * lr_factor(kind, warmup_steps(warmup, total), total, step)
 
     def run_state(self, module: LoRAModule, step: int) -> dict[str, Any]:
         """The state_dict that a run's optimizer would hold after `step` steps outside of a pack."""

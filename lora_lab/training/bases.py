@@ -25,7 +25,7 @@ from lora_lab import seeding
 from lora_lab.config.schema import Config, TrainedBase, content_hash
 from lora_lab.data import module as data
 from lora_lab.data import planted
-from lora_lab.runs import DEVICE_KEYS, write_atomic
+from lora_lab.runs import write_atomic
 from lora_lab.training import modules, tasks
 
 log = logging.getLogger(__name__)
@@ -59,12 +59,14 @@ def key(cfg: Config) -> str:
     tasks and seeding. Code is hashed as its syntax tree, so that comments, docstrings and layout do
     not change the key. A renamed function does change it.
     """
-    trainer = cfg.trainer.model_dump(exclude={*DEVICE_KEYS, "max_epochs"})
+    trainer = cfg.trainer.identifying_settings()
+    del trainer["max_epochs"]
     # A callee whose module is not known is hashed by its own source.
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
     parts = (*callees, data, planted, modules, tasks, seeding)
     code = [syntax(inspect.getsource(part)) for part in parts]
-    nodes = [node.model_dump(by_alias=True) for node in (cfg.base, cfg.data, cfg.model)]
+    nodes = [cfg.base.model_dump(by_alias=True)]
+    nodes += [node.identifying_settings() for node in (cfg.data, cfg.model)]
     # Python's version too: the bytes experiments learn the source text of Python's library, and
     # ast.dump's format differs between versions.
     return content_hash([*nodes, trainer, code, torch.__version__, platform.python_version()])

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lora_lab.adapters import parameter_groups
 from lora_lab.adapters.model_call import Inputs, logits, row_count
-from lora_lab.config.schema import Optimizer
+from lora_lab.config.components import Optimizer, warmup_steps
 from lora_lab.training.tasks import TASKS
 
 Batch = tuple[Inputs, Tensor]
@@ -181,7 +181,8 @@ class BaseModule(pl.LightningModule):
         if self.optimizer.schedule == "constant" and not self.optimizer.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        factor = partial(lr_factor, self.optimizer.schedule, self.optimizer.warmup * steps, steps)
+        warmup = warmup_steps(self.optimizer.warmup, steps)
+        factor = partial(lr_factor, self.optimizer.schedule, warmup, steps)
         return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
 
 
