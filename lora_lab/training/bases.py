@@ -22,7 +22,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from lora_lab import seeding
-from lora_lab.config.schema import Config, TrainedBase, content_hash
+from lora_lab.config.schema import CheckpointBase, Config, content_hash
 from lora_lab.data import module as data
 from lora_lab.data import planted
 from lora_lab.runs import write_atomic
@@ -102,7 +102,7 @@ def obtain(cfg: Config, train: Train, replay: Callable[[list[Row]], None]) -> Ba
     those of its base. Of several runs that need one base at the same time, one trains it and the
     others wait. A stored file whose checksum is wrong is trained again.
     """
-    if not isinstance(cfg.base, TrainedBase):
+    if isinstance(cfg.base, CheckpointBase):
         return Base(load_file(cfg.base.path), [])
     file = path(cfg)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def _train_and_store(cfg: Config, file: Path, train: Train) -> Base:
 
 def wait(cfg: Config) -> Base:
     """The base that `cfg` asks for, once another process of this run has stored it."""
-    if not isinstance(cfg.base, TrainedBase):
+    if isinstance(cfg.base, CheckpointBase):
         return Base(load_file(cfg.base.path), [])
     while not path(cfg).with_suffix(".json").exists() or not (base := _load(path(cfg))):
         time.sleep(0.2)

@@ -139,7 +139,7 @@ def plan(cfg: Config) -> Plan:
     sites = _find_sites(cfg, model) if cfg.adapter.method != "none" else []
     if isinstance(cfg.base, TrainedBase):
         _check_optimizer("base.optimizer", cfg.base.optimizer)
-    else:
+    elif isinstance(cfg.base, CheckpointBase):
         sha256 = _check_checkpoint(cfg.base, model)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
     return Plan(cfg, sites, processes)
