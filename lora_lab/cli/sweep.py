@@ -20,7 +20,7 @@ from lora_lab.sweeps.search import BayesSearch, random_points, startup_points
 from lora_lab.sweeps.sweep_file import Sweep, read_sweep
 from lora_lab.training.callbacks.spectra import groups
 from lora_lab.training.plan import Plan
-from lora_lab.training.tasks import TASKS
+from lora_lab.training.tasks import metric_names
 
 AGAINST_BASE = ("directions", "projection", "amplification", "intruders", "intruders_among")
 """Measures of ΔW against W, which a run logs where spectra.against_base is set."""
@@ -134,7 +134,7 @@ def _where(bad: Sequence[list[str]], points: Sequence[list[str]]) -> str:
 def logged_metrics(plan: Plan) -> set[str]:
     """The names of all metrics that a run logs, but for theory/ (which a data set adds)."""
     cfg, data = plan.cfg, plan.data("adapt")
-    validation = {"val/loss", *(f"val/{name}" for name in TASKS[data.task].metrics)}
+    validation = {"val/loss", *(f"val/{n}" for n in metric_names(data.task, data.metrics))}
     names = {*validation, "parameters/trainable", "parameters/base"}
     if isinstance(cfg.base, TrainedBase):
         names |= {f"base/{name}" for name in {*validation, "train/loss"}}

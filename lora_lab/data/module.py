@@ -1,7 +1,7 @@
 """The base class of data sets: two phases, tensors drawn from a seed, reproducible batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -25,6 +25,9 @@ class Data(pl.LightningDataModule, ABC):
 
     task: str
     """The loss and the metrics: a key of TASKS in training/tasks.py, as `regression`."""
+
+    metrics: Sequence[str] | None = None
+    """The validation metrics, by name in TASKS; None: the task's defaults."""
 
     distinct_rows_in: Literal["batch", "epoch"] = "epoch"
     """Rows are drawn without replacement in each epoch (a permutation), or in each batch only."""

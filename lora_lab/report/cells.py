@@ -21,7 +21,7 @@ from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY, Run
 
 LOWER_IS_BETTER = ("loss", "perplexity", "error")
 """Endings of the names of metrics that are to be minimized."""
-HIGHER_IS_BETTER = ("accuracy", "f1", "auroc", "r2")
+HIGHER_IS_BETTER = ("accuracy", "f1", "auroc", "r2", "matthews", "pearson", "spearman")
 """Endings of the names of metrics that are to be maximized."""
 MAX_TEXT_LENGTH = 40
 """Characters of a setting's value in a table; a longer one is cut and ends with …."""

@@ -10,6 +10,7 @@ import yaml
 
 from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError, nearest
+from lora_lab.report.cells import goal_of
 from lora_lab.sweeps.search_space import Space, parse_parameter
 
 Goal = Literal["minimize", "maximize"]
@@ -173,7 +174,7 @@ def _metric(spec: Any) -> tuple[str | None, Goal]:
     if goal not in ("minimize", "maximize"):
         known = nearest(goal, ("minimize", "maximize"))
         raise ConfigError(f"metric.goal={goal}: must be minimize or maximize{known}")
-    better = {"loss": "minimize", "accuracy": "maximize"}.get(name.rpartition("/")[2], goal)
-    if goal != better:
+    better = goal_of(name)
+    if better is not None and goal != better:
         raise ConfigError(f"metric.goal={goal}: {name} is better the other way; goal: {better}")
     return name, goal

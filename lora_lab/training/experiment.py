@@ -100,7 +100,8 @@ def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
         pl.seed_everything(cfg.base.seed, verbose=False)
         data, model = plan.data("base"), plan.model()
         outputs = data.sizes["out_features"]
-        module = BaseModule(model, data.task, outputs, cfg.base.optimizer, prefix="base/")
+        optimizer = cfg.base.optimizer
+        module = BaseModule(model, data.task, outputs, optimizer, "base/", data.metrics)
         first = len(tracking.rows)
         checkpoint = Checkpoint(checkpoints, bases.key(cfg), cfg.checkpoint_every, tracking)
         callbacks = [ProgressBar("base", console), checkpoint]
@@ -135,11 +136,11 @@ def build_trial(
     another run of a pack has one; with None they are copied here.
     """
     cfg, outputs = plan.cfg, data.sizes["out_features"]
+    arguments = model, data.task, outputs, cfg.optimizer, "", data.metrics, cfg.label_smoothing
     if isinstance(cfg.adapter, Lora):
-        ratio = cfg.adapter.lr_ratio
-        module = LoRAModule(model, data.task, outputs, cfg.optimizer, lr_ratio=ratio)
+        module = LoRAModule(*arguments, lr_ratio=cfg.adapter.lr_ratio)
     else:
-        module = BaseModule(model, data.task, outputs, cfg.optimizer)
+        module = BaseModule(*arguments)
     # Cast before the base is copied: its file may have other dtypes than training.
     precision.cast(module, cfg.trainer)
     if base is None:

@@ -1,5 +1,6 @@
 """The LightningModules of training: BaseModule trains all weights, LoRAModule the adapters."""
 
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from math import cos, pi
@@ -12,12 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
 
 from lora_lab.adapters import parameter_groups
 from lora_lab.adapters.model_call import Inputs, logits, row_count
 from lora_lab.config.components import Optimizer, warmup_steps
-from lora_lab.training.tasks import TASKS
+from lora_lab.training.gradient_mean import GradientMean
+from lora_lab.training.tasks import TASKS, metric_names, metrics_of
 
 Batch = tuple[Inputs, Tensor]
 """Inputs and targets, as a data module gives them."""
@@ -35,24 +36,40 @@ class BaseModule(pl.LightningModule):
 
     `task` is a key of TASKS, `outputs` the number of the model's outputs (classes or tokens).
     `prefix` stands before the name of each logged metric: `base/` while a base is trained.
+    `metrics` are names of the task's metrics (None: its defaults). `label_smoothing` is of the loss
+    that is trained on, not of the validation loss.
     """
 
     def __init__(
-        self, model: nn.Module, task: str, outputs: int, optimizer: Optimizer, prefix: str = ""
+        self,
+        model: nn.Module,
+        task: str,
+        outputs: int,
+        optimizer: Optimizer,
+        prefix: str = "",
+        metrics: Sequence[str] | None = None,
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
         self.model, self.task, self.optimizer, self.prefix = model, TASKS[task], optimizer, prefix
-        self.metrics = nn.ModuleDict(
-            {name: metric(outputs) for name, metric in self.task.metrics.items()}
-        )
+        self.training_loss_sum = self.task.training_loss(label_smoothing)
+        self.metric_names = metric_names(task, metrics)
+        self.metrics = nn.ModuleDict(metrics_of(task, self.metric_names, outputs))
         self.final_step: dict[str, float] | None = None
         """Step and epoch at which training ended; None while it runs."""
         self.train_loss: float | None = None
         """The training loss that was read last, for the progress bar."""
+        self.gradient_mean = GradientMean()
         self._losses: list[Tensor] = []
-        """Losses of this epoch's newest steps, still on the device."""
+        """Summed losses of this epoch's newest batches, still on the device."""
+        self._counts: list[Tensor] = []
+        """How many targets count in each of them, over all processes."""
         self._read: list[Tensor] = []
-        """Losses of this epoch's earlier steps, in CPU memory."""
+        """Sums and counts (2, batches) of this epoch's earlier batches, in CPU memory."""
+        self._val_losses: list[Tensor] = []
+        """Summed losses of this validation's batches, on the device."""
+        self._val_counts: list[Tensor] = []
+        """How many targets count in each of them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning sets `_current_fx_name` to the running hook's name some 40 times a step.
@@ -101,14 +118,21 @@ class BaseModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Forgets the losses of the epoch before."""
         self._losses.clear()
+        self._counts.clear()
         self._read.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The task's loss on one batch."""
+        """The task's loss on one batch: its mean, or its part of that of a step (GradientMean)."""
         inputs, targets = batch
-        loss = self.task.loss(self(inputs), targets)
-        self._losses.append(loss.detach())
-        if len(self._losses) == LOSS_READ_INTERVAL or self.trainer.is_last_batch:
+        loss_sum = self.training_loss_sum(self(inputs), targets)
+        trainer = self.trainer
+        is_first = batch_idx % trainer.accumulate_grad_batches == 0
+        loss, count = self.gradient_mean.scaled(
+            loss_sum, self.task.count(targets), trainer.strategy, trainer.world_size, is_first
+        )
+        self._losses.append(loss_sum.detach())
+        self._counts.append(count)
+        if len(self._losses) == LOSS_READ_INTERVAL or trainer.is_last_batch:
             self._read_losses()
         return loss
 
@@ -116,16 +140,28 @@ class BaseModule(pl.LightningModule):
     # function that takes 4 µs instead of 10.
     training_step.__signature__ = signature(training_step)  # pyright: ignore
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes accumulated gradients those of one mean. Lightning clips them after this."""
+        if (micro_batches := self.trainer.accumulate_grad_batches) > 1:
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            self.gradient_mean.correct(parameters, micro_batches)
+
     def _read_losses(self) -> Tensor:
-        """The losses of the epoch's steps so far, in CPU memory (steps,). Raises DivergedError."""
+        """Sums and counts (2, batches) of the epoch so far, in CPU memory. Raises DivergedError."""
         if self._losses:
-            # The mean over processes, so that all of them stop at the same step if it diverges.
-            new = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="mean").cpu()
-            self.check_losses(new, sum(map(len, self._read)))
-            self.train_loss = new[-1].item()
+            # Over all processes, so that all of them stop at the same step if it diverges.
+            new = torch.stack([self._sum(self._losses), torch.stack(self._counts).cpu().double()])
+            losses = new[0] / new[1].clamp(min=1)
+            self.check_losses(losses, sum(part.shape[1] for part in self._read))
+            self.train_loss = losses[-1].item()
             self._read.append(new)
             self._losses.clear()
-        return torch.cat(self._read)
+            self._counts.clear()
+        return torch.cat(self._read, 1)
+
+    def _sum(self, tensors: list[Tensor]) -> Tensor:
+        """Numbers of the newest batches, each summed over processes, in CPU memory (batches,)."""
+        return self.trainer.strategy.reduce(torch.stack(tensors), reduce_op="sum").cpu().double()
 
     def check_losses(self, losses: Tensor, before: int) -> None:
         """Raises DivergedError if a training loss is infinite or NaN.
@@ -142,25 +178,33 @@ class BaseModule(pl.LightningModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's mean training loss."""
-        mean = self._read_losses().double().mean()
-        self.log_dict({f"{self.prefix}train/loss": mean, **self.step_and_epoch()})
+        """Logs the epoch's mean training loss, over all its targets."""
+        loss_sum, count = self._read_losses().sum(1)
+        loss = loss_sum / count.clamp(min=1)
+        self.log_dict({f"{self.prefix}train/loss": loss, **self.step_and_epoch()})
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the losses of the validation before."""
+        self._val_losses.clear()
+        self._val_counts.clear()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the validation loss and metrics, logged as means over all targets."""
+        """Adds a batch to the validation loss and metrics."""
         inputs, targets = batch
         output = self(inputs)
-        # Lightning averages the batch size over processes: as an int it would be rounded down.
-        count: Any = float(self.task.count(targets))
-        if not count:  # fewer rows than processes, or no target that counts
-            return
-        loss = self.task.loss(output, targets)
+        self._val_losses.append(self.task.loss_sum(output, targets))
+        self._val_counts.append(self.task.count(targets))
+        if row_count(inputs):  # a process has none where there are fewer rows than processes
+            for metric in self.metrics.values():
+                metric.update(output, targets)  # pyright: ignore
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the loss and metrics as means over all targets, with step and epoch."""
+        loss = self._sum(self._val_losses).sum() / self._sum(self._val_counts).sum()
         self.check_val_loss(loss)
-        self.log(f"{self.prefix}val/loss", loss, batch_size=count, sync_dist=True)
-        for name, metric in self.metrics.items():
-            assert isinstance(metric, Metric)
-            metric.update(output, targets)
-            self.log(f"{self.prefix}val/{name}", metric, batch_size=row_count(inputs))
+        row = {"loss": loss, **self.metrics_of_loss(loss), **dict(self.metrics.items())}
+        self.log_dict({f"{self.prefix}val/{name}": value for name, value in row.items()})
+        self.log_dict(self.step_and_epoch())
 
     def check_val_loss(self, loss: Tensor) -> None:
         """Raises DivergedError if a validation loss is infinite or NaN."""
@@ -171,9 +215,10 @@ class BaseModule(pl.LightningModule):
                 + ("" if self.global_step else ": the base or the data holds it, no step was taken")
             )
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs step and epoch beside the validation metrics."""
-        self.log_dict(self.step_and_epoch())
+    def metrics_of_loss(self, loss: Tensor) -> dict[str, Tensor]:
+        """The metrics that follow from the mean validation loss, as perplexity."""
+        functions = self.task.of_loss
+        return {n: functions[n](loss) for n in self.metric_names if n in functions}
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer, with its learning rate scheduled over all steps of training."""
@@ -214,9 +259,11 @@ class LoRAModule(BaseModule):
         outputs: int,
         optimizer: Optimizer,
         prefix: str = "",
+        metrics: Sequence[str] | None = None,
+        label_smoothing: float = 0.0,
         lr_ratio: float = 1.0,
     ):
-        super().__init__(model, task, outputs, optimizer, prefix)
+        super().__init__(model, task, outputs, optimizer, prefix, metrics, label_smoothing)
         self.lr_ratio = lr_ratio
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
