@@ -18,8 +18,9 @@ from lora_lab.adapters.peft import load_peft, save_peft
 from lora_lab.adapters.recipe import TRAINS, AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import KINDS, Site, adapter_class
-from lora_lab.adapters.slots import attached, disabled, names, switch
+from lora_lab.adapters.slots import also_trained, attached, disabled, names, switch
 from lora_lab.adapters.targets import GROUPS, RankError, Target, TargetError, find_sites
+from lora_lab.adapters.trained_in_full import FullParameter, select
 
 __all__ = [
     "GROUPS",
@@ -30,6 +31,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Count",
+    "FullParameter",
     "RankError",
     "Recipe",
     "Site",
@@ -37,6 +39,7 @@ __all__ = [
     "TargetError",
     "adapter_class",
     "adapter_state_dict",
+    "also_trained",
     "attach",
     "attached",
     "base_hash",
@@ -55,6 +58,7 @@ __all__ = [
     "parameter_groups",
     "save",
     "save_peft",
+    "select",
     "switch",
     "unmerge",
     "weights_hash",

@@ -4,16 +4,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_lab.adapters.slots import all_adapters, attached
+from lora_lab.adapters.slots import Change, also_trained, attached
 
 
 @dataclass(frozen=True)
 class Count:
     """Numbers of parameters, and bytes; `full_` is what full fine-tuning would take.
 
-    `trainable` are the adapter's trained parameters, `frozen` the base's. `adapter_bytes` are those
-    of the stored adapter, `full_bytes` those of the model's weights. The optimizer's state is
-    Adam's: two numbers for each trained parameter, in the parameter's dtype.
+    `trainable` are the adapter's trained parameters, `also_trained` those that train in full beside
+    it, `frozen` the base's. `adapter_bytes` and `also_trained_bytes` are those of the stored
+    adapter, `full_bytes` those of the model's weights. The optimizer's state is Adam's: two numbers
+    for each trained parameter of both kinds, in the parameter's dtype.
     """
 
     trainable: int
@@ -23,21 +24,27 @@ class Count:
     full_trainable: int
     full_bytes: int
     full_optimizer_bytes: int
+    also_trained: int
+    also_trained_bytes: int
 
 
 def count(model: nn.Module) -> Count:
     """What the active adapter of `model` costs."""
-    adapter_ids = {id(p) for a in all_adapters(model).values() for p in a.parameters()}
+    changes = [module for module in model.modules() if isinstance(module, Change)]
+    adapter_ids = {id(p) for change in changes for p in change.parameters()}
     base = [p for p in model.parameters() if id(p) not in adapter_ids]
     active = attached(model).values()
     trained = [p for adapter in active for p in adapter.parameters() if p.requires_grad]
+    in_full = [parameter.value for parameter in also_trained(model).values()]
     stored = [t for adapter in active for t in adapter.tensors().values()]
     return Count(
         trainable=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in base),
         adapter_bytes=sum(t.numel() * t.element_size() for t in stored),
-        optimizer_bytes=sum(2 * p.numel() * p.element_size() for p in trained),
+        optimizer_bytes=sum(2 * p.numel() * p.element_size() for p in [*trained, *in_full]),
         full_trainable=sum(p.numel() for p in base),
         full_bytes=sum(p.numel() * p.element_size() for p in base),
         full_optimizer_bytes=sum(2 * p.numel() * p.element_size() for p in base),
+        also_trained=sum(p.numel() for p in in_full),
+        also_trained_bytes=sum(p.numel() * p.element_size() for p in in_full),
     )

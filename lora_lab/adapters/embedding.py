@@ -12,6 +12,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.factored import Hidden, Output
 from lora_lab.adapters.linear import LinearAdapter
 from lora_lab.adapters.recipe import AdapterError
+from lora_lab.adapters.watch import base_class
 
 
 class EmbeddingAdapter(LinearAdapter):
@@ -41,7 +42,7 @@ class EmbeddingAdapter(LinearAdapter):
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         """Exactly nn.Embedding: a subclass may have another forward."""
-        return type(layer) is nn.Embedding
+        return base_class(layer) is nn.Embedding
 
     @staticmethod
     def weight_to_matrix(weight: Float[Tensor, "tokens features"]) -> Tensor:

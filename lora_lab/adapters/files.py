@@ -16,8 +16,9 @@ from lora_lab.adapters.adapter import TENSOR_NAMES, Adapter
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
-from lora_lab.adapters.slots import layer_path, merged_adapters, require_attached
+from lora_lab.adapters.slots import also_trained, merged_adapters, parameter_key, require_attached
 from lora_lab.adapters.targets import Target, find_sites
+from lora_lab.adapters.trained_in_full import FullParameter, select
 
 
 def is_adapter_key(key: str) -> bool:
@@ -43,7 +44,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = {key: value for key, value in model.state_dict().items() if not is_adapter_key(key)}
     for site, adapter in merged_adapters(model).items():
-        key = ".".join(filter(None, [layer_path(site, adapter), adapter.parameter]))
+        key = parameter_key(site, adapter)
         weight = state[key].clone()
         part = weight if adapter.rows is None else weight[slice(*adapter.rows)]
         part.copy_(adapter.weight_before_merge)
@@ -66,8 +67,9 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def save(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
     """Writes the adapter `name`, or the active one, as adapter.safetensors and adapter.json.
 
-    Tensors are named by site (`fc1.A`). The JSON has the base's hash and how the adapter of each
-    site was built. Raises AdapterError where there is no such adapter.
+    Tensors are named by site (`fc1.A`), and those that are trained in full by their key in the base
+    (`head.weight`). The JSON has the base's hash and how the adapter of each site was built. Raises
+    AdapterError where there is no such adapter.
     """
     adapters = require_attached(model, name)
     directory = Path(directory)
@@ -77,12 +79,18 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
         for site, adapter in adapters.items()
         for key, tensor in adapter.tensors().items()
     }
+    in_full = {key: p.value.detach() for key, p in also_trained(model, name).items()}
     sites = {
         site: {"kind": a.kind, "shape": list(a.shape), "scale": a.scale, **asdict(a.recipe)}
         for site, a in adapters.items()
     }
     description = {"format": 2, "base": weights_hash(base_state_dict(model)), "sites": sites}
-    save_file(tensors, directory / "adapter.safetensors", {"format": "lora_lab"})
+    if in_full:
+        description["also_trained"] = {
+            key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            for key, value in in_full.items()
+        }
+    save_file(tensors | in_full, directory / "adapter.safetensors", {"format": "lora_lab"})
     (directory / "adapter.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -93,7 +101,7 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
     base (by the hash of its weights), a layer that does not exist, a wrong kind or shape, missing
     or unknown tensors.
     """
-    trained_on, sites, tensors = _read(Path(directory))
+    trained_on, sites, in_full, tensors = _read(Path(directory))
     model_hash = weights_hash(base_state_dict(model))
     if trained_on != model_hash:
         raise AdapterError(
@@ -109,9 +117,11 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
             adapters |= [_build(model, path, description, stored)]
         except (AdapterError, KeyError, TypeError) as error:
             errors.append(f"'{path}': {error}")
+    also_trained, more_errors = _build_in_full(model, in_full, tensors)
+    errors += more_errors
     if errors := [*errors, *(f"unknown tensor {key}" for key in tensors)]:
         raise AdapterError(f"the adapter in {directory} does not fit: {'; '.join(errors)}")
-    place_adapters(model, adapters, name)
+    place_adapters(model, adapters, name, also_trained)
 
 
 def _build(
@@ -133,17 +143,42 @@ def _build(
     return site, adapter.fill(tensors)
 
 
+def _build_in_full(
+    model: nn.Module, descriptions: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, FullParameter], list[str]]:
+    """What trains in full, with the values that it takes from `tensors`, and errors."""
+    try:
+        select(model, [glob.escape(key) for key in descriptions])
+    except AdapterError as error:
+        return {}, [str(error)]
+    parameters: dict[str, FullParameter] = {}
+    errors = []
+    for key, description in descriptions.items():
+        layer, _, name = key.rpartition(".")
+        parameters[key] = parameter = FullParameter(model.get_submodule(layer), name)
+        shape, value = list(parameter.value.shape), tensors.pop(key, None)
+        if value is None:
+            errors.append(f"there is no tensor {key}")
+        elif not shape == list(value.shape) == description["shape"]:
+            trained = f"{list(value.shape)}, described as {description['shape']}"
+            errors.append(f"'{key}' has shape {shape}, the trained one {trained}")
+        else:
+            parameter.value.data.copy_(value)
+    return parameters, errors
+
+
 def base_hash(directory: str | Path) -> str:
     """The `weights_hash` of the base on which the adapter of `directory` was trained."""
     return _read(Path(directory))[0]
 
 
-def _read(directory: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """The base's hash, each site's description, and the tensors."""
+def _read(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """The base's hash, the descriptions by site and of what is trained in full, and the tensors."""
     try:
         description = json.loads((directory / "adapter.json").read_text())
         tensors = load_file(directory / "adapter.safetensors")
-        return description["base"], description["sites"], tensors
+        in_full = description.get("also_trained", {})
+        return description["base"], description["sites"], in_full, tensors
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
 

@@ -1,17 +1,19 @@
 """Putting adapters on a model, and taking them off."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters import slots, weight
+from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
-from lora_lab.adapters.slots import Slot
+from lora_lab.adapters.slots import Change, Slot
 from lora_lab.adapters.targets import Target, find_sites
+from lora_lab.adapters.trained_in_full import FullParameter, select
+from lora_lab.adapters.watch import KINDS_ON_READING, unwatch, watch
 from lora_lab.seeding import generator
 
 
@@ -28,6 +30,7 @@ def attach(
     dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    also_train: str | Sequence[str] = (),
     seed: int = 0,
     name: str = "default",
 ) -> list[Site]:
@@ -37,12 +40,14 @@ def attach(
         targets: {label: Target}, or one of GROUPS, as "linear", "attention" or "all".
         r, alpha, dropout, init, scaling, trains, dora: see Recipe.
         rank_pattern, alpha_pattern: {glob on names: r or alpha} for single sites.
+        also_train: globs on the names of parameters, or of modules, that train in full beside the
+            adapters; `bias` is each bias. Their weights take no adapter.
         seed: Each site's factors are drawn from a generator of that site, seeded by (seed, site,
             r): what else is targeted never changes them.
         name: A second call with another name puts another adapter beside the first.
 
-    Returns the adapted sites. Raises what `find_sites` raises, and AdapterError where a layer
-    already has an adapter of that name.
+    Returns the adapted sites. Raises what `find_sites` and `trained_in_full.select` raise, and
+    AdapterError where a layer already has an adapter of that name.
 
     Layers keep their object, weight and state-dict key. Norms with running statistics are held in
     eval mode while they are frozen.
@@ -53,24 +58,36 @@ def attach(
     """
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     recipe = Recipe(r, alpha, dropout, init, scaling, trains, dora)
-    sites = find_sites(model, targets, recipe, rank_pattern, alpha_pattern)
+    keys = select(model, also_train)
+    sites = find_sites(model, targets, recipe, rank_pattern, alpha_pattern, keys)
     adapters = {}
     for site in sites:
         assert site.recipe is not None
         layer = model.get_submodule(site.layer)
         adapter = adapter_class(layer)(layer, site.parameter, site.rows, site.recipe)
         adapters[site] = adapter.draw(layer, generator(seed, site.name, site.recipe.r))
-    place_adapters(model, adapters, name)
+    also_trained = {}
+    for key in keys:
+        layer, _, parameter = key.rpartition(".")
+        also_trained[key] = FullParameter(model.get_submodule(layer), parameter)
+    place_adapters(model, adapters, name, also_trained)
     return sites
 
 
-def place_adapters(model: nn.Module, adapters: Mapping[Site, Adapter], name: str) -> None:
+def place_adapters(
+    model: nn.Module,
+    adapters: Mapping[Site, Adapter],
+    name: str,
+    also_trained: Mapping[str, FullParameter] | None = None,
+) -> None:
     """Puts adapters on their sites under `name`, active, and freezes all other parameters.
 
-    Raises AdapterError, and changes nothing, where that cannot be.
+    `also_trained` are those that train in full, by key. Raises AdapterError, and changes nothing,
+    where that cannot be.
     """
-    _check_placeable(model, [site.name for site in adapters], name)
-    placements = []
+    also_trained = also_trained or {}
+    _check_placeable(model, adapters, name, also_trained)
+    placements: list[tuple[nn.Module, str, Change]] = []
     for site, adapter in adapters.items():
         owner = model.get_submodule(site.layer)
         placements.append((owner, site.name, adapter))
@@ -79,17 +96,35 @@ def place_adapters(model: nn.Module, adapters: Mapping[Site, Adapter], name: str
             layer = model.get_submodule(path)
             if layer is not owner:  # it may be one layer under two names
                 placements.append((layer, other, _twin(layer, owner, site, parameter, adapter)))
+    for key, parameter in also_trained.items():
+        placements.append((slots.layer_of(model, key, parameter), key, parameter))
     freeze_base(model)
     for layer, site, adapter in placements:
         place_on_layer(layer, name, site, adapter)
     slots.switch(model, name)
 
 
-def _check_placeable(model: nn.Module, sites: list[str], name: str) -> None:
+def _check_placeable(
+    model: nn.Module,
+    sites: Mapping[Site, Adapter],
+    name: str,
+    also_trained: Mapping[str, FullParameter],
+) -> None:
     if not name.isidentifier() or hasattr(Slot(), name):
         raise AdapterError(f"name={name!r}: must be a plain word, and not one of nn.ModuleDict's")
     slots.require_unmerged(model)
-    if taken := [site for site in slots.attached(model, name) if site in sites]:
+    names, keys = {site.name for site in sites}, {site.key for site in sites}
+    if both := sorted(keys & set(also_trained)):
+        raise AdapterError(f"{', '.join(both)}: a weight takes an adapter or trains in full")
+    attached, in_full = slots.attached(model, name), slots.also_trained(model, name)
+    taken = [site for site in attached if site in names]
+    taken += [
+        site
+        for site, adapter in attached.items()
+        if slots.parameter_key(site, adapter) in also_trained
+    ]
+    taken += [key for key in in_full if key in keys or key in also_trained]
+    if taken:
         shown = ", ".join(site or "the model itself" for site in taken)
         raise AdapterError(f"adapter '{name}' sits on {shown}: detach it, or take another name")
     for path, module in model.named_modules():
@@ -100,7 +135,7 @@ def _check_placeable(model: nn.Module, sites: list[str], name: str) -> None:
 def freeze_base(model: nn.Module) -> None:
     """Freezes all parameters but the adapters', and holds norms with running statistics in eval."""
     for module in model.modules():
-        if isinstance(module, Adapter):
+        if isinstance(module, Change):
             continue
         parameters = dict(module.named_parameters(recurse=False))
         # Each module remembers what was frozen here, so that detach undoes it, from whichever
@@ -119,15 +154,16 @@ def place_on_layer(layer: nn.Module, name: str, site: str, adapter: Any) -> None
     """Puts an adapter, or a pack's PackedAdapter, on its layer under `name`."""
     if not isinstance(slot := getattr(layer, "lora", None), Slot):
         layer.lora = slot = Slot()
-        if adapter.kind != "weight":
-            # First of all hooks: the others are meant for the layer's full output.
-            layer.register_forward_hook(_adapt_output, with_kwargs=True, prepend=True)
-    if adapter.kind == "weight":
-        weight.watch(layer, adapter.parameter)
+    on_reading = adapter.kind in KINDS_ON_READING
+    if on_reading:
+        watch(layer, adapter.parameter)
+    elif _adapt_output not in layer._forward_hooks.values():
+        # First of all hooks: the others are meant for the layer's full output.
+        layer.register_forward_hook(_adapt_output, with_kwargs=True, prepend=True)
     if name not in slot:
         slot[name] = nn.ModuleDict()
     parts: Any = slot[name]
-    parts[site.rpartition(".")[2] if adapter.kind == "weight" else "weight"] = adapter
+    parts[site.rpartition(".")[2] if on_reading else "weight"] = adapter
     adapter.train(layer.training)
 
 
@@ -167,6 +203,8 @@ def _adapt_output(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -
     """The forward hook of layers with a factored adapter: the output with W + ΔW."""
     slot: Any = layer._modules["lora"]
     for adapter in slot.active_adapters():
+        if adapter.kind in KINDS_ON_READING:
+            continue
         input = args[0] if args else next(iter(kwargs.values()))
         if not output.is_nested:
             return adapter(layer, input, output)
@@ -197,11 +235,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         slot.active = None if name in (None, slot.active) else slot.active
         if not len(slot):
             _remove_slot(layer)
-    if not slots.all_adapters(model):
+    if not slots.names(model):
         _unfreeze_base(model)
 
 
-def restore_weight(layer: nn.Module, adapter: Adapter) -> None:
+def restore_weight(layer: nn.Module, adapter: Change) -> None:
     """Undoes a merge: the weight is what it was before, bit for bit."""
     assert adapter.weight_before_merge is not None
     adapter.weight_of(layer).data.copy_(adapter.weight_before_merge)
@@ -221,7 +259,7 @@ def _remove_slot(layer: nn.Module) -> None:
     _unhook(layer._forward_hooks, _adapt_output)
     for key in set(layer._forward_hooks_with_kwargs) - set(layer._forward_hooks):
         del layer._forward_hooks_with_kwargs[key]
-    weight.unwatch(layer)
+    unwatch(layer)
     del layer.lora
 
 

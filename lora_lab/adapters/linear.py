@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.factored import ByStack, FactoredAdapter, Hidden, Output
+from lora_lab.adapters.watch import base_class
 
 
 class LinearAdapter(FactoredAdapter):
@@ -19,7 +20,7 @@ class LinearAdapter(FactoredAdapter):
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         """Exactly nn.Linear: a subclass may have another forward."""
-        return type(layer) is nn.Linear
+        return base_class(layer) is nn.Linear
 
     def down(
         self, layer: Any, input: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]

@@ -13,6 +13,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.inject import detach, place_adapters, restore_weight
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.targets import Target, find_sites
+from lora_lab.adapters.trained_in_full import FullParameter
 
 
 def deltas(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -31,8 +32,9 @@ def deltas(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
 def merge(model: nn.Module) -> None:
     """Adds each active ΔW to its weight in place: the adapted output at the base's speed.
 
-    The sum is computed in float32 (or wider) whatever the weight's dtype. A copy of the weight is
-    kept for `unmerge`. Raises AdapterError if an adapter is merged already, or none is active.
+    What is trained in full takes the place of the base's values. Sums are computed in float32 (or
+    wider) whatever the weight's dtype. A copy of each weight is kept for `unmerge`. Raises
+    AdapterError if an adapter is merged already, or none is active.
     """
     slots.require_unmerged(model)
     for site, adapter in slots.require_attached(model, None).items():
@@ -41,6 +43,10 @@ def merge(model: nn.Module) -> None:
         before = weight.detach().clone()
         weight.copy_(weight.to(delta.dtype) + delta)
         adapter.weight_before_merge = before
+    for key, parameter in slots.also_trained(model).items():
+        weight = parameter.weight_of(slots.layer_of(model, key, parameter))
+        parameter.weight_before_merge = weight.detach().clone()
+        weight.copy_(parameter.value)
     _update_tied(model)
 
 
@@ -76,8 +82,9 @@ def merged(model: nn.Module) -> nn.Module:
 def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     """Adds, and makes active, the adapter `name` with ΔW = Σ weights[other] · ΔW[other], exactly.
 
-    Its factors are the others' side by side, so its rank is the sum of theirs; its scale is 1.
-    Raises AdapterError for a name that does not exist, and for DoRA, whose ΔW is no product.
+    Its factors are the others' side by side, so its rank is the sum of theirs; its scale is 1. What
+    they train in full is combined alike: W + Σ weights[other] · (value − W). Raises AdapterError
+    for a name that does not exist, and for DoRA, whose ΔW is no product.
     """
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError(f"weights={weights!r}: must be {{adapter's name: share}}")
@@ -102,4 +109,18 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
         layer = model.get_submodule(site.layer)
         adapter = type(first)(layer, site.parameter, site.rows, recipe)
         adapters[site] = adapter.fill({"A": A.clone(), "B": B})
-    place_adapters(model, adapters, name)
+    place_adapters(model, adapters, name, _combine_in_full(model, weights))
+
+
+def _combine_in_full(model: nn.Module, weights: Mapping[str, float]) -> dict[str, FullParameter]:
+    """The parameters that the adapters named in `weights` train in full, combined, by key."""
+    combined: dict[str, FullParameter] = {}
+    for other, share in weights.items():
+        for key, parameter in slots.also_trained(model, other).items():
+            layer = slots.layer_of(model, key, parameter)
+            if key not in combined:
+                combined[key] = FullParameter(layer, parameter.parameter)
+            change = parameter.value.double() - parameter.weight_of(layer)
+            value = combined[key].value
+            value.copy_(value.double() + share * change)
+    return combined

@@ -6,19 +6,22 @@ from typing import Any
 from torch import nn
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.slots import attached
+from lora_lab.adapters.slots import also_trained, attached
 
 
 def parameter_groups(
     model: nn.Module, lr: float, ratio: float = 1.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The active adapter's trained parameters in the groups of a torch optimizer.
+    """What trains of the active adapter, in the groups of a torch optimizer.
 
     With a `ratio` other than 1 the factor that starts at zero (B; of an embedding, A) is a separate
     group that learns at ratio · lr (LoRA+, Hayou et al. 2024). Weight decay is off unless given:
-    on A and B it pulls the adapted model toward the base.
+    on A and B it pulls the adapted model toward the base. What is trained in full beside the
+    adapter is a group of its own, the last, with this lr and weight decay.
     """
-    return groups_of(attached(model).values(), lr, ratio, weight_decay)
+    groups = groups_of(attached(model).values(), lr, ratio, weight_decay)
+    in_full = [parameter.value for parameter in also_trained(model).values()]
+    return groups + [{"params": in_full, "lr": lr, "weight_decay": weight_decay}] * bool(in_full)
 
 
 def groups_of(

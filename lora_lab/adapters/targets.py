@@ -1,20 +1,18 @@
 """Which weights get an adapter: targets pick sites, and each site gets its recipe."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 
+from lora_lab.adapters.memory import Span, memory_span, overlaps, parameters_in_memory
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import ADAPTERS, KINDS, Site, adapter_class, candidate_sites
 
 GROUPS = (*KINDS, "attention", "all")
 """What a target's `kind` can be: a kind of site, whatever belongs to attention, or all sites."""
-
-Span = tuple[int, int, int]
-"""Where a weight is in memory: see `_memory_span`."""
 
 Patterns = Mapping[str, Mapping[str, float]]
 """Values for single sites: {"r" or "alpha": {glob on names: value}}."""
@@ -64,12 +62,13 @@ def find_sites(
     recipe: Recipe | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    trained_in_full: Collection[str] = (),
 ) -> list[Site]:
     """The sites that `targets` pick in `model`, in the model's order.
 
     Works on a model on the meta device: no weight is read. With `recipe` each site gets a recipe:
     what its target sets goes before `recipe`, and the patterns ({glob: value}, the first that fits)
-    go before both.
+    go before both. Sites whose parameter's key is in `trained_in_full` are left out.
 
     Raises TargetError when a target or a pattern picks nothing, when two targets pick one site,
     when a picked weight is tied to another layer's or is no parameter; RankError when r exceeds a
@@ -77,11 +76,11 @@ def find_sites(
     """
     _check_targets(targets)
     candidates = list(candidate_sites(model))
-    label_by_site = _pick(model, targets, candidates)
+    label_by_site = _pick(model, targets, candidates, trained_in_full)
     picked = [site for site in candidates if site.name in label_by_site]
     patterns = {"r": rank_pattern or {}, "alpha": alpha_pattern or {}}
     _check_globs([*patterns["r"], *patterns["alpha"]], picked, "pattern")
-    names_by_span = _parameters_in_memory(model)
+    names_by_span = parameters_in_memory(model)
     sites: list[Site] = []
     taken: set[object] = set()
     for site in picked:
@@ -106,7 +105,12 @@ def _check_targets(targets: Mapping[str, Target]) -> None:
         )
 
 
-def _pick(model: nn.Module, targets: Mapping[str, Target], sites: Sequence[Site]) -> dict[str, str]:
+def _pick(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    sites: Sequence[Site],
+    trained_in_full: Collection[str],
+) -> dict[str, str]:
     """The names of the sites that the targets pick, each with the label of its target."""
     label_by_site: dict[str, str] = {}
     for label, target in targets.items():
@@ -114,9 +118,16 @@ def _pick(model: nn.Module, targets: Mapping[str, Target], sites: Sequence[Site]
             raise TargetError(
                 f"target '{label}': kind={target.kind!r} must be one of {', '.join(GROUPS)}"
             )
-        names = [site.name for site in sites if target.picks(site)]
-        if not names:
+        picked = [site for site in sites if target.picks(site)]
+        if not picked:
             raise TargetError(_reason_none_picked(label, target, model, sites))
+        names = [site.name for site in picked if site.key not in trained_in_full]
+        if not names:
+            shown = ", ".join(site.name for site in picked[:3])
+            raise TargetError(
+                f"target '{label}' picks only what trains in full (also_train): {shown}; "
+                "leave the target out, or take this from also_train"
+            )
         _check_globs([*_globs(target.match), *_globs(target.exclude)], sites, f"target '{label}':")
         for name in names:
             if name in label_by_site:
@@ -134,33 +145,6 @@ def _check_globs(globs: Sequence[str], sites: Sequence[Site], where: str) -> Non
             raise TargetError(f"{where} '{glob}' fits no site; nearest: {_nearest(glob, sites)}")
 
 
-def _parameters_in_memory(model: nn.Module) -> dict[Span, list[str]]:
-    """The names of the model's parameters by where they are in memory: several where tied."""
-    names_by_span: dict[Span, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not nn.parameter.is_lazy(parameter):
-            names_by_span.setdefault(_memory_span(parameter), []).append(name)
-    return names_by_span
-
-
-def _memory_span(weight: Tensor) -> Span:
-    """Where a weight is in memory: its storage, and its first and last element in bytes.
-
-    Two tied weights have the same span, also where they are different Parameter objects. A weight
-    on the meta device has no memory, and is known by its object.
-    """
-    if weight.is_meta:
-        return id(weight), 0, 0
-    size, first = weight.element_size(), int(weight.storage_offset())
-    last = first + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
-    return weight.untyped_storage().data_ptr(), first * size, last * size
-
-
-def _overlaps(one: Span, other: Span) -> bool:
-    """Whether two different memory spans have bytes in common."""
-    return one != other and one[0] == other[0] and one[1] <= other[2] and other[1] <= one[2]
-
-
 def _check_weight(
     site: Site, layer: nn.Module, target: Target, names_by_span: Mapping[Span, list[str]]
 ) -> tuple[Span, tuple[str, ...]]:
@@ -176,9 +160,9 @@ def _check_weight(
         )
     if reason := adapter_class(layer).reason_not_adaptable(layer):
         raise TargetError(f"'{site.name}' cannot be adapted: {reason}, or exclude it by a glob")
-    span = _memory_span(weight)
+    span = memory_span(weight)
     names = names_by_span[span]
-    parts = [n for other in names_by_span if _overlaps(span, other) for n in names_by_span[other]]
+    parts = [n for other in names_by_span if overlaps(span, other) for n in names_by_span[other]]
     if parts:
         raise TargetError(
             f"the weight of '{site.name}' shares some of its memory with {', '.join(parts)}: an "

@@ -90,7 +90,7 @@ class Updates:
                     target.copy_(self._adapter_class(site).matrix_to_weight(W, target.shape))
                     current_ranks[site] = ranks[site]
 
-        with torch.no_grad(), disabled(self.model):
+        with torch.no_grad(), disabled(self.model, also_trained=False):
             try:
                 yield cut_to
             finally:

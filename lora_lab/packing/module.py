@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters import Adapter, attached
+from lora_lab.adapters import Adapter, AdapterError, also_trained, attached
 from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import unstack
 from lora_lab.data import Data
@@ -70,6 +70,8 @@ class PackedModule(PackValidationModule):
 
     def stack_runs(self, members: Sequence[Member]) -> Pack:
         """One pass of some of the runs, with their parameters stacked, in this module's mode."""
+        if any(also_trained(member.module.model) for member in members):
+            raise AdapterError("they train parameters in full beside their adapters")
         settings = [optimizer_settings(member.module) for member in members]
         return Pack(self.model, [m.adapters for m in members], settings).train(self.training)
 

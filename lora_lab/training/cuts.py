@@ -128,7 +128,9 @@ def cut_losses(
     one pass, as the runs of a pack. Otherwise, and if the model cannot be computed under vmap, each
     cut in turn is written into the weights.
     """
-    if all(map(updates.is_product, updates.sites)):
+    # A pack's runs have no values of their own yet for what is trained in full.
+    in_full = adapters.also_trained(module.model)
+    if not in_full and all(map(updates.is_product, updates.sites)):
         try:
             bare = copy_sharing_weights(module.model)
             adapters.detach(bare)

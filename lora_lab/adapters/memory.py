@@ -1,0 +1,33 @@
+"""Where a model's parameters are in memory, by which two that are one are known."""
+
+from torch import Tensor, nn
+
+Span = tuple[int, int, int]
+"""Where a weight is in memory: see `memory_span`."""
+
+
+def parameters_in_memory(model: nn.Module) -> dict[Span, list[str]]:
+    """The names of the model's parameters by where they are in memory: several where tied."""
+    names_by_span: dict[Span, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not nn.parameter.is_lazy(parameter):
+            names_by_span.setdefault(memory_span(parameter), []).append(name)
+    return names_by_span
+
+
+def memory_span(weight: Tensor) -> Span:
+    """Where a weight is in memory: its storage, and its first and last element in bytes.
+
+    Two tied weights have the same span, also where they are different Parameter objects. A weight
+    on the meta device has no memory, and is known by its object.
+    """
+    if weight.is_meta:
+        return id(weight), 0, 0
+    size, first = weight.element_size(), int(weight.storage_offset())
+    last = first + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
+    return weight.untyped_storage().data_ptr(), first * size, last * size
+
+
+def overlaps(one: Span, other: Span) -> bool:
+    """Whether two different memory spans have bytes in common."""
+    return one != other and one[0] == other[0] and one[1] <= other[2] and other[1] <= one[2]

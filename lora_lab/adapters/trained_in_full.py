@@ -1,0 +1,127 @@
+"""Parameters that train in full beside the adapters: a new head, norms, biases."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapters.memory import memory_span, overlaps, parameters_in_memory
+from lora_lab.adapters.recipe import AdapterError
+
+BIAS = "bias"
+"""The word that selects each parameter whose last name is `bias`."""
+
+
+class FullParameter(nn.Module):
+    """A trained copy of one parameter, which takes its place wherever the parameter is read.
+
+    The base's own parameter stays as it is, frozen and under its state-dict key. So the adapter can
+    be switched off, merged as itself and stored, and many runs can share one base. `value` is in
+    float32, or in the parameter's dtype where that is wider.
+    """
+
+    kind: ClassVar[str] = "parameter"
+    rows: ClassVar[None] = None
+    """All rows of the parameter are replaced."""
+
+    value: nn.Parameter
+    weight_before_merge: Tensor | None
+    """A copy of the base's parameter from before `merge` changed it; None while not merged."""
+
+    def __init__(self, layer: nn.Module, parameter: str):
+        """A copy of what `layer` holds under the name `parameter`."""
+        super().__init__()
+        self.parameter = parameter
+        weight = self.weight_of(layer).detach()
+        if weight.is_meta:
+            raise AdapterError("the model is on the meta device: attach once it has its weights")
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.value = nn.Parameter(weight.to(dtype, copy=True).contiguous())
+        self.register_buffer("weight_before_merge", None, persistent=False)
+
+    def weight_of(self, layer: nn.Module) -> Tensor:
+        """The base's parameter (unless this one is merged into it)."""
+        weight = layer._parameters[self.parameter]
+        assert weight is not None
+        return weight
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The trained value, in the dtype of the base's parameter `weight`."""
+        return self.value.to(weight.dtype)
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Turns the gradient on or off."""
+        self.value.requires_grad_(trainable)
+
+    def extra_repr(self) -> str:
+        """The shape that print(model) shows."""
+        return f"shape={tuple(self.value.shape)}"
+
+
+def select(model: nn.Module, globs: str | Sequence[str]) -> list[str]:
+    """The keys of the parameters that `globs` pick, in the model's order.
+
+    A glob picks a parameter by its name (`encoder.norm.weight`), or by that of a module that holds
+    it (`encoder.norm`, `encoder`). The word `bias` picks each parameter whose last name is `bias`.
+    Adapters are left out. Works on a model on the meta device.
+
+    Raises AdapterError for a glob that picks nothing, and for a parameter that cannot be trained
+    beside its base.
+    """
+    globs = [globs] if isinstance(globs, str) else globs
+    parameters = {
+        key: parameter
+        for key, parameter in model.named_parameters(remove_duplicate=False)
+        if "lora" not in key.split(".")
+    }
+    for glob in globs:
+        if not any(_picks(glob, key) for key in parameters):
+            names = dict.fromkeys(name for key in parameters for name in _names(key))
+            near = ", ".join(difflib.get_close_matches(glob, names, n=3, cutoff=0.0))
+            raise AdapterError(f"also_train: '{glob}' fits no parameter; nearest: {near}")
+    keys = [key for key in parameters if any(_picks(glob, key) for glob in globs)]
+    if errors := _reasons_not_trainable(model, {key: parameters[key] for key in keys}):
+        raise AdapterError(f"also_train: {'; '.join(errors)}")
+    return keys
+
+
+def _picks(glob: str, key: str) -> bool:
+    if glob == BIAS:
+        return key.rpartition(".")[2] == BIAS
+    return any(fnmatchcase(name, glob) for name in _names(key))
+
+
+def _names(key: str) -> list[str]:
+    """The names that a glob may fit: of `a.b.weight`, they are `a`, `a.b` and `a.b.weight`."""
+    return list(accumulate(key.split("."), "{}.{}".format))
+
+
+def _reasons_not_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Why some of these parameters cannot be trained beside their base."""
+    names_by_span = parameters_in_memory(model)
+    reasons = []
+    for key, parameter in parameters.items():
+        layer = model.get_submodule(key.rpartition(".")[0])
+        if nn.parameter.is_lazy(parameter):
+            reasons.append(f"'{key}' has no shape before the model's first call")
+            continue
+        span = memory_span(parameter)
+        others = [name for name in names_by_span[span] if name != key]
+        parts = [
+            n for other in names_by_span if overlaps(span, other) for n in names_by_span[other]
+        ]
+        if not parameter.is_floating_point():
+            reasons.append(f"'{key}' is of {parameter.dtype}, which takes no gradient")
+        elif others or parts:
+            reasons.append(
+                f"'{key}' is tied to {', '.join(others + parts)}: each name's trained copy would "
+                "change apart from the other, so leave it to an adapter (target: tied=true), or "
+                "untie it first"
+            )
+        elif isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            reasons.append(f"'{key}' is one of those that a parametrization computes a weight from")
+    return reasons
