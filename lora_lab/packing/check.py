@@ -30,11 +30,11 @@ def runs_per_pass(module: PackedModule, batch: Batch, on_gpu: bool) -> int:
     """
     if len(module.members) == 1:
         raise UnpackableError("it is one run")
-    x, y = batch
+    inputs, targets = batch
     try:
         with torch.random.fork_rng():
-            run_bytes = saved_bytes_of_one_run(module, x, y)
-            packed, expected = outputs_both_ways(module, take_rows(x, slice(4)))
+            run_bytes = saved_bytes_of_one_run(module, inputs, targets)
+            packed, expected = outputs_both_ways(module, take_rows(inputs, slice(4)))
     except (RuntimeError, ValueError, TypeError) as error:
         cause = str(error).partition("\n")[0]
         raise UnpackableError(f"the model cannot be computed for many runs: {cause}") from error
@@ -52,7 +52,7 @@ def runs_per_pass(module: PackedModule, batch: Batch, on_gpu: bool) -> int:
     return max(1, min(len(module.members), max_bytes // max(run_bytes, 1)))
 
 
-def saved_bytes_of_one_run(module: PackedModule, x: Inputs, y: Tensor) -> int:
+def saved_bytes_of_one_run(module: PackedModule, inputs: Inputs, targets: Tensor) -> int:
     """The bytes that autograd saves for the backward of one run, the one of highest rank.
 
     Weights are left out: they are in memory anyway, and all runs share the base's.
@@ -68,13 +68,13 @@ def saved_bytes_of_one_run(module: PackedModule, x: Inputs, y: Tensor) -> int:
     pack = module.stack_runs(module.members[-1:]).train()
     # Autograd calls the first function with each tensor it saves, the second when it reads it.
     with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
-        module.losses_by_run(pack(x), y).sum()
+        module.loss_sums_by_run(pack(inputs), targets).sum()
     return sum(size for address, size in bytes_by_address.items() if address not in weights)
 
 
-def outputs_both_ways(module: PackedModule, x: Inputs) -> tuple[Tensor, Tensor]:
-    """The outputs of all runs for `x`, by a pack and by each run's own model: (runs, rows, …)."""
+def outputs_both_ways(module: PackedModule, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The outputs of all runs, by a pack and by each run's own model: (runs, rows, …)."""
     pack = module.stack_runs(module.members).eval()
     with torch.no_grad():
-        packed = pack(x)
-        return packed, torch.stack([logits(m.module.model.eval(), x) for m in module.members])
+        models = [member.module.model.eval() for member in module.members]
+        return pack(inputs), torch.stack([logits(model, inputs) for model in models])

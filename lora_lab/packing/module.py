@@ -67,6 +67,10 @@ class PackedModule(PackValidationModule):
         """For each pack of `packs`, its losses and gradients."""
         self.clipping: tuple[float, str] | None = None
         """The most that a run's gradient may be, and by what: `norm` or `value`."""
+        self.batches_per_step = 1
+        """The micro-batches of one optimizer step; the last step of an epoch may have fewer."""
+        self.micro_batches: list[Batch] = []
+        """Those of the coming step, so far."""
 
     def stack_runs(self, members: Sequence[Member]) -> Pack:
         """One pass of some of the runs, with their parameters stacked, in this module's mode."""
@@ -81,7 +85,7 @@ class PackedModule(PackValidationModule):
         # Lightning validates in inference mode. Parameters made in it could never be trained.
         with torch.inference_mode(False):
             self.packs = [self.stack_runs(self.members[i : i + n]) for i in first]
-        self.recorded_steps = [RecordedStep(pack, self.task.loss) for pack in self.packs]
+        self.recorded_steps = [RecordedStep(pack, self.task.loss_sum) for pack in self.packs]
 
     def _rebuild_passes(self) -> None:
         """Stacks the runs anew after their number, or that of a pass, has changed."""
@@ -99,6 +103,10 @@ class PackedModule(PackValidationModule):
         """Gives each run's module the shared Trainer, from which it reads step and epoch."""
         for member in self.members:
             member.module.trainer = self.trainer
+        if stage == "fit":
+            # Lightning refuses it as an argument where a module steps its optimizer itself. Set by
+            # now it decides which batches end a step, and how many steps an epoch has.
+            self.trainer.accumulate_grad_batches = self.batches_per_step
 
     def teardown(self, stage: str) -> None:
         """Splits stacked parameters into one tensor a run.
@@ -133,9 +141,13 @@ class PackedModule(PackValidationModule):
         return self.packed_optimizer.torch_optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # pyright: ignore
-        """Trains all runs one step on a batch."""
+        """Trains all runs one step, with the last of its micro-batches."""
+        self.micro_batches.append(batch)
+        if self.trainer.fit_loop.epoch_loop._should_accumulate():
+            return
         optimizer: Any = self.optimizers()
-        self._losses.append(self._backward(batch))
+        self._losses.append(self._backward())
+        self.micro_batches.clear()
         self.packed_optimizer.set_learning_rates(self.global_step)
         if self.clipping is not None:
             self._clip_gradients(*self.clipping)
@@ -143,14 +155,14 @@ class PackedModule(PackValidationModule):
         if len(self._losses) % LOSS_READ_INTERVAL == 0 or self.trainer.is_last_batch:
             self._read_losses()
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """The losses (runs,), with the gradients in the parameters' `grad`.
+    def _backward(self) -> Tensor:
+        """The mean losses (runs,) of a step, with their gradients in the parameters' `grad`.
 
         Out of memory it tries again with passes of half as many runs.
         """
         while True:
             try:
-                return torch.cat([step(*batch) for step in self.recorded_steps])
+                return torch.cat([self._backward_of_pass(step) for step in self.recorded_steps])
             except RuntimeError as error:  # torch.OutOfMemoryError is one, too
                 if self.runs_per_pass == 1 or not is_out_of_memory(error):
                     raise
@@ -159,6 +171,18 @@ class PackedModule(PackValidationModule):
             log.warning("out of memory: going on with %d runs at once", self.runs_per_pass)
             torch.cuda.empty_cache()  # does nothing where no GPU is in use
             self._rebuild_passes()
+
+    def _backward_of_pass(self, step: RecordedStep) -> Tensor:
+        """The mean losses of the runs of one pass (runs of it,), and their gradients.
+
+        Sums over all micro-batches are divided once, by how many targets count in all of them.
+        """
+        sums = [step(*batch, add=i > 0) for i, batch in enumerate(self.micro_batches)]
+        count = sum(self.task.count(targets) for _, targets in self.micro_batches)
+        for parameter in step.trained:
+            if parameter.grad is not None:
+                parameter.grad /= count
+        return sum(sums) / count  # pyright: ignore
 
     def _clip_gradients(self, limit: float, algorithm: str) -> None:
         """Clips each run's gradient, all sites together, to `limit` by its norm, or by value.
@@ -218,11 +242,11 @@ class PackedModule(PackValidationModule):
         for member, mean in zip(self.members, means, strict=True):
             self._log_row(member, {"train/loss": mean})
 
-    def update_metrics(self, first_run: int, outputs: Tensor, y: Tensor) -> None:
+    def update_metrics(self, first_run: int, outputs: Tensor, targets: Tensor) -> None:
         """Updates each run's metrics with its outputs of a batch, from the run `first_run` on."""
         for member, output in zip(self.members[first_run:], outputs, strict=False):
             for metric in member.module.metrics.values():
-                metric.update(output, y)  # pyright: ignore
+                metric.update(output, targets)  # pyright: ignore
 
     def on_validation_epoch_end(self) -> None:
         """Logs each run's validation loss and metrics; a run whose loss is not finite fails."""

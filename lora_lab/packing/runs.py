@@ -175,10 +175,11 @@ def _train_together(module: PackedModule, members: Sequence[Member], console: Co
     # The Trainer would clip the gradients of all runs by their common norm.
     if limit := arguments.get("gradient_clip_val"):
         module.clipping = limit, arguments.get("gradient_clip_algorithm") or "norm"
+    module.batches_per_step = arguments.get("accumulate_grad_batches", 1)
     log.info("packed: %d runs, %d at once", len(members), module.runs_per_pass)
     checkpoint = PackedCheckpoint(members)
     callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(), checkpoint]
-    trainer = first.plan.trainer(None, callbacks, gradient_clip_val=None)
+    trainer = first.plan.trainer(None, callbacks, gradient_clip_val=None, accumulate_grad_batches=1)
     try:
         if not checkpoint.contents:  # what is logged before the first step of a fresh training
             for member in members:

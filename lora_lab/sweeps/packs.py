@@ -44,8 +44,6 @@ def reason_to_run_alone(plan: Plan) -> str | None:
         return f"it takes {plan.processes} devices"
     if str(trainer["precision"]).startswith("16"):
         return "trainer.precision=16-mixed scales the gradients of all runs by one number"
-    if trainer.get("accumulate_grad_batches", 1) != 1:
-        return "trainer.accumulate_grad_batches is more than 1"
     return None
 
 

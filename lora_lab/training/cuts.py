@@ -35,12 +35,13 @@ class PackValidationModule(BaseModule):
         self.eval_rows = data.eval_rows
         self.packs: list[Pack] = []
         self.loss_sums: list[Tensor] = []
-        """Of each batch, the losses summed over its rows (runs,)."""
-        self.row_count = 0
+        """Of each batch, the losses summed over its targets (runs,)."""
+        self.target_count = 0
+        """The number of these targets that count."""
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums at zero."""
-        self.loss_sums, self.row_count = [], 0
+        self.loss_sums, self.target_count = [], 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to each run's loss.
@@ -53,31 +54,29 @@ class PackValidationModule(BaseModule):
         for pack in self.packs:
             rows = max(1, self.eval_rows // len(pack.runs))
             total = torch.zeros(len(pack.runs), dtype=torch.float64)
-            # outputs (runs, piece, …), losses (runs,): a mean over the piece for each run
-            pieces = split_rows(inputs, rows), targets.split(rows)
-            for piece, piece_targets in zip(*pieces, strict=True):
+            # outputs (runs, piece, …), loss sums (runs,)
+            for piece, ys in zip(split_rows(inputs, rows), targets.split(rows), strict=True):
                 outputs = pack(piece)
-                losses = self.losses_by_run(outputs, piece_targets)
-                total += losses.double().cpu() * len(piece_targets)
-                self.update_metrics(first_run, outputs, piece_targets)
+                total += self.loss_sums_by_run(outputs, ys).double().cpu()
+                self.update_metrics(first_run, outputs, ys)
             batch_sums.append(total)
             first_run += len(pack.runs)
         self.loss_sums.append(torch.cat(batch_sums))  # (runs of all packs,)
-        self.row_count += len(targets)
+        self.target_count += int(self.task.count(targets))
 
-    def losses_by_run(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """The loss of each run (runs,), from outputs (runs, rows, …) and the targets they share.
+    def loss_sums_by_run(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of each run (runs,), from outputs (runs, rows, …) and shared targets.
 
         Computed run by run: vmap of a loss takes several passes over all outputs.
         """
-        return torch.stack([self.task.loss(output, y) for output in outputs])
+        return torch.stack([self.task.loss_sum(output, targets) for output in outputs])
 
-    def update_metrics(self, first_run: int, outputs: Tensor, y: Tensor) -> None:
+    def update_metrics(self, first_run: int, outputs: Tensor, targets: Tensor) -> None:
         """Updates the metrics of the runs from `first_run` on; none here."""
 
     def mean_losses(self) -> Tensor:
-        """Each run's mean loss over all rows (runs,)."""
-        return torch.stack(self.loss_sums).sum(0) / self.row_count
+        """Each run's mean loss over all targets that count (runs,)."""
+        return torch.stack(self.loss_sums).sum(0) / self.target_count
 
     def on_validation_epoch_end(self) -> None:
         """Logs nothing: `mean_losses` is read instead."""

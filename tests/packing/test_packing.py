@@ -209,6 +209,11 @@ VARIANTS: dict[str, tuple[str, Points, list[str]]] = {
             "optimizer.lr=1",
         ],
     ),
+    "accumulated": (
+        "shift",
+        [*RATES[:2], ["adapter.r=2", "optimizer.lr=0.02", "seed=1"]],
+        ["+trainer.accumulate_grad_batches=4", "trainer.gradient_clip_val=0.05"],
+    ),
     "dora": ("digits", ranks_and_seeds(1, 2, 4), ["adapter=dora"]),
     "pissa": ("digits", STARTS, []),
     "lora_fa": ("digits", ranks_and_seeds(1, 2, 4), ["adapter=lora_fa"]),
@@ -462,7 +467,6 @@ RUN_ALONE = {
     "spectra.first_step=true": "spectra.first_step asks for the dense gradients",
     "optimizer._target_=torch.optim.Adafactor ~optimizer.fused": "torch.optim.Adafactor",
     "trainer.precision=16-mixed": "16-mixed scales the gradients of all runs by one number",
-    "+trainer.accumulate_grad_batches=2": "accumulate_grad_batches is more than 1",
 }
 
 
@@ -648,12 +652,12 @@ def test_out_of_memory_in_the_middle_of_training(monkeypatch: pytest.MonkeyPatch
     ]
     original_call, calls = RecordedStep.__call__, []
 
-    def step(self: RecordedStep, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def step(self: RecordedStep, *batch: torch.Tensor, add: bool) -> torch.Tensor:
         if len(self.pack.runs) > 2:
-            calls.append(self.is_trusted)
+            calls.append(any(r.is_trusted for group in self.records.values() for r in group))
             if len(calls) == EPOCH + 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        return original_call(self, x, y)
+        return original_call(self, *batch, add=add)
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordedStep, "__call__", step)

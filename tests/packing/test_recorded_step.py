@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Target
+from lora_lab.adapters.model_call import logits
 from lora_lab.adapters.pack import Pack
-from lora_lab.packing.recorded_step import RecordedStep
+from lora_lab.packing.recorded_step import MAX_RECORDS, Record, RecordedStep
+from lora_lab.training.tasks import cross_entropy, squared_error
 from tests.adapters.cases import Case, cases_where, seeded
 from tests.adapters.test_packed import (
     EXACT,
     MODELS,
+    Masked,
     base_and_input,
     four_runs,
     gradient,
@@ -38,20 +40,25 @@ from tests.adapters.test_packed import (
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
+def records(step: RecordedStep) -> list[Record]:
+    """All that a step has recorded."""
+    return [record for records in step.records.values() for record in records]
+
+
 def check_against_single_runs(base: nn.Module, run_models: list[nn.Module], x: Tensor) -> None:
     """Three batches, the last replayed: losses and gradients are those of each run's model."""
     single_models = [copy.deepcopy(model) for model in run_models]
     packed = pack(base, run_models)
-    step = RecordedStep(packed, F.mse_loss)
+    step = RecordedStep(packed, squared_error)
     for batch in range(3):
         x = x.roll(1, 0) * (0.9 if x.is_floating_point() else 1)
         y = torch.randn_like(run_models[0](x))
         losses = step(x, y)
-        assert step.graph is not None
-        assert step.is_trusted == (batch > 0)
+        (record,) = records(step)
+        assert record.is_trusted == (batch > 0)
         for i, (model, loss) in enumerate(zip(single_models, losses, strict=True)):
             model.zero_grad()
-            expected = F.mse_loss(model(x), y)
+            expected = squared_error(model(x), y)
             expected.backward()
             assert relative_error(loss, expected.detach()) <= EXACT
             packed_parameters = dict(run_models[i].named_parameters())
@@ -89,10 +96,10 @@ def test_a_linear_layers_bias_is_added_within_its_product():
     """Adapted or not. vmap's own rule would add it in a second pass over all outputs."""
     base = nn.Sequential(*(nn.Linear(width, width + 1) for width in (5, 6, 7))).double()
     run_models = models(base, four_runs({}), {"first": Target(kind="linear", match=["0", "1"])})
-    step = RecordedStep(pack(base, run_models), F.mse_loss)
+    step = RecordedStep(pack(base, run_models), squared_error)
     step(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64))
-    assert step.graph is not None
-    operations = [str(node.target) for node in step.graph.graph.nodes]
+    (record,) = records(step)
+    operations = [str(node.target) for node in record.graph.graph.nodes]
     assert operations.count("aten.addmm.default") == len(base)
 
 
@@ -105,23 +112,78 @@ def test_models_of_many_layers(name: str, target: str):
     check_against_single_runs(base, models(base, four_runs({}), target, far=0.1), x)
 
 
-def test_a_model_that_branches_on_its_mask_is_not_recorded(caplog: pytest.LogCaptureFixture):
-    """Hugging Face's BERT leaves out a mask that masks nothing."""
-    base, x = base_and_input("bert")
+def masked_batch(padding: int, length: int = 6) -> dict[str, Tensor]:
+    """Tokens for BERT; the first row has so many tokens of padding."""
+    mask = torch.ones(3, length, dtype=torch.long)
+    mask[0, length - padding :] = 0
+    return {"input_ids": torch.randint(0, 20, (3, length)), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_branches_on_its_mask(attention: str):
+    """Hugging Face's BERT leaves out a mask that masks nothing: other operations, another record.
+
+    The padding first occurs in the third batch, when the record without a mask is trusted.
+    """
+    seeded(0)
+    base = Masked(attention).double().eval().bert
     run_models = models(base, four_runs({}), "attention", far=0.1)
-    step, y = RecordedStep(pack(base, run_models), F.mse_loss), torch.randn_like(run_models[0](x))
-    with caplog.at_level(logging.INFO, "lora_lab"):
-        losses = [step(x, y) for _ in range(3)][-1]
-    assert "not recorded: " in caplog.text
-    expected = torch.stack([F.mse_loss(model(x), y) for model in run_models])
-    torch.testing.assert_close(losses, expected, rtol=EXACT, atol=0)
+    packed = pack(base, run_models)
+    step = RecordedStep(packed, cross_entropy)
+    y, numbers = torch.tensor([0, 2, 1]), []
+    for padding in (0, 0, 3, 2, 0, 1, 0):
+        batch = masked_batch(padding)
+        losses = step(batch, y)
+        for i, model in enumerate(run_models):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            expected = cross_entropy(logits(model, batch), y)
+            assert relative_error(losses[i], expected.detach()) <= EXACT
+            for p, wanted in zip(
+                parameters, torch.autograd.grad(expected, parameters), strict=True
+            ):
+                assert relative_error(gradient(packed, p), wanted) <= EXACT
+        numbers.append([(record.numbers, record.is_trusted) for record in records(step)])
+    assert numbers[:3] == [[([True], False)], [([True], True)], [([True], True), ([False], False)]]
+    assert numbers[-1] == [([True], True), ([False], True)]
+
+
+def test_padded_batches_have_a_record_for_each_length():
+    """From a length's second batch on, as long as there are fewer than the most records."""
+    seeded(0)
+    base = Masked("sdpa").double().eval().bert
+    run_models = models(base, four_runs({}), "attention", far=0.1)
+    packed = pack(base, run_models)
+    step, y = RecordedStep(packed, cross_entropy), torch.tensor([0, 2, 1])
+    counts = []
+    for length in (4, 5, 5, 4, 5, 6, 7, 5, 7):
+        batch = masked_batch(2, length)
+        losses = step(batch, y)
+        counts.append(len(records(step)))
+        expected = torch.stack([cross_entropy(logits(model, batch), y) for model in run_models])
+        torch.testing.assert_close(losses, expected, rtol=EXACT, atol=0)
+    assert counts == [1, 1, 2, 2, 2, 2, 2, 2, 3]
+    assert [record.is_trusted for record in records(step)] == [True, True, False]
+    for length in [*range(8, 30)] * 2:
+        step(masked_batch(1, length), y)
+    assert len(records(step)) == MAX_RECORDS
+
+
+def test_micro_batches_are_added_up():
+    _, step, x = step_with_dropout(0.0)
+    y = torch.randn(5, 10, dtype=torch.float64)
+    for _ in range(3):  # the last of them a replay
+        sums = step(x[:2], y[:2]) + step(x[2:4], y[2:4], add=True) + step(x[4:], y[4:], add=True)
+        added = [p.grad.clone() for p in step.trained if p.grad is not None]
+        torch.testing.assert_close(sums, step(x, y), rtol=EXACT, atol=0)
+        at_once = [p.grad for p in step.trained if p.grad is not None]
+        torch.testing.assert_close(added, at_once, rtol=1e-9, atol=1e-12)
 
 
 def step_with_dropout(dropout: float) -> tuple[Pack, RecordedStep, Tensor]:
     base, x = base_and_input("mlp")
     runs = [{"r": 2, "alpha": 2.0, "dropout": dropout, "seed": i} for i in range(3)]
     packed = pack(base, models(base, runs)).train()
-    return packed, RecordedStep(packed, F.mse_loss), x
+    return packed, RecordedStep(packed, squared_error), x
 
 
 def test_a_replay_draws_the_dropout_masks_of_a_computed_step():
@@ -130,7 +192,7 @@ def test_a_replay_draws_the_dropout_masks_of_a_computed_step():
     y = torch.randn_like(packed(x)[0])
     for _ in range(2):
         step(x, y)
-    assert step.is_trusted
+    assert [record.is_trusted for record in records(step)] == [True]
     seeded(5)
     replayed = [step(x, y) for _ in range(3)]
     seeded(5)
@@ -155,7 +217,7 @@ def test_a_batch_of_another_shape_is_computed():
     for rows in (5, 5, 5, 3, 5):
         y = torch.randn(rows, 10, dtype=torch.float64)
         losses = step(x[:rows], y)
-        expected = [F.mse_loss(output, y) for output in packed(x[:rows])]
+        expected = [squared_error(output, y) for output in packed(x[:rows])]
         torch.testing.assert_close(losses, torch.stack(expected), rtol=EXACT, atol=0)
 
 
@@ -201,7 +263,7 @@ STATEFUL = {
     "adds in place": (adds_in_place, "changed by being called"),
     "draws": (lambda model, x: random.random(), "not do the same to every batch"),
     "counts elsewhere": (counts_elsewhere, "not do the same to every batch"),
-    "decides by numbers": (lambda model, x: 2 if x.sum() > 0 else 1, "data-dependent"),
+    "selects": (lambda model, x: x[x[:, 0] > 0].sum(), "depends on numbers"),
 }
 
 
@@ -214,13 +276,12 @@ def test_a_model_that_changes_from_call_to_call_is_not_recorded(
     base = StatefulModel(scale).double()
     run_models = models(base, four_runs({}))
     packed = Pack(base, [adapters.attached(model) for model in run_models])
-    step = RecordedStep(packed, F.mse_loss)
+    step = RecordedStep(packed, squared_error)
     x, y = torch.randn(5, 6).double(), torch.randn(5, 4).double()
     with caplog.at_level(logging.INFO, "lora_lab"):
         for _ in range(4):
             step(x, y)
-    assert not step.is_trusted
-    assert step.graph is None
+    assert not records(step)
     # The model's own code ran once for each of the four batches.
     assert packed.base.factor == {"keeps a tensor": 0.5**4, "adds in place": 5}.get(how, 1)
     assert reason in caplog.text
