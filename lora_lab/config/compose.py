@@ -7,10 +7,12 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
+from importlib.resources import files
 from itertools import product
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -136,15 +138,21 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
       YAML file had it. A word with a *, a ? or a dot is a glob, any other the name of an option.
     - Keys of a target, and the globs of a pattern, need not be in the YAML before: they get Hydra's
       ++, which adds a key or changes it.
+    - Any argument of Lightning's Trainer gets ++ too.
     - The brackets of alpha/sqrt(r) are escaped: Hydra would read a function call.
+    - Where a name, a model or a data set is chosen and no experiment, there is none: the run starts
+      from the defaults of the groups.
     - Flags go before overrides.
     """
+    keys = {argument.partition("=")[0] for argument in arguments}
+    if keys & {"name", "model", "data"} and not keys & {"experiment", "~experiment"}:
+        arguments = ["~experiment", *arguments]
     for argument in arguments:
         if argument.startswith("target="):
             for word in re.findall(r"[^\s,\[\]'\"]+", argument.removeprefix("target=")):
                 if re.search(r"[*?.]", word):
                     ConfigStore.instance().store(word, {word: {"match": word}}, group="target")
-    new_key = r"^(target\.|adapter\.(rank|alpha)_pattern)"
+    new_key = r"^(target\.|trainer\.|adapter\.(rank|alpha)_pattern)"
     brackets = r"(?<=/sqrt)\((r)\)(?!['\"])"
     arguments = [re.sub(new_key, r"++\1", argument) for argument in arguments]
     arguments = [re.sub(brackets, r"\(\1\)", argument) for argument in arguments]
@@ -181,8 +189,10 @@ def train_command(config: dict[str, Any], shown_keys: Collection[str] = ()) -> s
     It sets the dotted keys of `shown_keys` even where they have their defaults. None where no
     command does, because conf/ has changed since.
     """
-    is_experiment = config["name"] in options().get("experiment", {})
-    start = [f"experiment={config['name']}"] if is_experiment else [f"name={config['name']}"]
+    if config["name"] in options().get("experiment", {}):
+        start = [f"experiment={config['name']}"]
+    else:
+        start = ["~experiment", f"name={config['name']}", *_choices(config)]
     with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
         try:
             wanted, defaults = parse_config(dict(config)), compose_config(start).to_dict()
@@ -191,7 +201,22 @@ def train_command(config: dict[str, Any], shown_keys: Collection[str] = ()) -> s
                 return None
         except (ConfigError, HydraException, OmegaConfBaseException):
             return None
-    return shlex.join(["lora-lab", "train", *start, *changes])
+    shown = [override for override in start if override != "~experiment"]  # follows from the name
+    return shlex.join(["lora-lab", "train", *shown, *changes])
+
+
+def _choices(config: dict[str, Any]) -> list[str]:
+    """The options of conf/ that a config without an experiment was begun from, as model=mlp."""
+    choices = []
+    for group, key in {"data": "_target_", "model": "_target_", "base": "method"}.items():
+        for option in options()[group]:
+            content = yaml.safe_load(
+                (files("lora_lab.conf") / group / f"{option}.yaml").read_text()
+            )
+            if content.get(key) == config[group].get(key):
+                choices.append(f"{group}={option}")
+                break
+    return choices
 
 
 def _overrides_between(
