@@ -2,17 +2,25 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Sampler
 
 from lora_lab.analysis.theory import Prediction
 from lora_lab.seeding import generator
 
 Phase = Literal["base", "adapt"]
+
+Rows = Any
+"""A set of rows: it has a length, and gives the inputs and targets of a batch by its row numbers.
+
+Row numbers are a tensor or a slice: `inputs, targets = rows[numbers]`. A TensorDataset is one. A
+set whose rows are drawn anew in each epoch has an attribute `epoch`, which is set before it.
+"""
 
 
 class Data(pl.LightningDataModule, ABC):
@@ -39,8 +47,8 @@ class Data(pl.LightningDataModule, ABC):
         """`batch_size` None: a batch is the full training set, and an epoch is `steps` of them."""
         super().__init__()
         self.phase, self.batch_size, self.seed, self.steps = phase, batch_size, seed, steps
-        self.train: TensorDataset | None = None
-        self.val: TensorDataset | None = None
+        self.train: Rows = None
+        self.val: Rows = None
 
     @property
     @abstractmethod
@@ -48,7 +56,7 @@ class Data(pl.LightningDataModule, ABC):
         """The sizes of a model for this data, by the model's argument names, as `in_features`."""
 
     @abstractmethod
-    def draw(self) -> tuple[TensorDataset, TensorDataset]:
+    def draw(self) -> tuple[Rows, Rows]:
         """Draws the training and the validation set of this phase from the seed."""
 
     def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
@@ -83,14 +91,20 @@ class Data(pl.LightningDataModule, ABC):
         if self.batch_size is None:
             return _loader(self.train, [_process_share(slice(0, rows), *process)] * self.steps)
         draws = (self.distinct_rows_in, (self.seed, self.phase, "order"))
-        return _loader(self.train, Batches(len(self.train), rows, *draws, *process))
+        batches = Batches(len(self.train), rows, *draws, *process)
+        batches.drawn_rows = self.train if hasattr(self.train, "epoch") else None
+        return _loader(self.train, batches)
 
     def val_dataloader(self) -> DataLoader:
         """The validation set in its order, `eval_rows` at a time."""
         assert self.val is not None
-        rows = len(self.val)
-        slices = [slice(i, min(i + self.eval_rows, rows)) for i in range(0, rows, self.eval_rows)]
-        return _loader(self.val, [_process_share(batch, *self._process()) for batch in slices])
+        return self.eval_dataloader(self.val)
+
+    def eval_dataloader(self, rows: Rows) -> DataLoader:
+        """A set in its order, `eval_rows` at a time."""
+        ends = [*range(self.eval_rows, len(rows), self.eval_rows), len(rows)]
+        slices = [slice(start, end) for start, end in pairwise([0, *ends])]
+        return _loader(rows, [_process_share(batch, *self._process()) for batch in slices])
 
     def _process(self) -> tuple[int, int]:
         """This process's rank, and the number of processes, which share each batch."""
@@ -98,7 +112,7 @@ class Data(pl.LightningDataModule, ABC):
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
 
-def _loader(dataset: TensorDataset, batches: object) -> DataLoader:
+def _loader(dataset: Rows, batches: object) -> DataLoader:
     """A DataLoader over `batches`, each the indices (a tensor or a slice) of a batch's rows."""
     # batch_size=None: the dataset is indexed once for each batch, not row by row. A generator is
     # passed because DataLoader otherwise draws a seed from the global random stream at each epoch,
@@ -134,10 +148,14 @@ class Batches(Sampler[Tensor]):
         self.distinct_in, self.seed_key = distinct_in, seed_key
         self.share = _process_share(slice(0, batch_size), process_rank, processes)
         self.epoch = 0
+        self.drawn_rows: Rows = None
+        """A set whose rows are drawn anew in each epoch, to be told which one it is."""
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that is drawn next; Lightning calls this before each epoch."""
         self.epoch = epoch
+        if self.drawn_rows is not None:
+            self.drawn_rows.epoch = epoch
 
     def __len__(self) -> int:
         return self.rows // self.batch_size

@@ -1,5 +1,252 @@
 """Tables of rows from files, folders and the hub, through the `datasets` library."""
 
-from lora_lab.data.content import content_hash
+import csv
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-__all__ = ["content_hash"]
+from lora_lab.config.schema import nearest
+from lora_lab.data.content import (
+    FORMATS,
+    check_hub_id,
+    content_hash,
+    files_in,
+    hub_commit,
+    split_of,
+)
+
+__all__ = ["Source", "Table", "cache_folder", "content_hash", "source"]
+
+SPLITS = {
+    "train": ("train",),
+    "base": ("train",),
+    "val": ("validation", "val", "valid", "dev"),
+    "test": ("test",),
+}
+"""Argument → the splits that it means in a source of several, where its path names none."""
+
+
+def cache_folder() -> Path:
+    """The folder of what is computed once from data: $LORA_LAB_CACHE, or ~/.cache/lora_lab."""
+    return Path(os.environ.get("LORA_LAB_CACHE", "~/.cache/lora_lab")).expanduser()
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one source, and where each of them comes from.
+
+    `key` and `path` are the argument of the data set and its value, for messages. `rows` is a
+    `datasets.Dataset`. `files`, in the order of their rows, are empty where rows come from a hub or
+    a saved data set.
+    """
+
+    key: str
+    path: str
+    rows: Any
+    files: tuple[Path, ...] = ()
+
+    def column(self, argument: str, name: str) -> list[Any]:
+        """The values of a column. `argument` is the data set's that names it, for the error."""
+        if name not in (names := self.rows.column_names):
+            raise ValueError(
+                f"{argument}={name}: {self.key}={self.path} has no such column"
+                f" (it has {', '.join(names)}){nearest(name, names)}"
+            )
+        return list(self.rows[name])
+
+    def where(self, row: int) -> str:
+        """The place of a row, for messages: `train=train.jsonl, line 3`."""
+        before = 0
+        for file in self.files:
+            lines = list(_lines_of_rows(file))
+            if row < before + len(lines):
+                name = f" {file.name}," if len(self.files) > 1 else ""
+                return f"{self.key}={self.path},{name} {lines[row - before]}"
+            before += len(lines)
+        return f"{self.key}={self.path}, row {row + 1}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What names a table, as a key of caches: equal sources have equal rows."""
+
+    key: str
+    path: str
+    revision: str | None
+    subset: str | None
+    content: str
+
+    def table(self) -> Table:
+        """The rows. Raises ValueError where there are none, or where a file cannot be read."""
+        return _read(self)
+
+
+def source(key: str, path: str, revision: str | None = None, subset: str | None = None) -> Source:
+    """The source at a path or hub id. `subset` is a hub set's configuration, as sst2 of glue.
+
+    Raises ValueError, with `key` and the path, where there is none.
+    """
+    try:
+        return Source(key, path, revision, subset, content_hash(path, revision))
+    except ValueError as error:
+        raise ValueError(f"{key}={error}") from None
+
+
+@lru_cache(maxsize=8)
+def _read(source: Source) -> Table:
+    key, path = source.key, source.path
+    location, split = split_of(path)
+    place = Path(location).expanduser()
+    if place.is_file():
+        table = _read_files(key, path, [place])
+    elif (place / "dataset_dict.json").exists() or (place / "state.json").exists():
+        table = _read_saved(key, path, place, split)
+    elif place.is_dir():
+        table = _read_files(key, path, _files_of_split(key, path, place, split))
+    else:
+        table = _read_hub(source, location, split)
+    if not len(table.rows):
+        raise ValueError(f"{key}={path}: holds no rows")
+    return table
+
+
+def _files_of_split(key: str, path: str, folder: Path, split: str | None) -> list[Path]:
+    """The files of a folder that hold rows; of one split, where names of files tell splits."""
+    files = [file for file in files_in(folder) if file.suffix in FORMATS]
+    if not files:
+        raise ValueError(f"{key}={path}: no files of rows in this folder ({', '.join(FORMATS)})")
+    pattern = re.compile(rf"({'|'.join(s for names in SPLITS.values() for s in names)})(?![a-z])")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        if match := pattern.match(file.stem):
+            by_split.setdefault(match[1], []).append(file)
+    if split or by_split:
+        files = by_split.get(_choose_split(key, path, list(by_split), split), [])
+    if len(kinds := {FORMATS[file.suffix] for file in files}) > 1:
+        raise ValueError(f"{key}={path}: files of one kind are read, here are {', '.join(kinds)}")
+    return files
+
+
+def _choose_split(key: str, path: str, splits: Sequence[str], split: str | None) -> str:
+    """The split that the path names, or else the one that the key means."""
+    for name in (split,) if split else SPLITS[key]:
+        if name in splits:
+            return name
+    wanted = split or SPLITS[key][0]
+    raise ValueError(
+        f"{key}={path}: has no split {wanted} (it has {', '.join(splits) or 'none'}); a split is"
+        f" named behind a colon, {key}={split_of(path)[0]}:SPLIT{nearest(wanted, splits)}"
+    )
+
+
+def _read_saved(key: str, path: str, folder: Path, split: str | None) -> Table:
+    """A folder that `save_to_disk` of `datasets` wrote."""
+    from datasets import DatasetDict, load_from_disk
+
+    rows = load_from_disk(str(folder))
+    if isinstance(rows, DatasetDict):
+        rows = rows[_choose_split(key, path, list(map(str, rows)), split)]
+    return Table(key, path, rows)
+
+
+def _read_hub(source: Source, repo: str, split: str | None) -> Table:
+    import datasets
+
+    check_hub_id(repo)
+    commit = hub_commit(repo, source.revision, "dataset")
+    try:
+        splits = datasets.get_dataset_split_names(repo, source.subset, revision=commit)
+        name = _choose_split(source.key, source.path, list(map(str, splits)), split)
+        rows = datasets.load_dataset(repo, source.subset, split=name, revision=commit)
+    except Exception as error:
+        raise ValueError(f"{source.key}={source.path}: {_one_line(error)}") from None
+    return Table(source.key, source.path, rows)
+
+
+def _read_files(key: str, path: str, files: list[Path]) -> Table:
+    """The rows of files of one kind, which `datasets` keeps in its cache as Arrow tables."""
+    import datasets
+
+    for file in files:
+        if file.suffix not in FORMATS:
+            raise ValueError(
+                f"{key}={path}: files that are read end in {', '.join(FORMATS)}"
+                f"{nearest(file.suffix, FORMATS)}"
+            )
+        if not file.stat().st_size:
+            raise ValueError(f"{key}={path}: {file.name} is empty")
+    options = {
+        # pandas would read the text "None" or "NA" as a missing one.
+        "csv": {"sep": "\t" if files[0].suffix == ".tsv" else ",", "keep_default_na": False},
+        "text": {"sample_by": "document"},
+    }
+    kind = FORMATS[files[0].suffix]
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        rows = datasets.load_dataset(
+            kind,
+            data_files={"rows": [str(file.resolve()) for file in files]},
+            split="rows",
+            cache_dir=str(cache_folder() / "tables"),
+            **options.get(kind, {}),
+        )
+    except Exception as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{key}={path}: holds no rows") from None
+        broken = next(filter(None, map(_broken_line, files)), None)
+        raise ValueError(f"{key}={path}{broken or f': {_one_line(error)}'}") from None
+    finally:
+        datasets.enable_progress_bars()
+    return Table(key, path, rows, tuple(files))
+
+
+def _broken_line(file: Path) -> str | None:
+    """What is wrong with the first line that is no UTF-8 or, in JSONL, no JSON object."""
+    if FORMATS[file.suffix] == "parquet":
+        return None
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        where = f", {file.name} line {number}: "
+        try:
+            text = line.decode()
+            if file.suffix == ".jsonl" and text.strip():
+                row = json.loads(text)
+                if not isinstance(row, dict):
+                    return f"{where}a row is a JSON object, this is a {type(row).__name__}"
+        except UnicodeDecodeError as error:
+            return f"{where}no UTF-8 text (byte {line[error.start]:#x})"
+        except json.JSONDecodeError as error:
+            return f"{where}broken JSON: {error.msg}, column {error.colno}"
+    return None
+
+
+def _lines_of_rows(file: Path) -> Iterator[str]:
+    """The place of each row in a file: `line 3`, or `row 3` where rows are not lines."""
+    kind = FORMATS[file.suffix]
+    if kind == "parquet":
+        from pyarrow import parquet
+
+        yield from (f"row {i + 1}" for i in range(parquet.read_metadata(file).num_rows))
+    elif kind == "csv":
+        with file.open(newline="") as stream:
+            reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
+            line = 1
+            for i, fields in enumerate(reader):
+                if i and fields:  # the first names the columns, blank lines are no rows
+                    yield f"line {line}"
+                line = reader.line_num + 1
+    elif kind == "text":
+        yield "the file"
+    elif file.suffix == ".jsonl":
+        lines = enumerate(file.read_text().split("\n"), 1)
+        yield from (f"line {number}" for number, line in lines if line.strip())
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error of `datasets`, or of its cause, in one line."""
+    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__

@@ -1,0 +1,102 @@
+"""The base class of data sets that are read from tables: their sources, splits and limits."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lora_lab.data import parts
+from lora_lab.data.module import Data, Phase, Rows
+from lora_lab.data.sources import Source, source
+
+
+class TableData(Data):
+    """Rows of sources (files, folders, hub ids), in the phase that adapts, and in that of the base.
+
+    The `adapt` phase trains on `train` and validates on `val`, or, where that is None, on the share
+    `val_share` of the rows of `train`, drawn by `seed`. The `base` phase has the rows of `base`,
+    what the base knew, in the same shares; it can be drawn only where `base` is given. `limit` and
+    `val_limit` are the most rows of training and validation. `revision` and `subset` are those of
+    hub ids.
+    """
+
+    path_arguments: tuple[str, ...] = ("train", "val", "test", "base", "tokenizer")
+    """Arguments that are paths or hub ids. A run's identity has their content in their place."""
+
+    sources: dict[str, Source]
+    """The sources by argument, without those that are None."""
+
+    def __init__(
+        self,
+        phase: Phase,
+        paths: dict[str, str | None],
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+        val_share: float | None,
+        limit: int | None,
+        val_limit: int | None,
+        revision: str | None,
+        subset: str | None,
+        metrics: Sequence[str] | None,
+    ):
+        super().__init__(phase, batch_size, seed)
+        self.eval_rows, self.metrics = eval_batch_size, metrics
+        self.val_share, self.limit, self.val_limit = val_share, limit, val_limit
+        self.sources = {
+            key: source(key, path, revision, subset)
+            for key, path in paths.items()
+            if path is not None
+        }
+
+    @abstractmethod
+    def rows(self, source: Source, numbers: Tensor, split: str) -> Rows:
+        """The set of some rows of a source, by their numbers. `split` is train, val or test."""
+
+    def check_base(self) -> None:
+        """Raises ValueError where there are no rows for the `base` phase."""
+        if "base" not in self.sources:
+            raise ValueError(
+                "base=null: base=train learns the rows of data.base, what the base knew"
+                " (base=pretrained and base=checkpoint need none)"
+            )
+
+    def chosen(self) -> list[tuple[Source, Tensor]]:
+        """The source and the row numbers of training, and those of validation, in this phase."""
+        if self.phase == "base":
+            self.check_base()
+        train = self.sources["train" if self.phase == "adapt" else "base"]
+        val = self.sources.get("val") if self.phase == "adapt" else None
+        if val is None:
+            numbers = parts.split(row_count(train), self.val_share, self.seed)
+        else:
+            numbers = torch.arange(row_count(train)), torch.arange(row_count(val))
+        limits = self.limit, self.val_limit
+        return [
+            (source, parts.limited(n, limit, self.seed))
+            for source, n, limit in zip((train, val or train), numbers, limits, strict=True)
+        ]
+
+    def check_chosen(self) -> None:
+        """Raises ValueError where there are too few rows to train on or to validate on."""
+        if self.phase == "adapt" or "base" in self.sources:
+            (_, train), _ = self.chosen()
+            self.check_batch(len(train))
+
+    def draw(self) -> tuple[Rows, Rows]:
+        """The training and the validation set of this phase."""
+        (train, train_numbers), (val, val_numbers) = self.chosen()
+        return self.rows(train, train_numbers, "train"), self.rows(val, val_numbers, "val")
+
+    def test_dataloader(self) -> DataLoader:
+        """The rows of `test` in their order. Lightning's hook; no run calls it."""
+        if (test := self.sources.get("test")) is None:
+            raise ValueError("test=null: there are no rows to test on")
+        return self.eval_dataloader(self.rows(test, torch.arange(row_count(test)), "test"))
+
+
+def row_count(source: Source) -> int:
+    """How many rows a source has."""
+    return len(source.table().rows)

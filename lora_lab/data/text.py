@@ -1,0 +1,124 @@
+"""Texts, or pairs of texts, with a class or a number each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from lora_lab.config.schema import Seed
+from lora_lab.data import columns, tokens
+from lora_lab.data.module import Phase
+from lora_lab.data.sources import Source
+from lora_lab.data.tables import TableData
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns are read, and as what: a key of caches, as a Source is."""
+
+    text: tuple[str, ...]
+    label: str
+    task: Literal["classification", "regression"]
+    classes: tuple[str | int, ...] | None
+
+
+class Text(TableData):
+    """Classification or regression of texts, read as `TableData` says and tokenized once.
+
+    `text` names the column of the texts, or two columns, whose texts the tokenizer joins to a pair
+    (premise and hypothesis). `label` names that of the classes (texts, or integers) or, with
+    task=regression, of the numbers. `classes` are the classes' names in their order; None: those of
+    a hub set, or the sorted labels of `train`. Texts of more than `max_length` tokens are cut.
+    Rows are padded to the longest of their batch, in a multiple of `pad_to_multiple`.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        train: str,
+        text: str | list[str],
+        label: str,
+        tokenizer: str | None,
+        batch_size: PositiveInt,
+        seed: Seed,
+        task: Literal["classification", "regression"] = "classification",
+        val: str | None = None,
+        test: str | None = None,
+        base: str | None = None,
+        val_share: Share | None = 0.1,
+        limit: PositiveInt | None = None,
+        val_limit: PositiveInt | None = None,
+        max_length: PositiveInt | None = None,
+        pad_to_multiple: PositiveInt = 1,
+        classes: list[str | int] | None = None,
+        revision: str | None = None,
+        subset: str | None = None,
+        eval_batch_size: PositiveInt = 256,
+        metrics: Sequence[str] | None = None,
+    ):
+        paths = {"train": train, "val": val, "test": test, "base": base}
+        limits = (val_share, limit, val_limit)
+        sizes = (batch_size, eval_batch_size, seed)
+        super().__init__(phase, paths, *sizes, *limits, revision, subset, metrics)
+        self.task, self.max_length, self.pad_to_multiple = task, max_length, pad_to_multiple
+        text = [text] if isinstance(text, str) else text
+        if not 1 <= len(text) <= 2:
+            raise ValueError(f"text={text}: must be one column, or two for pairs")
+        self.tokenizer = tokens.load_tokenizer(tokenizer)
+        listed = None if classes is None else tuple(classes)
+        self.columns = Columns(tuple(text), label, task, listed)
+        self.class_names: tuple[str, ...] | None = None
+        """The classes in the order of the model's outputs; None in regression."""
+        if task == "classification":
+            self.class_names = _class_names(self.sources["train"], self.columns)
+        for source in self.sources.values():
+            _examples(source, self.columns, self.class_names)
+        self.check_chosen()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """An output for each class, or one number."""
+        return {"out_features": len(self.class_names) if self.class_names else 1}
+
+    def rows(self, source: Source, numbers: Tensor, split: str) -> tokens.TokenRows:
+        """Rows of tokens, with a class (B,) or a number (B, 1) for each."""
+        texts, targets = _examples(source, self.columns, self.class_names)
+        settings = {"max_length": self.max_length}
+        encode = partial(_encode, self.tokenizer, **settings)
+        flat = tokens.tokenize(source.path, texts, self.tokenizer, settings, encode)
+        padding = {"input_ids": tokens.pad_id(self.tokenizer), "token_type_ids": 0}
+        padding = {name: padding[name] for name in padding if name in flat}
+        return tokens.TokenRows(flat, padding, targets, numbers, self.pad_to_multiple)
+
+
+@lru_cache(maxsize=4)
+def _class_names(train: Source, chosen: Columns) -> tuple[str, ...]:
+    return columns.class_names(train.table(), chosen.label, chosen.classes)
+
+
+@lru_cache(maxsize=8)
+def _examples(
+    source: Source, chosen: Columns, classes: tuple[str, ...] | None
+) -> tuple[list[list[str]], Tensor]:
+    """The texts of each column and the targets of a source, checked."""
+    table = source.table()
+    texts = [columns.texts(table, "text", name) for name in chosen.text]
+    if classes is None:
+        return texts, columns.numbers(table, chosen.label)
+    return texts, columns.class_indices(table, chosen.label, classes)
+
+
+def _encode(tokenizer: Any, *texts: list[str], max_length: int | None) -> tokens.Encoded:
+    """The tokens of texts or pairs, with the special tokens that the tokenizer adds."""
+    encoded = tokenizer(
+        *texts,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=False,
+    )
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
