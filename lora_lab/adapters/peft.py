@@ -8,53 +8,69 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_lab.adapters import peft_trained_in_full
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.files import base_state_dict
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.linear import TransposedLinearAdapter
 from lora_lab.adapters.peft_tensors import alpha_for_scale, from_peft, tensor_keys, to_peft
+from lora_lab.adapters.peft_trained_in_full import PREFIX
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.sites import Site, candidate_sites
-from lora_lab.adapters.slots import layer_of, require_attached
+from lora_lab.adapters.slots import also_trained, layer_of, require_attached
 from lora_lab.adapters.targets import Target, TargetError, find_sites
 
-PREFIX = "base_model.model."
-"""What PEFT writes before each name of the model."""
+NO_TARGETS = "dummy-target-modules"
+"""PEFT's word for a LoRA on no layer, where only other parameters train."""
 
 LOADABLE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of PEFT's init_lora_weights that leave the base's weights as they are."""
 
 LOADABLE_KEYS = """
 peft_type r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_dropout init_lora_weights
+modules_to_save bias
 target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out
 auto_mapping base_model_name_or_path inference_mode peft_version revision task_type corda_config
 eva_config loftq_config lora_ga_config megatron_core qalora_group_size runtime_config
 """
 """Keys of PEFT's config that may have any value; any other key must be off.
 
-The first line is read. The second says which layers are adapted and how their weights lie, for
+The first two lines are read. The third says which layers are adapted and how their weights lie, for
 which the tensors' keys and the layers' types are the better source. The others have no effect.
 """
 
 
-def save_peft(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
+def save_peft(
+    model: nn.Module,
+    directory: str | Path,
+    name: str | None = None,
+    *,
+    task_type: str | None = None,
+    base_model: str | None = None,
+) -> None:
     """Writes the adapter `name`, or the active one, as PEFT's folder.
 
     `PeftModel.from_pretrained(base, directory)` then gives this model's outputs. PEFT stores one
     product B A for each layer, so other forms of ΔW are written as one: PiSSA and OLoRA with rank
     2r, a grouped convolution with rank groups · r (see `peft_tensors`). Dropout is written where
-    all sites have the same, else as 0.
+    all sites have the same, else as 0. What trains in full is written as whole modules in
+    modules_to_save, or as biases (see `peft_trained_in_full`).
+
+    `task_type` (as "SEQ_CLS") and `base_model`, the base's folder or hub id, are what PEFT's
+    AutoPeftModel classes read; with the first PEFT also trains heads in full by itself.
 
     Raises AdapterError, and writes nothing, where there is no such adapter, or with the reason for
     each site that PEFT would compute differently.
     """
-    adapters = require_attached(model, name)
-    _check_savable(model, adapters)
+    adapters, in_full = require_attached(model, name), also_trained(model, name)
+    extra = peft_trained_in_full.to_peft(
+        model, base_state_dict(model), in_full, list(adapters), task_type
+    )
+    _check_savable(model, adapters, extra.errors)
     rslora = all(adapter.recipe.scaling == "alpha/sqrt(r)" for adapter in adapters.values())
     tensors, ranks, alphas = {}, {}, {}
     for site, adapter in adapters.items():
@@ -64,14 +80,15 @@ def save_peft(model: nn.Module, directory: str | Path, name: str | None = None) 
         alphas[site] = alpha_for_scale(adapter.scale, ranks[site], rslora)
         for part, tensor in site_tensors.items():
             tensors[f"{PREFIX}{site}.{keys[part]}"] = tensor.contiguous()
-    config = _peft_config(adapters, ranks, alphas, rslora)
+    config = _peft_config(adapters, ranks, alphas, rslora) | extra.config
+    config |= {"task_type": task_type, "base_model_name_or_path": base_model}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors | extra.tensors, directory / "adapter_model.safetensors", {"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _check_savable(model: nn.Module, adapters: dict[str, Adapter]) -> None:
+def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors: list[str]) -> None:
     """Raises AdapterError with the reason for each site that PEFT would compute differently."""
     shared = {id(m.source) for m in model.modules() if isinstance(m, Adapter)}
     any_dora = any(adapter.magnitude is not None for adapter in adapters.values())
@@ -86,7 +103,7 @@ def _check_savable(model: nn.Module, adapters: dict[str, Adapter]) -> None:
         elif any_dora and not dora:
             reason = "it has no DoRA magnitude and others have; PEFT's use_dora is for all"
         errors += [f"'{site}': {reason}"] if reason else []
-    if errors:
+    if errors := errors + other_errors:
         raise AdapterError(f"PEFT cannot hold this adapter: {'; '.join(errors)}")
 
 
@@ -95,7 +112,7 @@ def _peft_config(
 ) -> dict[str, Any]:
     """PEFT's config: the most common r and alpha, and patterns for the other sites."""
     pairs = Counter((ranks[site], alphas[site]) for site in adapters)
-    (r, alpha), _ = pairs.most_common(1)[0]
+    (r, alpha), _ = pairs.most_common(1)[0] if pairs else ((1, 1), 0)
     dropouts = {adapter.recipe.dropout for adapter in adapters.values()}
     return {
         "peft_type": "LORA",
@@ -103,13 +120,12 @@ def _peft_config(
         "lora_alpha": alpha,
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
         # A string is matched in full; a list would also match each name that ends so.
-        "target_modules": "|".join(re.escape(site) for site in adapters),
+        "target_modules": "|".join(re.escape(site) for site in adapters) or NO_TARGETS,
         "rank_pattern": {f"^{re.escape(site)}": n for site, n in ranks.items() if n != r},
         "alpha_pattern": {f"^{re.escape(site)}": a for site, a in alphas.items() if a != alpha},
         "use_rslora": rslora,
-        "use_dora": all(adapter.magnitude is not None for adapter in adapters.values()),
+        "use_dora": any(adapter.magnitude is not None for adapter in adapters.values()),
         "fan_in_fan_out": any(isinstance(a, TransposedLinearAdapter) for a in adapters.values()),
-        "bias": "none",
         "inference_mode": True,
     }
 
@@ -117,14 +133,15 @@ def _peft_config(
 def load_peft(model: nn.Module, directory: str | Path, name: str = "default") -> list[Site]:
     """Puts the LoRA that PEFT saved in `directory` on `model` under `name`, active.
 
-    All other parameters are frozen. The tensors' keys say which layers are adapted. Gives the
-    sites.
+    All other parameters are frozen, but those of modules_to_save and the biases that `bias` names.
+    The tensors' keys say which layers are adapted. Gives the sites.
 
     Raises AdapterError, and changes nothing, where the files are missing, where the config asks for
     more than LoRA, rsLoRA or DoRA, or with all keys and layers that do not fit.
     """
     config, tensors = _read(Path(directory))
-    tensors_by_layer, errors = _split_by_layer(tensors, base_state_dict(model))
+    tensors_by_layer, others = _split_by_layer(tensors)
+    in_full, errors = peft_trained_in_full.from_peft(model, base_state_dict(model), others, config)
     layers = dict(model.named_modules())
     kinds = {site.name: site.kind for site in candidate_sites(model)}
     adapters: dict[Site, Adapter] = {}
@@ -143,31 +160,25 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
                 errors.append(str(error))
             except AdapterError as error:
                 errors.append(f"'{path}': {error}")
-    if errors or not adapters:
+    if errors or not (adapters or in_full):
         errors = errors or ["it holds no tensors"]
         raise AdapterError(f"PEFT's adapter in {directory} does not fit: {'; '.join(errors)}")
-    place_adapters(model, adapters, name)
+    place_adapters(model, adapters, name, in_full)
     return list(adapters)
 
 
 def _split_by_layer(
-    tensors: dict[str, Tensor], base: dict[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """LoRA's tensors by layer and by PEFT's key, and an error for each tensor that cannot be read.
-
-    PEFT may also store weights of the base: those must be this model's.
-    """
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """LoRA's tensors by layer and by PEFT's key, and all other tensors by PEFT's key."""
     by_layer: dict[str, dict[str, Tensor]] = {}
-    errors: list[str] = []
+    others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        weight = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         if match := re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[^.]+(\.[^.]+)?)", key):
             by_layer.setdefault(match[1], {})[match[2]] = tensor
-        elif weight not in base:
-            errors.append(f"unknown tensor {key}")
-        elif not torch.equal(tensor.to(base[weight]), base[weight]):
-            errors.append(f"{key} is not this model's '{weight}': load that into the model first")
-    return by_layer, errors
+        else:
+            others[key] = tensor
+    return by_layer, others
 
 
 def _reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
@@ -198,7 +209,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     errors = [
         f"{key}={value!r}: there is nothing like it here"
         for key, value in config.items()
-        if key not in LOADABLE_KEYS.split() and value and (key, value) != ("bias", "none")
+        if key not in LOADABLE_KEYS.split() and value
     ]
     if kind != "LORA":
         errors.append(f"peft_type={kind!r}: must be LORA")
@@ -211,4 +222,5 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterError(f"PEFT's adapter in {directory} cannot be held: {'; '.join(errors)}")
     defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
     defaults |= {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    defaults |= {"modules_to_save": None, "bias": "none", "task_type": None}
     return defaults | config, tensors

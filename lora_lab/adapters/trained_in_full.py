@@ -123,5 +123,6 @@ def _reasons_not_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -
                 "untie it first"
             )
         elif isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            reasons.append(f"'{key}' is one of those that a parametrization computes a weight from")
+            kind = type(layer).__name__  # a child `lora` would be one more of its modules
+            reasons.append(f"'{key}' is held by a {kind}, a list of modules and no layer")
     return reasons
