@@ -21,8 +21,8 @@ class Updates:
     """Reads ΔW at each site of a model, in training or after it.
 
     `model` is the trained model and `sites` the places whose ΔW is wanted. `base` holds its weights
-    before training, W₀, by the key of the parameter. "As a matrix" is out × rest, as in
-    `weight.flatten(1)`.
+    before training, W₀, by the key of the parameter; with adapters these may be the model's own.
+    "As a matrix" is out × rest, as in `weight.flatten(1)`.
     """
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor], sites: Sequence[Site]):
@@ -82,11 +82,17 @@ class Updates:
         trained = {site: self._weight(site).detach().clone() for site in self.sites}
         current_ranks: dict[str, int] = {}
 
+        def base(site: str) -> Tensor:
+            # An adapted layer holds W₀ itself, and `base_weights` may be that very tensor, which is
+            # written to below: the copy is W₀.
+            has_adapter = site in self.adapters_by_site
+            return self.as_matrix(site, trained[site]) if has_adapter else self.base_matrix(site)
+
         def cut_to(ranks: Mapping[str, int]) -> None:
             for site in svds:
                 if current_ranks.get(site) != ranks[site]:
                     target = self._site_rows(site, self._weight(site))
-                    W = self.base_matrix(site).to(svds[site].S) + svds[site].cut(ranks[site])
+                    W = base(site).to(svds[site].S) + svds[site].cut(ranks[site])
                     target.copy_(self._adapter_class(site).matrix_to_weight(W, target.shape))
                     current_ranks[site] = ranks[site]
 

@@ -103,15 +103,13 @@ def _build_trials(
     The first run trains the base, unless it is cached; the others log the same rows of it.
     """
     (first, first_tracking), *others = open_runs.items()
-    base = experiment.obtain_base(plans[first], first_tracking, console)
+    model, base_rows = experiment.obtain_model(plans[first], first_tracking, console)
     for _, tracking in others:
-        tracking.replay(base.rows)
-    model = plans[first].model()
-    model.load_state_dict(base.state)
+        tracking.replay(base_rows)
     models = {i: copy_sharing_weights(model) for i in open_runs}
     for i, run_model in models.items():  # all of them before the weights get another dtype
         plans[i].attach(run_model)
-    base_weights: dict[str, Tensor] | None = None  # copied by the first run, for all
+    base_weights: Mapping[str, Tensor] | None = None  # of the first run, which all share
     trials: dict[int, Trial] = {}
     data = plans[first].data("adapt")  # in memory once: runs of a pack have the same data.seed
     for i, tracking in open_runs.items():

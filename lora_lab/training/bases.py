@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from lora_lab import seeding
-from lora_lab.config.schema import CheckpointBase, Config, content_hash
+from lora_lab.config.schema import CheckpointBase, Config, ConfigError, content_hash
 from lora_lab.data import module as data
 from lora_lab.data import planted
 from lora_lab.runs import write_atomic
@@ -181,3 +181,22 @@ def _load(file: Path) -> Base | None:
 def _checksum(content: bytes, rows: list[Row]) -> str:
     """The SHA-256 of a base's weights and rows together."""
     return hashlib.sha256(content + json.dumps(rows).encode()).hexdigest()
+
+
+def check_checkpoint(base: CheckpointBase, model: nn.Module) -> str:
+    """A base file's SHA-256. Raises ConfigError unless it holds exactly the model's weights."""
+    where = f"base.path={base.path}"
+    try:
+        with safe_open(base.path, "pt") as file:
+            stored = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{where}: no safetensors file to be read: {error}") from None
+    wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    if stored != wanted:
+        differ = sorted(k for k in {**stored, **wanted} if stored.get(k) != wanted.get(k))
+        shown = "; ".join(f"{k}: file {stored.get(k)}, model {wanted.get(k)}" for k in differ[:4])
+        raise ConfigError(
+            f"{where}: does not hold this model's weights ({len(differ)} tensors differ: {shown})"
+        )
+    with open(base.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """One run from start to end: base, adapter, training, spectra, merge check, files."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,14 @@ from lora_lab import adapters, report
 from lora_lab.adapters import AdapterError
 from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates, full_tensor
+from lora_lab.config.components import PretrainedBase
 from lora_lab.config.schema import Lora, TrainedBase
 from lora_lab.data import Data
 from lora_lab.runs import CHECKPOINTS, Run, process_rank
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, precision
+from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.first_step import FirstStep
 from lora_lab.training.callbacks.progress import ProgressBar
@@ -46,7 +49,7 @@ class Trial:
     run: Run
     tracking: Tracking
     module: BaseModule
-    base: dict[str, Tensor]
+    base: Mapping[str, Tensor]
     spectra_callback: SpectraCallback
     checkpoint: Checkpoint
 
@@ -63,10 +66,8 @@ def run(plan: Plan, console: Console) -> Run:
         nullcontext(Run(plan.path)) if process_rank() else open_run(plan) as run,
         Tracking(cfg, run, plan.path) as tracking,
     ):
-        base = obtain_base(plan, tracking, console)
+        model, _ = obtain_model(plan, tracking, console)
         data = plan.data("adapt")
-        model = plan.model()
-        model.load_state_dict(base.state)
         # From here on only dropout draws from torch's global random stream: adapters and data have
         # their generators. Each further process draws other dropout masks than the first.
         process = process_rank()
@@ -87,6 +88,18 @@ def open_run(plan: Plan) -> AbstractContextManager[Run]:
     # The thread count is recorded because it changes the order of floating-point sums.
     about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
     return record_run(plan.path, cfg.to_dict(), overwrite=cfg.overwrite, **about)
+
+
+def obtain_model(
+    plan: Plan, tracking: Tracking, console: Console
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The model with the base's weights, and the rows that were logged while the base trained."""
+    if isinstance(plan.cfg.base, PretrainedBase):
+        return plan.pretrained_model(), []
+    base = obtain_base(plan, tracking, console)
+    model = plan.model()
+    model.load_state_dict(base.state)
+    return model, base.rows
 
 
 def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
@@ -128,12 +141,12 @@ def build_trial(
     data: Data,
     run: Run,
     tracking: Tracking,
-    base: dict[str, Tensor] | None,
+    base: Mapping[str, Tensor] | None,
 ) -> Trial:
     """Puts together what a run is trained with: its module, spectra callback and checkpoint.
 
-    `model` has its adapters already, if the run has any. `base` is a copy of the base's weights, if
-    another run of a pack has one; with None they are copied here.
+    `model` has its adapters already, if the run has any. `base` is that of another run of a pack,
+    whose model shares its weights with this one.
     """
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     arguments = model, data.task, outputs, cfg.optimizer, "", data.metrics, cfg.label_smoothing
@@ -141,10 +154,12 @@ def build_trial(
         module = LoRAModule(*arguments, lr_ratio=cfg.adapter.lr_ratio)
     else:
         module = BaseModule(*arguments)
-    # Cast before the base is copied: its file may have other dtypes than training.
+    # Cast before the base is looked at: its file may have other dtypes than training.
     precision.cast(module, cfg.trainer)
-    if base is None:
-        base = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
+    if isinstance(cfg.adapter, Lora):
+        base = BaseWeights(model, base.digests if isinstance(base, BaseWeights) else None)
+    else:
+        base = {key: value.clone() for key, value in model.state_dict().items()}
     spectra_callback = SpectraCallback(Updates(model, base, plan.sites), cfg.spectra, tracking)
     folder = run.path / CHECKPOINTS
     checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
@@ -186,7 +201,10 @@ def finish_run(trial: Trial, console: Console) -> None:
         return
     change = {}
     if isinstance(module.model, FSDPModule):
-        spectra_callback.updates = Updates(_gather(plan, module), trial.base, plan.sites)
+        model = _gather(plan, module)
+        if isinstance(trial.base, BaseWeights):
+            trial.base = BaseWeights(model, trial.base.digests)
+        spectra_callback.updates = Updates(model, trial.base, plan.sites)
         change = {"accelerator": "cpu"}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -263,7 +281,6 @@ def _check_merge(trainer: pl.Trainer, trial: Trial) -> None:
     module.prefix = "merged/"
     trainer.validate(module, trial.data, verbose=False)
     adapters.unmerge(module.model)
-    state = module.model.state_dict()
-    for key, value in trial.base.items():
-        if not torch.equal(state[key].cpu(), value.to(state[key].dtype)):
-            raise AdapterError(f"'{key}' is not the base's any more after merge and unmerge")
+    assert isinstance(trial.base, BaseWeights)
+    if changed := trial.base.changed():
+        raise AdapterError(f"'{changed[0]}' is not the base's any more after merge and unmerge")

@@ -1,6 +1,5 @@
 """Checks that a run is possible before any data is drawn, and builds its parts from its config."""
 
-import hashlib
 import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lora_lab import adapters
@@ -21,6 +19,7 @@ from lora_lab.config.checks import check_arguments, import_target, resolve_compo
 from lora_lab.config.schema import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
+from lora_lab.training import bases, pretrained_base
 
 RESERVED_TRAINER_ARGUMENTS = (
     *("logger", "callbacks", "enable_progress_bar", "enable_model_summary"),
@@ -51,6 +50,8 @@ class Plan:
     sites: list[Site]
     processes: int = 1
     """Number of processes that train the run, each on its device."""
+    new_parameters: tuple[str, ...] = ()
+    """Names of the parameters that the pretrained base's files do not hold, as a new head's."""
 
     @property
     def path(self) -> Path:
@@ -66,6 +67,16 @@ class Plan:
         """A new model. Sizes that the config leaves open, as `out_features`, are the data's."""
         sizes = _sizes(self.cfg, self.data("adapt"))
         return self.cfg.model.callee(**sizes, **self.cfg.model.arguments)
+
+    def pretrained_model(self) -> nn.Module:
+        """The model with its pretrained weights, read once, and new parameters drawn."""
+        sizes = _sizes(self.cfg, self.data("adapt"))
+        return pretrained_base.load(self.cfg, sizes, self.new_parameters, self.base_seed)
+
+    @property
+    def base_seed(self) -> int | None:
+        """The seed that the base's new parameters are drawn from; None: one base for all seeds."""
+        return self.cfg.seed if self.new_parameters else None
 
     def attach(self, model: nn.Module) -> None:
         """Puts the configured adapter on the model."""
@@ -126,6 +137,8 @@ def plan(cfg: Config) -> Plan:
     resolve_component("data", cfg.data, ["phase"])
     _call("data", cfg, phase="base")
     data = _call("data", cfg, phase="adapt")
+    import_target("model", cfg.model)
+    cfg = pretrained_base.with_content(cfg)
     sizes = _sizes(cfg, data)
     resolve_component("model", cfg.model, list(sizes))
     _check_optimizer("optimizer", cfg.optimizer)
@@ -137,12 +150,16 @@ def plan(cfg: Config) -> Plan:
         )
     model = _meta_model(cfg, sizes)
     sites = _find_sites(cfg, model) if cfg.adapter.method != "none" else []
+    new_parameters = []
     if isinstance(cfg.base, TrainedBase):
         _check_optimizer("base.optimizer", cfg.base.optimizer)
-    elif isinstance(cfg.base, CheckpointBase):
-        sha256 = _check_checkpoint(cfg.base, model)
+    else:
+        if isinstance(cfg.base, CheckpointBase):
+            sha256 = bases.check_checkpoint(cfg.base, model)
+        else:
+            new_parameters, sha256 = pretrained_base.check(cfg, model)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
-    return Plan(cfg, sites, processes)
+    return Plan(cfg, sites, processes, tuple(new_parameters))
 
 
 def _find_sites(cfg: Config, model: nn.Module) -> list[Site]:
@@ -268,22 +285,3 @@ def _check_fsdp(cfg: Config) -> None:
         raise ConfigError("spectra.first_step=true: not with trainer=fsdp")
     if cfg.trainer.model_dump()["precision"] == "64-true":
         raise ConfigError("trainer.precision=64-true: not with trainer=fsdp")
-
-
-def _check_checkpoint(base: CheckpointBase, model: nn.Module) -> str:
-    """A base file's SHA-256. Raises ConfigError unless it holds exactly the model's weights."""
-    where = f"base.path={base.path}"
-    try:
-        with safe_open(base.path, "pt") as file:
-            stored = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{where}: no safetensors file to be read: {error}") from None
-    wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-    if stored != wanted:
-        differ = sorted(k for k in {**stored, **wanted} if stored.get(k) != wanted.get(k))
-        shown = "; ".join(f"{k}: file {stored.get(k)}, model {wanted.get(k)}" for k in differ[:4])
-        raise ConfigError(
-            f"{where}: does not hold this model's weights ({len(differ)} tensors differ: {shown})"
-        )
-    with open(base.path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

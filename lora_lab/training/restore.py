@@ -1,5 +1,6 @@
 """Loads a finished run's model from its run directory and the base it was trained on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.config.checks import parse_config
+from lora_lab.config.components import PretrainedBase
 from lora_lab.config.schema import CheckpointBase, Config, Full, Lora
 from lora_lab.runs import Run
 from lora_lab.training import bases, precision
+from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.plan import Plan, on_one_device, plan
 
 
@@ -20,7 +23,7 @@ class Restored:
 
     plan: Plan
     model: nn.Module
-    base: dict[str, Tensor]
+    base: Mapping[str, Tensor]
 
 
 def restore(run: Run) -> Restored:
@@ -37,14 +40,16 @@ def restore(run: Run) -> Restored:
     planned = plan(on_one_device(cfg))
     if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
-    model = planned.model()
+    pretrained = isinstance(cfg.base, PretrainedBase)
+    model = planned.pretrained_model() if pretrained else planned.model()
     precision.cast(model, cfg.trainer)
-    model.load_state_dict(_base(cfg, run, model))
-    base = {key: value.clone() for key, value in model.state_dict().items()}
+    if not pretrained:
+        model.load_state_dict(_base(cfg, run, model))
     if isinstance(cfg.adapter, Lora):
         adapters.load(model, run.path / "adapter")
-    else:
-        model.load_state_dict(load_file(run.path / "model" / "model.safetensors"))
+        return Restored(planned, model, BaseWeights(model, {}))
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(load_file(run.path / "model" / "model.safetensors"))
     return Restored(planned, model, base)
 
 

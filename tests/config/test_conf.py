@@ -26,9 +26,12 @@ from lora_lab.training import bases
 from lora_lab.training.plan import plan
 from tests.conftest import SMALL, Lab, only_run
 from tests.text_files import save_rows, save_tokenizer
+from tests.tiny_models import tiny_model
 
 register()
 OPTIONS = [(group, option) for group, choices in options().items() for option in choices]
+PRETRAINED = ["model=pretrained", "model.path=bert", "model.head=classification", "target=all"]
+"""A model whose weights lie in files, which a test has to write."""
 EVERYTHING = "model._target_=tests.all_layer_kinds.AllLayerKinds"
 TEXTS = ["data.train=train.jsonl", "data.base=train.jsonl", "data.tokenizer=tokenizer"]
 FROM_FILES = ("text",)
@@ -39,6 +42,8 @@ NEEDS = {
     ("data", "text"): [*TEXTS, "+model.in_features=4"],
     **{("target", option): [EVERYTHING] for option in options()["target"]},
     **{("model", option): ["target=all"] for option in options()["model"]},
+    ("model", "pretrained"): PRETRAINED[1:],
+    ("base", "pretrained"): PRETRAINED,
 }
 """What an option cannot do without on a machine with no GPU and no files."""
 BRIEF = ("base.epochs=1", "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1")
@@ -56,6 +61,8 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str):
     if group == "data" and option in FROM_FILES:
         save_rows("train.jsonl", 40)
         save_tokenizer("tokenizer")
+    if option == "pretrained":
+        tiny_model("bert", "bert", "none")
     cfg = composed(f"{group}={option}", *NEEDS.get((group, option), []))
     assert options()[group][option].endswith(".")
     if (group, option) != ("base", "checkpoint"):
@@ -135,7 +142,10 @@ def test_all_groups_are_listed():
     [*product([d for d in options()["data"] if d not in FROM_FILES], options()["model"])],
 )
 def test_every_model_fits_every_data_set(data: str, model: str):
-    assert plan(composed(f"data={data}", f"model={model}", "target=all")).sites
+    if model == "pretrained":
+        tiny_model("bert", "bert", "none")
+    settings = NEEDS["model", model]
+    assert plan(composed(f"data={data}", f"model={model}", *settings)).sites
 
 
 def test_plans_of_the_same_model_build_it_once(monkeypatch: pytest.MonkeyPatch):
