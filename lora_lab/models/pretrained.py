@@ -120,9 +120,9 @@ def new_parameters(model: nn.Module, path: str, **arguments: Any) -> list[str]:
     Only the files' headers are read. `model` is that of `pretrained` with these arguments, which
     may be on the meta device. Raises ValueError where the files are not this model's.
     """
-    stored: dict[str, Tensor] = {}
     from transformers.modeling_utils import load_state_dict
 
+    stored: dict[str, Tensor] = {}
     for file in weight_files(path, arguments.get("revision")):
         try:
             stored |= load_state_dict(file, map_location="meta")
@@ -238,7 +238,8 @@ def _prepare(model: Any, gradient_checkpointing: bool) -> nn.Module:
         model.config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     if gradient_checkpointing:
         # Not reentrant, so that gradients reach adapters though no input of a block has one.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        old_name = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     return model
 
 

@@ -102,7 +102,8 @@ def group_into_packs(
         assert plan is not None
         if reason := reason_to_run_alone(plan):
             reasons[reason] += 1
-        jobs_by_key.setdefault(f"alone {i}" if reason else pack_key(plan.cfg), []).append(i)
+        key = f"alone {i}" if reason else f"{pack_key(plan.cfg)} {plan.base_seed}"
+        jobs_by_key.setdefault(key, []).append(i)
     packs: list[Pack] = []
     for group in jobs_by_key.values():
         share = round(processes * len(group) / len(wanted))
