@@ -29,6 +29,8 @@ def analyze_again(run: Run, console: Console, **change: Any) -> findings.Finding
     training stays. Raises what `restore` raises.
     """
     restored = restore(run)
+    if not restored.plan.sites:
+        raise ValueError(f"{run.path} has no ΔW: nothing but also_train was trained")
     cfg, data = restored.plan.cfg, restored.plan.data("adapt")
     module = BaseModule(restored.model, data.task, data.sizes["out_features"], cfg.optimizer)
     updates = Updates(restored.model, restored.base, restored.plan.sites)

@@ -211,6 +211,11 @@ class Config(Node):
         """Whether anything trains: adapters, all weights, or those of `also_train` alone."""
         return not isinstance(self.adapter, NoAdapter) or bool(self.also_train)
 
+    @property
+    def freezes_base(self) -> bool:
+        """Whether the base stays as it is, beneath adapters or the parameters of `also_train`."""
+        return self.trains and not isinstance(self.adapter, Full)
+
     def to_dict(self) -> dict[str, Any]:
         """The config as nested dicts, lists, texts and numbers, as config.yaml has it."""
         return self.model_dump(by_alias=True)
@@ -258,12 +263,12 @@ class Config(Node):
             parts += [f"ratio{adapter.lr_ratio:g}"] if adapter.lr_ratio != 1 else []
             parts += [adapter.scaling.replace("/", "-")] if adapter.scaling != "alpha/r" else []
             parts += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
+        also = [glob.strip("*.") for glob in self.also_train if self.freezes_base]
         targets = "+".join(self.target) if adapter.method != "none" else ""
-        if not isinstance(adapter, Full):
-            targets += "".join(f"+{glob.strip('*.')}" for glob in self.also_train)
         data = f"data{self.data.arguments['seed']}" if "seed" in self.data.arguments else ""
         rate = f"lr{self.optimizer.lr:g}" if self.trains else ""
-        name = "-".join(filter(None, [*parts, targets, rate, data]))
+        trained = "+".join(["-".join(filter(None, [*parts, targets])), *also])
+        name = "-".join(filter(None, [trained, rate, data]))
         # The cut keeps the directory's name, which seed and hash follow, under 255 bytes.
         return "".join(c if c.isalnum() or c in "-+._" else "_" for c in name)[:120]
 

@@ -73,8 +73,9 @@ def run(plan: Plan, console: Console) -> Run:
         process = process_rank()
         seed = generator(cfg.seed, "dropout", process).initial_seed() if process else cfg.seed
         pl.seed_everything(seed % 2**32, verbose=False)
-        if isinstance(cfg.adapter, Lora):
+        if cfg.freezes_base:
             plan.attach(model)
+        if plan.sites:
             console.print(report.site_table(plan.sites))
         trial = build_trial(plan, model, data, run, tracking, None)
         adapt_model(trial, console)
@@ -150,13 +151,14 @@ def build_trial(
     """
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     arguments = model, data.task, outputs, cfg.optimizer, "", data.metrics, cfg.label_smoothing
-    if isinstance(cfg.adapter, Lora):
-        module = LoRAModule(*arguments, lr_ratio=cfg.adapter.lr_ratio)
+    if cfg.freezes_base:
+        ratio = cfg.adapter.lr_ratio if isinstance(cfg.adapter, Lora) else 1.0
+        module = LoRAModule(*arguments, lr_ratio=ratio)
     else:
         module = BaseModule(*arguments)
     # Cast before the base is looked at: its file may have other dtypes than training.
     precision.cast(module, cfg.trainer)
-    if isinstance(cfg.adapter, Lora):
+    if cfg.freezes_base:
         base = BaseWeights(model, base.digests if isinstance(base, BaseWeights) else None)
     else:
         base = {key: value.clone() for key, value in model.state_dict().items()}
@@ -179,10 +181,10 @@ def adapt_model(trial: Trial, console: Console) -> None:
         callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))
     trainer = plan.trainer(tracking, [*callbacks, trial.checkpoint])
     if (checkpoint := trial.checkpoint.resume_path()) is None:
-        if cfg.adapter.method != "none":
+        if cfg.trains:
             log_theory(data, module.model, tracking)
         trainer.validate(module, data, verbose=False)
-    if cfg.adapter.method != "none":
+    if cfg.trains:
         fit(trainer, module, data, checkpoint)
         step, epoch = float(trainer.global_step), float(trainer.current_epoch)
         module.final_step = {"step": step, "epoch": epoch}
@@ -195,7 +197,7 @@ def finish_run(trial: Trial, console: Console) -> None:
     """
     plan, module, tracking = trial.plan, trial.module, trial.tracking
     cfg, spectra_callback = plan.cfg, trial.spectra_callback
-    if cfg.adapter.method == "none":
+    if not cfg.trains:
         base_size = adapters.count(module.model).frozen
         tracking.log({"parameters/trainable": 0, "parameters/base": base_size}, 0)
         return
@@ -215,6 +217,8 @@ def finish_run(trial: Trial, console: Console) -> None:
     updates, arrays = spectra_callback.updates, spectra_callback.arrays()
     # Written now too, so that the spectra are stored even if the analysis fails.
     findings.write(trial.run.path, arrays, None)
+    if not plan.sites:
+        return  # nothing but parameters of also_train, which have no ΔW to analyze
     module.prefix = ""
     losses = partial(cut_losses, unlogged_trainer, module, trial.data, updates)
     learned = findings.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
@@ -230,7 +234,7 @@ def _gather(plan: Plan, module: BaseModule) -> nn.Module:
     """
     state = {key: full_tensor(value).cpu() for key, value in module.model.state_dict().items()}
     model = plan.model()
-    if isinstance(plan.cfg.adapter, Lora):
+    if plan.cfg.freezes_base:
         plan.attach(model)
     module.model = model
     precision.cast(module, plan.cfg.trainer)

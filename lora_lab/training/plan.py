@@ -15,17 +15,12 @@ from torch import nn
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, TargetError
-from lora_lab.config.checks import check_arguments, import_target, resolve_component
+from lora_lab.config.checks import import_target, resolve_component
 from lora_lab.config.schema import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, pretrained_base
-
-RESERVED_TRAINER_ARGUMENTS = (
-    *("logger", "callbacks", "enable_progress_bar", "enable_model_summary"),
-    *("enable_checkpointing", "num_sanity_val_steps", "use_distributed_sampler"),
-)
-"""Arguments of Lightning's Trainer that each run sets, so that a config must not."""
+from lora_lab.training.trainer_checks import check_trainer
 
 NO_OPERATION = nullcontext()
 
@@ -52,6 +47,8 @@ class Plan:
     """Number of processes that train the run, each on its device."""
     new_parameters: tuple[str, ...] = ()
     """Names of the parameters that the pretrained base's files do not hold, as a new head's."""
+    also_trained: tuple[str, ...] = ()
+    """Names of the parameters that train in full beside the adapters."""
 
     @property
     def path(self) -> Path:
@@ -75,15 +72,26 @@ class Plan:
 
     @property
     def base_seed(self) -> int | None:
-        """The seed that the base's new parameters are drawn from; None: one base for all seeds."""
-        return self.cfg.seed if self.new_parameters else None
+        """The seed that the base's new parameters are drawn from; None: one base for all seeds.
+
+        Where `also_train` covers all of them, each run trains its copies from its seed's draw.
+        """
+        return self.cfg.seed if {*self.new_parameters} - {*self.also_trained} else None
 
     def attach(self, model: nn.Module) -> None:
-        """Puts the configured adapter on the model."""
-        assert isinstance(self.cfg.adapter, Lora)
-        recipe, patterns = _recipe(self.cfg.adapter)
-        settings = {**asdict(recipe), **patterns, "seed": self.cfg.seed}
-        adapters.attach(model, _targets(self.cfg), **settings)
+        """Puts on the model what the config trains beside its base: adapters, also_train."""
+        cfg = self.cfg
+        settings: dict[str, Any] = {"r": 1, "alpha": 1}
+        if isinstance(cfg.adapter, Lora):
+            recipe, patterns = _recipe(cfg.adapter)
+            settings = {**asdict(recipe), **patterns}
+        targets = _targets(cfg) if isinstance(cfg.adapter, Lora) else {}
+        adapters.attach(model, targets, **settings, also_train=cfg.also_train, seed=cfg.seed)
+        in_full = adapters.also_trained(model)
+        new = [name for name in self.new_parameters if name in in_full]
+        with torch.no_grad():
+            for name, value in pretrained_base.draw_new(model, new, cfg.seed).items():
+                in_full[name].value.copy_(value)
 
     def single_device_trainer(
         self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
@@ -142,14 +150,15 @@ def plan(cfg: Config) -> Plan:
     sizes = _sizes(cfg, data)
     resolve_component("model", cfg.model, list(sizes))
     _check_optimizer("optimizer", cfg.optimizer)
-    processes = _check_trainer(cfg)
+    processes = check_trainer(cfg)
     if processes > 1 and (data.batch_size or 0) % processes:
         raise ConfigError(
             f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes "
             f"that share each batch (trainer.devices={cfg.trainer.devices})"
         )
     model = _meta_model(cfg, sizes)
-    sites = _find_sites(cfg, model) if cfg.adapter.method != "none" else []
+    also_trained = _also_trained(cfg, model)
+    sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     new_parameters = []
     if isinstance(cfg.base, TrainedBase):
         _check_optimizer("base.optimizer", cfg.base.optimizer)
@@ -159,15 +168,26 @@ def plan(cfg: Config) -> Plan:
         else:
             new_parameters, sha256 = pretrained_base.check(cfg, model)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
-    return Plan(cfg, sites, processes, tuple(new_parameters))
+    return Plan(cfg, sites, processes, tuple(new_parameters), tuple(also_trained))
 
 
-def _find_sites(cfg: Config, model: nn.Module) -> list[Site]:
+def _also_trained(cfg: Config, model: nn.Module) -> list[str]:
+    """The names of the parameters that `also_train` picks. Raises ConfigError."""
+    if not cfg.freezes_base:
+        return []
+    try:
+        return adapters.select(model, cfg.also_train)
+    except AdapterError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _find_sites(cfg: Config, model: nn.Module, also_trained: list[str]) -> list[Site]:
     """The places in the model where adapters will sit, their ranks checked."""
     try:
         if isinstance(cfg.adapter, Lora):
             recipe, patterns = _recipe(cfg.adapter)
-            return adapters.find_sites(model, _targets(cfg), recipe, **patterns)
+            settings = {**patterns, "trained_in_full": also_trained}
+            return adapters.find_sites(model, _targets(cfg), recipe, **settings)
         return adapters.find_sites(model, _targets(cfg))
     except RankError as error:
         is_default = isinstance(cfg.adapter, Lora) and f"r={cfg.adapter.r} " in str(error)
@@ -240,48 +260,3 @@ def _check_optimizer(key: str, optimizer: Optimizer) -> None:
         build([nn.Parameter(torch.zeros(1))], **optimizer.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{key}: {error}") from None
-
-
-def _check_trainer(cfg: Config) -> int:
-    """The number of processes that the Trainer starts. Raises ConfigError."""
-    arguments = cfg.trainer.model_dump()
-    if reserved := [name for name in arguments if name in RESERVED_TRAINER_ARGUMENTS]:
-        raise ConfigError(f"trainer.{reserved[0]}: a run sets this itself")
-    _check_gpus(cfg.trainer.accelerator, cfg.trainer.devices)
-    check_arguments("trainer", pl.Trainer, arguments)
-    nodes, devices = arguments.get("num_nodes", 1), cfg.trainer.devices
-    if nodes != 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ConfigError(
-            f"trainer.num_nodes={nodes}: is started on each node, by `torchrun --nnodes={nodes} "
-            f"--nproc-per-node={devices} … -m lora_lab.train …`"
-        )
-    if arguments.get("strategy") == "fsdp":
-        _check_fsdp(cfg)
-        arguments["strategy"] = "ddp"  # asks for as many processes
-    try:
-        trainer = pl.Trainer(**arguments, logger=False, enable_checkpointing=False)
-    except (TypeError, ValueError, RuntimeError) as error:  # Lightning's errors are RuntimeErrors
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
-    return trainer.world_size
-
-
-def _check_gpus(accelerator: str, devices: int | str | list[int]) -> None:
-    """Raises ConfigError where more GPUs are wanted than the machine has."""
-    wanted = len(devices) if isinstance(devices, list) else devices
-    available = torch.cuda.device_count()
-    is_too_many = isinstance(wanted, int) and wanted > available
-    if accelerator in ("gpu", "cuda") and (available == 0 or is_too_many):
-        raise ConfigError(
-            f"trainer.accelerator={accelerator} trainer.devices={devices}: this machine has "
-            f"{available} CUDA GPUs; trainer=cpu or trainer=auto runs without one"
-        )
-
-
-def _check_fsdp(cfg: Config) -> None:
-    """Raises ConfigError for settings that need a weight as one tensor in each process."""
-    if isinstance(cfg.adapter, Lora) and cfg.adapter.dora:
-        raise ConfigError("adapter.dora=true: not with trainer=fsdp")
-    if cfg.spectra.first_step:
-        raise ConfigError("spectra.first_step=true: not with trainer=fsdp")
-    if cfg.trainer.model_dump()["precision"] == "64-true":
-        raise ConfigError("trainer.precision=64-true: not with trainer=fsdp")

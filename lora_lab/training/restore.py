@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.components import PretrainedBase
-from lora_lab.config.schema import CheckpointBase, Config, Full, Lora
+from lora_lab.config.schema import CheckpointBase, Config, Full
 from lora_lab.runs import Run
 from lora_lab.training import bases, precision
 from lora_lab.training.base_weights import BaseWeights
@@ -35,7 +35,7 @@ def restore(run: Run) -> Restored:
     if (state := run.status["state"]) != "finished":
         raise ValueError(f"{run.path} is {state}: only a finished run can be restored")
     cfg = parse_config(dict(run.config))
-    if not isinstance(cfg.adapter, Lora | Full):
+    if not cfg.trains:
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
     planned = plan(on_one_device(cfg))
     if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
@@ -45,7 +45,7 @@ def restore(run: Run) -> Restored:
     precision.cast(model, cfg.trainer)
     if not pretrained:
         model.load_state_dict(_base(cfg, run, model))
-    if isinstance(cfg.adapter, Lora):
+    if cfg.freezes_base:
         adapters.load(model, run.path / "adapter")
         return Restored(planned, model, BaseWeights(model, {}))
     base = {key: value.clone() for key, value in model.state_dict().items()}
@@ -64,8 +64,7 @@ def _base(cfg: Config, run: Run, model: nn.Module) -> dict[str, Tensor]:
         files = [path] if (path := bases.path(cfg)).exists() else []
     else:
         files = sorted(Path(cfg.bases_dir).glob("*.safetensors"))
-    is_lora = isinstance(cfg.adapter, Lora)
-    wanted_hash = adapters.base_hash(run.path / "adapter") if is_lora else None
+    wanted_hash = adapters.base_hash(run.path / "adapter") if cfg.freezes_base else None
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     for file in files:
         state = load_file(file)

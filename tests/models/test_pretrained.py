@@ -64,7 +64,7 @@ def test_weights_are_those_that_transformers_loads(family: str, saved: str, head
 
 
 def test_new_parameters_are_found_without_reading_a_weight():
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8}
+    sizes: Any = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8}
     config = transformers.LlamaConfig(**sizes, vocab_size=32000)
     config.save_pretrained("large")
     model = on_meta("large", "classification", 2)
