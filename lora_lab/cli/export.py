@@ -28,7 +28,7 @@ def export(run: Run, format: str, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(load_file(run.path / "model" / "model.safetensors"), path, {"format": "pt"})
         return path
-    if method != "lora":
+    if method != "lora" and not (method == "none" and run.config.get("also_train")):
         raise AdapterError(f"adapter={method}: the run has no adapter to write")
     model = restore(run).model
     if format == "peft":

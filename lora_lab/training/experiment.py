@@ -75,7 +75,7 @@ def run(plan: Plan, console: Console) -> Run:
         pl.seed_everything(seed % 2**32, verbose=False)
         if cfg.freezes_base:
             plan.attach(model)
-        if plan.sites:
+        if isinstance(cfg.adapter, Lora):
             console.print(report.site_table(plan.sites))
         trial = build_trial(plan, model, data, run, tracking, None)
         adapt_model(trial, console)
