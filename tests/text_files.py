@@ -30,7 +30,7 @@ def save_rows(path: str, count: int) -> str:
 def save_tokenizer(folder: str, kind: str = "bert", **settings: Any) -> str:
     """Saves a tokenizer of WORDS, and gives its folder.
 
-    `bert` puts [CLS] before and [SEP] behind a text and knows pairs; `gpt` adds nothing and has no
+    `t5` puts <eos> behind a text; `bert` puts [CLS] before and [SEP] behind a text and knows pairs; `gpt` adds nothing and has no
     padding token.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -48,6 +48,12 @@ def save_tokenizer(folder: str, kind: str = "bert", **settings: Any) -> str:
         special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
         special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
         special |= {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    if kind == "t5":
+        eos = [("<eos>", IDS["<eos>"])]
+        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
+            single="$A <eos>", special_tokens=eos
+        )
+        special |= {"pad_token": "[PAD]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **settings).save_pretrained(
         folder
     )

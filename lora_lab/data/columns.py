@@ -108,3 +108,26 @@ def _label(table: Table, row: int, name: str, value: Any, stored: tuple[str, ...
     if stored and isinstance(value, int):
         return stored[value]
     return value if isinstance(value, str) else int(value)
+
+
+def chats(table: Table, argument: str, name: str) -> list[list[dict[str, Any]]]:
+    """The chats of a column, each a list of messages. Raises ValueError, with the line."""
+    values = table.column(argument, name)
+    for row, chat in enumerate(values):
+        is_chat = isinstance(chat, list) and all(
+            isinstance(turn, dict) and turn.get("role") and turn.get("content") is not None
+            for turn in chat
+        )
+        if not is_chat or not chat:
+            raise ValueError(
+                f"{table.where(row)}: '{name}' is no chat, a list of"
+                ' {"role": "user", "content": "…"}'
+            )
+        if all(turn["role"] != "assistant" for turn in chat):
+            roles = dict.fromkeys(turn["role"] for turn in chat)
+            raise ValueError(
+                f"{table.where(row)}: no turn of '{name}' is the assistant's (roles:"
+                f" {', '.join(roles)})"
+            )
+    # `datasets` gives all messages the keys of all, with None where a message lacks one.
+    return [[{k: v for k, v in turn.items() if v is not None} for turn in chat] for chat in values]

@@ -34,12 +34,13 @@ PRETRAINED = ["model=pretrained", "model.path=bert", "model.head=classification"
 """A model whose weights lie in files, which a test has to write."""
 EVERYTHING = "model._target_=tests.all_layer_kinds.AllLayerKinds"
 TEXTS = ["data.train=train.jsonl", "data.base=train.jsonl", "data.tokenizer=tokenizer"]
-FROM_FILES = ("text",)
+FROM_FILES = ("text", "language")
 """Data sets that read a user's files."""
 NEEDS = {
     ("trainer", "gpu"): ["trainer.accelerator=cpu"],
     ("base", "checkpoint"): ["base.path=base.safetensors"],
     ("data", "text"): [*TEXTS, "+model.in_features=4"],
+    ("data", "language"): [*TEXTS, "+model.in_features=4"],
     **{("target", option): [EVERYTHING] for option in options()["target"]},
     **{("model", option): ["target=all"] for option in options()["model"]},
     ("model", "pretrained"): PRETRAINED[1:],

@@ -1,0 +1,218 @@
+"""Texts, prompts with completions, or chats, whose tokens a language model learns to predict."""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from lora_lab.config.schema import Seed
+from lora_lab.data import columns, encodings, tokens
+from lora_lab.data.module import Phase, Rows
+from lora_lab.data.sources import Source
+from lora_lab.data.tables import TableData, row_count
+
+log = logging.getLogger(__name__)
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Language(TableData):
+    """Next tokens, masked tokens, or completions by an encoder-decoder; read as `TableData` says.
+
+    One of these names the columns: `text`; `prompt` and `completion`; `messages`, chats as lists of
+    {role, content} that the tokenizer's template writes out. None of them means text=text. Of a
+    prompt or a chat only the completion (the assistant's turns) is learned, or with train_on=all
+    all tokens. A text file (.txt) is one document.
+
+    A document ends with the tokenizer's end of text. Rows are documents of at most `max_length`
+    tokens, padded to the longest of their batch. Or, with `block`, all documents follow each other
+    and are cut into rows of `block` tokens; the last tokens that fill no row are left out. Where
+    `train` is one document and validates itself, its last `val_share` is for validation.
+
+    `objective`: `causal`, targets[t] is the token t + 1; `masked`, BERT's: the share `mask_share`
+    of the tokens is to be recovered, drawn anew in each epoch; `seq2seq`, the prompt is encoded and
+    the completion is decoded.
+    """
+
+    task = "language"
+
+    def __init__(
+        self,
+        phase: Phase,
+        train: str,
+        tokenizer: str | None,
+        batch_size: PositiveInt,
+        seed: Seed,
+        text: str | None = None,
+        prompt: str | None = None,
+        completion: str | None = None,
+        messages: str | None = None,
+        objective: Literal["causal", "masked", "seq2seq"] = "causal",
+        train_on: Literal["completion", "all"] = "completion",
+        block: PositiveInt | None = None,
+        max_length: PositiveInt | None = None,
+        mask_share: Share = 0.15,
+        val: str | None = None,
+        test: str | None = None,
+        base: str | None = None,
+        val_share: Share | None = 0.1,
+        limit: PositiveInt | None = None,
+        val_limit: PositiveInt | None = None,
+        pad_to_multiple: PositiveInt = 1,
+        revision: str | None = None,
+        subset: str | None = None,
+        eval_batch_size: PositiveInt = 32,
+        metrics: Sequence[str] | None = None,
+    ):
+        paths = {"train": train, "val": val, "test": test, "base": base}
+        limits = (val_share, limit, val_limit)
+        sizes = (batch_size, eval_batch_size, seed)
+        super().__init__(phase, paths, *sizes, *limits, revision, subset, metrics)
+        self.objective, self.train_on, self.mask_share = objective, train_on, mask_share
+        self.block, self.max_length, self.pad_to_multiple = block, max_length, pad_to_multiple
+        self.columns = _chosen_columns(text, prompt, completion, messages)
+        self._check_objective()
+        self.tokenizer_path = tokenizer
+        self.tokenizer = tokens.load_tokenizer(tokenizer)
+        if objective == "masked" and self.tokenizer.mask_token_id is None:
+            raise ValueError(f"objective=masked: tokenizer={tokenizer} has no mask token")
+        if messages and not self.tokenizer.chat_template:
+            raise ValueError(f"messages={messages}: tokenizer={tokenizer} has no chat template")
+        for source in self.sources.values():
+            self._check_source(source)
+        self.check_chosen()
+
+    def _check_objective(self) -> None:
+        """Raises ValueError where the columns and `block` do not suit the objective."""
+        kind = next(iter(self.columns))
+        fitting = {"causal": ("text", "prompt", "messages"), "masked": ("text",)}
+        if kind not in fitting.get(self.objective, ("prompt",)):
+            needed = (
+                "data.text" if self.objective == "masked" else "data.prompt and data.completion"
+            )
+            raise ValueError(f"objective={self.objective}: needs {needed}, not data.{kind}")
+        if self.block and self.objective == "seq2seq":
+            raise ValueError(
+                f"block={self.block}: not with objective=seq2seq, whose rows are pairs"
+            )
+
+    def _check_source(self, source: Source) -> None:
+        _documents(source, tuple(self.columns.items()))
+        files = source.table().files
+        if files and files[0].suffix == ".txt" and self.block is None:
+            raise ValueError(
+                f"block=null: {source.key}={source.path} is text, of which each file is one"
+                " document; block=TOKENS cuts it into rows"
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """An output for each token of the vocabulary."""
+        return {"out_features": encodings.vocabulary(self.tokenizer, str(self.tokenizer_path))}
+
+    def chosen(self) -> list[tuple[Source, Tensor]]:
+        """As TableData's; where a source is one document, both parts are of it."""
+        source = self._cut_source()
+        return [(source, torch.tensor([0]))] * 2 if source else super().chosen()
+
+    def check_chosen(self) -> None:
+        """As TableData's; with `block`, how many rows there are is known once they are cut."""
+        if self.block is None:
+            super().check_chosen()
+        elif self.phase == "adapt" or "base" in self.sources:
+            self.chosen()
+
+    def _cut_source(self) -> Source | None:
+        """The source that is one document, whose end is for validation; None: there is none."""
+        source = self.sources.get("train" if self.phase == "adapt" else "base")
+        validates_itself = self.phase == "base" or "val" not in self.sources
+        is_cut = source and validates_itself and self.block and self.val_share
+        return source if is_cut and row_count(source) == 1 else None
+
+    def rows(self, source: Source, numbers: Tensor, split: str) -> Rows:
+        """The rows of some documents; of a single one, the part that `split` has of it."""
+        if self.objective == "seq2seq":
+            return self._pairs(source, numbers)
+        flat = self._tokens(
+            source, tuple(self.columns), "masked" if self.objective == "masked" else None
+        )
+        if self.block:
+            flat = encodings.gathered(flat, numbers)
+            if source == self._cut_source() and split in ("train", "val"):
+                flat = encodings.part(flat, split, 1 - (self.val_share or 0))
+            flat = encodings.blocks(flat, self.block)
+            if not (count := len(flat["offsets"]) - 1):
+                raise ValueError(
+                    f"block={self.block}: more than all tokens of {source.key}={source.path}"
+                    f" for {split}"
+                )
+            numbers = torch.arange(count)
+        padding = {"input_ids": tokens.pad_id(self.tokenizer)}
+        if self.objective == "masked":
+            padding |= {"token_type_ids": 0} if "token_type_ids" in flat else {}
+            no_targets = torch.zeros(len(flat["offsets"]) - 1)
+            rows = tokens.TokenRows(flat, padding, no_targets, numbers, self.pad_to_multiple)
+            is_drawn_anew = split == "train"
+            key = (self.seed, self.phase, "masks", split)
+            return encodings.MaskedRows(rows, self.tokenizer, self.mask_share, key, is_drawn_anew)
+        flat |= {"targets": encodings.next_tokens(flat)}
+        if not (flat["targets"] != encodings.IGNORED).any():
+            raise ValueError(f"max_length={self.max_length}: no token to learn is left in any row")
+        padding |= {"targets": encodings.IGNORED}
+        return tokens.TokenRows(flat, padding, None, numbers, self.pad_to_multiple)
+
+    def _tokens(
+        self, source: Source, names: tuple[str, ...], how: str | None = None
+    ) -> dict[str, Tensor]:
+        """The tokens of columns of a source, by `how` they are encoded: by default as `names`."""
+        documents = _documents(source, tuple(self.columns.items()))
+        texts = [documents[name] for name in names]
+        how = how or names[0]
+        cut = self.max_length if self.block is None else None
+        settings = {"how": how, "max_length": cut, "train_on": self.train_on}
+        encode = partial(
+            encodings.ENCODERS[how], self.tokenizer, max_length=cut, train_on=self.train_on
+        )
+        return tokens.tokenize(source.path, texts, self.tokenizer, settings, encode)
+
+    def _pairs(self, source: Source, numbers: Tensor) -> Rows:
+        """The rows of an encoder-decoder: the prompt's tokens, and the completion's shifted."""
+        start, pad = encodings.decoder_ids(str(self.tokenizer_path))
+        encoder = self._tokens(source, ("prompt",), "encoder")
+        decoder = self._tokens(source, ("completion",), "decoder")
+        decoder = {
+            "offsets": decoder["offsets"],
+            "targets": decoder["input_ids"],
+            "decoder_input_ids": encodings.shifted_right(decoder, start),
+        }
+        multiple = self.pad_to_multiple
+        no_targets = torch.zeros(len(encoder["offsets"]) - 1)
+        padding = {"targets": encodings.IGNORED, "decoder_input_ids": pad}
+        return encodings.PairRows(
+            tokens.TokenRows(encoder, {"input_ids": pad}, no_targets, numbers, multiple),
+            tokens.TokenRows(decoder, padding, None, numbers, multiple),
+        )
+
+
+def _chosen_columns(
+    text: str | None, prompt: str | None, completion: str | None, messages: str | None
+) -> dict[str, str]:
+    """The columns by what they are. Raises ValueError for more than one kind, or half a pair."""
+    given = {"text": text, "prompt": prompt, "completion": completion, "messages": messages}
+    given = {kind: name for kind, name in given.items() if name is not None} or {"text": "text"}
+    if [*given] not in (["text"], ["prompt", "completion"], ["messages"]):
+        shown = ", ".join(f"{kind}={name}" for kind, name in given.items())
+        raise ValueError(f"{shown}: give text, or prompt and completion, or messages")
+    return given
+
+
+@lru_cache(maxsize=8)
+def _documents(source: Source, chosen: tuple[tuple[str, str], ...]) -> dict[str, list[Any]]:
+    """The texts or chats of a source, by what they are, checked."""
+    table = source.table()
+    read = {"messages": columns.chats}
+    return {kind: read.get(kind, columns.texts)(table, kind, name) for kind, name in chosen}
