@@ -89,7 +89,7 @@ class TargetRule(Node):
 
 
 TRAINER_DEFAULTS = {"max_steps": -1, "accumulate_grad_batches": 1, "val_check_interval": None}
-TRAINER_DEFAULTS |= {"log_every_n_steps": None}
+TRAINER_DEFAULTS |= {"log_every_n_steps": None, "gradient_clip_algorithm": None}
 """Keys of the trainer that earlier configs lack, with the values that change nothing."""
 
 

@@ -26,7 +26,7 @@ from lora_lab.config.schema import CheckpointBase, Config, ConfigError, content_
 from lora_lab.data import module as data
 from lora_lab.data import planted
 from lora_lab.runs import write_atomic
-from lora_lab.training import modules, tasks
+from lora_lab.training import gradient_mean, modules, tasks
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ Train = Callable[[Path], tuple[nn.Module, list[Row]]]
 
 It is given a folder for checkpoints, and gives the trained model and the rows that it logged.
 """
+
+NOT_FOR_BASES = {"max_steps": -1, "val_check_interval": None, "log_every_n_steps": None}
+"""Settings of the Trainer that are about the run alone, with their values while a base trains."""
 
 base_threads: int | None = None
 """CPU threads for training a base while other runs here wait for it; None: as for a run."""
@@ -60,10 +63,11 @@ def key(cfg: Config) -> str:
     not change the key. A renamed function does change it.
     """
     trainer = cfg.trainer.identifying_settings()
-    del trainer["max_epochs"]
+    for name in ("max_epochs", *NOT_FOR_BASES):
+        trainer.pop(name, None)
     # A callee whose module is not known is hashed by its own source.
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
-    parts = (*callees, data, planted, modules, tasks, seeding)
+    parts = (*callees, data, planted, modules, gradient_mean, tasks, seeding)
     code = [syntax(inspect.getsource(part)) for part in parts]
     nodes = [cfg.base.model_dump(by_alias=True)]
     nodes += [node.identifying_settings() for node in (cfg.data, cfg.model)]

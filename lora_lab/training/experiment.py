@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -29,10 +28,12 @@ from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.first_step import FirstStep
 from lora_lab.training.callbacks.progress import ProgressBar
+from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.callbacks.spectra import SpectraCallback
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.modules import BaseModule, LoRAModule
 from lora_lab.training.plan import Plan
+from lora_lab.training.result_files import save_weights
 from lora_lab.training.run_record import record_run
 
 
@@ -51,6 +52,7 @@ class Trial:
     module: BaseModule
     base: Mapping[str, Tensor]
     spectra_callback: SpectraCallback
+    selection: Selection
     checkpoint: Checkpoint
 
 
@@ -119,7 +121,8 @@ def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
         first = len(tracking.rows)
         checkpoint = Checkpoint(checkpoints, bases.key(cfg), cfg.checkpoint_every, tracking)
         callbacks = [ProgressBar("base", console), checkpoint]
-        trainer = plan.single_device_trainer(tracking, callbacks, max_epochs=cfg.base.epochs)
+        length = {**bases.NOT_FOR_BASES, "max_epochs": cfg.base.epochs}
+        trainer = plan.single_device_trainer(tracking, callbacks, **length)
         fit(trainer, module, data, checkpoint.resume_path())
         return model, tracking.rows[first:]
 
@@ -163,9 +166,10 @@ def build_trial(
     else:
         base = {key: value.clone() for key, value in model.state_dict().items()}
     spectra_callback = SpectraCallback(Updates(model, base, plan.sites), cfg.spectra, tracking)
+    selection = Selection(cfg.select, cfg.early_stopping)
     folder = run.path / CHECKPOINTS
     checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
-    return Trial(plan, data, run, tracking, module, base, spectra_callback, checkpoint)
+    return Trial(plan, data, run, tracking, module, base, spectra_callback, selection, checkpoint)
 
 
 def adapt_model(trial: Trial, console: Console) -> None:
@@ -176,7 +180,8 @@ def adapt_model(trial: Trial, console: Console) -> None:
     """
     plan, module, data, tracking = trial.plan, trial.module, trial.data, trial.tracking
     cfg = plan.cfg
-    callbacks = [ProgressBar(cfg.adapter.method, console), trial.spectra_callback]
+    callbacks: list[pl.Callback] = [ProgressBar(cfg.adapter.method, console)]
+    callbacks += [trial.spectra_callback, trial.selection]
     if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
         callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))
     trainer = plan.trainer(tracking, [*callbacks, trial.checkpoint])
@@ -186,8 +191,7 @@ def adapt_model(trial: Trial, console: Console) -> None:
         trainer.validate(module, data, verbose=False)
     if cfg.trains:
         fit(trainer, module, data, checkpoint)
-        step, epoch = float(trainer.global_step), float(trainer.current_epoch)
-        module.final_step = {"step": step, "epoch": epoch}
+        module.final_step = module.step_and_epoch()
 
 
 def finish_run(trial: Trial, console: Console) -> None:
@@ -212,6 +216,7 @@ def finish_run(trial: Trial, console: Console) -> None:
         torch.distributed.destroy_process_group()
     if process_rank():
         return
+    _select(trial)
     unlogged_trainer = plan.single_device_trainer(None, [], **change)
     _save_trained(plan.single_device_trainer(tracking, [], **change), trial)
     updates, arrays = spectra_callback.updates, spectra_callback.arrays()
@@ -244,24 +249,41 @@ def _gather(plan: Plan, module: BaseModule) -> nn.Module:
 
 def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
     """Saves the adapters or the model that was trained, and logs parameter and memory counts."""
-    model, folder = trial.module.model, trial.run.path
+    model = trial.module.model
     cost = adapters.count(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": cost.frozen}
     if adapters.names(model):
         _check_merge(trainer, trial)
-        adapters.save(model, folder / "adapter")
-        trial.tracking.log_artifact(folder / "adapter", "adapter")
         costs["bytes/adapter"] = cost.adapter_bytes
         costs["bytes/optimizer"] = cost.optimizer_bytes
         costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
-    else:
-        (folder / "model").mkdir()
-        # Cloned because safetensors refuses two names for one memory, which tied weights have.
-        state = {key: value.clone() for key, value in model.state_dict().items()}
-        save_file(state, folder / "model" / "model.safetensors")
-        trial.tracking.log_artifact(folder / "model", "model")
+    saved = save_weights(model, trial.run.path)
+    trial.tracking.log_artifact(saved, saved.name)
     trial.tracking.log(costs, int(trial.module.step_and_epoch()["step"]))
+
+
+def _select(trial: Trial) -> None:
+    """Logs the best validation. With select=best its weights become the run's result.
+
+    The last weights are kept in adapter_last/ (or model_last/) then. The best validation's row is
+    logged again: the last row of a metric is the result's, for all who read it.
+    """
+    selection, module, tracking = trial.selection, trial.module, trial.tracking
+    assert module.final_step is not None
+    if best := selection.best_row():
+        tracking.log(best, int(module.final_step["step"]))
+    if not selection.weights:
+        return
+    assert selection.best is not None
+    step, epoch = (selection.best.row[name] for name in ("step", "epoch"))
+    if step != module.final_step["step"]:
+        save_weights(module.model, trial.run.path, "_last")
+        module.model.load_state_dict(selection.weights, strict=False)
+        module.final_step = {"step": step, "epoch": epoch}
+        trial.spectra_callback.end_at(epoch, int(step))
+        row = {key: value for key, value in selection.best.row.items() if key != "step"}
+        tracking.log(row, int(step))
 
 
 def log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
@@ -102,12 +101,11 @@ class BaseModule(pl.LightningModule):
         return [{"params": list(self.model.parameters())}]
 
     @property
-    def epochs_done(self) -> int:
-        """Epochs completed when a metric is logged.
-
-        Within fit, metrics are logged at an epoch's end, before Lightning counts it.
-        """
-        return self.current_epoch + (self.trainer.state.fn == TrainerFn.FITTING)
+    def epochs_done(self) -> float:
+        """Epochs completed so far, with a fraction within an epoch; 0 before the first step."""
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        epochs = batches / self.trainer.num_training_batches
+        return int(epochs) if epochs.is_integer() else epochs
 
     def step_and_epoch(self) -> dict[str, float]:
         """The optimizer steps and epochs completed so far, as they are logged beside metrics."""
@@ -210,7 +208,7 @@ class BaseModule(pl.LightningModule):
         """Raises DivergedError if a validation loss is infinite or NaN."""
         if not loss.isfinite():
             raise DivergedError(
-                f"{self.prefix}val/loss is {loss.item()} after epoch {self.epochs_done}, "
+                f"{self.prefix}val/loss is {loss.item()} after epoch {self.epochs_done:g}, "
                 f"step {self.global_step} of the run"
                 + ("" if self.global_step else ": the base or the data holds it, no step was taken")
             )

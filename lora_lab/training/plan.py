@@ -20,6 +20,7 @@ from lora_lab.config.schema import CheckpointBase, Config, ConfigError, Lora, Op
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, pretrained_base
+from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.trainer_checks import check_trainer
 
 NO_OPERATION = nullcontext()
@@ -145,6 +146,7 @@ def plan(cfg: Config) -> Plan:
     resolve_component("data", cfg.data, ["phase"])
     _call("data", cfg, phase="base")
     data = _call("data", cfg, phase="adapt")
+    check_metrics(cfg, data)
     import_target("model", cfg.model)
     cfg = pretrained_base.with_content(cfg)
     sizes = _sizes(cfg, data)

@@ -88,6 +88,7 @@ class Checkpoint(Callback):
             if differ := [n for n, value in self.requirements.items() if stored.get(n) != value]:
                 raise ValueError(f"it is of another {', another '.join(differ)}")
             rows, histograms = json.loads(content["rows"])
+            _ = content["batches"]  # earlier versions stored none
         except (
             *(OSError, EOFError, UnpicklingError, RuntimeError),
             *(ValueError, TypeError, LookupError, AttributeError, BadZipFile),
@@ -125,6 +126,7 @@ class Checkpoint(Callback):
             # As text, because torch's safe loading (weights_only) of many Python objects is slow.
             "rows": json.dumps([self.tracking.rows, self.tracking.histograms_by_row]),
             "epochs": trainer.current_epoch,
+            "batches": trainer.fit_loop.epoch_loop.batch_progress.total.ready,
             "steps": trainer.global_step,
             "streams": _streams(trainer, pl_module.device),
         }
@@ -141,6 +143,7 @@ class Checkpoint(Callback):
             optimizer_progress.step.increment_by(content["steps"])
         else:
             steps_loop.manual_optimization.optim_step_progress.increment_by(content["steps"])
+        steps_loop.batch_progress.total.increment_by(content["batches"])
         self.saved_epochs = content["epochs"]
         # There is a stream for each process; with more processes than before some are shared.
         self.streams = content["streams"][trainer.global_rank % len(content["streams"])]

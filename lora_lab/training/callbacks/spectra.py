@@ -38,7 +38,7 @@ class SpectraCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures before the first step, unless the run was resumed."""
         if not self.epochs:
-            self._measure(trainer, 0)
+            self._measure(0, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -50,18 +50,31 @@ class SpectraCallback(Callback):
             return
         epoch = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
         if not (epoch.is_integer() and epoch % self.schedule.every_n_epochs == 0):
-            self._measure(trainer, epoch)
+            self._measure(epoch, step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures each `every_n_epochs`."""
         assert isinstance(pl_module, BaseModule)
         if pl_module.epochs_done % self.schedule.every_n_epochs == 0:
-            self._measure(trainer, pl_module.epochs_done)
+            self._measure(pl_module.epochs_done, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures at the end, unless the last epoch has been measured."""
-        if self.epochs[-1] != trainer.current_epoch:
-            self._measure(trainer, trainer.current_epoch)
+        if self.step != trainer.global_step:
+            assert isinstance(pl_module, BaseModule)
+            self._measure(pl_module.epochs_done, trainer.global_step)
+
+    def end_at(self, epoch: float, step: int) -> None:
+        """Takes the model's ΔW as the last: that of an earlier `epoch`, which was selected.
+
+        Measurements of later epochs are left out.
+        """
+        count = sum(measured <= epoch for measured in self.epochs)
+        del self.epochs[count:]
+        for spectra in self.history.values():
+            del spectra[count:]
+        if self.epochs[-1] != epoch:
+            self._measure(epoch, step)
 
     def state_dict(self) -> dict[str, Any]:
         """All measurements so far, for a checkpoint."""
@@ -84,19 +97,19 @@ class SpectraCallback(Callback):
             shape, eps = state_dict["shapes"][site], state_dict["eps"][site]
             self.history[site] = [Spectrum(row, shape, eps) for row in values]
 
-    def _measure(self, trainer: Trainer, epoch: float) -> None:
+    def _measure(self, epoch: float, step: int) -> None:
         """Measures and logs all sites. Raises DivergedError if ΔW is infinite or NaN."""
         try:
             spectra = self.updates.spectra_by_site()
         except ValueError as error:
-            when = f"after epoch {epoch:g}, step {trainer.global_step} of the run"
+            when = f"after epoch {epoch:g}, step {step} of the run"
             raise DivergedError(f"{when}: {error}") from error
         self.epochs.append(epoch)
-        self.step = trainer.global_step
+        self.step = step
         for site, spectrum in spectra.items():
             self.history.setdefault(site, []).append(spectrum)
         grouped = groups(spectra, self.updates.sites)
-        self.tracking.log_spectra(spectra, grouped, epoch, trainer.global_step)
+        self.tracking.log_spectra(spectra, grouped, epoch, step)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What spectra.npz holds: `epochs`, and for each site singular values, shape and ΔW.
