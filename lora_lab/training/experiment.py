@@ -30,6 +30,7 @@ from lora_lab.training.callbacks.first_step import FirstStep
 from lora_lab.training.callbacks.progress import ProgressBar
 from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.callbacks.spectra import SpectraCallback
+from lora_lab.training.callbacks.step_log import StepLog
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.modules import BaseModule, LoRAModule
 from lora_lab.training.plan import Plan
@@ -130,13 +131,8 @@ def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
 
 
 def fit(trainer: pl.Trainer, module: BaseModule, data: Data, checkpoint: Path | None) -> None:
-    """Trains, from a checkpoint if one is given, and validates after the last epoch in any case.
-
-    Lightning itself validates only each `check_val_every_n_epoch`.
-    """
+    """Trains, from a checkpoint if one is given."""
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.current_epoch % (trainer.check_val_every_n_epoch or 1):
-        trainer.validate(module, data, verbose=False)
 
 
 def build_trial(
@@ -184,6 +180,8 @@ def adapt_model(trial: Trial, console: Console) -> None:
     callbacks += [trial.spectra_callback, trial.selection]
     if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
         callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))
+    if interval := cfg.trainer.model_dump().get("log_every_n_steps"):
+        callbacks.append(StepLog(interval, tracking))
     trainer = plan.trainer(tracking, [*callbacks, trial.checkpoint])
     if (checkpoint := trial.checkpoint.resume_path()) is None:
         if cfg.trains:

@@ -65,6 +65,8 @@ class BaseModule(pl.LightningModule):
         """How many targets count in each of them, over all processes."""
         self._read: list[Tensor] = []
         """Sums and counts (2, batches) of this epoch's earlier batches, in CPU memory."""
+        self.loss_totals = torch.zeros(2, dtype=torch.float64)
+        """Sum and count (2,) of all batches that were read since the first step."""
         self._val_losses: list[Tensor] = []
         """Summed losses of this validation's batches, on the device."""
         self._val_counts: list[Tensor] = []
@@ -131,7 +133,7 @@ class BaseModule(pl.LightningModule):
         self._losses.append(loss_sum.detach())
         self._counts.append(count)
         if len(self._losses) == LOSS_READ_INTERVAL or trainer.is_last_batch:
-            self._read_losses()
+            self.read_new_losses()
         return loss
 
     # Lightning inspects this method's arguments at each step. With the signature stored on the
@@ -144,17 +146,23 @@ class BaseModule(pl.LightningModule):
             parameters = (p for group in optimizer.param_groups for p in group["params"])
             self.gradient_mean.correct(parameters, micro_batches)
 
+    def read_new_losses(self) -> None:
+        """Reads the losses that are still on the device. Raises DivergedError."""
+        if not self._losses:
+            return
+        # Over all processes, so that all of them stop at the same step if it diverges.
+        new = torch.stack([self._sum(self._losses), torch.stack(self._counts).cpu().double()])
+        losses = new[0] / new[1].clamp(min=1)
+        self.check_losses(losses, sum(part.shape[1] for part in self._read))
+        self.train_loss = losses[-1].item()
+        self._read.append(new)
+        self.loss_totals = self.loss_totals + new.sum(1)
+        self._losses.clear()
+        self._counts.clear()
+
     def _read_losses(self) -> Tensor:
         """Sums and counts (2, batches) of the epoch so far, in CPU memory. Raises DivergedError."""
-        if self._losses:
-            # Over all processes, so that all of them stop at the same step if it diverges.
-            new = torch.stack([self._sum(self._losses), torch.stack(self._counts).cpu().double()])
-            losses = new[0] / new[1].clamp(min=1)
-            self.check_losses(losses, sum(part.shape[1] for part in self._read))
-            self.train_loss = losses[-1].item()
-            self._read.append(new)
-            self._losses.clear()
-            self._counts.clear()
+        self.read_new_losses()
         return torch.cat(self._read, 1)
 
     def _sum(self, tensors: list[Tensor]) -> Tensor:

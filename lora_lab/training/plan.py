@@ -20,6 +20,7 @@ from lora_lab.config.schema import CheckpointBase, Config, ConfigError, Lora, Op
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, pretrained_base
+from lora_lab.training.loop import TrainingLoop, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.trainer_checks import check_trainer
 
@@ -111,11 +112,12 @@ class Plan:
         It logs to `tracking`'s loggers, or nowhere with None. `change`: other values of its
         arguments.
         """
-        arguments = {**self.cfg.trainer.model_dump(), **change}
+        settings = {**self.cfg.trainer.model_dump(), **change}
+        arguments = trainer_arguments(settings)
         if arguments.get("strategy") == "fsdp":
             arguments["strategy"] = ModelParallelStrategy(self.processes, 1, False)
         arguments["profiler"] = arguments.get("profiler") or Unprofiled()
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **arguments,
             logger=tracking.loggers if tracking else False,
             callbacks=callbacks,
@@ -125,6 +127,8 @@ class Plan:
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # a data module shares out its rows itself
         )
+        trainer.fit_loop.epoch_loop = TrainingLoop(trainer, settings.get("val_check_interval"))
+        return trainer
 
 
 def on_one_device(cfg: Config) -> Config:

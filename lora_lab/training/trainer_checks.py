@@ -7,6 +7,7 @@ import torch
 
 from lora_lab.config.checks import check_arguments
 from lora_lab.config.schema import Config, ConfigError, Lora
+from lora_lab.training.loop import check_length, trainer_arguments
 
 RESERVED_TRAINER_ARGUMENTS = (
     *("logger", "callbacks", "enable_progress_bar", "enable_model_summary"),
@@ -22,6 +23,7 @@ def check_trainer(cfg: Config) -> int:
         raise ConfigError(f"trainer.{reserved[0]}: a run sets this itself")
     _check_gpus(cfg.trainer.accelerator, cfg.trainer.devices)
     check_arguments("trainer", pl.Trainer, arguments)
+    check_length(arguments)
     nodes, devices = arguments.get("num_nodes", 1), cfg.trainer.devices
     if nodes != 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(
@@ -32,6 +34,7 @@ def check_trainer(cfg: Config) -> int:
         _check_fsdp(cfg)
         arguments["strategy"] = "ddp"  # asks for as many processes
     try:
+        arguments = trainer_arguments(arguments)
         trainer = pl.Trainer(**arguments, logger=False, enable_checkpointing=False)
     except (TypeError, ValueError, RuntimeError) as error:  # Lightning's errors are RuntimeErrors
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None

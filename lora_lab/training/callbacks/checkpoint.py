@@ -88,7 +88,7 @@ class Checkpoint(Callback):
             if differ := [n for n, value in self.requirements.items() if stored.get(n) != value]:
                 raise ValueError(f"it is of another {', another '.join(differ)}")
             rows, histograms = json.loads(content["rows"])
-            _ = content["batches"]  # earlier versions stored none
+            _ = content["loss_totals"]  # earlier versions stored none
         except (
             *(OSError, EOFError, UnpicklingError, RuntimeError),
             *(ValueError, TypeError, LookupError, AttributeError, BadZipFile),
@@ -115,8 +115,9 @@ class Checkpoint(Callback):
     ) -> None:
         """Adds rows, counts and random streams; removes the base's weights and Lightning's loops.
 
-        At an epoch's end the loops' state is two counts, epochs and steps, which are stored here.
+        At an epoch's end the loops' state is counts of epochs, batches and steps, stored here.
         """
+        assert isinstance(pl_module, BaseModule)
         del checkpoint["loops"]
         if not pl_module.strict_loading:
             state = checkpoint["state_dict"]
@@ -128,6 +129,7 @@ class Checkpoint(Callback):
             "epochs": trainer.current_epoch,
             "batches": trainer.fit_loop.epoch_loop.batch_progress.total.ready,
             "steps": trainer.global_step,
+            "loss_totals": pl_module.loss_totals,
             "streams": _streams(trainer, pl_module.device),
         }
 
@@ -136,6 +138,8 @@ class Checkpoint(Callback):
     ) -> None:
         """Sets Lightning's counts of epochs and steps, so that it begins with the next epoch."""
         content, loop = checkpoint["lora_lab"], trainer.fit_loop
+        assert isinstance(pl_module, BaseModule)
+        pl_module.loss_totals = content["loss_totals"]
         loop.epoch_progress.increment_by(content["epochs"])
         steps_loop = loop.epoch_loop
         if pl_module.automatic_optimization:

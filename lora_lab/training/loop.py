@@ -1,0 +1,81 @@
+"""The loop over batches: Lightning's, with validation counted in optimizer steps."""
+
+from math import ceil
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+from lora_lab.config.schema import ConfigError
+
+
+class TrainingLoop(_TrainingEpochLoop):
+    """Lightning's loop over an epoch's batches, which decides otherwise when to validate.
+
+    Lightning counts batches, and does not validate where training ends between two validations.
+    Here it is after each `interval` optimizer steps, whatever is accumulated and wherever epochs
+    end; with None, after each `check_val_every_n_epoch` epochs. An `interval` below 1 is a share of
+    an epoch's steps. In any case it is after the last step.
+    """
+
+    def __init__(self, trainer: pl.Trainer, interval: float | None):
+        super().__init__(trainer, trainer.min_steps, trainer.max_steps)
+        self.interval = interval
+        self.steps_seen = 0
+        """The number of optimizer steps when validation was last considered."""
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        """Whether to validate now; Lightning asks after each batch."""
+        trainer = self.trainer
+        has_stepped, self.steps_seen = self.global_step != self.steps_seen, self.global_step
+        ends_epoch, epoch = self._num_ready_batches_reached(), trainer.current_epoch + 1
+        if not trainer.enable_validation:
+            return False
+        if self._is_last_step(ends_epoch, epoch):
+            return True
+        if self.interval is not None:
+            return has_stepped and self.global_step % self._steps_between() == 0
+        epochs = trainer.check_val_every_n_epoch
+        return ends_epoch and epochs is not None and epoch % epochs == 0
+
+    def _is_last_step(self, ends_epoch: bool, epoch: int) -> bool:
+        if self.max_steps != -1:
+            return self.global_step >= self.max_steps
+        return ends_epoch and epoch == self.trainer.max_epochs
+
+    def _steps_between(self) -> int:
+        """Optimizer steps from one validation to the next."""
+        assert self.interval is not None
+        if self.interval >= 1:
+            return int(self.interval)
+        batches, per_step = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        return max(1, int(ceil(batches / per_step) * self.interval))
+
+
+def trainer_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of Lightning's Trainer for those of the config.
+
+    Where `max_steps` is set, `max_epochs` does not count: Lightning would end at the first of them.
+    """
+    counted_here = ("val_check_interval", "log_every_n_steps")
+    arguments = {key: value for key, value in settings.items() if key not in counted_here}
+    if arguments.get("max_steps", -1) != -1:
+        arguments["max_epochs"] = -1
+    return arguments
+
+
+def check_length(settings: dict[str, Any]) -> None:
+    """Raises ConfigError for numbers of steps that mean nothing."""
+    rules = {
+        "max_steps": ("-1, or 1 or more", lambda n: n == -1 or n >= 1),
+        "val_check_interval": (
+            "a whole number of steps, or a share of an epoch below 1",
+            lambda n: 0 < n < 1 or (n >= 1 and float(n).is_integer()),
+        ),
+        "log_every_n_steps": ("1 or more", lambda n: n >= 1),
+        "accumulate_grad_batches": ("1 or more", lambda n: n >= 1),
+    }
+    for key, (rule, is_right) in rules.items():
+        value = settings.get(key)
+        if value is not None and not (isinstance(value, int | float) and is_right(value)):
+            raise ConfigError(f"trainer.{key}={value}: must be {rule}")
