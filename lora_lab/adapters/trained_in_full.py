@@ -119,8 +119,8 @@ def _reasons_not_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -
         elif others or parts:
             reasons.append(
                 f"'{key}' is tied to {', '.join(others + parts)}: each name's trained copy would "
-                "change apart from the other, so leave it to an adapter (target: tied=true), or "
-                "untie it first"
+                "change apart from the other, so name the other parameters by globs that leave it "
+                "out, leave it to an adapter (target: tied=true), or untie it first"
             )
         elif isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             kind = type(layer).__name__  # a child `lora` would be one more of its modules

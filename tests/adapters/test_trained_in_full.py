@@ -238,6 +238,19 @@ def test_saved_and_loaded(globs: list[str], keys: set[str], tmp_path: Path):
     assert torch.equal(output(fresh), output(model))
 
 
+def test_a_head_alone_is_saved_and_loaded(tmp_path: Path):
+    model, fresh = plain(), plain()
+    adapters.attach(model, {}, r=1, alpha=1, also_train="head")
+    move(model)
+    adapters.save(model, tmp_path)
+    adapters.load(fresh, tmp_path)
+    assert torch.equal(output(fresh), output(model))
+    merged = adapters.merged(fresh)
+    assert torch.equal(output(merged.requires_grad_(False)), output(model))
+    with pytest.raises(AdapterError, match="there is no adapter 'other'; on the model: default"):
+        adapters.save(model, tmp_path, "other")
+
+
 @every_case
 def test_a_training_loop_is_the_plain_one(globs: list[str], keys: set[str]):
     """AdamW with weight decay, on what trains in full alone: the same numbers, bit for bit."""
