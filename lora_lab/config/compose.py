@@ -1,6 +1,7 @@
 """From the command line to typed configs and back, by Hydra's grammar and composition."""
 
 import copy
+import importlib.util
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 from functools import cache, partial
 from importlib.resources import files
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -27,6 +29,21 @@ from lora_lab.config.schema import Config, ConfigError, nearest
 from lora_lab.runs import NOT_IN_IDENTITY
 
 HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: 'KEY="a value"'"""
+
+
+def package_folder(package: str, folder: str) -> str:
+    """A folder inside an installed Python package, which `${package_folder:NAME,FOLDER}` gives.
+
+    Weights that are installed as a package have another path on each machine. Raises ValueError
+    where the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"the Python package {package} is not installed: pip install {package}")
+    return str(Path(spec.submodule_search_locations[0], folder))
+
+
+OmegaConf.register_new_resolver("package_folder", package_folder, replace=True)
 
 
 def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
