@@ -15,7 +15,7 @@ test: .venv/.test
 theory: .venv/.test
 	$(BIN)/python -m tests.theory $(ARGS)
 
-test-slow: .venv/.slow
+test-slow: .venv/.test
 	$(BIN)/pytest -m slow $(ARGS)
 
 check: .venv/.test
@@ -50,8 +50,4 @@ clean:
 
 .venv/.test: .venv/.run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $@
-
-.venv/.slow: .venv/.test
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[slow]'
 	touch $@
