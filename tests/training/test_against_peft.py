@@ -1,0 +1,202 @@
+"""Whole runs over pretrained models against a plain loop with PEFT: equal losses at every step.
+
+Independent truth: PEFT's model with the same factors and the same new head, torch's AdamW, and the
+mean cross-entropy over all targets of a step, on the run's batches joined to one.
+
+Run: make test ARGS=tests/training/test_against_peft.py
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hydra import initialize_config_module
+from peft import PeftModel
+
+from lora_lab import adapters, train
+from lora_lab.adapters.peft import save_peft
+from lora_lab.config.compose import compose_config, hydra_arguments
+from lora_lab.models.pretrained import HEADS
+from lora_lab.runs import find_runs
+from lora_lab.training.plan import Plan, plan
+from tests.tiny_models import WORDS, tiny_model
+
+LOSS = {"rtol": 0, "atol": 1e-5}
+WD, LR, EPOCHS, ROWS, BATCH = 0.1, 0.02, 2, 24, 4
+
+TEXT = ("model.head=classification", "data=text", "data.train=rows.jsonl", "data.val=rows.jsonl")
+CAUSAL = ("model.head=language", "data=language", "data.train=rows.jsonl", "data.val=rows.jsonl")
+CASES = {
+    "bert": (*TEXT, "also_train=[classifier,bert.pooler]", "target.linear.match=*.query"),
+    "roberta": (*TEXT, "also_train=[classifier]", "target.linear.match=[*.query,*.value]"),
+    "gpt2": (*CAUSAL, "data.prompt=prompt", "data.completion=text", "target.linear.match=*c_attn"),
+    "llama": (*CAUSAL, "data.text=text", "target.linear.match=[*q_proj,*v_proj]"),
+    "qwen3": (*CAUSAL, "data.text=text", "data.block=8", "target.linear.match=*q_proj"),
+    "t5": (
+        *("model.head=seq2seq", *CAUSAL[1:], "data.objective=seq2seq", "data.prompt=prompt"),
+        *("data.completion=text", "target.linear.match=[*.q,*.v]"),
+    ),
+}
+"""Family → what is learned of which data, and where adapters sit."""
+COMMON = (
+    *("name=ours", "model=pretrained", "model.path=model", "base=pretrained", "optimizer=adamw"),
+    *(f"optimizer.lr={LR}", f"optimizer.weight_decay={WD}", "optimizer.schedule=constant"),
+    *("optimizer.warmup=0", f"data.batch_size={BATCH}", "adapter.alpha=8", "model.dropout=0.0"),
+    *(f"trainer.max_epochs={EPOCHS}", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"),
+    *("tracking=off", "figures=false", "spectra.truncation=none", "spectra.against_base=false"),
+)
+
+
+def write_rows() -> None:
+    """Rows of unequal lengths, so that every batch is padded."""
+    words = WORDS.split()
+
+    def text(row: int, step: int) -> str:
+        return " ".join(words[(row * step + i * i) % len(words)] for i in range(2 + row * step % 7))
+
+    rows = [
+        {"text": text(i, 3), "prompt": text(i, 2), "label": ("no", "yes", "maybe")[i % 3]}
+        for i in range(ROWS)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_here(*settings: str) -> None:
+    sys.argv = ["lora-lab train", *settings]
+    train.main()
+
+
+def planned(settings: Sequence[str]) -> Plan:
+    with initialize_config_module("lora_lab.conf", version_base="1.3"):
+        return plan(compose_config(hydra_arguments([*settings])))
+
+
+def peft_model(run_plan: Plan) -> Any:
+    """PEFT's model, trainable, with the factors and the new head that the run starts from."""
+    model = run_plan.pretrained_model()
+    run_plan.attach(model)
+    # B starts at zero and PEFT writes it so; what is trained in full is in its modules_to_save.
+    save_peft(model, "start")
+    head = HEADS[run_plan.cfg.model.arguments["head"]]
+    labels = {"num_labels": 3} if head.has_labels else {}
+    auto = getattr(transformers, head.auto_class)
+    base = auto.from_pretrained("model", **labels)
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name, value in vars(base.config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(base.config, name, 0.0)
+    for module in base.modules():  # attention of some families holds its rate itself
+        for name in ("attention_dropout", "dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return PeftModel.from_pretrained(base, "start", is_trainable=True)
+
+
+def plain_losses(run_plan: Plan, micro_batches: int) -> list[float]:
+    """The loss of each step of a plain loop with PEFT."""
+    model = peft_model(run_plan)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=WD)
+    data = run_plan.data("adapt")
+    data.setup("fit")
+    loader, losses = data.train_dataloader(), []
+    for epoch in range(EPOCHS):
+        loader.sampler.set_epoch(epoch)  # pyright: ignore
+        batches = list(loader)
+        for first in range(0, len(batches), micro_batches):
+            total, count = torch.zeros(()), 0
+            for inputs, targets in batches[first : first + micro_batches]:
+                logits = model(**inputs).logits
+                flat = logits.reshape(-1, logits.shape[-1])
+                total = total + F.cross_entropy(flat, targets.flatten(), reduction="sum")
+                count += int((targets != -100).sum())
+            loss = total / count
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def logged_losses(root: str = "runs") -> list[list[float]]:
+    """The losses of the steps of each run below `root`."""
+    rows = [run.rows() for run in find_runs(Path(root))]
+    return [[row["train/loss_step"] for row in run if "train/loss_step" in row] for run in rows]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_rows()
+    return tmp_path
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_run_has_the_losses_of_a_plain_loop_with_peft(family: str, here: Path):
+    head = "none" if "classification" in CASES[family][0] else CASES[family][0].split("=")[1]
+    tiny_model(family, "model", "masked" if family in ("bert", "roberta") else head)
+    settings = (*COMMON, *CASES[family], "adapter.r=2")
+    run_here(*settings)
+    (losses,) = logged_losses()
+    torch.testing.assert_close(losses, plain_losses(planned(settings), 1), **LOSS)
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+def test_micro_batches_are_one_batch(family: str, here: Path):
+    tiny_model(family, "model", "masked" if family == "roberta" else "language")
+    settings = (*COMMON, *CASES[family], "adapter.r=2", "trainer.accumulate_grad_batches=4")
+    run_here(*settings)
+    (losses,) = logged_losses()
+    assert len(losses) == EPOCHS * 2  # 6 batches an epoch: 4, and the 2 that are left
+    torch.testing.assert_close(losses, plain_losses(planned(settings), 4), **LOSS)
+
+
+def test_two_processes_share_a_padded_batch(here: Path):
+    tiny_model("llama", "model", "language")
+    settings = (*COMMON, *CASES["llama"], "adapter.r=2")
+    two = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+    command = [sys.executable, "-m", "lora_lab.train", *settings, *two]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (losses,) = logged_losses()
+    torch.testing.assert_close(losses, plain_losses(planned(settings), 1), **LOSS)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_runs_of_a_pack_have_the_losses_of_plain_loops(family: str, here: Path):
+    head = {"bert": "masked", "llama": "language", "t5": "seq2seq"}[family]
+    tiny_model(family, "model", head)
+    settings = (*COMMON, *CASES[family])
+    run_here("-m", *settings, "adapter.r=1,3", "seed=0,1", "hydra/launcher=packed")
+    runs = find_runs(Path("runs"))
+    assert [run.status.get("packed") for run in runs] == [4] * 4
+    for run, losses in zip(runs, logged_losses(), strict=True):
+        own = (f"adapter.r={run.config['adapter']['r']}", f"seed={run.config['seed']}")
+        torch.testing.assert_close(losses, plain_losses(planned([*settings, *own]), 1), **LOSS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "t5"])
+def test_generate_is_the_same_adapted_and_merged(family: str, here: Path):
+    tiny_model(family, "model", "seq2seq" if family == "t5" else "language")
+    run_plan = planned((*COMMON, *CASES[family], "adapter.r=2"))
+    model: Any = run_plan.pretrained_model().eval()
+    run_plan.attach(model)
+    for adapter in adapters.attached(model).values():
+        torch.nn.init.normal_(adapter.B, std=0.5)
+    tokens = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    adapted = model.generate(tokens, **settings)
+    merged: Any = adapters.merged(model)
+    assert torch.equal(adapted, merged.generate(tokens, **settings))
+    with adapters.disabled(model):
+        assert not torch.equal(adapted, model.generate(tokens, **settings))
