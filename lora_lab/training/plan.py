@@ -216,7 +216,8 @@ def _meta_model(cfg: Config, sizes: dict[str, int]) -> nn.Module:
     large one takes a second, and a multirun plans each of its points.
     """
     global _last_meta_model
-    built_from = cfg.model.callee, repr((cfg.model.arguments, sizes))
+    # `content` too: another folder may lie at the same path by now.
+    built_from = cfg.model.callee, repr((cfg.model.arguments, cfg.model.content, sizes))
     if _last_meta_model is None or _last_meta_model[0] != built_from:
         with torch.device("meta"):
             _last_meta_model = built_from, _call("model", cfg, **sizes)

@@ -19,12 +19,14 @@ import torch.nn.functional as F
 import transformers
 from hydra import initialize_config_module
 from peft import PeftModel
+from rich.console import Console
 
 from lora_lab import adapters, train
 from lora_lab.adapters.peft import save_peft
 from lora_lab.config.compose import compose_config, hydra_arguments
 from lora_lab.models.pretrained import HEADS
-from lora_lab.runs import find_runs
+from lora_lab.packing.runs import run_pack
+from lora_lab.runs import Run, find_runs
 from lora_lab.training.plan import Plan, plan
 from tests.tiny_models import WORDS, tiny_model
 
@@ -177,12 +179,16 @@ def test_runs_of_a_pack_have_the_losses_of_plain_loops(family: str, here: Path):
     head = {"bert": "masked", "llama": "language", "t5": "seq2seq"}[family]
     tiny_model(family, "model", head)
     settings = (*COMMON, *CASES[family])
-    run_here("-m", *settings, "adapter.r=1,3", "seed=0,1", "hydra/launcher=packed")
-    runs = find_runs(Path("runs"))
-    assert [run.status.get("packed") for run in runs] == [4] * 4
-    for run, losses in zip(runs, logged_losses(), strict=True):
-        own = (f"adapter.r={run.config['adapter']['r']}", f"seed={run.config['seed']}")
-        torch.testing.assert_close(losses, plain_losses(planned([*settings, *own]), 1), **LOSS)
+    plans = [
+        planned([*settings, f"adapter.r={r}", f"seed={seed}"])
+        for r, seed in ((1, 0), (3, 0), (3, 1))
+    ]
+    assert run_pack(plans, Console(quiet=True)) == [None] * 3
+    assert [Run(run_plan.path).status.get("packed") for run_plan in plans] == [3] * 3
+    for run_plan in plans:
+        rows = Run(run_plan.path).rows()
+        losses = [row["train/loss_step"] for row in rows if "train/loss_step" in row]
+        torch.testing.assert_close(losses, plain_losses(run_plan, 1), **LOSS)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "t5"])
