@@ -50,4 +50,6 @@ clean:
 
 .venv/.test: .venv/.run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@# Apart from the rest: tests/vision.py says why, and makes them importable.
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/vision torchvision timm
 	touch $@

@@ -30,7 +30,7 @@ def save_rows(path: str, count: int) -> str:
 def save_tokenizer(folder: str, kind: str = "bert", **settings: Any) -> str:
     """Saves a tokenizer of WORDS, and gives its folder.
 
-    `t5` puts <eos> behind a text; `bert` puts [CLS] before and [SEP] behind a text and knows pairs;
+    `t5` puts <eos> behind a text; `bert` puts [CLS] before and [SEP] behind it and knows pairs;
     `gpt` adds nothing and has no padding token.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -130,8 +130,9 @@ class Language(TableData):
         """The source that is one document, whose end is for validation; None: there is none."""
         source = self.sources.get("train" if self.phase == "adapt" else "base")
         validates_itself = self.phase == "base" or "val" not in self.sources
-        is_cut = source and validates_itself and self.block and self.val_share
-        return source if is_cut and row_count(source) == 1 else None
+        if source is None or not (validates_itself and self.block and self.val_share):
+            return None
+        return source if row_count(source) == 1 else None
 
     def rows(self, source: Source, numbers: Tensor, split: str) -> Rows:
         """The rows of some documents; of a single one, the part that `split` has of it."""

@@ -31,6 +31,10 @@ SPLITS = {
 """Argument → the splits that it means in a source of several, where its path names none."""
 
 
+IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+"""Suffixes of image files."""
+
+
 def cache_folder() -> Path:
     """The folder of what is computed once from data: $LORA_LAB_CACHE, or ~/.cache/lora_lab."""
     return Path(os.environ.get("LORA_LAB_CACHE", "~/.cache/lora_lab")).expanduser()
@@ -52,12 +56,16 @@ class Table:
 
     def column(self, argument: str, name: str) -> list[Any]:
         """The values of a column. `argument` is the data set's that names it, for the error."""
+        self.check_column(argument, name)
+        return list(self.rows[name])
+
+    def check_column(self, argument: str, name: str) -> None:
+        """Raises ValueError where there is no such column."""
         if name not in (names := self.rows.column_names):
             raise ValueError(
                 f"{argument}={name}: {self.key}={self.path} has no such column"
                 f" (it has {', '.join(names)}){nearest(name, names)}"
             )
-        return list(self.rows[name])
 
     def where(self, row: int) -> str:
         """The place of a row, for messages: `train=train.jsonl, line 3`."""
@@ -106,6 +114,8 @@ def _read(source: Source) -> Table:
         table = _read_files(key, path, [place])
     elif (place / "dataset_dict.json").exists() or (place / "state.json").exists():
         table = _read_saved(key, path, place, split)
+    elif place.is_dir() and (images := _images_by_class(key, path, place, split)):
+        table = _read_images(key, path, images)
     elif place.is_dir():
         table = _read_files(key, path, _files_of_split(key, path, place, split))
     else:
@@ -113,6 +123,29 @@ def _read(source: Source) -> Table:
     if not len(table.rows):
         raise ValueError(f"{key}={path}: holds no rows")
     return table
+
+
+def _images_by_class(key: str, path: str, folder: Path, split: str | None) -> dict[str, list[Path]]:
+    """The images of a folder that has a folder for each class, or such a folder for each split."""
+    names = [inner.name for inner in folder.iterdir() if inner.is_dir()]
+    if split or any(name in SPLITS["train"] + SPLITS["val"] for name in names):
+        folder /= _choose_split(key, path, names, split)
+    images: dict[str, list[Path]] = {}
+    for file in files_in(folder):
+        if file.suffix.lower() in IMAGES and file.parent != folder:
+            images.setdefault(file.relative_to(folder).parts[0], []).append(file)
+    return images
+
+
+def _read_images(key: str, path: str, images: dict[str, list[Path]]) -> Table:
+    """A table of the images' paths, and the names of their folders as labels."""
+    from datasets import Dataset
+
+    for file in (files := [file for of_class in images.values() for file in of_class]):
+        if not file.stat().st_size:
+            raise ValueError(f"{key}={path}: {file.name} is empty")
+    labels = [name for name, of_class in images.items() for _ in of_class]
+    return Table(key, path, Dataset.from_dict({"image": list(map(str, files)), "label": labels}))
 
 
 def _files_of_split(key: str, path: str, folder: Path, split: str | None) -> list[Path]:

@@ -27,6 +27,7 @@ from lora_lab.training.plan import plan
 from tests.conftest import SMALL, Lab, only_run
 from tests.text_files import save_rows, save_tokenizer
 from tests.tiny_models import tiny_model
+from tests.vision import save_images, use_torchvision
 
 register()
 OPTIONS = [(group, option) for group, choices in options().items() for option in choices]
@@ -34,13 +35,20 @@ PRETRAINED = ["model=pretrained", "model.path=bert", "model.head=classification"
 """A model whose weights lie in files, which a test has to write."""
 EVERYTHING = "model._target_=tests.all_layer_kinds.AllLayerKinds"
 TEXTS = ["data.train=train.jsonl", "data.base=train.jsonl", "data.tokenizer=tokenizer"]
-FROM_FILES = ("text", "language")
-"""Data sets that read a user's files."""
+FROM_FILES = ("text", "language", "images", "docstrings")
+"""Data sets that read a user's files, or a tokenizer's."""
 NEEDS = {
     ("trainer", "gpu"): ["trainer.accelerator=cpu"],
     ("base", "checkpoint"): ["base.path=base.safetensors"],
     ("data", "text"): [*TEXTS, "+model.in_features=4"],
     ("data", "language"): [*TEXTS, "+model.in_features=4"],
+    ("data", "docstrings"): ["data.tokenizer=tokenizer", "+model.in_features=4"],
+    ("data", "images"): [
+        "data.train=images",
+        "data.base=images",
+        "data.batch_size=4",
+        "+model.in_features=4",
+    ],
     **{("target", option): [EVERYTHING] for option in options()["target"]},
     **{("model", option): ["target=all"] for option in options()["model"]},
     ("model", "pretrained"): PRETRAINED[1:],
@@ -62,6 +70,9 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str):
     if group == "data" and option in FROM_FILES:
         save_rows("train.jsonl", 40)
         save_tokenizer("tokenizer")
+        if option == "images":
+            use_torchvision()
+            save_images("images", 40)
     if option == "pretrained":
         tiny_model("bert", "bert", "none")
     cfg = composed(f"{group}={option}", *NEEDS.get((group, option), []))

@@ -1,0 +1,209 @@
+"""Images with a class each: a folder of classes, or a table with a column of images."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib.util import find_spec
+from os import cpu_count
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from lora_lab.config.schema import Seed
+from lora_lab.data import columns
+from lora_lab.data.module import Phase
+from lora_lab.data.sources import Source
+from lora_lab.data.tables import TableData
+from lora_lab.seeding import generator
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's channels, which most models were trained with."""
+
+
+class Images(TableData):
+    """Classification of images, read as `TableData` says, decoded and transformed batch by batch.
+
+    A source is a folder with a folder of images for each class (or such a folder for each split),
+    or a table: `image` names its column of images or of their paths, `label` that of the classes.
+    An image's shorter side becomes `size` pixels, its middle is cut to size × size, and its
+    channels are normalized by `mean` and `std`. `augment` changes training images: `flip` mirrors
+    half of them, `crop_flip` also cuts a part of random size and shape out; both are drawn anew by
+    (seed, epoch, row). `processor`, a model's folder or id, gives size, mean and std where these
+    are None. `input`: a model of transformers is given `pixel_values`, one of timm a tensor.
+    """
+
+    task = "classification"
+    path_arguments = ("train", "val", "test", "base", "processor")
+
+    def __init__(
+        self,
+        phase: Phase,
+        train: str,
+        batch_size: PositiveInt,
+        seed: Seed,
+        image: str = "image",
+        label: str = "label",
+        classes: list[str | int] | None = None,
+        size: PositiveInt | None = None,
+        mean: list[float] | None = None,
+        std: list[PositiveFloat] | None = None,
+        processor: str | None = None,
+        augment: Literal["none", "flip", "crop_flip"] = "none",
+        input: Literal["pixel_values", "tensor"] = "pixel_values",
+        val: str | None = None,
+        test: str | None = None,
+        base: str | None = None,
+        val_share: Share | None = 0.1,
+        limit: PositiveInt | None = None,
+        val_limit: PositiveInt | None = None,
+        revision: str | None = None,
+        subset: str | None = None,
+        eval_batch_size: PositiveInt = 128,
+        metrics: Sequence[str] | None = None,
+    ):
+        if find_spec("torchvision") is None:
+            raise ValueError("images: needs torchvision, pip install 'lora_lab[images]'")
+        paths = {"train": train, "val": val, "test": test, "base": base}
+        limits = (val_share, limit, val_limit)
+        sizes = (batch_size, eval_batch_size, seed)
+        super().__init__(phase, paths, *sizes, *limits, revision, subset, metrics)
+        self.image, self.label, self.augment, self.input = image, label, augment, input
+        self.pixels = Pixels(*_normalization(processor, size, mean, std))
+        names = None if classes is None else tuple(classes)
+        self.class_names = columns.class_names(self.sources["train"].table(), label, names)
+        """The classes in the order of the model's outputs."""
+        for source in self.sources.values():
+            source.table().check_column("image", image)
+            _targets(source, label, self.class_names)
+        self.check_chosen()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """An output for each class."""
+        return {"out_features": len(self.class_names)}
+
+    def rows(self, source: Source, numbers: Tensor, split: str) -> "ImageRows":
+        """Images (B, 3, size, size), and their classes (B,)."""
+        augment = self.augment if split == "train" else "none"
+        transform = self.pixels.transform(augment)
+        key = None if augment == "none" else (self.seed, self.phase, "augment")
+        targets = _targets(source, self.label, self.class_names)
+        return ImageRows(source, self.image, targets, numbers, transform, key, self.input)
+
+
+@lru_cache(maxsize=8)
+def _targets(source: Source, label: str, classes: tuple[str, ...]) -> Tensor:
+    return columns.class_indices(source.table(), label, classes)
+
+
+def _normalization(
+    processor: str | None, size: int | None, mean: list[float] | None, std: list[float] | None
+) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Size, mean and standard deviation: as given, or the processor's, or ImageNet's with 224."""
+    stored: dict[str, Any] = {}
+    if processor is not None and None in (size, mean, std):
+        from transformers import ImageProcessingMixin
+
+        try:
+            stored, _ = ImageProcessingMixin.get_image_processor_dict(processor)
+        except OSError:
+            stored = {}  # a model without a processor
+    sides = stored.get("size") or {}
+    if isinstance(sides, dict):
+        sides = sides.get("shortest_edge") or sides.get("height") or 224
+    mean, std = mean or stored.get("image_mean"), std or stored.get("image_std")
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None and len(value) != 3:
+            raise ValueError(f"{name}={value}: must be three numbers, of red, green and blue")
+    return size or int(sides), tuple(mean or IMAGENET[0]), tuple(std or IMAGENET[1])
+
+
+class Pixels:
+    """What is made of an image: its size in pixels, and the mean and spread of its channels."""
+
+    def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.size, self.mean, self.std = size, mean, std
+
+    def transform(self, augment: str) -> Callable[[Any], Tensor]:
+        """torchvision's transform of a PIL image into a tensor (3, size, size)."""
+        from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
+
+        cut = [v2.Resize(self.size), v2.CenterCrop(self.size)]
+        if augment == "crop_flip":
+            cut = [v2.RandomResizedCrop(self.size)]
+        flip = [] if augment == "none" else [v2.RandomHorizontalFlip()]
+        scaled = v2.ToDtype(torch.float32, scale=True)
+        normalized = v2.Normalize(list(self.mean), list(self.std))
+        return v2.Compose([v2.ToImage(), *cut, *flip, scaled, normalized])
+
+
+class ImageRows:
+    """Images of a source, read when a batch asks for them by its row numbers.
+
+    With `key`, the transform draws from a stream that is a function of (*key, epoch, row).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        column: str,
+        targets: Tensor,
+        rows: Tensor,
+        transform: Callable[[Any], Tensor],
+        key: tuple | None,
+        input: str,
+    ):
+        self.source, self.column, self.targets, self.rows = source, column, targets, rows
+        self.transform, self.key, self.input = transform, key, input
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor | slice) -> tuple[Any, Tensor]:
+        """The images (B, 3, size, size) as the model takes them, and the classes (B,)."""
+        rows = self.rows[index]
+        # Decoding lets other threads run. Transforms draw from torch's global stream, which is
+        # seeded for each image in one thread, and put back as it was.
+        with ThreadPoolExecutor(min(8, cpu_count() or 1)) as threads:
+            images = list(threads.map(self._decoded, rows.tolist()))
+        with torch.random.fork_rng(devices=[]):
+            pixels = [
+                self._transformed(image, row)
+                for image, row in zip(images, rows.tolist(), strict=True)
+            ]
+        stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1)
+        inputs = {"pixel_values": stacked} if self.input == "pixel_values" else stacked
+        return inputs, self.targets[rows]
+
+    def _decoded(self, row: int) -> Any:
+        """An image in RGB. Raises ValueError, with its place, where it cannot be read."""
+        from PIL import Image, UnidentifiedImageError
+
+        table = self.source.table()
+        image: Any = None
+        try:
+            image = table.rows[row][self.column]
+            if isinstance(image, str):
+                folder = table.files[0].parent if table.files else Path()
+                with Image.open(folder / image) as opened:
+                    return opened.convert("RGB")
+            return image.convert("RGB")
+        except (OSError, UnidentifiedImageError, AttributeError, SyntaxError) as error:
+            shown = f" {image}" if isinstance(image, str) else ""
+            raise ValueError(
+                f"{table.where(row)}:{shown} is no image to be read ({error})"
+            ) from None
+
+    def _transformed(self, image: Any, row: int) -> Tensor:
+        if self.key is not None:
+            # Not torch.manual_seed, which seeds the streams of GPUs too.
+            torch.default_generator.manual_seed(
+                generator(*self.key, self.epoch, row).initial_seed()
+            )
+        return self.transform(image)
