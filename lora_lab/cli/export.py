@@ -7,10 +7,14 @@ from safetensors.torch import load_file, save_file
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
 from lora_lab.runs import Run
-from lora_lab.training.restore import restore
+from lora_lab.training.restore import Restored, restore
 
 FORMATS = {"peft": "adapter_model.safetensors", "merged": "model.safetensors"}
 """Format → the main file of what it writes."""
+
+TASK_TYPES = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+TASK_TYPES |= {"tokens": "TOKEN_CLS"}
+"""model.head → PEFT's word for it."""
 
 
 def export(run: Run, format: str, directory: Path) -> Path:
@@ -30,12 +34,31 @@ def export(run: Run, format: str, directory: Path) -> Path:
         return path
     if method != "lora" and not (method == "none" and run.config.get("also_train")):
         raise AdapterError(f"adapter={method}: the run has no adapter to write")
-    model = restore(run).model
+    restored = restore(run)
+    model = restored.model
     if format == "peft":
-        adapters.save_peft(model, directory)
+        adapters.save_peft(model, directory, **_about_base(restored))
     else:
         directory.mkdir(parents=True, exist_ok=True)
         # Tied weights are one tensor under two keys, which safetensors refuses: each gets a copy.
         state = {key: value.clone() for key, value in adapters.merged(model).state_dict().items()}
         save_file(state, path, {"format": "pt"})
     return path
+
+
+def _about_base(restored: Restored) -> dict[str, str | None]:
+    """What PEFT's AutoPeftModel classes read: where the base lies, and what its head is for.
+
+    Raises AdapterError where the base has a new head that the adapter does not hold.
+    """
+    plan = restored.plan
+    if plan.cfg.base.method != "pretrained":
+        return {}
+    if plan.base_seed is not None:
+        new = [name for name in plan.new_parameters if name not in plan.also_trained]
+        raise AdapterError(
+            f"{', '.join(new)}: drawn anew and not trained, so that neither the base nor the "
+            "adapter holds it; also_train makes it a part of the adapter, --format merged writes it"
+        )
+    arguments = plan.cfg.model.arguments
+    return {"base_model": arguments["path"], "task_type": TASK_TYPES.get(arguments.get("head", ""))}

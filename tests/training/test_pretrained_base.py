@@ -101,7 +101,10 @@ def test_heads_are_drawn_by_the_seed_over_one_base(train: Lab):
     for settings in (("seed=0",), ("seed=1",), ("seed=0", "adapter.r=2")):
         assert train(HEAD, "optimizer.lr=1e-30", *small, *settings) == 0
     with initialize_config_module("lora_lab.conf", version_base="1.3"):
-        frozen = [plan(compose_config(hydra_arguments([*SETTINGS, f"seed={s}"]))) for s in "01"]
+        frozen = [
+            plan(compose_config(["experiment=digits", *hydra_arguments([*SETTINGS, f"seed={s}"])]))
+            for s in "01"
+        ]
     one, other = (p.pretrained_model().get_parameter("classifier.weight") for p in frozen)
     assert not torch.equal(one, other)  # a head that stays frozen makes a base for each seed
     bases = {adapters.base_hash(run.path / "adapter") for run in find_runs(Path("runs"))}
@@ -113,6 +116,26 @@ def test_heads_are_drawn_by_the_seed_over_one_base(train: Lab):
     assert torch.equal(heads[0, 1], heads[0, 2])
     assert torch.equal(heads[0, 1], one)
     assert not torch.equal(heads[0, 1], heads[1, 1])
+
+
+@pytest.mark.parametrize("settings", [(HEAD,), ("adapter=dora", HEAD)])
+def test_peft_gives_the_same_outputs(
+    train: Lab, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+):
+    peft = pytest.importorskip("peft")
+    assert train("optimizer.lr=0.05", *settings) == 0
+    run = only_run()
+    assert command(monkeypatch, "export", str(run.path), "exported") == 0
+    auto = peft.AutoPeftModelForSequenceClassification
+    model = auto.from_pretrained("exported", num_labels=3).eval()
+    tokens = torch.randint(7, 40, (4, 8))
+    with torch.no_grad():
+        expected = restore(run).model.eval()(tokens).logits
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-6)
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            "model", num_labels=3
+        )
+        assert (base.eval()(tokens).logits - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("settings", [("adapter=full",), ("adapter=none", HEAD)])
