@@ -36,6 +36,7 @@ bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks.overhead
 	$(BIN)/python -m tests.benchmarks.report
 	$(BIN)/python -m tests.benchmarks.packing
+	$(BIN)/python -m tests.benchmarks.memory
 
 clean:
 	rm -rf .venv build dist *.egg-info

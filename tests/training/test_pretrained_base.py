@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hydra import initialize_config_module
 from safetensors.torch import load_file
 
 from lora_lab import adapters
-from lora_lab.config.compose import compose_config, hydra_arguments
+from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import ConfigError
 from lora_lab.runs import Run, find_runs
 from lora_lab.training.base_weights import BaseWeights
@@ -100,11 +99,8 @@ def test_heads_are_drawn_by_the_seed_over_one_base(train: Lab):
     small = ("adapter.r=1", "spectra.truncation=none")
     for settings in (("seed=0",), ("seed=1",), ("seed=0", "adapter.r=2")):
         assert train(HEAD, "optimizer.lr=1e-30", *small, *settings) == 0
-    with initialize_config_module("lora_lab.conf", version_base="1.3"):
-        frozen = [
-            plan(compose_config(["experiment=digits", *hydra_arguments([*SETTINGS, f"seed={s}"])]))
-            for s in "01"
-        ]
+    cfg = parse_config(dict(find_runs(Path("runs"))[0].config))
+    frozen = [plan(cfg.model_copy(update={"also_train": [], "seed": seed})) for seed in (0, 1)]
     one, other = (p.pretrained_model().get_parameter("classifier.weight") for p in frozen)
     assert not torch.equal(one, other)  # a head that stays frozen makes a base for each seed
     bases = {adapters.base_hash(run.path / "adapter") for run in find_runs(Path("runs"))}
