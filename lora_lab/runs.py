@@ -101,9 +101,10 @@ class Run:
         """The last value of a metric; None where it was not logged."""
         return next((row[key] for row in reversed(self.rows()) if key in row), None)
 
-    def curve(self, key: str) -> dict[int, float]:
-        """The values of a metric by epoch."""
-        return {int(row["epoch"]): row[key] for row in self.rows() if key in row}
+    def curve(self, key: str) -> dict[float, float]:
+        """The values of a metric by epoch: an int, or with a fraction within an epoch."""
+        epochs = ((row["epoch"], row) for row in self.rows() if key in row)
+        return {int(e) if float(e).is_integer() else e: row[key] for e, row in epochs}
 
     def append_row(self, row: dict[str, Any]) -> None:
         """Adds a row to metrics.jsonl, for what is measured after the run has ended."""

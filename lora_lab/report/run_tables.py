@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from lora_lab.report.cells import goal_of
 from lora_lab.report.plotting import MAX_PANELS
 from lora_lab.report.run_figures import largest_updates
 from lora_lab.report.tables import Rows, format_number
@@ -44,7 +45,7 @@ def _curves(run: Run) -> Rows:
     """
     published = run.config.get("published") or {}
     method = run.config["adapter"]["method"]
-    columns: dict[str, dict[int, float]] = {}
+    columns: dict[str, dict[float, float]] = {}
     logged = dict.fromkeys(key for row in run.rows() for key in row)
     for prefix, label, paper in (("base/val/", "base", "base"), ("val/", method, "adapted")):
         for key in (key for key in logged if key.startswith(prefix)):
@@ -52,7 +53,9 @@ def _curves(run: Run) -> Rows:
             if key.endswith("val/loss") and published.get(paper):
                 columns[f"{label} published"] = published[paper]
     epochs = sorted({epoch for curve in columns.values() for epoch in curve})
-    body = [[str(e), *(format_number(curve.get(e)) for curve in columns.values())] for e in epochs]
+    body = [
+        [f"{e:g}", *(format_number(curve.get(e)) for curve in columns.values())] for e in epochs
+    ]
     return [["epoch", *columns], *body]
 
 
@@ -87,9 +90,27 @@ def _loss_facts(run: Run) -> Rows:
     if loss:
         facts.append(["loss on the new data before adaptation", format_number(loss[min(loss)])])
     if len(loss) > 1:
-        facts.append(["loss on the new data after adaptation", format_number(loss[max(loss)])])
+        facts.append(["loss on the new data after adaptation", format_number(run.last("val/loss"))])
     if (merged := run.last("merged/val/loss")) is not None:
         facts.append(["loss of the merged model", format_number(merged)])
+    return [*facts, *_best_facts(run)]
+
+
+def _best_facts(run: Run) -> Rows:
+    """The best value of each validation metric, where the last is another one."""
+    facts = []
+    selects = str(run.config.get("select", "last")).removeprefix("best ")
+    for key in dict.fromkeys(key for row in run.rows() for key in row if key.startswith("val/")):
+        curve = {epoch: value for epoch, value in run.curve(key).items() if epoch}
+        sign = -1 if goal_of(key) == "maximize" else 1
+        if len(curve) < 2 or goal_of(key) is None:
+            continue
+        epoch = min(curve, key=lambda epoch: sign * curve[epoch])
+        last = format_number(curve[max(curve)])
+        if key == selects or curve[epoch] != curve[max(curve)]:
+            chosen = ", whose weights are the result" if key == selects else ""
+            value = f"{format_number(curve[epoch])} after epoch {epoch:g}{chosen}; last {last}"
+            facts.append([f"best {key.removeprefix('val/')}", value])
     return facts
 
 

@@ -5,10 +5,14 @@ Independent truth: steps counted by hand; an epoch of `shift` has 8 batches of 3
 Run: make test ARGS=tests/training/test_steps.py
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.progress import Progress, TaskID
 
+from lora_lab.training.callbacks import progress
 from tests.conftest import Lab, only_run
 
 EVERY_EPOCH = "trainer.check_val_every_n_epoch=1"
@@ -92,3 +96,28 @@ def test_one_base_for_all_lengths(lab: Lab):
     for i, settings in enumerate((("trainer.max_steps=2",), ("trainer.val_check_interval=5",))):
         assert lab("shift", *settings, f"runs_dir=runs{i}") == 0
     assert len(list(Path("bases").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [((), ["epoch 0/4", "epoch 4/4"]), (("trainer.max_steps=20",), ["step 16/20", "step 20/20"])],
+)
+def test_the_bar_and_the_lines_say_how_far_it_is(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], places: list[str]
+):
+    shown = []
+    update = Progress.update
+
+    def noted(bar: Progress, task: TaskID, **fields: Any) -> None:
+        shown.extend([fields] if "place" in fields else [])  # others are of the analysis
+        update(bar, task, **fields)
+
+    monkeypatch.setattr(Progress, "update", noted)
+    monkeypatch.setattr(progress, "QUIET", 0)
+    assert lab("shift", *settings) == 0
+    text = (only_run().path / "log.txt").read_text()
+    assert all(f"lora {place}  val/loss" in text for place in places)
+    assert re.search(r"lora \w+ 8?1?/.*  train/loss [\d.]+  [\d,]+ rows/s", text)
+    assert shown[-1]["place"] == places[-1]
+    assert shown[-1]["completed"] == float(places[-1].partition("/")[2])
+    assert re.fullmatch(r"[\d,]+ rows/s", shown[-1]["speed"])
