@@ -22,6 +22,7 @@ from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, pretrained_base
 from lora_lab.training.loop import TrainingLoop, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
+from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
 from lora_lab.training.trainer_checks import check_trainer
 
 NO_OPERATION = nullcontext()
@@ -114,6 +115,9 @@ class Plan:
         """
         settings = {**self.cfg.trainer.model_dump(), **change}
         arguments = trainer_arguments(settings)
+        plugin = precision_plugin(self.cfg.trainer)
+        if isinstance(plugin, HalfPrecisionBase):
+            arguments = {**arguments, "precision": None, "plugins": [plugin]}
         if arguments.get("strategy") == "fsdp":
             arguments["strategy"] = ModelParallelStrategy(self.processes, 1, False)
         arguments["profiler"] = arguments.get("profiler") or Unprofiled()

@@ -4,11 +4,28 @@ Lightning's Trainer does this while it trains. Outside of training (before ΔW i
 when a finished run is restored, when a pack is tried out) the same plugins are used without one.
 """
 
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch import nn
 
+from lora_lab.adapters.files import is_adapter_key
 from lora_lab.config.schema import Trainer
+
+
+class HalfPrecisionBase(HalfPrecision):
+    """Lightning's bf16-true and 16-true, but for adapters: what trains stays in float32.
+
+    A step smaller than half of a bf16 number's last digit would leave it as it was: of Adam's steps
+    of 1e-4 half did. A model without adapters (adapter=full) is cast as Lightning does.
+    """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Casts the base's parameters and buffers in place."""
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        for name, tensor in tensors:
+            if tensor.is_floating_point() and not is_adapter_key(name):
+                tensor.data = tensor.data.to(self._desired_input_dtype)
+        return module
 
 
 def connector(trainer: Trainer) -> _AcceleratorConnector:
@@ -27,12 +44,16 @@ def device_type(trainer: Trainer) -> str:
 
 
 def precision_plugin(trainer: Trainer) -> Precision:
-    """The Lightning plugin that a Trainer on one device with these settings would use.
+    """The Lightning plugin of a Trainer with these settings.
 
     Its `convert_module` casts a model in place, `convert_input` gives a cast batch, and
     `forward_context` is the context (autocast, or a default dtype) of a forward pass.
     """
-    return connector(trainer).precision_plugin
+    plugin = connector(trainer).precision_plugin
+    # FSDP splits blocks of weights of one dtype.
+    if type(plugin) is HalfPrecision and trainer.model_dump().get("strategy") != "fsdp":
+        return HalfPrecisionBase(plugin.precision)
+    return plugin
 
 
 def cast(module: nn.Module, trainer: Trainer) -> None:
