@@ -59,6 +59,9 @@ class Data(pl.LightningDataModule, ABC):
     def draw(self) -> tuple[Rows, Rows]:
         """Draws the training and the validation set of this phase from the seed."""
 
+    def check_base(self) -> None:
+        """Raises ValueError where there are no rows for the `base` phase; here there are."""
+
     def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:
         """What theory predicts for the metrics of an adapted run at its end, by their names.
 

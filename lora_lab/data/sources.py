@@ -57,7 +57,7 @@ class Table:
     def column(self, argument: str, name: str) -> list[Any]:
         """The values of a column. `argument` is the data set's that names it, for the error."""
         self.check_column(argument, name)
-        return list(self.rows[name])
+        return list(self.rows[name][:])  # a slice is read at once, an iterator row by row
 
     def check_column(self, argument: str, name: str) -> None:
         """Raises ValueError where there is no such column."""
@@ -127,12 +127,15 @@ def _read(source: Source) -> Table:
 
 def _images_by_class(key: str, path: str, folder: Path, split: str | None) -> dict[str, list[Path]]:
     """The images of a folder that has a folder for each class, or such a folder for each split."""
-    names = [inner.name for inner in folder.iterdir() if inner.is_dir()]
+    files = [file for file in files_in(folder) if file.suffix.lower() in IMAGES]
+    if not files:
+        return {}
+    names = sorted(inner.name for inner in folder.iterdir() if inner.is_dir())
     if split or any(name in SPLITS["train"] + SPLITS["val"] for name in names):
         folder /= _choose_split(key, path, names, split)
     images: dict[str, list[Path]] = {}
-    for file in files_in(folder):
-        if file.suffix.lower() in IMAGES and file.parent != folder:
+    for file in files:
+        if folder in file.parents[1:]:
             images.setdefault(file.relative_to(folder).parts[0], []).append(file)
     return images
 
@@ -156,8 +159,10 @@ def _files_of_split(key: str, path: str, folder: Path, split: str | None) -> lis
     pattern = re.compile(rf"({'|'.join(s for names in SPLITS.values() for s in names)})(?![a-z])")
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        if match := pattern.match(file.stem):
-            by_split.setdefault(match[1], []).append(file)
+        for part in file.relative_to(folder).parts:  # train/a.csv, data/train-0.parquet
+            if match := pattern.match(part):
+                by_split.setdefault(match[1], []).append(file)
+                break
     if split or by_split:
         files = by_split.get(_choose_split(key, path, list(by_split), split), [])
     if len(kinds := {FORMATS[file.suffix] for file in files}) > 1:

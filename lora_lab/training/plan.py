@@ -172,6 +172,10 @@ def plan(cfg: Config) -> Plan:
     new_parameters = []
     if isinstance(cfg.base, TrainedBase):
         _check_optimizer("base.optimizer", cfg.base.optimizer)
+        try:
+            data.check_base()
+        except ValueError as error:
+            raise ConfigError(f"data.{error}") from None
     else:
         if isinstance(cfg.base, CheckpointBase):
             sha256 = bases.check_checkpoint(cfg.base, model)

@@ -57,11 +57,12 @@ def with_content(cfg: Config) -> Config:
 
 def _content(key: str, name: str, path: str, arguments: dict[str, Any]) -> str:
     """What identifies that which lies at a path: of a model's folder, its config.json."""
-    revision = arguments.get("revision") if name != "tokenizer" else None
+    is_of_model = key == "data" and name in ("tokenizer", "processor")
+    revision = arguments.get("revision") if not is_of_model else None
     try:
         if key == "model" and Path(path).is_dir():
             return content_hash(str(Path(path, "config.json")))
-        kind = "model" if key == "model" else "tokenizer" if name == "tokenizer" else "dataset"
+        kind = "model" if key == "model" else "tokenizer" if is_of_model else "dataset"
         return content_hash(path, revision, kind)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{key}.{name}={path}: {error}") from None

@@ -42,7 +42,7 @@ NEEDS = {
     ("base", "checkpoint"): ["base.path=base.safetensors"],
     ("data", "text"): [*TEXTS, "+model.in_features=4"],
     ("data", "language"): [*TEXTS, "+model.in_features=4"],
-    ("data", "docstrings"): ["data.tokenizer=tokenizer", "+model.in_features=4"],
+    ("data", "docstrings"): [*PRETRAINED, "base=pretrained", "data.tokenizer=tokenizer"],
     ("data", "images"): [
         "data.train=images",
         "data.base=images",
@@ -73,7 +73,7 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str):
         if option == "images":
             use_torchvision()
             save_images("images", 40)
-    if option == "pretrained":
+    if option in ("pretrained", "docstrings"):
         tiny_model("bert", "bert", "none")
     cfg = composed(f"{group}={option}", *NEEDS.get((group, option), []))
     assert options()[group][option].endswith(".")

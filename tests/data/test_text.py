@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from lora_lab.config.schema import ConfigError
 from lora_lab.data import tokens
 from lora_lab.data.text import Text
+from lora_lab.training.plan import plan
+from tests.config.test_conf import composed
 from tests.text_files import IDS, save_jsonl, save_rows, save_tokenizer, text_of
 
 ROWS = [
@@ -108,8 +111,8 @@ def test_all_kinds_of_sources_have_the_same_rows(suffix: str):
     elif suffix == "saved":
         DatasetDict({"train": rows, "validation": rows.select([0, 1])}).save_to_disk(path)
     elif suffix == "folder":
-        Path(path).mkdir()
-        for name, part in (("train-1", ROWS[:2]), ("train-2", ROWS[2:]), ("val", ROWS[:2])):
+        Path(path, "val").mkdir(parents=True)
+        for name, part in (("train-1", ROWS[:2]), ("train-2", ROWS[2:]), ("val/a", ROWS[:2])):
             save_jsonl(f"{path}/{name}.jsonl", part)
     elif suffix == "json":
         Path(path).write_text(json.dumps(ROWS))
@@ -182,6 +185,14 @@ def test_the_base_phase_needs_rows_only_when_it_is_used():
     with pytest.raises(ValueError, match=r"^base=null: base=train learns the rows of data.base"):
         data.setup("fit")
     assert len(ready(phase="base", base="train.jsonl", val_share=0.5).train) == 2
+
+
+def test_a_base_that_is_trained_needs_rows_to_learn():
+    settings = ["data=text", "data.train=train.jsonl", "data.val=val.jsonl", "data.batch_size=2"]
+    settings += ["data.tokenizer=tokenizer", "+model.in_features=4", "target=all"]
+    plan(composed(*settings, "data.base=train.jsonl", "data.val_share=0.5"))
+    with pytest.raises(ConfigError, match=r"^data\.base=null: base=train learns the rows"):
+        plan(composed(*settings))
 
 
 def test_the_test_split():
