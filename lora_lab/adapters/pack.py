@@ -14,8 +14,10 @@ from lora_lab.adapters.inject import freeze_base, place_on_layer
 from lora_lab.adapters.model_call import Inputs, logits
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.slots import layer_path
-from lora_lab.adapters.stacks import Stack, group_by_rank
+from lora_lab.adapters.stacks import FullStack, Stack, group_by_rank
+from lora_lab.adapters.trained_in_full import FullParameter
 from lora_lab.adapters.vmap_rules import adapt_layer, folded_attention, frozen_linear
+from lora_lab.adapters.watch import KINDS_ON_READING
 from lora_lab.adapters.weight import WeightAdapter
 
 RunAdapters = Mapping[str, Adapter]
@@ -34,33 +36,48 @@ class Pack(nn.Module):
     trains, each run's model is what it would be if it trained by itself. Runs share a stack if they
     have the same dropout and the same of `settings`, one for each run, which holds whatever else
     must be the same within a parameter. Different ranks are padded with zeros where few do
-    (`stacks.MAX_PADDING`).
+    (`stacks.MAX_PADDING`). `in_full` are the parameters that each run trains in full, by key.
 
     Raises AdapterError for runs that cannot be a pack (`reason_not_packable`).
     """
 
-    def __init__(self, base: nn.Module, runs: Sequence[RunAdapters], settings: Sequence[Any] = ()):
+    def __init__(
+        self,
+        base: nn.Module,
+        runs: Sequence[RunAdapters],
+        settings: Sequence[Any] = (),
+        in_full: Sequence[Mapping[str, FullParameter]] = (),
+    ):
         super().__init__()
-        if reason := reason_not_packable(base, runs):
+        in_full = in_full or [{}] * len(runs)
+        if reason := reason_not_packable(base, runs, in_full):
             raise AdapterError(reason)
         self.base, self.runs = copy_sharing_weights(base), list(runs)
         freeze_base(self.base)
         self.packed_adapters: list[PackedAdapter] = []
-        self.stacks: list[tuple[int, Stack]] = []
+        self.stacks: list[tuple[int, Stack | FullStack]] = []
         """The stacks of all sites, each with the index of its first run."""
+        settings = settings or [None] * len(runs)
         for site, adapter in runs[0].items():
-            stacks = self._stack_runs(site, settings or [None] * len(runs))
-            layer = self.base.get_submodule(layer_path(site, adapter))
-            self.packed_adapters.append(packed := PackedAdapter(layer, adapter, stacks))
-            place_on_layer(layer, "pack", site, packed)
-            layer.lora.active = "pack"  # pyright: ignore
+            self._place(site, adapter, self._stack_runs(site, settings))
+        for key, parameter in in_full[0].items():
+            self._place(
+                key, parameter, self._stack_in_full([run[key] for run in in_full], settings)
+            )
         for layer in self.base.modules():
-            # Not those whose weight an adapter changes where it is read, which are of another class
-            # by now (see weight.py): their weight is each run's, and vmap's rule is right for it.
+            # Not those with a parameter that changes where it is read, which are of another class
+            # by now (see watch.py): it is each run's, and vmap's rule is right for it.
             if type(layer) is nn.Linear:
                 layer.forward = partial(frozen_linear, layer.forward)
         # As children, they follow the pack's train() and eval(), and are among its parameters().
         self.stacked_adapters = nn.ModuleList(stack.adapter for _, stack in self.stacks)
+
+    def _place(self, site: str, first: Any, stacks: Sequence[Stack | FullStack]) -> None:
+        """Puts a PackedAdapter with these stacks in the place of the adapter `first`."""
+        layer = self.base.get_submodule(layer_path(site, first))
+        self.packed_adapters.append(packed := PackedAdapter(layer, first, stacks))
+        place_on_layer(layer, "pack", site, packed)
+        layer.lora.active = "pack"  # pyright: ignore
 
     def _stack_runs(self, site: str, settings: Sequence[Any]) -> list[Stack]:
         """Stacks the runs' adapters on one site, in the order of the runs."""
@@ -75,6 +92,18 @@ class Pack(nn.Module):
                 first_run += len(run_adapters)
         return stacks
 
+    def _stack_in_full(
+        self, parameters: Sequence[FullParameter], settings: Sequence[Any]
+    ) -> list[FullStack]:
+        """Stacks one parameter of the runs, in their order."""
+        first_run, stacks = 0, []
+        for setting, neighbours in groupby(settings):
+            runs = slice(first_run, first_run + len([*neighbours]))
+            stacks.append(FullStack(list(parameters[runs]), setting))
+            self.stacks.append((first_run, stacks[-1]))
+            first_run = runs.stop
+        return stacks
+
     # The model of one run is computed once, under vmap, for all runs. In forward_one_run a batched
     # tensor has the shape of one run: run_marker (runs,) looks like (), a delta (runs, out, in)
     # like (out, in). `inputs` are not batched. They and all that is computed from them alone are
@@ -82,22 +111,20 @@ class Pack(nn.Module):
     # that computes all runs (see vmap_rules.py).
     def forward(self, *inputs: Inputs) -> Tensor:
         """The outputs of all runs for one batch: (runs, …)."""
-        dense = [packed for packed in self.packed_adapters if packed.kind == WeightAdapter.kind]
-        deltas = []  # (runs, *weight) for each parameter that is adapted where it is read
-        for packed in dense:
-            weight = packed.base_weight()
-            deltas.append(torch.cat([s.adapter.parameter_delta(weight) for s in packed.stacks]))
+        # Those that act where a parameter is read, and for each of them (runs, *weight).
+        on_reading = [packed for packed in self.packed_adapters if packed.kind in KINDS_ON_READING]
+        all_values = [packed.values_of_runs() for packed in on_reading]
 
-        def forward_one_run(run_marker: Tensor, deltas: list[Tensor]) -> Tensor:
+        def forward_one_run(run_marker: Tensor, values: list[Tensor]) -> Tensor:
             for packed in self.packed_adapters:
                 packed.run_marker = run_marker
-            for packed, delta in zip(dense, deltas, strict=True):
-                packed.run_delta = delta
+            for packed, value in zip(on_reading, values, strict=True):
+                packed.run_value = value
             return logits(self.base, *inputs)
 
         run_marker = torch.zeros(len(self.runs), device=next(self.parameters()).device)
         with folded_attention():
-            return torch.vmap(forward_one_run, randomness="different")(run_marker, deltas)
+            return torch.vmap(forward_one_run, randomness="different")(run_marker, all_values)
 
 
 class PackedAdapter(nn.Module):
@@ -106,10 +133,11 @@ class PackedAdapter(nn.Module):
     weight_before_merge = None  # as of an adapter: a pack is never merged
     run_marker: Tensor
     """A dummy batched tensor that makes vmap treat this layer's output as each run's own."""
-    run_delta: Tensor
-    """Within a call, one run's ΔW of a parameter that is adapted where it is read (*weight)."""
+    run_value: Tensor
+    """Within a call, of a parameter that is changed where it is read: one run's ΔW, or its value
+    where it is trained in full (*weight)."""
 
-    def __init__(self, layer: nn.Module, first: Adapter, stacks: list[Stack]):
+    def __init__(self, layer: nn.Module, first: Any, stacks: Sequence[Stack | FullStack]):
         super().__init__()
         self.kind, self.parameter, self.stacks = first.kind, first.parameter, stacks
         # A function, since as an attribute the weight would become a parameter of this module.
@@ -118,13 +146,21 @@ class PackedAdapter(nn.Module):
     def forward(self, *args: Any) -> Tensor:
         """As the forward of the adapter, for the one run that vmap shows.
 
-        (weight,) → the weight + ΔW where it is adapted where it is read; of a factored adapter
-        (layer, input, output) → the layer's output with W + ΔW.
+        (weight,) → the weight + ΔW, or the trained value, where it is changed where it is read; of
+        a factored adapter (layer, input, output) → the layer's output with W + ΔW.
         """
         if self.kind == WeightAdapter.kind:
-            (weight,) = args
-            return weight + self.run_delta
+            return args[0] + self.run_value
+        if self.kind == FullParameter.kind:
+            return self.run_value.to(args[0].dtype)
         return adapt_layer(self, *args)
+
+    def values_of_runs(self) -> Tensor:
+        """`run_value` of all runs: (runs, *weight)."""
+        if self.kind == FullParameter.kind:
+            return torch.cat([stack.adapter.value for stack in self.stacks])
+        weight = self.base_weight()
+        return torch.cat([stack.adapter.parameter_delta(weight) for stack in self.stacks])
 
     def adapt_all_runs(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
         """The layer's outputs in all runs, (runs, …): FactoredAdapter.forward, stack by stack.
@@ -160,8 +196,14 @@ def copy_sharing_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def reason_not_packable(base: nn.Module, runs: Sequence[RunAdapters]) -> str | None:
+def reason_not_packable(
+    base: nn.Module,
+    runs: Sequence[RunAdapters],
+    in_full: Sequence[Mapping[str, FullParameter]] = (),
+) -> str | None:
     """Why these runs cannot be computed in one pass over `base`; None where they can."""
+    if any(list(parameters) != list(in_full[0]) for parameters in in_full):
+        return "they train other parameters in full"
     for site, first in runs[0].items():
         for run in runs:
             if list(run) != list(runs[0]):
@@ -175,6 +217,8 @@ def reason_not_packable(base: nn.Module, runs: Sequence[RunAdapters]) -> str | N
             if adapter.is_tied:
                 return f"'{site}' is tied to another layer"
         layer: Any = base.get_submodule(layer_path(site, first))
+        if first.magnitude is not None and any(f"{site}.bias" in keys for keys in in_full):
+            return f"'{site}' has DoRA, and a bias that is trained in full"
         if getattr(layer, "scale_grad_by_freq", False):
             return f"'{site}' scales its gradient by frequency"
         if getattr(layer, "padding_idx", None) is not None and first.magnitude is not None:

@@ -1,4 +1,4 @@
-"""The adapters of several runs on one site, stacked in one adapter."""
+"""What several runs train on one site, stacked in one adapter."""
 
 import copy
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.trained_in_full import FullParameter
 
 MAX_PADDING = 2**13
 """Zeros that may be added to a stack so that it takes in runs of another rank.
@@ -80,11 +81,27 @@ class Stack:
         return stacked[i][tuple(map(slice, like.shape))]
 
 
-def unstack(adapters_by_site: Mapping[str, Adapter]) -> None:
+class FullStack:
+    """One parameter that k runs train in full: an `adapter` whose `value` is (k, *parameter).
+
+    Each run's value becomes a view of it. `setting` as of a Stack.
+    """
+
+    def __init__(self, run_adapters: list[FullParameter], setting: object):
+        self.run_adapters, self.setting = run_adapters, setting
+        self.adapter: Any = copy.deepcopy(run_adapters[0])
+        self.adapter.value.data = torch.stack([run.value.data for run in run_adapters])
+        for run, value in zip(run_adapters, self.adapter.value.data, strict=True):
+            run.value.data = value
+
+
+def unstack(run: Mapping[str, Adapter | FullParameter]) -> None:
     """Undoes stacking for one run: its adapters get copies of their tensors, laid out as before."""
-    for adapter in adapters_by_site.values():
-        for name, tensor in adapter.tensors().items():
-            getattr(adapter, name).data = tensor.clone(memory_format=torch.contiguous_format)
+    for adapter in run.values():
+        is_full = isinstance(adapter, FullParameter)
+        for name, tensor in ({"value": adapter.value} if is_full else adapter.tensors()).items():
+            copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+            getattr(adapter, name).data = copied
 
 
 def _padded(tensors: list[Tensor]) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters import Adapter, AdapterError, also_trained, attached
+from lora_lab.adapters import Adapter, also_trained, attached
 from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import unstack
+from lora_lab.adapters.trained_in_full import FullParameter
 from lora_lab.data import Data
 from lora_lab.packing.optimizer import PackedOptimizer, optimizer_settings
 from lora_lab.packing.recorded_step import RecordedStep
@@ -37,6 +38,11 @@ class Member:
     def adapters(self) -> dict[str, Adapter]:
         """Its adapters by site."""
         return attached(self.module.model)
+
+    @property
+    def in_full(self) -> dict[str, FullParameter]:
+        """What it trains in full beside them, by key."""
+        return also_trained(self.module.model)
 
     def sort_key(self) -> Any:
         """Sorts runs so that those of equal ranks, dropout and optimizer settings are neighbours.
@@ -74,10 +80,9 @@ class PackedModule(PackValidationModule):
 
     def stack_runs(self, members: Sequence[Member]) -> Pack:
         """One pass of some of the runs, with their parameters stacked, in this module's mode."""
-        if any(also_trained(member.module.model) for member in members):
-            raise AdapterError("they train parameters in full beside their adapters")
         settings = [optimizer_settings(member.module) for member in members]
-        return Pack(self.model, [m.adapters for m in members], settings).train(self.training)
+        adapters, in_full = [m.adapters for m in members], [m.in_full for m in members]
+        return Pack(self.model, adapters, settings, in_full).train(self.training)
 
     def _build_passes(self) -> None:
         """Stacks the runs' parameters in packs of `runs_per_pass` runs."""
@@ -85,7 +90,8 @@ class PackedModule(PackValidationModule):
         # Lightning validates in inference mode. Parameters made in it could never be trained.
         with torch.inference_mode(False):
             self.packs = [self.stack_runs(self.members[i : i + n]) for i in first]
-        self.recorded_steps = [RecordedStep(pack, self.task.loss_sum) for pack in self.packs]
+        loss_sum = self.members[0].module.training_loss_sum
+        self.recorded_steps = [RecordedStep(pack, loss_sum) for pack in self.packs]
 
     def _rebuild_passes(self) -> None:
         """Stacks the runs anew after their number, or that of a pass, has changed."""
@@ -97,7 +103,7 @@ class PackedModule(PackValidationModule):
     def unstack_runs(self) -> None:
         """Gives each run tensors of its own in place of views of the stacks."""
         for member in self.members:
-            unstack(member.adapters)
+            unstack({**member.adapters, **member.in_full})
 
     def setup(self, stage: str) -> None:
         """Gives each run's module the shared Trainer, from which it reads step and epoch."""
@@ -146,23 +152,27 @@ class PackedModule(PackValidationModule):
         if self.trainer.fit_loop.epoch_loop._should_accumulate():
             return
         optimizer: Any = self.optimizers()
-        self._losses.append(self._backward())
+        counts = [self.task.count(targets) for _, targets in self.micro_batches]
+        self._losses += self._backward(sum(counts))  # pyright: ignore
+        self._counts += counts
         self.micro_batches.clear()
         self.packed_optimizer.set_learning_rates(self.global_step)
         if self.clipping is not None:
             self._clip_gradients(*self.clipping)
         optimizer.step()
-        if len(self._losses) % LOSS_READ_INTERVAL == 0 or self.trainer.is_last_batch:
+        if len(self._losses) >= LOSS_READ_INTERVAL or self.trainer.is_last_batch:
             self._read_losses()
 
-    def _backward(self) -> Tensor:
-        """The mean losses (runs,) of a step, with their gradients in the parameters' `grad`.
+    def _backward(self, count: Tensor) -> Sequence[Tensor]:
+        """The summed losses (runs,) of each micro-batch of a step.
 
-        Out of memory it tries again with passes of half as many runs.
+        The parameters' `grad` is the gradient of the step's mean loss, the sums over `count`. Out
+        of memory it tries again with passes of half as many runs.
         """
         while True:
             try:
-                return torch.cat([self._backward_of_pass(step) for step in self.recorded_steps])
+                passes = [self._backward_of_pass(step, count) for step in self.recorded_steps]
+                return torch.cat(passes, 1).unbind()
             except RuntimeError as error:  # torch.OutOfMemoryError is one, too
                 if self.runs_per_pass == 1 or not is_out_of_memory(error):
                     raise
@@ -172,17 +182,14 @@ class PackedModule(PackValidationModule):
             torch.cuda.empty_cache()  # does nothing where no GPU is in use
             self._rebuild_passes()
 
-    def _backward_of_pass(self, step: RecordedStep) -> Tensor:
-        """The mean losses of the runs of one pass (runs of it,), and their gradients.
-
-        Sums over all micro-batches are divided once, by how many targets count in all of them.
-        """
+    def _backward_of_pass(self, step: RecordedStep, count: Tensor) -> Tensor:
+        """The summed losses of the runs of one pass (micro-batches, runs of it)."""
         sums = [step(*batch, add=i > 0) for i, batch in enumerate(self.micro_batches)]
-        count = sum(self.task.count(targets) for _, targets in self.micro_batches)
+        divisor = count.clamp(min=1)
         for parameter in step.trained:
             if parameter.grad is not None:
-                parameter.grad /= count
-        return sum(sums) / count  # pyright: ignore
+                parameter.grad /= divisor
+        return torch.stack(sums)
 
     def _clip_gradients(self, limit: float, algorithm: str) -> None:
         """Clips each run's gradient, all sites together, to `limit` by its norm, or by value.
@@ -209,19 +216,24 @@ class PackedModule(PackValidationModule):
                 gradient.mul_(factors[runs].view(-1, *[1] * (gradient.dim() - 1)))
 
     def _read_losses(self) -> Tensor:
-        """The epoch's losses so far (steps, runs); fails the runs whose losses are not finite."""
-        steps_before = sum(map(len, self._read))
+        """The epoch so far (batches, 1 + runs): counts, and each run's summed losses.
+
+        Fails the runs whose losses are not finite.
+        """
+        batches_before = sum(map(len, self._read))
         if self._losses:
-            self._read.append(torch.stack(self._losses).cpu())  # (steps, runs)
+            new = torch.column_stack([torch.stack(self._counts), torch.stack(self._losses)])
+            self._read.append(new := new.cpu().double())
             self._losses.clear()
-            new = self._read[-1]
+            self._counts.clear()
+            losses = new[:, 1:] / new[:, :1].clamp(min=1)  # (batches, runs)
             # Backwards, since a run that fails leaves `members`: the places before it stay right.
-            for i in (~new.isfinite().all(0)).nonzero().flatten().tolist()[::-1]:
+            for i in (~losses.isfinite().all(0)).nonzero().flatten().tolist()[::-1]:
                 try:
-                    self.members[i].module.check_losses(new[:, i], steps_before)
+                    self.members[i].module.check_losses(losses[:, i], batches_before)
                 except DivergedError as error:
                     self.fail(self.members[i], error)
-            self.train_loss = self._read[-1][-1].median().item()
+            self.train_loss = losses[-1].nanmedian().item()
         return torch.cat(self._read)
 
     def fail(self, member: Member, error: Exception) -> None:
@@ -233,14 +245,14 @@ class PackedModule(PackValidationModule):
             raise error
         remaining = [j for j in range(len(self.members) + 1) if j != i]
         self._losses = [losses[remaining] for losses in self._losses]
-        self._read = [losses[:, remaining] for losses in self._read]
+        self._read = [read[:, [0, *(1 + j for j in remaining)]] for read in self._read]
         self._rebuild_passes()
 
     def on_train_epoch_end(self) -> None:
         """Logs each run's mean training loss of the epoch."""
-        means = self._read_losses().double().mean(0).tolist()
-        for member, mean in zip(self.members, means, strict=True):
-            self._log_row(member, {"train/loss": mean})
+        count, *loss_sums = self._read_losses().sum(0).tolist()
+        for member, loss_sum in zip(self.members, loss_sums, strict=True):
+            self._log_row(member, {"train/loss": loss_sum / max(count, 1)})
 
     def update_metrics(self, first_run: int, outputs: Tensor, targets: Tensor) -> None:
         """Updates each run's metrics with its outputs of a batch, from the run `first_run` on."""
@@ -252,8 +264,9 @@ class PackedModule(PackValidationModule):
         """Logs each run's validation loss and metrics; a run whose loss is not finite fails."""
         means = self.mean_losses()
         for member, mean in zip(list(self.members), means, strict=True):
-            metrics = member.module.metrics.items()
-            values = {f"val/{name}": metric.compute().item() for name, metric in metrics}  # pyright: ignore
+            metrics, of_loss = member.module.metrics.items(), member.module.metrics_of_loss(mean)
+            values = {f"val/{name}": value.item() for name, value in of_loss.items()}
+            values |= {f"val/{name}": metric.compute().item() for name, metric in metrics}  # pyright: ignore
             for _, metric in metrics:
                 metric.reset()  # pyright: ignore
             try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.optimizer_groups import groups_of
 from lora_lab.adapters.pack import Pack
-from lora_lab.adapters.stacks import Stack
+from lora_lab.adapters.stacks import FullStack, Stack
 from lora_lab.config.components import warmup_steps
 from lora_lab.training.modules import LoRAModule, lr_factor
 
@@ -67,10 +67,15 @@ class PackedOptimizer:
         """The parameter groups: one for each setting (with LoRA+ two), and its schedule."""
         groups = []
         for setting, module in {optimizer_settings(m): m for m in modules}.items():
-            stacks = [stack.adapter for stack in self.stacks if stack.setting == setting]
+            stacks = [stack for stack in self.stacks if stack.setting == setting]
+            adapters = [stack.adapter for stack in stacks if isinstance(stack, Stack)]
+            in_full = [stack.adapter.value for stack in stacks if isinstance(stack, FullStack)]
             config = module.optimizer
             decay = config.arguments.get("weight_decay", 0.0)
-            for group in groups_of(stacks, config.lr, module.lr_ratio, decay):
+            in_setting = groups_of(adapters, config.lr, module.lr_ratio, decay)
+            if in_full:  # the last group, as in `parameter_groups`
+                in_setting.append({"params": in_full, "lr": config.lr, "weight_decay": decay})
+            for group in in_setting:
                 is_constant = config.schedule == "constant" and not config.warmup
                 schedule = None if is_constant else (group["lr"], config.schedule, config.warmup)
                 groups.append({**config.arguments, **group, "schedule": schedule})
