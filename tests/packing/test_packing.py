@@ -212,7 +212,7 @@ VARIANTS: dict[str, tuple[str, Points, list[str]]] = {
     "accumulated": (
         "shift",
         [*RATES[:2], ["adapter.r=2", "optimizer.lr=0.02", "seed=1"]],
-        ["+trainer.accumulate_grad_batches=3", "trainer.gradient_clip_val=0.05"],
+        ["trainer.accumulate_grad_batches=3", "trainer.gradient_clip_val=0.05"],
     ),
     "dora": ("digits", ranks_and_seeds(1, 2, 4), ["adapter=dora"]),
     "pissa": ("digits", STARTS, []),
