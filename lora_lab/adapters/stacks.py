@@ -88,7 +88,8 @@ class FullStack:
     """
 
     def __init__(self, run_adapters: list[FullParameter], setting: object):
-        self.run_adapters, self.setting = run_adapters, setting
+        self.run_adapters: list[Any] = run_adapters
+        self.setting = setting
         self.adapter: Any = copy.deepcopy(run_adapters[0])
         self.adapter.value.data = torch.stack([run.value.data for run in run_adapters])
         for run, value in zip(run_adapters, self.adapter.value.data, strict=True):

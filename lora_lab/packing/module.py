@@ -163,6 +163,9 @@ class PackedModule(PackValidationModule):
         if len(self._losses) >= LOSS_READ_INTERVAL or self.trainer.is_last_batch:
             self._read_losses()
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves the gradients as they are: `_backward` makes them those of one mean."""
+
     def _backward(self, count: Tensor) -> Sequence[Tensor]:
         """The summed losses (runs,) of each micro-batch of a step.
 

@@ -24,6 +24,12 @@ Adafactor, Muon and LBFGS do not: they would mix the runs that lie in one stacke
 Pack = list[int]
 """Jobs that are trained together, or one alone, as indices of a launcher's list of jobs."""
 
+RUNS_PER_PROCESS = 4
+"""The fewest runs for which another process is started, where they can share one.
+
+Each process starts up, reads the base and computes it for its runs, which fewer do not make up for.
+"""
+
 VARIES_IN_PACK = ("r", "alpha", "dropout", "init")
 """Settings of a target that may differ between the runs of a pack."""
 
@@ -93,7 +99,8 @@ def group_into_packs(
     Prints the sizes of the packs, and why other jobs run alone.
 
     Args:
-        processes: how many packs can be trained side by side. There will be about as many.
+        processes: how many packs can be trained side by side. There will be about as many, but
+            not more than leave RUNS_PER_PROCESS runs to each.
         max_runs: the most runs in a pack; None for no limit.
     """
     reasons, jobs_by_key = Counter[str](), dict[str, list[int]]()
@@ -106,12 +113,12 @@ def group_into_packs(
         jobs_by_key.setdefault(key, []).append(i)
     packs: list[Pack] = []
     for group in jobs_by_key.values():
-        share = round(processes * len(group) / len(wanted))
+        share = min(round(processes * len(group) / len(wanted)), len(group) // RUNS_PER_PROCESS)
         packs += _split(group, jobs, max(1, min(len(group), share)), max_runs or len(group))
     unlike = sum(len(group) == 1 for group in jobs_by_key.values()) - reasons.total()
     reasons["no other has the same base, data, targets and training"] += unlike
     split = sum(len(pack) == 1 for pack in packs) - reasons.total()
-    reasons["a process for each of them: hydra.launcher.n_jobs=1 packs them"] += split
+    reasons["hydra.launcher.max_runs leaves no other for its pack"] += split
     _print_packs(packs, reasons)
     return packs
 

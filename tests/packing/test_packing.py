@@ -435,12 +435,11 @@ MUST_AGREE = {
 """Settings that all runs of a pack have in common."""
 
 
-def test_runs_that_are_alone_for_want_of_a_smaller_n_jobs(capsys: pytest.CaptureFixture[str]):
-    packs, printed = packs_of_command(capsys, "seed=0,1,2", processes=3)
-    assert packs == [[0], [1], [2]]
-    assert "alone: 3 of the runs: a process for each" in printed
-    assert "n_jobs=1" in printed
-    assert "no other" not in printed
+def test_a_few_runs_share_a_process_on_a_machine_of_many_cores(capsys: pytest.CaptureFixture[str]):
+    for seeds, sizes in (("0,1,2", [3]), (",".join(map(str, range(9))), [5, 4])):
+        packs, printed = packs_of_command(capsys, f"seed={seeds}", processes=64)
+        assert sorted(map(len, packs), reverse=True) == sizes
+        assert "alone" not in printed
 
 
 @pytest.mark.parametrize("key", MAY_DIFFER)
