@@ -85,6 +85,7 @@ def test_flips_are_drawn_by_seed_epoch_and_row():
     assert torch.equal(torch.get_rng_state(), before)
     assert by_epoch == [flipped(epoch, torch.arange(4)) for epoch in range(50)]
     assert flipped(3, torch.tensor([2, 0])) == [by_epoch[3][2], by_epoch[3][0]]
+    assert any(len(set(row)) == 2 for row in by_epoch)
     share = sum(map(sum, by_epoch)) / 200
     assert abs(share - 0.5) < 4 * (0.25 / 200) ** 0.5
 
