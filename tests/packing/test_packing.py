@@ -465,6 +465,7 @@ RUN_ALONE = {
     "adapter=none": "adapter=none trains no adapter",
     "spectra.first_step=true": "spectra.first_step asks for the dense gradients",
     "optimizer._target_=torch.optim.Adafactor ~optimizer.fused": "torch.optim.Adafactor",
+    "early_stopping={metric:val/loss,patience:2}": "early_stopping and select=best are of each run",
     "trainer.precision=16-mixed": "16-mixed scales the gradients of all runs by one number",
 }
 
