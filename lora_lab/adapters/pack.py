@@ -16,7 +16,12 @@ from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.slots import layer_path
 from lora_lab.adapters.stacks import FullStack, Stack, group_by_rank
 from lora_lab.adapters.trained_in_full import FullParameter
-from lora_lab.adapters.vmap_rules import adapt_layer, folded_attention, frozen_linear
+from lora_lab.adapters.vmap_rules import (
+    adapt_layer,
+    folded_attention,
+    frozen_conv,
+    frozen_linear,
+)
 from lora_lab.adapters.watch import KINDS_ON_READING
 from lora_lab.adapters.weight import WeightAdapter
 
@@ -69,6 +74,8 @@ class Pack(nn.Module):
             # by now (see watch.py): it is each run's, and vmap's rule is right for it.
             if type(layer) is nn.Linear:
                 layer.forward = partial(frozen_linear, layer.forward)
+            elif type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+                layer.forward = partial(frozen_conv, layer.forward)
         # As children, they follow the pack's train() and eval(), and are among its parameters().
         self.stacked_adapters = nn.ModuleList(stack.adapter for _, stack in self.stacks)
 

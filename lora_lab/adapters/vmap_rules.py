@@ -91,6 +91,22 @@ def _linear_of_all_runs(runs: int, in_dims: Any, layer_forward: Any, input: Tens
     return layer_forward(input.movedim(in_dims[0], 0))
 
 
+def frozen_conv(layer_forward: Callable[[Tensor], Tensor], input: Tensor) -> Any:
+    """The forward of a convolution whose weight and bias all runs share."""
+    return _WithVmapRule.apply(layer_forward, _conv_of_all_runs, input)
+
+
+# vmap takes a convolution apart before autocast sees it, which then casts the input and not the
+# bias. Here the layer itself is called, with the runs folded into the batch:
+#   (runs 3, batch 8, in 4, 6, 6) → (24, 4, 6, 6) → (24, out 5, 6, 6) → (3, 8, 5, 6, 6)
+# An input without a batch has the runs in its place.
+def _conv_of_all_runs(runs: int, in_dims: Any, layer_forward: Any, input: Tensor) -> Tensor:
+    input, layer = input.movedim(in_dims[0], 0), layer_forward.__self__
+    if input.dim() == layer.weight.dim():
+        return layer_forward(input)
+    return layer_forward(input.flatten(0, 1)).unflatten(0, input.shape[:2])
+
+
 # vmap has no rule for attention: it would call it run by run. Attention treats the members of its
 # batch apart, so the runs are folded into it. 3 runs, a batch of 8, 2 heads, 16 tokens:
 #   query, key, value (runs 3, batch 8, heads 2, tokens 16, 4) → (24, 2, 16, 4)

@@ -316,6 +316,17 @@ def test_in_single_precision(name: str):
     check_against_single_runs(base, models(base, four_runs({}), far=0.1), x, exact=1e-4)
 
 
+def test_convolutions_in_bfloat16_autocast():
+    """Frozen and adapted ones: as each run's model, within the rounding of bfloat16."""
+    base, x = base_and_input("cnn")
+    base, x = base.float(), x.float()
+    run_models = models(base, four_runs({}), "conv", far=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = pack(base, run_models)(x)
+        for output, model in zip(outputs, run_models, strict=True):
+            assert relative_error(output.float(), model(x).float()) < 0.03
+
+
 @pytest.mark.parametrize("zeros", [0, 50, 10**9])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "encoder", "convs"])
 def test_runs_of_many_ranks_and_of_one_run(name: str, zeros: int, monkeypatch: pytest.MonkeyPatch):
