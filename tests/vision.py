@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 
 def use_torchvision() -> None:
@@ -33,3 +34,19 @@ def save_images(folder: str, count: int) -> None:
         file = Path(folder, ("cat", "dog")[i % 2], f"{i}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (i, 2 * i, 255 - i)).save(file)
+
+
+def tiny_convnext(folder: str, classes: int = 5, **settings: object) -> nn.Module:
+    """Saves a small ConvNeXt of timm with random weights as timm does, and gives it."""
+    use_torchvision()
+    import timm  # pyright: ignore[reportMissingImports]
+
+    sizes = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "conv_mlp": False, "ls_init_value": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("convnext_atto", num_classes=classes, **sizes, **settings)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return model

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from os import cpu_count
@@ -107,12 +108,7 @@ def _normalization(
     """Size, mean and standard deviation: as given, or the processor's, or ImageNet's with 224."""
     stored: dict[str, Any] = {}
     if processor is not None and None in (size, mean, std):
-        from transformers import ImageProcessingMixin
-
-        try:
-            stored, _ = ImageProcessingMixin.get_image_processor_dict(processor)
-        except OSError:
-            stored = {}  # a model without a processor
+        stored = _stored(processor)
     sides = stored.get("size") or {}
     if isinstance(sides, dict):
         sides = sides.get("shortest_edge") or sides.get("height") or 224
@@ -121,6 +117,30 @@ def _normalization(
         if value is not None and len(value) != 3:
             raise ValueError(f"{name}={value}: must be three numbers, of red, green and blue")
     return size or int(sides), tuple(mean or IMAGENET[0]), tuple(std or IMAGENET[1])
+
+
+def _stored(processor: str) -> dict[str, Any]:
+    """The settings of a model's image processor, or those that timm keeps in its config.json."""
+    from transformers import ImageProcessingMixin
+
+    read = ImageProcessingMixin.get_image_processor_dict
+    if Path(processor).is_file():
+        return {}  # a file of weights
+    try:
+        return read(processor)[0]
+    except OSError as error:
+        if "couldn't connect" in str(error):
+            return {}  # a second look would wait as long for the hub as this one did
+    with suppress(OSError):
+        of_timm = read(processor, image_processor_filename="config.json")[0]
+        of_timm = of_timm.get("pretrained_cfg", of_timm)
+        size = (of_timm.get("input_size") or [None])[-1]
+        return {
+            "image_mean": of_timm.get("mean"),
+            "image_std": of_timm.get("std"),
+            "size": {"height": size},
+        }
+    return {}  # a model without a processor
 
 
 class Pixels:

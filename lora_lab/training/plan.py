@@ -152,10 +152,11 @@ def plan(cfg: Config) -> Plan:
     for key in ("runs_dir", "bases_dir"):
         _check_directory(key, Path(getattr(cfg, key)))
     resolve_component("data", cfg.data, ["phase"])
+    import_target("model", cfg.model)
+    pretrained_base.check_path(cfg.model)
     _call("data", cfg, phase="base")
     data = _call("data", cfg, phase="adapt")
     check_metrics(cfg, data)
-    import_target("model", cfg.model)
     cfg = pretrained_base.with_content(cfg)
     sizes = _sizes(cfg, data)
     resolve_component("model", cfg.model, list(sizes))

@@ -1,7 +1,8 @@
 """A base whose weights lie at model.path: which of them are new, what identifies them, loading.
 
 The module of such a model (models/pretrained.py) has three functions beside the model itself:
-`load_weights`, `new_parameters` and `weight_files`.
+`load_weights`, `new_parameters` and `weight_files`. It may have a fourth, `check_path`, that raises
+ValueError for what can be no path of such a model.
 """
 
 import copy
@@ -30,6 +31,16 @@ LARGE = 50_000_000
 
 _new_parameters: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 """The new parameters of models on the meta device, which several plans share."""
+
+
+def check_path(model: Component) -> None:
+    """Raises ConfigError where model.path can be none, before a hub is asked for it."""
+    module: Any = inspect.getmodule(model.callee)
+    try:
+        if hasattr(module, "check_path"):
+            module.check_path(model.arguments.get("path", ""))
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
 
 
 def with_content(cfg: Config) -> Config:

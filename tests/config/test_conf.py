@@ -27,7 +27,7 @@ from lora_lab.training.plan import plan
 from tests.conftest import SMALL, Lab, only_run
 from tests.text_files import save_rows, save_tokenizer
 from tests.tiny_models import tiny_model
-from tests.vision import save_images, use_torchvision
+from tests.vision import save_images, tiny_convnext, use_torchvision
 
 register()
 OPTIONS = [(group, option) for group, choices in options().items() for option in choices]
@@ -52,6 +52,7 @@ NEEDS = {
     **{("target", option): [EVERYTHING] for option in options()["target"]},
     **{("model", option): ["target=all"] for option in options()["model"]},
     ("model", "pretrained"): PRETRAINED[1:],
+    ("model", "timm"): ["model.path=convnext", "target=all"],
     ("base", "pretrained"): PRETRAINED,
 }
 """What an option cannot do without on a machine with no GPU and no files."""
@@ -75,6 +76,8 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str):
             save_images("images", 40)
     if option in ("pretrained", "docstrings"):
         tiny_model("bert", "bert", "none")
+    if option == "timm":
+        tiny_convnext("convnext")
     cfg = composed(f"{group}={option}", *NEEDS.get((group, option), []))
     assert options()[group][option].endswith(".")
     if (group, option) != ("base", "checkpoint"):
@@ -156,6 +159,8 @@ def test_all_groups_are_listed():
 def test_every_model_fits_every_data_set(data: str, model: str):
     if model == "pretrained":
         tiny_model("bert", "bert", "none")
+    if model == "timm":
+        tiny_convnext("convnext")
     settings = NEEDS["model", model]
     assert plan(composed(f"data={data}", f"model={model}", *settings)).sites
 

@@ -22,6 +22,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from lora_lab import adapters, train
+from lora_lab.adapters import model_call
 from lora_lab.adapters.peft import save_peft
 from lora_lab.config.compose import compose_config, hydra_arguments
 from lora_lab.models.pretrained import HEADS
@@ -29,12 +30,15 @@ from lora_lab.packing.runs import run_pack
 from lora_lab.runs import Run, find_runs
 from lora_lab.training.plan import Plan, plan
 from tests.tiny_models import WORDS, tiny_model
+from tests.vision import save_images, tiny_convnext, use_torchvision
 
 LOSS = {"rtol": 0, "atol": 1e-5}
 WD, LR, EPOCHS, ROWS, BATCH = 0.1, 0.02, 2, 24, 4
 
-TEXT = ("model.head=classification", "data=text", "data.train=rows.jsonl", "data.val=rows.jsonl")
-CAUSAL = ("model.head=language", "data=language", "data.train=rows.jsonl", "data.val=rows.jsonl")
+FILES = ("model=pretrained", "data.train=rows.jsonl", "data.val=rows.jsonl")
+TEXT = ("model.head=classification", *FILES, "data=text")
+CAUSAL = ("model.head=language", *FILES, "data=language")
+IMAGES = ("data=images", "data.train=images", "data.val=images", "data.size=32")
 CASES = {
     "bert": (*TEXT, "also_train=[classifier,bert.pooler]", "target.linear.match=*.query"),
     "roberta": (*TEXT, "also_train=[classifier]", "target.linear.match=[*.query,*.value]"),
@@ -45,10 +49,18 @@ CASES = {
         *("model.head=seq2seq", *CAUSAL[1:], "data.objective=seq2seq", "data.prompt=prompt"),
         *("data.completion=text", "target.linear.match=[*.q,*.v]"),
     ),
+    "vit": (
+        *("model.head=image", "model=pretrained", *IMAGES, "also_train=[classifier]"),
+        "target.linear.match=*_proj",
+    ),
+    "convnext": (
+        *("model.drop_path=0", "model=timm", *IMAGES, "data.input=tensor", "target=[linear,conv]"),
+        *("also_train=[head.fc]", "target.linear.match=*.fc1", "target.conv.match=*downsample.1"),
+    ),
 }
 """Family → what is learned of which data, and where adapters sit."""
 COMMON = (
-    *("name=ours", "model=pretrained", "model.path=model", "base=pretrained", "optimizer=adamw"),
+    *("name=ours", "model.path=model", "base=pretrained", "optimizer=adamw"),
     *(f"optimizer.lr={LR}", f"optimizer.weight_decay={WD}", "optimizer.schedule=constant"),
     *("optimizer.warmup=0", f"data.batch_size={BATCH}", "adapter.alpha=8", "model.dropout=0.0"),
     *(f"trainer.max_epochs={EPOCHS}", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"),
@@ -70,6 +82,19 @@ def write_rows() -> None:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_model(family: str) -> None:
+    """The folder `model`, without the head that classifies, and the images that some learn of."""
+    if family in ("vit", "convnext"):
+        use_torchvision()
+        save_images("images", ROWS)
+    if family == "convnext":
+        tiny_convnext("model")
+        return
+    heads = {"bert": "masked", "roberta": "masked", "t5": "seq2seq", "vit": "none"}
+    change = {"image_size": 32} if family == "vit" else {}
+    tiny_model(family, "model", heads.get(family, "language"), **change)
+
+
 def run_here(*settings: str) -> None:
     sys.argv = ["lora-lab train", *settings]
     train.main()
@@ -86,8 +111,13 @@ def peft_model(run_plan: Plan) -> Any:
     run_plan.attach(model)
     # B starts at zero and PEFT writes it so; what is trained in full is in its modules_to_save.
     save_peft(model, "start")
+    if "head" not in run_plan.cfg.model.arguments:
+        import timm  # pyright: ignore[reportMissingImports]
+
+        base = timm.create_model("local-dir:model", pretrained=True, num_classes=2)
+        return PeftModel.from_pretrained(base, "start", is_trainable=True)
     head = HEADS[run_plan.cfg.model.arguments["head"]]
-    labels = {"num_labels": 3} if head.has_labels else {}
+    labels = {"num_labels": run_plan.data("adapt").sizes["out_features"]} if head.has_labels else {}
     auto = getattr(transformers, head.auto_class)
     base = auto.from_pretrained("model", **labels)
     for module in base.modules():
@@ -118,7 +148,7 @@ def plain_losses(run_plan: Plan, micro_batches: int) -> list[float]:
         for first in range(0, len(batches), micro_batches):
             total, count = torch.zeros(()), 0
             for inputs, targets in batches[first : first + micro_batches]:
-                logits = model(**inputs).logits
+                logits = model_call.logits(model, inputs)
                 flat = logits.reshape(-1, logits.shape[-1])
                 total = total + F.cross_entropy(flat, targets.flatten(), reduction="sum")
                 count += int((targets != -100).sum())
@@ -145,8 +175,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("family", CASES)
 def test_a_run_has_the_losses_of_a_plain_loop_with_peft(family: str, here: Path):
-    head = "none" if "classification" in CASES[family][0] else CASES[family][0].split("=")[1]
-    tiny_model(family, "model", "masked" if family in ("bert", "roberta") else head)
+    write_model(family)
     settings = (*COMMON, *CASES[family], "adapter.r=2")
     run_here(*settings)
     (losses,) = logged_losses()
@@ -155,7 +184,7 @@ def test_a_run_has_the_losses_of_a_plain_loop_with_peft(family: str, here: Path)
 
 @pytest.mark.parametrize("family", ["roberta", "llama"])
 def test_micro_batches_are_one_batch(family: str, here: Path):
-    tiny_model(family, "model", "masked" if family == "roberta" else "language")
+    write_model(family)
     settings = (*COMMON, *CASES[family], "adapter.r=2", "trainer.accumulate_grad_batches=4")
     run_here(*settings)
     (losses,) = logged_losses()
@@ -164,7 +193,7 @@ def test_micro_batches_are_one_batch(family: str, here: Path):
 
 
 def test_two_processes_share_a_padded_batch(here: Path):
-    tiny_model("llama", "model", "language")
+    write_model("llama")
     settings = (*COMMON, *CASES["llama"], "adapter.r=2")
     two = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
     command = [sys.executable, "-m", "lora_lab.train", *settings, *two]
@@ -176,8 +205,7 @@ def test_two_processes_share_a_padded_batch(here: Path):
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_runs_of_a_pack_have_the_losses_of_plain_loops(family: str, here: Path):
-    head = {"bert": "masked", "llama": "language", "t5": "seq2seq"}[family]
-    tiny_model(family, "model", head)
+    write_model(family)
     settings = (*COMMON, *CASES[family])
     plans = [
         planned([*settings, f"adapter.r={r}", f"seed={seed}"])
@@ -193,7 +221,7 @@ def test_runs_of_a_pack_have_the_losses_of_plain_loops(family: str, here: Path):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "t5"])
 def test_generate_is_the_same_adapted_and_merged(family: str, here: Path):
-    tiny_model(family, "model", "seq2seq" if family == "t5" else "language")
+    write_model(family)
     run_plan = planned((*COMMON, *CASES[family], "adapter.r=2"))
     model: Any = run_plan.pretrained_model().eval()
     run_plan.attach(model)
