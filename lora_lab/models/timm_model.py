@@ -8,14 +8,14 @@ import difflib
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_lab.models.pretrained import DType
+DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def timm_model(
