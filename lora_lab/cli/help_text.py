@@ -94,13 +94,22 @@ settings:
   target='*.fc1'         a glob on names; several as target=[linear,'*.proj']
   target.linear.match='body.*'    a named target, narrowed to a glob or a list of globs
   target.linear.exclude='head'    and its own r, alpha, dropout, init; tied=true: a shared weight
-  optimizer.lr=0.001     optimizer.schedule: constant | linear | cosine, optimizer.warmup: a share
+  optimizer.lr=0.001     optimizer.schedule: constant | linear | cosine, optimizer.warmup: a share, or steps
   base.epochs=10         how long the base trains, where base=train
   base.path=FILE         its safetensors file, where base=checkpoint
+  model.path=FOLDER      a folder or hub id of model=pretrained, with base=pretrained
+  model.head=HEAD        classification | language | masked | seq2seq | tokens | image
+  data.train=FILE        of data=text, language, images: a file, a folder or a hub id; data.val
+  data.text=COLUMN       data.label=COLUMN; language: data.prompt data.completion | data.messages
+  also_train=[head]      globs on what trains in full beside the adapters; bias: every bias
+  label_smoothing=0.0    in training; val/loss is plain
+  select=last            the run's result: last | "best val/accuracy"
+  early_stopping=null    {{metric:val/loss,patience:3}}
   spectra.every_n_epochs=10   when ΔW is measured in training; spectra.every_n_steps=N
   spectra.truncation=sites    the loss with ΔW cut to lower ranks: sites | model | none
   spectra.keep=0.99      the share of the gain that the advised ranks keep
-  trainer.max_epochs=10  and every other argument of Lightning's Trainer (a new one as +trainer.x=…)
+  trainer.max_epochs=10  and every other argument of Lightning's Trainer, as max_steps,
+                         val_check_interval (steps), accumulate_grad_batches, precision
   sweep.fail_fast=false  true ends a multirun with its first failure
   hydra.launcher.n_jobs=4    runs at once, with -m and hydra/launcher=joblib; hydra.launcher.KEY
                          sets what the launcher's YAML has. Without one (basic) they run one after
@@ -121,6 +130,9 @@ examples:
   lora-lab train -m adapter.r=1,2,4,8 seed=range(8) hydra/launcher=packed
   lora-lab train -m adapter.r=1,2,4 hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
   lora-lab train experiment=digits adapter=full
+  lora-lab train name=mine model=pretrained model.path=FOLDER model.head=classification
+    base=pretrained data=text data.train=train.jsonl data.val=val.jsonl data.text=text
+    data.label=label 'also_train=[classifier]' target.linear.match='*.query'
 """
 
 
