@@ -36,6 +36,7 @@ bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks.overhead
 	$(BIN)/python -m tests.benchmarks.report
 	$(BIN)/python -m tests.benchmarks.packing
+	$(BIN)/python -m tests.benchmarks.pretrained
 	$(BIN)/python -m tests.benchmarks.memory
 
 clean:
