@@ -1,7 +1,7 @@
 """Step time and memory over MiniLM and GPT-2 (124M, random weights) beside a plain loop with PEFT.
 
-Same weights, factors and batches, LoRA r = 8 on query and value (of GPT-2 the fused c_attn). Ours is
-a run's Trainer with its data, module and optimizer; PEFT's is a loop of forward, backward and AdamW.
+Same weights, factors and batches, LoRA r = 8 on query and value (of GPT-2 the fused c_attn). Ours
+is a run's Trainer with its data, module and optimizer; PEFT's a loop of forward, backward, AdamW.
 They take turns of STEPS steps in one process; the table has the median over the turns of a step's
 processor time and wall time, of all but the first two steps of a turn. Peak memory is that of a
 process of its own for each side. Wanted: time at most 1.02 ×, memory no more.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class StepTimes(pl.Callback):
 
 
 def ours(run_plan: Plan) -> Callable[[], Times]:
-    """A function that trains a run's module for STEPS steps and gives the time at each one's end."""
+    """A function that trains a run's module for STEPS steps and gives when each ended."""
     model = run_plan.pretrained_model()
     run_plan.attach(model)
     save_peft(model, "start")
@@ -130,7 +131,7 @@ def pefts(run_plan: Plan) -> Callable[[], Times]:
 def step_times(turn: Callable[[], Times]) -> Times:
     """How long each step of a turn took, without the first two."""
     ends = turn()[1:]
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends)]
 
 
 def peak(case: str, side: str) -> float:
