@@ -94,7 +94,8 @@ settings:
   target='*.fc1'         a glob on names; several as target=[linear,'*.proj']
   target.linear.match='body.*'    a named target, narrowed to a glob or a list of globs
   target.linear.exclude='head'    and its own r, alpha, dropout, init; tied=true: a shared weight
-  optimizer.lr=0.001     optimizer.schedule: constant | linear | cosine, optimizer.warmup: a share, or steps
+  optimizer.lr=0.001     optimizer.schedule: constant | linear | cosine; optimizer.warmup: a share
+                         of all steps, or a number of them
   base.epochs=10         how long the base trains, where base=train
   base.path=FILE         its safetensors file, where base=checkpoint
   model.path=FOLDER      a folder or hub id of model=pretrained, with base=pretrained
