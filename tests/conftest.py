@@ -20,6 +20,10 @@ SMALL = {
         *("optimizer.lr=0.05", "base.optimizer.lr=0.05", "spectra.every_n_epochs=2"),
     ],
     "digits": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
+    "docs_minilm": [
+        *("data.per_package=8", "data.batch_size=8", "data.max_length=8", "trainer.max_epochs=2"),
+        "spectra.against_base=false",
+    ],
     "digits_rank": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
     "digits_targets": ["base.epochs=2", "trainer.max_epochs=2"],
     "bytes_bigram": [

@@ -77,6 +77,10 @@ class PackedModule(PackValidationModule):
         """The micro-batches of one optimizer step; the last step of an epoch may have fewer."""
         self.micro_batches: list[Batch] = []
         """Those of the coming step, so far."""
+        self.log_interval: int | None = None
+        """Steps between two rows of `train/loss_step`; None: there are none."""
+        self.loss_totals = torch.zeros(1 + len(members), dtype=torch.float64)
+        """The count of all targets trained on since the newest such row, and each run's losses."""
 
     def stack_runs(self, members: Sequence[Member]) -> Pack:
         """One pass of some of the runs, with their parameters stacked, in this module's mode."""
@@ -162,6 +166,17 @@ class PackedModule(PackValidationModule):
         optimizer.step()
         if len(self._losses) >= LOSS_READ_INTERVAL or self.trainer.is_last_batch:
             self._read_losses()
+        if self.log_interval and self.global_step % self.log_interval == 0:
+            self._log_steps()
+
+    def _log_steps(self) -> None:
+        """Logs each run's mean training loss since the row before, and its learning rate."""
+        self._read_losses()
+        count, *loss_sums = self.loss_totals.tolist()
+        self.loss_totals.zero_()
+        for member, loss_sum in zip(self.members, loss_sums, strict=True):
+            lr = self.packed_optimizer.learning_rate(member.module)
+            self._log_row(member, {"train/loss_step": loss_sum / max(count, 1), "lr": lr})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves the gradients as they are: `_backward` makes them those of one mean."""
@@ -227,6 +242,7 @@ class PackedModule(PackValidationModule):
         if self._losses:
             new = torch.column_stack([torch.stack(self._counts), torch.stack(self._losses)])
             self._read.append(new := new.cpu().double())
+            self.loss_totals += new.sum(0)
             self._losses.clear()
             self._counts.clear()
             losses = new[:, 1:] / new[:, :1].clamp(min=1)  # (batches, runs)
@@ -248,7 +264,9 @@ class PackedModule(PackValidationModule):
             raise error
         remaining = [j for j in range(len(self.members) + 1) if j != i]
         self._losses = [losses[remaining] for losses in self._losses]
-        self._read = [read[:, [0, *(1 + j for j in remaining)]] for read in self._read]
+        columns = [0, *(1 + j for j in remaining)]
+        self._read = [read[:, columns] for read in self._read]
+        self.loss_totals = self.loss_totals[columns]
         self._rebuild_passes()
 
     def on_train_epoch_end(self) -> None:

@@ -124,14 +124,22 @@ class PackedOptimizer:
 
     def _group_settings(self, parameter: nn.Parameter, step: int) -> dict[str, Any]:
         """The settings of the group that a run's parameter is in, as a LambdaLR leaves them."""
-        stacked, _ = self.locations[id(parameter)]
-        groups = self.torch_optimizer.param_groups
-        group = next(g for g in groups if any(p is stacked for p in g["params"]))
+        group = self._group_of(parameter)
         settings = {k: v for k, v in group.items() if k not in ("params", "schedule")}
         if schedule := group["schedule"]:
             # A LambdaLR has set the rate of the coming step by now; a pack sets it in that step.
             settings |= {"initial_lr": schedule[0], "lr": self._learning_rate(schedule, step)}
         return settings
+
+    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The parameter group that a run's parameter is in."""
+        stacked, _ = self.locations[id(parameter)]
+        groups = self.torch_optimizer.param_groups
+        return next(g for g in groups if any(p is stacked for p in g["params"]))
+
+    def learning_rate(self, module: LoRAModule) -> float:
+        """The learning rate of a run in the newest step: that of its first parameter group."""
+        return self._group_of(module.optimizer_groups()[0]["params"][0])["lr"]
 
     def load_run_states(self, modules: Sequence[LoRAModule], states: list[dict[str, Any]]) -> None:
         """Writes each run's optimizer state, from a pack or from a run by itself, to the stacks."""

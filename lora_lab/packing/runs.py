@@ -174,6 +174,7 @@ def _train_together(module: PackedModule, members: Sequence[Member], console: Co
     if limit := arguments.get("gradient_clip_val"):
         module.clipping = limit, arguments.get("gradient_clip_algorithm") or "norm"
     module.batches_per_step = arguments.get("accumulate_grad_batches", 1)
+    module.log_interval = arguments.get("log_every_n_steps")
     log.info("packed: %d runs, %d at once", len(members), module.runs_per_pass)
     checkpoint = PackedCheckpoint(members)
     callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(), checkpoint]
