@@ -57,8 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
 }
 """A class of transformers, its config, and what is trained in full beside the adapters."""
-QUICK = ("BertForSequenceClassification", "LlamaForCausalLM", "WhisperForConditionalGeneration")
-QUICK += ("T5ForConditionalGeneration", "ConvNextForImageClassification")
+QUICK = ("BertForSequenceClassification", "ConvNextForImageClassification")
 SLOW = pytest.mark.slow
 """Left out of quick tests: eager attention, and families that are not QUICK."""
 RUNS = (

@@ -67,6 +67,9 @@ COMMON = (
     *("tracking=off", "figures=false", "spectra.truncation=none", "spectra.against_base=false"),
 )
 
+SLOW = pytest.mark.slow
+"""Left out of quick tests: what starts processes, and packs of all families but two."""
+
 
 def write_rows() -> None:
     """Rows of unequal lengths, so that every batch is padded."""
@@ -192,6 +195,7 @@ def test_micro_batches_are_one_batch(family: str, here: Path):
     torch.testing.assert_close(losses, plain_losses(planned(settings), 4), **LOSS)
 
 
+@SLOW
 def test_two_processes_share_a_padded_batch(here: Path):
     write_model("llama")
     settings = (*COMMON, *CASES["llama"], "adapter.r=2")
@@ -203,7 +207,9 @@ def test_two_processes_share_a_padded_batch(here: Path):
     torch.testing.assert_close(losses, plain_losses(planned(settings), 1), **LOSS)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in ("bert", "vit") else SLOW) for f in CASES]
+)
 def test_runs_of_a_pack_have_the_losses_of_plain_loops(family: str, here: Path):
     write_model(family)
     settings = (*COMMON, *CASES[family])
