@@ -11,8 +11,8 @@ from lora_lab.training.modules import Batch
 MAX_SAVED_BYTES_ON_CPU = 2**28
 """Bytes that one pass may save for backward on a CPU: with more, its caches thrash."""
 
-MAX_RUN_BYTES_ON_CPU = 2**24
-"""Bytes that one run may save for backward on a CPU.
+MAX_RUN_BYTES_ON_CPU = 2**26
+"""Bytes that one run may save for backward on a CPU, so that a pass holds at least four.
 
 A run that saves more keeps the CPU busy by itself, and several in one pass are no quicker.
 """

@@ -113,6 +113,19 @@ def _cut(model: nn.Module, site: Site, svd: SVD) -> Adapter:
     return adapter.fill({"A": A, "B": B})
 
 
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """A copy without adapters, over the base's weights and the values trained in full."""
+    bare = copy_sharing_weights(model)
+    adapters.detach(bare)
+    for key, parameter in adapters.also_trained(model).items():
+        path, _, name = key.rpartition(".")
+        weight = bare.get_parameter(key)
+        value = nn.Parameter(parameter.value.detach().to(weight.dtype), requires_grad=False)
+        # Not `weight.copy_`, which would write to the base that the copy shares.
+        bare.get_submodule(path)._parameters[name] = value
+    return bare
+
+
 def cut_losses(
     trainer: pl.Trainer,
     module: BaseModule,
@@ -127,12 +140,9 @@ def cut_losses(
     one pass, as the runs of a pack. Otherwise, and if the model cannot be computed under vmap, each
     cut in turn is written into the weights.
     """
-    # A pack's runs have no values of their own yet for what is trained in full.
-    in_full = adapters.also_trained(module.model)
-    if not in_full and all(map(updates.is_product, updates.sites)):
+    if all(map(updates.is_product, updates.sites)):
         try:
-            bare = copy_sharing_weights(module.model)
-            adapters.detach(bare)
+            bare = _without_adapters(module.model)
             runs = [
                 {n: _cut(bare, s, svds[n].first(ranks[n])) for n, s in updates.sites.items()}
                 for ranks in cuts

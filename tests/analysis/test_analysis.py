@@ -80,6 +80,23 @@ def test_the_truncation_curve_is_that_of_a_plain_loop(lab: Lab, adapter: str):
         assert arrays["truncation/loss"][-1] == pytest.approx(run.last("val/loss"), rel=1e-5)
 
 
+def test_a_cut_leaves_what_trained_in_full(lab: Lab):
+    assert lab("digits", "adapter.r=3", "also_train=[bias]") == 0
+    run = only_run()
+    _, adapted, deltas = trained(run)
+    in_full = {key: p.value for key, p in adapters.also_trained(adapted).items()}
+    assert set(in_full) == {"body.fc1.bias", "head.bias"}
+    with np.load(run.path / "spectra.npz") as arrays:
+        curve = dict(zip(arrays["truncation/ranks"], arrays["truncation/loss"], strict=True))
+    assert "one rank after another" not in (run.path / "log.txt").read_text()
+    base = MLP(64, 10, [16])
+    base.load_state_dict({**adapters.base_state_dict(adapted), **in_full})
+    for k, value in curve.items():
+        by_hand = cut_by_hand(base, deltas, dict.fromkeys(deltas, int(k)))
+        assert value == pytest.approx(by_hand, rel=1e-5)
+    assert curve[max(curve)] == pytest.approx(run.last("val/loss"), rel=1e-5)
+
+
 def test_the_advised_ranks_keep_their_share_and_train(lab: Lab):
     assert lab("digits", "adapter.r=4", "spectra.keep=0.9", "trainer.max_epochs=6") == 0
     run = only_run()
