@@ -79,7 +79,7 @@ class PackedModule(PackValidationModule):
         """Those of the coming step, so far."""
         self.log_interval: int | None = None
         """Steps between two rows of `train/loss_step`; None: there are none."""
-        self.loss_totals = torch.zeros(1 + len(members), dtype=torch.float64)
+        self.step_totals = torch.zeros(1 + len(members), dtype=torch.float64)
         """The count of all targets trained on since the newest such row, and each run's losses."""
 
     def stack_runs(self, members: Sequence[Member]) -> Pack:
@@ -172,8 +172,8 @@ class PackedModule(PackValidationModule):
     def _log_steps(self) -> None:
         """Logs each run's mean training loss since the row before, and its learning rate."""
         self._read_losses()
-        count, *loss_sums = self.loss_totals.tolist()
-        self.loss_totals.zero_()
+        count, *loss_sums = self.step_totals.tolist()
+        self.step_totals.zero_()
         for member, loss_sum in zip(self.members, loss_sums, strict=True):
             lr = self.packed_optimizer.learning_rate(member.module)
             self._log_row(member, {"train/loss_step": loss_sum / max(count, 1), "lr": lr})
@@ -242,7 +242,7 @@ class PackedModule(PackValidationModule):
         if self._losses:
             new = torch.column_stack([torch.stack(self._counts), torch.stack(self._losses)])
             self._read.append(new := new.cpu().double())
-            self.loss_totals += new.sum(0)
+            self.step_totals += new.sum(0)
             self._losses.clear()
             self._counts.clear()
             losses = new[:, 1:] / new[:, :1].clamp(min=1)  # (batches, runs)
@@ -266,7 +266,7 @@ class PackedModule(PackValidationModule):
         self._losses = [losses[remaining] for losses in self._losses]
         columns = [0, *(1 + j for j in remaining)]
         self._read = [read[:, columns] for read in self._read]
-        self.loss_totals = self.loss_totals[columns]
+        self.step_totals = self.step_totals[columns]
         self._rebuild_passes()
 
     def on_train_epoch_end(self) -> None:

@@ -28,10 +28,6 @@ class BaseWeights(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         if merged_adapters(self.model):
             return adapters.base_state_dict(self.model)[key]
-        return self._held(key)
-
-    def _held(self, key: str) -> Tensor:
-        """What the model holds under this key now, ΔW included while it is merged."""
         path, _, name = key.rpartition(".")
         layer = self.model.get_submodule(path)
         # Not by attribute: that of an adapted layer can give W + ΔW.
@@ -48,7 +44,7 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def changed(self) -> list[str]:
         """The keys of tensors that are not what they were, bit for bit."""
-        return [key for key in self if _digest(self._held(key)) != self.digests.get(key)]
+        return [key for key, value in self.items() if _digest(value) != self.digests.get(key)]
 
 
 def _digest(tensor: Tensor) -> str:

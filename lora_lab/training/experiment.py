@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_lab import adapters, report
 from lora_lab.adapters import AdapterError
+from lora_lab.adapters.slots import merged_adapters
 from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates, full_tensor
 from lora_lab.config.components import PretrainedBase
@@ -306,5 +307,5 @@ def _check_merge(trainer: pl.Trainer, trial: Trial) -> None:
     trainer.validate(module, trial.data, verbose=False)
     adapters.unmerge(module.model)
     assert isinstance(trial.base, BaseWeights)
-    if changed := trial.base.changed():
+    if changed := [*merged_adapters(module.model), *trial.base.changed()]:
         raise AdapterError(f"'{changed[0]}' is not the base's any more after merge and unmerge")

@@ -1,6 +1,7 @@
 """Checks that a run is possible before any data is drawn, and builds its parts from its config."""
 
 import inspect
+import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,15 @@ from torch import nn
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, TargetError
 from lora_lab.config.checks import import_target, resolve_component
-from lora_lab.config.schema import CheckpointBase, Config, ConfigError, Lora, Optimizer, TrainedBase
+from lora_lab.config.schema import (
+    CheckpointBase,
+    Config,
+    ConfigError,
+    Full,
+    Lora,
+    Optimizer,
+    TrainedBase,
+)
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, pretrained_base
@@ -24,6 +33,8 @@ from lora_lab.training.loop import TrainingLoop, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
 from lora_lab.training.trainer_checks import check_trainer
+
+log = logging.getLogger(__name__)
 
 NO_OPERATION = nullcontext()
 
@@ -71,6 +82,11 @@ class Plan:
     def pretrained_model(self) -> nn.Module:
         """The model with its pretrained weights, read once, and new parameters drawn."""
         sizes = _sizes(self.cfg, self.data("adapt"))
+        frozen = sorted({*self.new_parameters} - {*self.also_trained})
+        if frozen and not isinstance(self.cfg.adapter, Full):
+            modules = ",".join(sorted({name.rpartition(".")[0] for name in frozen}))
+            log.warning("not in the files, drawn from the seed and frozen: %s", ", ".join(frozen))
+            log.warning("also_train=[%s] trains them", modules)
         return pretrained_base.load(self.cfg, sizes, self.new_parameters, self.base_seed)
 
     @property

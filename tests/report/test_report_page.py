@@ -190,7 +190,9 @@ def _laid_out(folder: Path, width: int, dark: bool) -> dict[str, Any]:
             timeout=100,
         )
         # The browser asks its maker about updates and the time, whatever the page.
-        assert not [r for r in proxy.requests if not re.search(rb"google(apis)?\.com", r)]
+        # Chromium may open a connection ahead of time and send nothing: no host is asked by that.
+        requests = [r for r in proxy.requests if r]
+        assert not [r for r in requests if not re.search(rb"google(apis)?\.com", r)]
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr
     return json.loads(title.group(1))
