@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lora_lab import train
 from lora_lab.cli import main as cli
 from lora_lab.runs import Run, find_runs
 from lora_lab.tracking.tracking import Tracking
+
+# Its first draw reads the constants of all modules that are imported by then, timm's among them.
+settings.register_profile("tests", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 SMALL = {
     "shift": [
