@@ -13,11 +13,12 @@ from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import unstack
 from lora_lab.adapters.trained_in_full import FullParameter
 from lora_lab.data import Data
+from lora_lab.packing.clipping import clip_gradients
 from lora_lab.packing.optimizer import PackedOptimizer, optimizer_settings
 from lora_lab.packing.recorded_step import RecordedStep
 from lora_lab.training.cuts import PackValidationModule
-from lora_lab.training.experiment import Trial
 from lora_lab.training.modules import LOSS_READ_INTERVAL, Batch, DivergedError, LoRAModule
+from lora_lab.training.trial import Trial
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class PackedModule(PackValidationModule):
         self.micro_batches.clear()
         self.packed_optimizer.set_learning_rates(self.global_step)
         if self.clipping is not None:
-            self._clip_gradients(*self.clipping)
+            clip_gradients(self.packs, *self.clipping)
         optimizer.step()
         if len(self._losses) >= LOSS_READ_INTERVAL or self.trainer.is_last_batch:
             self._read_losses()
@@ -208,30 +209,6 @@ class PackedModule(PackValidationModule):
             if parameter.grad is not None:
                 parameter.grad /= divisor
         return torch.stack(sums)
-
-    def _clip_gradients(self, limit: float, algorithm: str) -> None:
-        """Clips each run's gradient, all sites together, to `limit` by its norm, or by value.
-
-        As torch.nn.utils.clip_grad_norm_ and clip_grad_value_ do for one run. Runs 2 and 3 of a
-        pack, stacked on a site, have one gradient A.grad (2, r, in): its two sums of squares are
-        added to entries 2 and 3 of `squared_norms` (runs,).
-        """
-        for pack in self.packs:
-            if algorithm == "value":
-                nn.utils.clip_grad_value_(pack.parameters(), limit)
-                continue
-            gradients = [
-                (slice(start, start + len(p.grad)), p.grad)  # the stack's runs, (runs of it, …)
-                for start, stack in pack.stacks
-                for p in stack.adapter.parameters()
-                if p.grad is not None
-            ]
-            squared_norms = gradients[0][1].new_zeros(len(pack.runs))
-            for runs, gradient in gradients:
-                squared_norms[runs] += gradient.flatten(1).square().sum(1)
-            factors = (limit / (squared_norms.sqrt() + 1e-6)).clamp(max=1)  # (runs,)
-            for runs, gradient in gradients:
-                gradient.mul_(factors[runs].view(-1, *[1] * (gradient.dim() - 1)))
 
     def _read_losses(self) -> Tensor:
         """The epoch so far (batches, 1 + runs): counts, and each run's summed losses.

@@ -18,11 +18,12 @@ from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment
 from lora_lab.training.callbacks.progress import ProgressBar
-from lora_lab.training.experiment import Trial
+from lora_lab.training.finish import finish_run
 from lora_lab.training.modules import DivergedError, LoRAModule
 from lora_lab.training.plan import Plan
 from lora_lab.training.precision import device_type, precision_plugin
 from lora_lab.training.run_record import log_only_to
+from lora_lab.training.trial import Trial, build_trial
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class PackRuns:
         """Does what follows a run's last step, and closes it as finished."""
         with log_only_to(trial.run.path):
             try:
-                experiment.finish_run(trial, console)
+                finish_run(trial, console)
                 self._exits[i].close()
                 del self.open_runs[i]
             except Exception as error:
@@ -114,7 +115,7 @@ def _build_trials(
     data = plans[first].data("adapt")  # in memory once: runs of a pack have the same data.seed
     for i, tracking in open_runs.items():
         plan, run = plans[i], tracking.run
-        trials[i] = experiment.build_trial(plan, models[i], data, run, tracking, base_weights)
+        trials[i] = build_trial(plan, models[i], data, run, tracking, base_weights)
         base_weights = trials[i].base
     return model, trials
 

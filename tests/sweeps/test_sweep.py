@@ -31,7 +31,7 @@ from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import search
 from lora_lab.sweeps.search_space import parse_parameter
 from lora_lab.sweeps.sweep_file import read_sweep
-from lora_lab.training import experiment
+from lora_lab.training import experiment, finish
 from lora_lab.training.plan import plan
 from tests.config.test_conf import composed
 from tests.conftest import SMALL, Lab, command, only_run
@@ -159,7 +159,7 @@ def test_a_grid_goes_on_after_a_failure_and_reports_it(
 
 def fail_run(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> None:
     """The run of that number, from 1, ends with `error` when it is in the middle."""
-    real, real_keep, begun = experiment.run, experiment._save_trained, []
+    real, real_keep, begun = experiment.run, finish._save_trained, []
 
     def run(*arguments: Any) -> Run:
         begun.append(1)
@@ -171,7 +171,7 @@ def fail_run(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> 
         real_keep(*arguments)
 
     monkeypatch.setattr(experiment, "run", run)
-    monkeypatch.setattr(experiment, "_save_trained", keep)
+    monkeypatch.setattr(finish, "_save_trained", keep)
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])

@@ -1,0 +1,130 @@
+"""What follows a run's last step: which weights are the result, the merge check, ΔW's analysis."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from lora_lab import adapters
+from lora_lab.adapters import AdapterError
+from lora_lab.adapters.slots import merged_adapters
+from lora_lab.analysis import findings
+from lora_lab.analysis.updates import Updates, full_tensor
+from lora_lab.runs import process_rank
+from lora_lab.training import precision
+from lora_lab.training.base_weights import BaseWeights
+from lora_lab.training.cuts import cut_losses
+from lora_lab.training.modules import BaseModule
+from lora_lab.training.plan import Plan
+from lora_lab.training.result_files import save_weights
+from lora_lab.training.trial import Trial
+
+
+def finish_run(trial: Trial, console: Console) -> None:
+    """What follows the last step: saves the result, checks that ΔW merges, and analyzes ΔW.
+
+    Where several processes trained the run, the first does this on one device.
+    """
+    plan, module, tracking = trial.plan, trial.module, trial.tracking
+    cfg, spectra_callback = plan.cfg, trial.spectra_callback
+    if not cfg.trains:
+        base_size = adapters.count(module.model).frozen
+        tracking.log({"parameters/trainable": 0, "parameters/base": base_size}, 0)
+        return
+    change = {}
+    if isinstance(module.model, FSDPModule):
+        model = _gather(plan, module)
+        if isinstance(trial.base, BaseWeights):
+            trial.base = BaseWeights(model, trial.base.digests)
+        spectra_callback.updates = Updates(model, trial.base, plan.sites)
+        change = {"accelerator": "cpu"}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if process_rank():
+        return
+    _select(trial)
+    unlogged_trainer = plan.single_device_trainer(None, [], **change)
+    _save_trained(plan.single_device_trainer(tracking, [], **change), trial)
+    updates, arrays = spectra_callback.updates, spectra_callback.arrays()
+    # Written now too, so that the spectra are stored even if the analysis fails.
+    findings.write(trial.run.path, arrays, None)
+    if not plan.sites:
+        return  # nothing but parameters of also_train, which have no ΔW to analyze
+    module.prefix = ""
+    losses = partial(cut_losses, unlogged_trainer, module, trial.data, updates)
+    learned = findings.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
+    findings.write(trial.run.path, {**arrays, **learned.arrays}, learned.advice)
+    assert module.final_step is not None
+    tracking.log_findings(learned.metrics, learned.arrays, int(module.final_step["step"]))
+
+
+def _gather(plan: Plan, module: BaseModule) -> nn.Module:
+    """A new model in CPU memory with the weights that FSDP split over the processes.
+
+    It takes the place of the module's model. All processes must call this.
+    """
+    state = {key: full_tensor(value).cpu() for key, value in module.model.state_dict().items()}
+    model = plan.model()
+    if plan.cfg.freezes_base:
+        plan.attach(model)
+    module.model = model
+    precision.cast(module, plan.cfg.trainer)
+    model.load_state_dict(state)
+    return model
+
+
+def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
+    """Saves the adapters or the model that was trained, and logs parameter and memory counts."""
+    model = trial.module.model
+    cost = adapters.count(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": cost.frozen}
+    if adapters.names(model):
+        _check_merge(trainer, trial)
+        costs["bytes/adapter"] = cost.adapter_bytes
+        costs["bytes/optimizer"] = cost.optimizer_bytes
+        costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
+    saved = save_weights(model, trial.run.path)
+    trial.tracking.log_artifact(saved, saved.name)
+    trial.tracking.log(costs, int(trial.module.step_and_epoch()["step"]))
+
+
+def _select(trial: Trial) -> None:
+    """Logs the best validation. With select=best its weights become the run's result.
+
+    The last weights are kept in adapter_last/ (or model_last/) then. The best validation's row is
+    logged again: the last row of a metric is the result's, for all who read it.
+    """
+    selection, module, tracking = trial.selection, trial.module, trial.tracking
+    assert module.final_step is not None
+    if best := selection.best_row():
+        tracking.log(best, int(module.final_step["step"]))
+    if not selection.weights:
+        return
+    assert selection.best is not None
+    step, epoch = (selection.best.row[name] for name in ("step", "epoch"))
+    if step != module.final_step["step"]:
+        save_weights(module.model, trial.run.path, "_last")
+        module.model.load_state_dict(selection.weights, strict=False)
+        module.final_step = {"step": step, "epoch": epoch}
+        trial.spectra_callback.end_at(epoch, int(step))
+        row = {key: value for key, value in selection.best.row.items() if key != "step"}
+        tracking.log(row, int(step))
+
+
+def _check_merge(trainer: pl.Trainer, trial: Trial) -> None:
+    """Logs the merged model's validation metrics, and checks that unmerging restores the base.
+
+    Raises AdapterError unless each weight of the base is again what it was, bit for bit.
+    """
+    module = trial.module
+    adapters.merge(module.model)
+    module.prefix = "merged/"
+    trainer.validate(module, trial.data, verbose=False)
+    adapters.unmerge(module.model)
+    assert isinstance(trial.base, BaseWeights)
+    if changed := [*merged_adapters(module.model), *trial.base.changed()]:
+        raise AdapterError(f"'{changed[0]}' is not the base's any more after merge and unmerge")

@@ -1,0 +1,71 @@
+"""The parts that one run is trained with, put together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_lab.analysis.updates import Updates
+from lora_lab.config.schema import Lora
+from lora_lab.data import Data
+from lora_lab.runs import CHECKPOINTS, Run
+from lora_lab.tracking.tracking import Tracking
+from lora_lab.training import precision
+from lora_lab.training.base_weights import BaseWeights
+from lora_lab.training.callbacks.checkpoint import Checkpoint
+from lora_lab.training.callbacks.selection import Selection
+from lora_lab.training.callbacks.spectra import SpectraCallback
+from lora_lab.training.modules import BaseModule, LoRAModule
+from lora_lab.training.plan import Plan
+
+
+@dataclass
+class Trial:
+    """The parts of one run that is being trained.
+
+    `module` holds the model with its adapters, `base` the base's weights before the first step,
+    which ΔW is measured from.
+    """
+
+    plan: Plan
+    data: Data
+    run: Run
+    tracking: Tracking
+    module: BaseModule
+    base: Mapping[str, Tensor]
+    spectra_callback: SpectraCallback
+    selection: Selection
+    checkpoint: Checkpoint
+
+
+def build_trial(
+    plan: Plan,
+    model: nn.Module,
+    data: Data,
+    run: Run,
+    tracking: Tracking,
+    base: Mapping[str, Tensor] | None,
+) -> Trial:
+    """Puts together what a run is trained with: its module, spectra callback and checkpoint.
+
+    `model` has its adapters already, if the run has any. `base` is that of another run of a pack,
+    whose model shares its weights with this one.
+    """
+    cfg, outputs = plan.cfg, data.sizes["out_features"]
+    arguments = model, data.task, outputs, cfg.optimizer, "", data.metrics, cfg.label_smoothing
+    if cfg.freezes_base:
+        ratio = cfg.adapter.lr_ratio if isinstance(cfg.adapter, Lora) else 1.0
+        module = LoRAModule(*arguments, lr_ratio=ratio)
+    else:
+        module = BaseModule(*arguments)
+    # Cast before the base is looked at: its file may have other dtypes than training.
+    precision.cast(module, cfg.trainer)
+    if cfg.freezes_base:
+        base = BaseWeights(model, base.digests if isinstance(base, BaseWeights) else None)
+    else:
+        base = {key: value.clone() for key, value in model.state_dict().items()}
+    spectra_callback = SpectraCallback(Updates(model, base, plan.sites), cfg.spectra, tracking)
+    selection = Selection(cfg.select, cfg.early_stopping)
+    folder = run.path / CHECKPOINTS
+    checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
+    return Trial(plan, data, run, tracking, module, base, spectra_callback, selection, checkpoint)
