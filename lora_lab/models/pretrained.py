@@ -4,16 +4,18 @@
 `new_parameters` says which of its parameters no file holds, without reading a weight.
 """
 
-import difflib
-import os
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from lora_lab.models.paths import first_line, nearest_folder
 
 
 @dataclass(frozen=True)
@@ -84,34 +86,27 @@ def pretrained(
 pretrained.path_arguments = ("path",)  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def load_weights(
-    path: str,
-    head: HeadName,
-    out_features: int | None = None,
-    revision: str | None = None,
-    dtype: DType = "float32",
-    attention: Attention | None = None,
-    remote_code: bool = False,
-    gradient_checkpointing: bool = False,
-    dropout: float | None = None,
-    new_head: bool = False,
-) -> nn.Module:
+def load_weights(*positional: Any, **named: Any) -> nn.Module:
     """The model of `pretrained` with the weights that lie at `path`, read once, into one copy.
 
-    The `new_parameters` have values that are to be drawn again. Arguments as `pretrained`'s.
+    The `new_parameters` have values that are to be drawn again. Arguments are `pretrained`'s.
     """
-    config = _config(path, head, out_features, revision, remote_code, dropout)
+    bound = inspect.signature(pretrained).bind(*positional, **named)
+    bound.apply_defaults()
+    chosen = SimpleNamespace(**bound.arguments)
+    asked = chosen.out_features, chosen.revision, chosen.remote_code, chosen.dropout
+    config = _config(chosen.path, chosen.head, *asked)
     with _quiet(), torch.random.fork_rng(devices=[]):  # new parameters are drawn in loading
-        model = _auto_class(head).from_pretrained(
-            path,
+        model = _auto_class(chosen.head).from_pretrained(
+            chosen.path,
             config=config,
-            revision=revision,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            trust_remote_code=remote_code,
-            ignore_mismatched_sizes=new_head,
+            revision=chosen.revision,
+            dtype=getattr(torch, chosen.dtype),
+            attn_implementation=chosen.attention,
+            trust_remote_code=chosen.remote_code,
+            ignore_mismatched_sizes=chosen.new_head,
         )
-    return _prepare(model, gradient_checkpointing).train()
+    return _prepare(model, chosen.gradient_checkpointing).train()
 
 
 def new_parameters(model: nn.Module, path: str, **arguments: Any) -> list[str]:
@@ -162,7 +157,7 @@ def weight_files(path: str, revision: str | None = None) -> list[str]:
             path, None, None, None, None, False, download_kwargs={"revision": revision or "main"}
         )
     except OSError as error:
-        raise ValueError(f"path={path}: {_first_line(error)}") from None
+        raise ValueError(f"path={path}: {first_line(error)}") from None
     return sorted(files or [])
 
 
@@ -201,11 +196,11 @@ def _config_at(path: str, revision: str | None, remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise ValueError(f"path={path}: there is no such folder{_nearest_folder(path)}")
+        raise ValueError(f"path={path}: there is no such folder{nearest_folder(path)}")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         raise ValueError(
             f"path={path}: the folder has no config.json, which transformers' save_pretrained "
-            f"writes{_nearest_folder(path, 'config.json')}"
+            f"writes{nearest_folder(path, 'config.json')}"
         )
     try:
         with _quiet():
@@ -214,15 +209,15 @@ def _config_at(path: str, revision: str | None, remote_code: bool) -> Any:
             )
     except OSError as error:
         raise ValueError(
-            f"path={path}: there is no such folder{_nearest_folder(path)}, and no such model of a "
-            f"hub that can be reached: {_first_line(error)}"
+            f"path={path}: there is no such folder{nearest_folder(path)}, and no such model of a "
+            f"hub that can be reached: {first_line(error)}"
         ) from None
     except (ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"path={path}: it holds Python code, which model.remote_code=true would run"
             ) from None
-        raise ValueError(f"path={path}: no model of transformers: {_first_line(error)}") from None
+        raise ValueError(f"path={path}: no model of transformers: {first_line(error)}") from None
 
 
 def _prepare(model: Any, gradient_checkpointing: bool) -> nn.Module:
@@ -252,8 +247,8 @@ def _reason(error: Exception, config: Any, path: str, head: str, attention: str 
     """Why transformers builds no such model, as `argument=value: rule`."""
     if "Unrecognized configuration class" not in str(error):
         if attention is not None and ("attention" in str(error) or "attn" in str(error)):
-            return f"attention={attention}: {_first_line(error)}"
-        return f"path={path}: {_first_line(error)}"
+            return f"attention={attention}: {first_line(error)}"
+        return f"path={path}: {first_line(error)}"
     known = [name for name in HEADS if type(config) in _auto_class(name)._model_mapping]
     return (
         f"head={head}: {config.model_type} ({path}) has no such head; it has "
@@ -267,22 +262,6 @@ def _name(model: nn.Module) -> str:
 
 def _shape(shape: Any) -> str:
     return " × ".join(map(str, shape))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _nearest_folder(path: str, file: str = "") -> str:
-    """The end of a message: the folder beside or below `path` that is most like it."""
-    parent = Path(path).expanduser().absolute().parent
-    if file:
-        near = [str(Path(path) / p.parent.name) for p in sorted(Path(path).glob(f"*/{file}"))]
-    else:
-        names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        near = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.5)
-        near = [os.path.join(os.path.dirname(path), near[0])] if near else []
-    return f"; nearest: {near[0]}" if near else ""
 
 
 @contextmanager

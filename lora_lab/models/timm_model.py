@@ -4,7 +4,6 @@ The functions are those of models/pretrained.py. Which weights fit, and how thos
 renamed, is decided by timm's own loading.
 """
 
-import difflib
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,9 @@ from unittest.mock import patch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from lora_lab.config.errors import nearest
+from lora_lab.models.paths import first_line, nearest_folder, nearest_path
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -95,11 +97,12 @@ def _compare(model: Any, loaded: dict[str, Tensor], path: str) -> list[str]:
     architecture = model.pretrained_cfg.get("architecture")
     missing = [key for key in state if key not in loaded and not key.startswith(heads)]
     unknown = [key for key in loaded if key not in state and not key.startswith(heads)]
-    for keys, verb in ((missing, "lack"), (unknown, "hold what is not there:")):
+    for keys, problem in ((missing, "is missing"), (unknown, "is no weight of it")):
         if keys:
+            others = f", and {len(keys) - 1} more" if keys[1:] else ""
             raise ValueError(
-                f"path={path}: its weights are not those of {architecture}, they {verb} "
-                f"{keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}"
+                f"path={path}: its weights are not those of {architecture}: "
+                f"{keys[0]} {problem}{others}"
             )
     for key in state.keys() & loaded.keys():
         if state[key].shape != loaded[key].shape:
@@ -130,17 +133,16 @@ def weight_files(path: str, revision: str | None = None) -> list[str]:
         except EntryNotFoundError:
             continue
         except OSError as error:
-            raise ValueError(f"path={path}: {_first_line(error)}") from None
+            raise ValueError(f"path={path}: {first_line(error)}") from None
     raise ValueError(f"path={path}: neither the hub's nor its cache has a model.safetensors")
 
 
 def check_path(path: str) -> None:
     """Raises ValueError where a path is neither a file, nor a model's folder, nor a hub's id."""
     if Path(path).is_dir() and not Path(path, "config.json").exists():
-        near = [str(other.parent) for other in sorted(Path(path).glob("*/config.json"))[:1]]
         raise ValueError(
             f"path={path}: the folder has no config.json, which timm's save_for_hf writes"
-            f"{f'; nearest: {near[0]}' if near else ''}"
+            f"{nearest_folder(path, 'config.json')}"
         )
     if Path(path).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         return
@@ -152,7 +154,7 @@ def check_path(path: str) -> None:
                 f"path={path}: no folder or file; the hub's id of timm's weights of this name is "
                 f"timm/{weights[0]}"
             )
-    near = _nearest_path(path) or _nearest(path, timm.list_models())
+    near = nearest_path(path) or nearest(path, timm.list_models())
     raise ValueError(f"path={path}: no such folder or file, and no hub's id{near}")
 
 
@@ -221,7 +223,7 @@ def _architecture(path: str, name: str | None) -> str:
             f"path={path}: a file; model.name says of which architecture, as model.name=resnet18"
         )
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"name={name}: timm has no such model{_nearest(name, timm.list_models())}")
+        raise ValueError(f"name={name}: timm has no such model{nearest(name, timm.list_models())}")
     return name
 
 
@@ -241,7 +243,7 @@ def _create(path: str, source: str, **arguments: Any) -> Any:
                 raise ValueError(f"{argument}={value}: {path} takes no {key}") from None
         raise
     except (RuntimeError, AssertionError, OSError, ValueError) as error:
-        raise ValueError(f"path={path}: {_first_line(error)}") from None
+        raise ValueError(f"path={path}: {first_line(error)}") from None
 
 
 def _shapes(path: str, file: str) -> dict[str, Tensor]:
@@ -255,7 +257,7 @@ def _shapes(path: str, file: str) -> dict[str, Tensor]:
 
         return load_state_dict(file, device="meta")
     except (SafetensorError, RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"path={path}: {file} cannot be read: {_first_line(error)}") from None
+        raise ValueError(f"path={path}: {file} cannot be read: {first_line(error)}") from None
 
 
 def _timm(path: str) -> Any:
@@ -264,18 +266,3 @@ def _timm(path: str) -> Any:
     import timm  # pyright: ignore[reportMissingImports]
 
     return timm
-
-
-def _nearest(word: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(word, names, n=1)
-    return f"; nearest: {near[0]}" if near else ""
-
-
-def _nearest_path(path: str) -> str:
-    folder = Path(path).parent
-    names = [str(other) for other in folder.iterdir()] if folder.is_dir() else []
-    return _nearest(str(Path(path)), names)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -140,7 +140,7 @@ def test_images_are_normalized_as_the_model_was_trained():
 
 
 BAD = {
-    "folder": ({"path": "./modle"}, r"path=./modle: no such folder or file.*; nearest: model"),
+    "folder": ({"path": "./modle"}, r"path=./modle: no such folder or file.*; nearest: ./model"),
     "name of timm": ({"path": "convnext_ato"}, "path=convnext_ato: .*; nearest: convnext_atto"),
     "hub's id": ({"path": "convnext_atto"}, "id of timm's weights .* timm/convnext_atto.d2_in1k"),
     "no config": (
@@ -160,11 +160,11 @@ BAD = {
     "image size": ({"image_size": 64}, "image_size=64: model takes no img_size"),
     "another": (
         {"path": "model/model.safetensors", "name": "resnet18"},
-        "path=model/.*: its weights are not those of resnet18, they lack conv1.weight and 1",
+        "path=model/.*: its weights are not those of resnet18: conv1.weight is missing, and 1",
     ),
     "other width": (
         {"path": "model/model.safetensors", "name": "convnext_atto"},
-        "path=model/.*: stem.0.bias is 8 in the file, and 40 in convnext_atto|they lack",
+        "path=model/.*: stem.0.bias is 8 in the file, and 40 in convnext_atto|is missing",
     ),
 }
 
