@@ -17,7 +17,7 @@ def parameter_groups(
     With a `ratio` other than 1 the factor that starts at zero (B; of an embedding, A) is a separate
     group that learns at ratio · lr (LoRA+, Hayou et al. 2024). Weight decay is off unless given:
     on A and B it pulls the adapted model toward the base. What is trained in full beside the
-    adapter is a group of its own, the last, with this lr and weight decay.
+    adapter is the last group, with this lr and weight decay.
     """
     groups = groups_of(attached(model).values(), lr, ratio, weight_decay)
     in_full = [parameter.value for parameter in also_trained(model).values()]

@@ -85,7 +85,7 @@ def class_indices(table: Table, name: str, classes: tuple[str, ...]) -> Tensor:
 
 
 def _stored_names(table: Table, name: str) -> tuple[str, ...] | None:
-    """The class names that the table has of its own: those of a ClassLabel column."""
+    """The class names that a ClassLabel column of the table holds."""
     names = getattr(table.rows.features[name], "names", None)
     return tuple(names) if names else None
 

@@ -50,7 +50,7 @@ MAX_RECORDS = 8
 # The constants are the parameters themselves and not copies: the optimizer writes to them in place,
 # so a replay reads their present values. Dropout is recorded as a draw and draws anew each time.
 #
-# Batches of padded text have many lengths. Each shape has a record of its own, up to MAX_RECORDS:
+# Batches of padded text have many lengths. Each shape has another record, up to MAX_RECORDS:
 # the first batch's, and those of shapes that come a second time. Other batches are computed.
 #
 # When a record is not trusted: in a replay the model's own Python code does not run. So

@@ -258,18 +258,9 @@ class LoRAModule(BaseModule):
     A) divided by that of the other (Hayou et al. 2024).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: str,
-        outputs: int,
-        optimizer: Optimizer,
-        prefix: str = "",
-        metrics: Sequence[str] | None = None,
-        label_smoothing: float = 0.0,
-        lr_ratio: float = 1.0,
-    ):
-        super().__init__(model, task, outputs, optimizer, prefix, metrics, label_smoothing)
+    def __init__(self, *arguments: Any, lr_ratio: float = 1.0, **settings: Any):
+        """`arguments` and `settings` are BaseModule's."""
+        super().__init__(*arguments, **settings)
         self.lr_ratio = lr_ratio
 
     def optimizer_groups(self) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class Selection(Callback):
 
     `select` is the config's: `last`, or `best METRIC`. Then the trained weights of the best
     validation so far are held in CPU memory, and are part of a checkpoint. Validations before the
-    first step do not count. In a pack each run has its own, and `observe` is called for it.
+    first step do not count. Runs for which it has an effect are trained in no pack.
     """
 
     def __init__(self, select: str = "last", early_stopping: EarlyStopping | None = None):
