@@ -57,9 +57,9 @@ MAX_RECORDS = 8
 #   - a model that changes its attributes or buffers in the first batch is not recorded
 #     (`_python_state`), nor is one that `make_fx` cannot follow;
 #   - where Python code reads a number of a tensor, as `if mask.all():` does, the record holds for
-#     batches in which that number is the same (`Record.fits`); a batch in which it is another has a
-#     record of its own. A model that reads a number which was drawn, or whose shapes depend on
-#     numbers (`x[mask]`), is not recorded;
+#     batches in which that number is the same (`Record.fits`); for another number there is another
+#     record. A model that reads a number which was drawn, or whose shapes depend on numbers
+#     (`x[mask]`), is not recorded;
 #   - the record's second batch is both computed and replayed, and nothing is recorded any more
 #     where losses or gradients differ (`_compare`).
 # One case is not noticed: a model with state outside of its attributes (a global counter, a list

@@ -185,11 +185,10 @@ def _train_together(module: PackedModule, members: Sequence[Member], console: Co
             for member in members:
                 experiment.log_theory(first.data, member.module.model, member.trial.tracking)
             trainer.validate(module, first.data, verbose=False)
-        experiment.fit(trainer, module, first.data, None)
+        trainer.fit(module, first.data)
     except DivergedError:
         if module.members:
             raise
-    final_step = {"step": float(trainer.global_step), "epoch": float(trainer.current_epoch)}
     for member in module.members:
-        member.module.final_step = final_step
+        member.module.final_step = module.step_and_epoch()
         member.trial.run.update_status(packed=len(members))

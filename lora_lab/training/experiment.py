@@ -95,15 +95,10 @@ def obtain_base(plan: Plan, tracking: Tracking, console: Console) -> bases.Base:
         callbacks = [ProgressBar("base", console), checkpoint]
         length = {**bases.NOT_FOR_BASES, "max_epochs": cfg.base.epochs}
         trainer = plan.single_device_trainer(tracking, callbacks, **length)
-        fit(trainer, module, data, checkpoint.resume_path())
+        trainer.fit(module, data, ckpt_path=checkpoint.resume_path(), weights_only=True)
         return model, tracking.rows[first:]
 
     return bases.obtain(cfg, train_base, tracking.replay)
-
-
-def fit(trainer: pl.Trainer, module: BaseModule, data: Data, checkpoint: Path | None) -> None:
-    """Trains, from a checkpoint if one is given."""
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
 
 def adapt_model(trial: Trial, console: Console) -> None:
@@ -126,7 +121,7 @@ def adapt_model(trial: Trial, console: Console) -> None:
             log_theory(data, module.model, tracking)
         trainer.validate(module, data, verbose=False)
     if cfg.trains:
-        fit(trainer, module, data, checkpoint)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         module.final_step = module.step_and_epoch()
 
 

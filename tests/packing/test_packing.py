@@ -209,6 +209,14 @@ VARIANTS: dict[str, tuple[str, Points, list[str]]] = {
             "optimizer.lr=1",
         ],
     ),
+    "ends within an epoch": (
+        "shift",
+        ranks_and_seeds(1, 2),
+        [
+            *("trainer.max_steps=13", "trainer.val_check_interval=4"),
+            "trainer.log_every_n_steps=3",
+        ],
+    ),
     "accumulated": (
         "shift",
         [*RATES[:2], ["adapter.r=2", "optimizer.lr=0.02", "seed=1"]],
