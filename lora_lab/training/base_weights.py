@@ -1,7 +1,7 @@
 """The weights of a run's base: read where they are in the model with adapters, never copied."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ class BaseWeights(Mapping[str, Tensor]):
         value = layer._buffers[name] if value is None else value
         assert value is not None
         return value.detach()
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """All weights by key, at the cost of one walk through the model."""
+        return adapters.base_state_dict(self.model).items()
 
     def __iter__(self) -> Iterator[str]:
         return (key for key in self.model.state_dict() if not is_adapter_key(key))

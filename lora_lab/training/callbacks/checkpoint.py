@@ -67,7 +67,7 @@ class Checkpoint(Callback):
         """What must be equal to go on from a checkpoint, by its name in a warning."""
         return {
             "config": self.identity,
-            "base": adapters.weights_hash(dict(self.base)) if self.base else "",
+            "base": adapters.weights_hash(dict(self.base.items())) if self.base else "",
             "version of torch": version("torch"),
             "version of lightning": version("lightning"),
         }
