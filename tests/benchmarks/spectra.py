@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 
+import lightning.pytorch as pl
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from lora_lab import train
 from lora_lab.analysis import spectra
-from lora_lab.training import experiment as runner
 from lora_lab.training.callbacks.spectra import SpectraCallback
 
 SIZE = 4096
@@ -55,21 +55,22 @@ def factors(ranks: list[int], repeats: int) -> Table:
 def share(experiment: str, *overrides: str) -> tuple[float, float]:
     """Seconds that SpectraCallback takes of a run's training, and that training's seconds."""
     spent = {"measuring": 0.0, "training": 0.0}
-    measure, fit = SpectraCallback._measure, runner.fit
+    measure, fit = SpectraCallback._measure, pl.Trainer.fit
 
     def timed(key: str, call: Callable) -> Callable:
-        def timed_call(*arguments: object) -> None:
-            spent[key] += seconds(lambda: call(*arguments))
+        def timed_call(*arguments: object, **named: object) -> None:
+            spent[key] += seconds(lambda: call(*arguments, **named))
 
         return timed_call
 
-    SpectraCallback._measure, runner.fit = timed("measuring", measure), timed("training", fit)
+    SpectraCallback._measure = timed("measuring", measure)
+    pl.Trainer.fit = timed("training", fit)
     sys.argv[1:] = [f"experiment={experiment}", *overrides]
     try:
         with redirect_stdout(io.StringIO()):
             train.main()
     finally:
-        SpectraCallback._measure, runner.fit = measure, fit
+        SpectraCallback._measure, pl.Trainer.fit = measure, fit
     return spent["measuring"], spent["training"]
 
 
