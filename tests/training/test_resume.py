@@ -167,7 +167,7 @@ MOMENTS = {
         {},
         8,
     ),
-    "after the last checkpoint": ("lora_lab.training.experiment:_save_trained", {}, 0),
+    "after the last checkpoint": ("lora_lab.training.finish:_save_trained", {}, 0),
     "in the analysis": ("lora_lab.analysis.findings:analyze", {"by": "SIGKILL"}, 0),
     "in the report": ("lora_lab.report:write_run", {}, 0),
 }
