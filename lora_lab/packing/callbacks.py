@@ -70,8 +70,8 @@ class PackedCheckpoint(Checkpoint):
             if path := member.trial.checkpoint.resume_path():
                 content = torch.load(path, "cpu", weights_only=True)
                 member.module.load_state_dict(content["state_dict"], strict=False)
-                spectra_callback = member.trial.spectra_callback
-                spectra_callback.load_state_dict(content["callbacks"][spectra_callback.state_key])
+                for callback in (member.trial.spectra_callback, member.trial.selection):
+                    callback.load_state_dict(content["callbacks"].get(callback.state_key, {}))
                 self.contents[member] = content
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -104,7 +104,10 @@ class PackedCheckpoint(Checkpoint):
 
     def _content(self, member: Member, module: PackedModule, trainer: pl.Trainer) -> dict[str, Any]:
         """What Lightning would write for the run by itself, with the keys in its order."""
-        spectra_callback, run_module = member.trial.spectra_callback, member.module
+        callbacks, run_module = (
+            (member.trial.spectra_callback, member.trial.selection),
+            member.module,
+        )
         optimizer, step = module.packed_optimizer, trainer.global_step
         return {
             "epoch": trainer.current_epoch,
@@ -117,7 +120,7 @@ class PackedCheckpoint(Checkpoint):
                 if is_adapter_key(key)
             },
             "loops": None,
-            "callbacks": {spectra_callback.state_key: spectra_callback.state_dict()},
+            "callbacks": {c.state_key: state for c in callbacks if (state := c.state_dict())},
             "optimizer_states": [optimizer.run_state(run_module, step)],
             "lr_schedulers": optimizer.scheduler_states(run_module, step),
         }

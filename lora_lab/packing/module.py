@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lora_lab.adapters import Adapter, also_trained, attached
@@ -139,7 +140,11 @@ class PackedModule(PackValidationModule):
             pack.eval()
 
     def on_validation_end(self) -> None:
-        """Turns dropout on again: training follows."""
+        """Ends runs that are to stop early, and turns dropout on again: training follows."""
+        # Lightning validates in inference mode, and tensors made in it cannot be trained.
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            with torch.inference_mode(False):
+                self.end_stopped_runs()
         for pack in self.packs:
             pack.train()
 
@@ -234,23 +239,60 @@ class PackedModule(PackValidationModule):
 
     def fail(self, member: Member, error: Exception) -> None:
         """Ends one run as failed; the others go on. Raises its error if no run is left."""
-        i = self.members.index(member)
         member.fail(error)
-        del self.members[i]
+        self._remove(member)
         if not self.members:
             raise error
+
+    def end_stopped_runs(self) -> None:
+        """Ends the runs whose early stopping says so; the others go on.
+
+        For such a run by itself, its epoch and its training would end here.
+        """
+        for member in self._stopped_runs():
+            spectra_callback = member.trial.spectra_callback
+            spectra_callback.on_train_epoch_end(self.trainer, member.module)
+            self._log_epoch([member])
+            spectra_callback.on_train_end(self.trainer, member.module)
+            self._end(member)
+
+    def _stopped_runs(self) -> list[Member]:
+        return [member for member in self.members if member.trial.selection.ends_training]
+
+    def _end(self, member: Member) -> None:
+        """Ends one run's training with the weights that it has; the others go on."""
+        member.module.final_step = self.step_and_epoch()
+        unstack({**member.adapters, **member.in_full})  # or its views would keep the old stacks
+        self._remove(member)
+        self.trainer.should_stop |= not self.members
+
+    def on_train_start(self) -> None:
+        """Ends the runs that were interrupted after early stopping had ended their training."""
+        for member in self._stopped_runs():
+            self._end(member)
+
+    def _remove(self, member: Member) -> None:
+        """Takes a run, and its numbers, out of what the others go on with."""
+        i = self.members.index(member)
+        del self.members[i]
         remaining = [j for j in range(len(self.members) + 1) if j != i]
         self._losses = [losses[remaining] for losses in self._losses]
         columns = [0, *(1 + j for j in remaining)]
         self._read = [read[:, columns] for read in self._read]
         self.step_totals = self.step_totals[columns]
-        self._rebuild_passes()
+        if self.members:
+            self._rebuild_passes()
 
     def on_train_epoch_end(self) -> None:
         """Logs each run's mean training loss of the epoch."""
+        self._log_epoch(self.members)
+
+    def _log_epoch(self, members: Sequence[Member]) -> None:
+        """Logs the mean training loss of the epoch so far of some runs."""
         count, *loss_sums = self._read_losses().sum(0).tolist()
         for member, loss_sum in zip(self.members, loss_sums, strict=True):
-            self._log_row(member, {"train/loss": loss_sum / max(count, 1)})
+            if member in members:
+                self._log_row(member, {"train/loss": loss_sum / max(count, 1)})
 
     def update_metrics(self, first_run: int, outputs: Tensor, targets: Tensor) -> None:
         """Updates each run's metrics with its outputs of a batch, from the run `first_run` on."""
@@ -267,11 +309,15 @@ class PackedModule(PackValidationModule):
             values |= {f"val/{name}": metric.compute().item() for name, metric in metrics}  # pyright: ignore
             for _, metric in metrics:
                 metric.reset()  # pyright: ignore
+            row = {"val/loss": mean.item(), **values}
             try:
                 member.module.check_val_loss(mean)
-                self._log_row(member, {"val/loss": mean.item(), **values})
+                self._log_row(member, row)
             except DivergedError as error:
                 self.fail(member, error)
+                continue
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                member.trial.selection.observe(member.module, row, **self.step_and_epoch())
         self.log("val/loss of the runs, median", means.nanmedian())
 
     def _log_row(self, member: Member, row: dict[str, float]) -> None:

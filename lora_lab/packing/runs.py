@@ -191,4 +191,6 @@ def _train_together(module: PackedModule, members: Sequence[Member], console: Co
             raise
     for member in module.members:
         member.module.final_step = module.step_and_epoch()
-        member.trial.run.update_status(packed=len(members))
+    for member in members:
+        if member.module.final_step:  # else it failed
+            member.trial.run.update_status(packed=len(members))

@@ -42,8 +42,6 @@ def reason_to_run_alone(plan: Plan) -> str | None:
         return f"adapter={cfg.adapter.method} trains no adapter"
     if cfg.spectra.first_step:
         return "spectra.first_step asks for the dense gradients"
-    if cfg.early_stopping or cfg.select != "last":
-        return "early_stopping and select=best are of each run by itself"
     if any(site.tied_to for site in plan.sites):
         return "its adapters are tied"
     if not (module.startswith("torch.optim") and optimizer in ELEMENTWISE_OPTIMIZERS):

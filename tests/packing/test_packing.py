@@ -29,7 +29,7 @@ from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.packs import group_into_packs
 from lora_lab.tracking.tracking import Tracking
-from lora_lab.training import experiment
+from lora_lab.training import experiment, finish
 from lora_lab.training.plan import Plan, plan
 from tests import interrupted_train
 from tests.conftest import SMALL, Lab
@@ -173,6 +173,12 @@ CORES = [
     ["adapter.r=4"],
     ["adapter.r=4", "adapter.alpha=2", "optimizer.lr=0.1"],
 ]
+STOPPED = [[f"optimizer.lr={lr}", f"adapter.r={r}"] for lr, r in ((1, 2), (40, 1), (7, 2), (12, 1))]
+"""The last of 32 steps, an epoch's end, within an epoch (the 28th), another epoch's end."""
+STOPS = [
+    *("adapter=lora_fa", "optimizer=sgd", "trainer.val_check_interval=4"),
+    *("select=best val/loss", "early_stopping={metric: val/loss, patience: 1}"),
+]
 VARIANTS: dict[str, tuple[str, Points, list[str]]] = {
     "shift": ("shift", ranks_and_seeds(1, 2, 4, seeds=2), []),
     "numbers": ("digits", NUMBERS, []),
@@ -217,6 +223,7 @@ VARIANTS: dict[str, tuple[str, Points, list[str]]] = {
             "trainer.log_every_n_steps=3",
         ],
     ),
+    "each ends when it gets no better": ("shift", STOPPED, STOPS),
     "accumulated": (
         "shift",
         [*RATES[:2], ["adapter.r=2", "optimizer.lr=0.02", "seed=1"]],
@@ -473,7 +480,6 @@ RUN_ALONE = {
     "adapter=none": "adapter=none trains no adapter",
     "spectra.first_step=true": "spectra.first_step asks for the dense gradients",
     "optimizer._target_=torch.optim.Adafactor ~optimizer.fused": "torch.optim.Adafactor",
-    "early_stopping={metric:val/loss,patience:2}": "early_stopping and select=best are of each run",
     "trainer.precision=16-mixed": "16-mixed scales the gradients of all runs by one number",
 }
 
@@ -556,6 +562,22 @@ def test_an_interrupted_pack_goes_on_bit_for_bit(
         assert run.status["tries"] == 2
         assert not (run.path / "checkpoints").exists()
         assert_equal(run, other)
+
+
+def test_early_stopping_and_the_best_weights_go_on(monkeypatch: pytest.MonkeyPatch):
+    """Interrupted after two runs have ended, and again when all have."""
+    settings = [*STOPS, *NO_ANALYSIS, "checkpoint_every=0", "trainer.precision=64-true"]
+    expected = train_one_by_one("shift", STOPPED, *settings, root="expected")
+    ends = [max(row["step"] for row in run.rows() if "val/loss" in row) for run in expected]
+    assert ends == [32, 8, 28, 16]
+    run_plans = plans_of("shift", STOPPED, *settings)
+    interrupt_pack(monkeypatch, run_plans, 3 * EPOCH + 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "_save_trained", lambda *_: interrupt())
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run_pack(run_plans, Console(quiet=True))
+    for run, other in zip(train_in_pack("shift", STOPPED, *settings), expected, strict=True):
+        check_same_run(run, other, 1e-10)
 
 
 @pytest.mark.parametrize("how", quick(sorted(RESUMED.keys() - {"dropout"}), ("schedule", "pissa")))

