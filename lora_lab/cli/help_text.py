@@ -100,8 +100,9 @@ settings:
   base.path=FILE         its safetensors file, where base=checkpoint
   model.path=FOLDER      a folder or hub id of model=pretrained, with base=pretrained
   model.head=HEAD        classification | language | masked | seq2seq | tokens | image
-  data.train=FILE        of data=text, language, images: a file, a folder or a hub id; data.val
-  data.text=COLUMN       data.label=COLUMN; language: data.prompt data.completion | data.messages
+  data.train=FILE        of data=text, words, language, images: a file, folder or hub id; data.val
+  data.text=COLUMN       data.label=COLUMN; words: data.words data.labels, columns of lists;
+                         language: data.prompt data.completion | data.messages
   also_train=[head]      globs on what trains in full beside the adapters; bias: every bias
   label_smoothing=0.0    in training; val/loss is plain
   select=last            the run's result: last | "best val/accuracy"

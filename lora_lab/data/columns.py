@@ -1,27 +1,56 @@
-"""Texts, numbers and classes of a table's columns, all checked before anything is trained."""
+"""Texts, numbers, classes and lists of a table's columns, all checked before training."""
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lora_lab.config.schema import nearest
 from lora_lab.data.sources import Table
+from lora_lab.data.tokens import IGNORED
 
 Label = str | int
+
+LabelArgument = Literal["label", "labels"]
+"""The argument that names a column of classes: of one a row, or of a list in each row."""
 
 
 def texts(table: Table, argument: str, name: str) -> list[str]:
     """The texts of a column. Raises ValueError, with the line, where one is missing or blank."""
     values = table.column(argument, name)
     for row, value in enumerate(values):
-        if not isinstance(value, str):
-            what = "missing" if value is None else f"a {type(value).__name__}, not a text"
+        _check_text(table, row, f"'{name}'", value)
+    return values
+
+
+def _check_text(table: Table, row: int, place: str, value: Any) -> None:
+    if not isinstance(value, str):
+        what = "missing" if value is None else f"a {type(value).__name__}, not a text"
+        raise ValueError(f"{table.where(row)}: {place} is {what}")
+    if not value.strip():
+        raise ValueError(f"{table.where(row)}: {place} is an empty text")
+
+
+def words(table: Table, argument: str, name: str) -> list[list[str]]:
+    """The words of each row. Raises ValueError, with the line, where one is missing or blank."""
+    values = lists(table, argument, name)
+    for row, value in enumerate(values):
+        for i, word in enumerate(value, 1):
+            _check_text(table, row, f"word {i} of '{name}'", word)
+    return values
+
+
+def lists(table: Table, argument: str, name: str) -> list[list[Any]]:
+    """The lists of a column. Raises ValueError, with the line, where one is missing or empty."""
+    values = table.column(argument, name)
+    for row, value in enumerate(values):
+        if not isinstance(value, list):
+            what = "missing" if value is None else f"a {type(value).__name__}, not a list"
             raise ValueError(f"{table.where(row)}: '{name}' is {what}")
-        if not value.strip():
-            raise ValueError(f"{table.where(row)}: '{name}' is an empty text")
+        if not value:
+            raise ValueError(f"{table.where(row)}: '{name}' is an empty list")
     return values
 
 
@@ -40,7 +69,9 @@ def numbers(table: Table, name: str) -> Tensor:
     return torch.tensor(values).unsqueeze(1)
 
 
-def class_names(table: Table, name: str, classes: Sequence[Label] | None) -> tuple[str, ...]:
+def class_names(
+    table: Table, name: str, classes: Sequence[Label] | None, argument: LabelArgument = "label"
+) -> tuple[str, ...]:
     """The names of the classes in their order: `classes`, or else what the table says.
 
     That is the names of a ClassLabel column of `datasets`, or the sorted labels. So integers 0 …
@@ -51,33 +82,42 @@ def class_names(table: Table, name: str, classes: Sequence[Label] | None) -> tup
         if len(set(names)) != len(names) or len(names) < 2:
             raise ValueError(f"classes={list(classes)}: must be two or more, all different")
         return names
-    labels = set(_labels(table, name))
+    labels = {label for _, _, label in _labels(table, name, argument)}
     if (stored := _stored_names(table, name)) is not None:
         return stored
     if len(kinds := {isinstance(label, str) for label in labels}) > 1:
-        raise ValueError(f"label={name}: {table.key}={table.path} has both numbers and texts in it")
+        raise ValueError(
+            f"{argument}={name}: {table.key}={table.path} has both numbers and texts in it"
+        )
     names = sorted(labels, key=str if True in kinds else int)
     if len(names) < 2:
-        raise ValueError(f"label={name}: all rows of {table.key}={table.path} are '{names[0]}'")
+        raise ValueError(
+            f"{argument}={name}: all {argument if argument == 'labels' else 'rows'} of"
+            f" {table.key}={table.path} are '{names[0]}'"
+        )
     return tuple(map(str, names))
 
 
-def class_indices(table: Table, name: str, classes: tuple[str, ...]) -> Tensor:
-    """The index in `classes` of each row's label (N,). Raises ValueError for one that has none.
+def class_indices(
+    table: Table, name: str, classes: tuple[str, ...], argument: LabelArgument = "label"
+) -> Tensor:
+    """The index in `classes` of each label (N,). Raises ValueError for one that has none.
 
-    Where no class has an integer label's name, the integer is the index itself.
+    The labels of lists follow each other. Where no class has an integer label's name, the integer
+    is the index itself.
     """
     index_of = {label: i for i, label in enumerate(classes)}
-    labels = _labels(table, name)
-    is_index = all(isinstance(label, int) and str(label) not in index_of for label in set(labels))
+    labels = _labels(table, name, argument)
+    different = {label for _, _, label in labels}
+    is_index = all(isinstance(label, int) and str(label) not in index_of for label in different)
     indices = []
-    for row, label in enumerate(labels):
+    for row, place, label in labels:
         index = label if is_index else index_of.get(str(label))
         if not isinstance(index, int) or not 0 <= index < len(classes):
             shown = ", ".join(classes[:8]) + (", …" if len(classes) > 8 else "")
             origin = "the classes" if table.key == "train" else "the classes of training"
             raise ValueError(
-                f"{table.where(row)}: '{name}' is '{label}', which is not in {origin}"
+                f"{table.where(row)}: {place} is '{label}', which is not in {origin}"
                 f" ({shown}){nearest(label, classes)}"
             )
         indices.append(index)
@@ -85,26 +125,39 @@ def class_indices(table: Table, name: str, classes: tuple[str, ...]) -> Tensor:
 
 
 def _stored_names(table: Table, name: str) -> tuple[str, ...] | None:
-    """The class names that a ClassLabel column of the table holds."""
-    names = getattr(table.rows.features[name], "names", None)
+    """The class names that a ClassLabel column of the table holds, or one of lists of them."""
+    feature = table.rows.features[name]
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of lists, their items'
     return tuple(names) if names else None
 
 
-def _labels(table: Table, name: str) -> list[Label]:
-    """The labels of a column, none of them missing; those of a ClassLabel column by name."""
-    values = table.column("label", name)
+def _labels(table: Table, name: str, argument: LabelArgument) -> list[tuple[int, str, Label]]:
+    """The labels of a column, none of them missing; those of a ClassLabel column by name.
+
+    Before each stand its row, and its place in it for messages.
+    """
+    if argument == "label":
+        values = [(i, f"'{name}'", value) for i, value in enumerate(table.column(argument, name))]
+    else:
+        values = [
+            (row, f"label {i} of '{name}'", value)
+            for row, labels in enumerate(lists(table, argument, name))
+            for i, value in enumerate(labels, 1)
+        ]
     stored = _stored_names(table, name)
-    return [_label(table, row, name, value, stored) for row, value in enumerate(values)]
+    return [(row, place, _label(table, row, place, value, stored)) for row, place, value in values]
 
 
-def _label(table: Table, row: int, name: str, value: Any, stored: tuple[str, ...] | None) -> Label:
+def _label(table: Table, row: int, place: str, value: Any, stored: tuple[str, ...] | None) -> Label:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a CSV's integers beside missing ones
     # Hub sets mark the rows of a test split that has no labels with −1.
     if value is None or value == "" or value != value or (stored and value == -1):
-        raise ValueError(f"{table.where(row)}: '{name}' is missing")
+        raise ValueError(f"{table.where(row)}: {place} is missing")
     if isinstance(value, list | dict | float):
-        raise ValueError(f"{table.where(row)}: '{name}' is {value!r}, a class is a text or integer")
+        raise ValueError(f"{table.where(row)}: {place} is {value!r}, a class is a text or integer")
+    if value == IGNORED:
+        raise ValueError(f"{table.where(row)}: {place} is {value}, which in targets is no class")
     if stored and isinstance(value, int):
         return stored[value]
     return value if isinstance(value, str) else int(value)

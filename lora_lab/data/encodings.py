@@ -6,11 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab.data.tokens import Encoded, TokenRows
+from lora_lab.data.tokens import IGNORED, Encoded, TokenRows, model_inputs
 from lora_lab.seeding import generator
-
-IGNORED = -100
-"""The target of a token that counts for nothing."""
 
 
 def _with_end(tokenizer: Any, ids: list[int]) -> list[int]:
@@ -26,8 +23,7 @@ def _text(tokenizer: Any, texts: list[str], *, max_length: int | None, train_on:
 
 def _masked(tokenizer: Any, texts: list[str], *, max_length: int | None, train_on: str) -> Encoded:
     cut = {"truncation": True, "max_length": max_length} if max_length else {}
-    encoded = tokenizer(texts, **cut)
-    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+    return model_inputs(tokenizer(texts, **cut))
 
 
 def _completion(

@@ -152,18 +152,17 @@ class Language(TableData):
                     f" for {split}"
                 )
             numbers = torch.arange(count)
-        padding = {"input_ids": tokens.pad_id(self.tokenizer)}
+        padding = tokens.padding(self.tokenizer, flat)
         if self.objective == "masked":
-            padding |= {"token_type_ids": 0} if "token_type_ids" in flat else {}
             no_targets = torch.zeros(len(flat["offsets"]) - 1)
             rows = tokens.TokenRows(flat, padding, no_targets, numbers, self.pad_to_multiple)
             is_drawn_anew = split == "train"
             key = (self.seed, self.phase, "masks", split)
             return encodings.MaskedRows(rows, self.tokenizer, self.mask_share, key, is_drawn_anew)
         flat |= {"targets": encodings.next_tokens(flat)}
-        if not (flat["targets"] != encodings.IGNORED).any():
+        if not (flat["targets"] != tokens.IGNORED).any():
             raise ValueError(f"max_length={self.max_length}: no token to learn is left in any row")
-        padding |= {"targets": encodings.IGNORED}
+        padding |= {"targets": tokens.IGNORED}
         return tokens.TokenRows(flat, padding, None, numbers, self.pad_to_multiple)
 
     def _tokens(
@@ -192,7 +191,7 @@ class Language(TableData):
         }
         multiple = self.pad_to_multiple
         no_targets = torch.zeros(len(encoder["offsets"]) - 1)
-        padding = {"targets": encodings.IGNORED, "decoder_input_ids": pad}
+        padding = {"targets": tokens.IGNORED, "decoder_input_ids": pad}
         return encodings.PairRows(
             tokens.TokenRows(encoder, {"input_ids": pad}, no_targets, numbers, multiple),
             tokens.TokenRows(decoder, padding, None, numbers, multiple),

@@ -91,8 +91,7 @@ class Text(TableData):
         settings = {"max_length": self.max_length}
         encode = partial(_encode, self.tokenizer, **settings)
         flat = tokens.tokenize(source.path, texts, self.tokenizer, settings, encode)
-        padding = {"input_ids": tokens.pad_id(self.tokenizer), "token_type_ids": 0}
-        padding = {name: padding[name] for name in padding if name in flat}
+        padding = tokens.padding(self.tokenizer, flat)
         return tokens.TokenRows(flat, padding, targets, numbers, self.pad_to_multiple)
 
 
@@ -121,4 +120,4 @@ def _encode(tokenizer: Any, *texts: list[str], max_length: int | None) -> tokens
         max_length=max_length,
         return_attention_mask=False,
     )
-    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+    return tokens.model_inputs(encoded)

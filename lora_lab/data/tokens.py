@@ -22,6 +22,9 @@ from lora_lab.data.sources import cache_folder
 
 log = logging.getLogger(__name__)
 
+IGNORED = -100
+"""The target of a token that counts for nothing."""
+
 Encoded = dict[str, list[list[int]]]
 """A list of numbers for each text, by name: `input_ids` and what else the tokenizer gives."""
 
@@ -62,6 +65,12 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
+def padding(tokenizer: Any, flat: dict[str, Tensor]) -> dict[str, int]:
+    """What fills the short rows of a batch, for each of a model's inputs that `flat` has."""
+    numbers = {"input_ids": pad_id(tokenizer), "token_type_ids": 0}
+    return {name: number for name, number in numbers.items() if name in flat}
+
+
 @lru_cache(maxsize=4)
 def description(tokenizer: Any) -> Any:
     """All that decides a tokenizer's ids, to be hashed."""
@@ -70,6 +79,11 @@ def description(tokenizer: Any) -> Any:
     else:
         content = content_hash(tokenizer.name_or_path, kind="tokenizer")
     return [type(tokenizer).__name__, content, str(tokenizer.special_tokens_map)]
+
+
+def model_inputs(encoded: Any) -> Encoded:
+    """What a model takes of a tokenizer's output, without the mask, which comes with padding."""
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
 
 
 def tokenize(

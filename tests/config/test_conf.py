@@ -25,7 +25,7 @@ from lora_lab.sweeps.launchers.register import register
 from lora_lab.training import bases
 from lora_lab.training.plan import plan
 from tests.conftest import SMALL, Lab, only_run
-from tests.text_files import save_rows, save_tokenizer
+from tests.text_files import save_jsonl, save_rows, save_tokenizer
 from tests.tiny_models import tiny_model
 from tests.vision import save_images, tiny_convnext, use_torchvision
 
@@ -35,12 +35,13 @@ PRETRAINED = ["model=pretrained", "model.path=bert", "model.head=classification"
 """A model whose weights lie in files, which a test has to write."""
 EVERYTHING = "model._target_=tests.all_layer_kinds.AllLayerKinds"
 TEXTS = ["data.train=train.jsonl", "data.base=train.jsonl", "data.tokenizer=tokenizer"]
-FROM_FILES = ("text", "language", "images", "docstrings")
+FROM_FILES = ("text", "words", "language", "images", "docstrings")
 """Data sets that read a user's files, or a tokenizer's."""
 NEEDS = {
     ("trainer", "gpu"): ["trainer.accelerator=cpu"],
     ("base", "checkpoint"): ["base.path=base.safetensors"],
     ("data", "text"): [*TEXTS, "+model.in_features=4"],
+    ("data", "words"): [*TEXTS, "+model.in_features=4"],
     ("data", "language"): [*TEXTS, "+model.in_features=4"],
     ("data", "docstrings"): [*PRETRAINED, "base=pretrained", "data.tokenizer=tokenizer"],
     ("data", "images"): [
@@ -71,6 +72,8 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str):
     if group == "data" and option in FROM_FILES:
         save_rows("train.jsonl", 40)
         save_tokenizer("tokenizer")
+        if option == "words":
+            save_jsonl("train.jsonl", [{"words": ["a", "film"], "labels": ["O", "B"]}] * 40)
         if option == "images":
             use_torchvision()
             save_images("images", 40)

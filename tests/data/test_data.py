@@ -86,7 +86,7 @@ def same(one, two) -> bool:
 
 
 def test_the_table_has_every_data_set():
-    assert {*EVERY, "docstrings", "images", "language", "text"} == {*options()["data"]}
+    assert {*EVERY, "docstrings", "images", "language", "text", "words"} == {*options()["data"]}
 
 
 @pytest.mark.parametrize("make", list(EVERY.values()), ids=list(EVERY))

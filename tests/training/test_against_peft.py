@@ -43,6 +43,10 @@ CAUSAL = ("model.head=language", *FILES, "data=language")
 IMAGES = ("data=images", "data.train=images", "data.val=images", "data.size=32")
 CASES = {
     "bert": (*TEXT, "also_train=[classifier,bert.pooler]", "target.linear.match=*.query"),
+    "bert words": (
+        *("model.head=tokens", *FILES, "data=words", "data.labels=tags"),
+        *("also_train=[classifier]", "target.linear.match=*.query"),
+    ),
     "roberta": (*TEXT, "also_train=[classifier]", "target.linear.match=[*.query,*.value]"),
     "gpt2": (*CAUSAL, "data.prompt=prompt", "data.completion=text", "target.linear.match=*c_attn"),
     "llama": (*CAUSAL, "data.text=text", "target.linear.match=[*q_proj,*v_proj]"),
@@ -60,7 +64,7 @@ CASES = {
         *("also_train=[head.fc]", "target.linear.match=*.fc1", "target.conv.match=*downsample.1"),
     ),
 }
-"""Family → what is learned of which data, and where adapters sit."""
+"""Family, and the data where it has two → what is learned of which data, and where adapters sit."""
 COMMON = (
     *("name=ours", "model.path=model", "base=pretrained", "optimizer=adamw"),
     *(f"optimizer.lr={LR}", f"optimizer.weight_decay={WD}", "optimizer.schedule=constant"),
@@ -80,15 +84,19 @@ def write_rows() -> None:
     def text(row: int, step: int) -> str:
         return " ".join(words[(row * step + i * i) % len(words)] for i in range(2 + row * step % 7))
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": text(i, 3), "prompt": text(i, 2), "label": ("no", "yes", "maybe")[i % 3]}
         for i in range(ROWS)
     ]
+    for row in rows:
+        row["words"] = row["text"].split()
+        row["tags"] = ["name" if "s" in word else "other" for word in row["words"]]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_model(family: str) -> None:
     """The folder `model`, without the head that classifies, and the images that some learn of."""
+    family = family.removesuffix(" words")
     if family in ("vit", "convnext"):
         use_torchvision()
         save_images("images", ROWS)
