@@ -53,6 +53,9 @@ def _watching_class(
             slot: Any = layer._modules.get("lora")
             if weight is None or slot is None or layer.__dict__.get("_being_copied"):
                 return weight
+            # FSDP takes its parameters from here, as DTensors, and would train W + ΔW as the base.
+            if hasattr(weight, "device_mesh"):
+                return weight
             for adapter in slot.active_adapters():
                 if adapter.parameter == name and adapter.kind in KINDS_ON_READING:
                     weight = adapter(weight)

@@ -57,9 +57,6 @@ def _check_fsdp(cfg: Config) -> None:
     """Raises ConfigError for settings that need a weight as one tensor in each process."""
     if isinstance(cfg.adapter, Lora) and cfg.adapter.dora:
         raise ConfigError("adapter.dora=true: not with trainer=fsdp")
-    if cfg.also_train and cfg.freezes_base:
-        # With FSDP2, losses and the base's own values were seen to differ from those of one device.
-        raise ConfigError(f"also_train={cfg.also_train}: not with trainer=fsdp; trainer=ddp can")
     if cfg.spectra.first_step:
         raise ConfigError("spectra.first_step=true: not with trainer=fsdp")
     if cfg.trainer.model_dump()["precision"] == "64-true":

@@ -61,7 +61,7 @@ Times = list[tuple[float, float]]
 def prepare(case: str) -> Plan:
     """Writes the weights and the rows into this folder, and plans the run."""
     words = WORDS.split()
-    texts = [" ".join(words[i * j % 23] for j in range(70)) for i in range(400)]
+    texts = [" ".join(words[i * j % len(words)] for j in range(70)) for i in range(400)]
     rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not Path("model").exists() and case == "gpt2":

@@ -28,6 +28,7 @@ CASES = {
     "validation sets of odd sizes": ("shift", "data.samples=257"),
     "accuracy": ("digits", "adapter.r=2"),
     "all kinds of layers": ("digits_targets", "target=all", "adapter.r=2"),
+    "biases and a layer in full": ("digits", "adapter.r=2", "also_train=[bias]"),
     "full fine-tuning": ("digits", "adapter=full"),
     "all rows at each step": ("planted_conv", "adapter.r=2"),
     "a transformer": ("bytes_lm", "adapter.r=2", "data.batch_size=16", "target=all"),
