@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise, repeat
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -92,7 +92,8 @@ class Data(pl.LightningDataModule, ABC):
         if (rows := self.batch_size or len(self.train)) % count:
             raise ValueError(f"{rows} rows a batch cannot be shared evenly by {count} processes")
         if self.batch_size is None:
-            return _loader(self.train, [_process_share(slice(0, rows), *process)] * self.steps)
+            share = _process_share(slice(0, rows), *process)
+            return _loader(self.train, SameBatch(share, self.steps))
         draws = (self.distinct_rows_in, (self.seed, self.phase, "order"))
         batches = Batches(len(self.train), rows, *draws, *process)
         batches.drawn_rows = self.train if hasattr(self.train, "epoch") else None
@@ -130,7 +131,29 @@ def _process_share(batch: slice, process_rank: int, processes: int) -> slice:
     return slice(batch.start + start, batch.start + stop)
 
 
-class Batches(Sampler[Tensor]):
+class EpochSampler(Sampler[Any], ABC):
+    """Sampler of an epoch's batches, of which the first are left out where training is resumed."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        """How many batches the next epoch leaves out; those after it leave out none."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[Tensor | slice]:
+        """All of an epoch's batches, each the indices of its rows."""
+
+    def skip(self, batches: int) -> None:
+        """Leaves out the first `batches` of the next epoch. The others are what they would be."""
+        self.skipped = batches
+
+    # A generator, so that `skipped` is read as late as the epoch's first batch: when the Trainer's
+    # loop says where to begin, it has the DataLoader's iterator already.
+    def __iter__(self) -> Iterator[Any]:
+        skipped, self.skipped = self.skipped, 0
+        yield from islice(self.batches(), skipped, None)
+
+
+class Batches(EpochSampler):
     """Sampler of the row indices of an epoch's ⌊rows / batch_size⌋ batches, none of them partial.
 
     `rows` is the size of the training set, `distinct_in` as `Data.distinct_rows_in`. The draws are
@@ -147,6 +170,7 @@ class Batches(Sampler[Tensor]):
         process_rank: int = 0,
         processes: int = 1,
     ):
+        super().__init__()
         self.rows, self.batch_size = rows, batch_size
         self.distinct_in, self.seed_key = distinct_in, seed_key
         self.share = _process_share(slice(0, batch_size), process_rank, processes)
@@ -163,7 +187,8 @@ class Batches(Sampler[Tensor]):
     def __len__(self) -> int:
         return self.rows // self.batch_size
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[Tensor]:
+        """An epoch's batches, drawn from the seed."""
         rng = generator(*self.seed_key, self.epoch)
         # All processes draw the full batch, so that their streams agree, and take their share.
         if self.distinct_in == "epoch":
@@ -172,3 +197,18 @@ class Batches(Sampler[Tensor]):
         else:
             for _ in range(len(self)):
                 yield torch.randperm(self.rows, generator=rng)[self.share]
+
+
+class SameBatch(EpochSampler):
+    """Sampler that gives one batch, of consecutive `rows`, `steps` times an epoch."""
+
+    def __init__(self, rows: slice, steps: int):
+        super().__init__()
+        self.rows, self.steps = rows, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def batches(self) -> Iterator[slice]:
+        """The same rows, `steps` times."""
+        return repeat(self.rows, self.steps)

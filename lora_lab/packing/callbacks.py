@@ -9,7 +9,7 @@ import torch
 
 from lora_lab.adapters.files import is_adapter_key
 from lora_lab.packing.module import Member, PackedModule
-from lora_lab.training.callbacks.checkpoint import Checkpoint
+from lora_lab.training.callbacks.checkpoint import Checkpoint, load_losses
 from lora_lab.training.modules import DivergedError
 
 
@@ -52,11 +52,11 @@ class EachRun(pl.Callback):
 #   - `setup` and `on_save_checkpoint` do nothing, since the pack itself is never saved or loaded;
 #   - `__init__` loads each run's weights, and later hooks its loop counters and optimizer state,
 #     in place of Trainer.fit's ckpt_path, which knows one file for one module.
-# When an epoch is to be saved, and the random streams, are Checkpoint's own affair.
+# When a checkpoint is due, and the random streams, are Checkpoint's own affair.
 class PackedCheckpoint(Checkpoint):
     """Saves each run of a pack in its own directory, and resumes each from there.
 
-    The runs' checkpoints are all of one epoch, or none has one.
+    The runs' checkpoints are all of one place in training, or none has one.
     """
 
     def __init__(self, members: Sequence[Member]):
@@ -70,17 +70,20 @@ class PackedCheckpoint(Checkpoint):
             if path := member.trial.checkpoint.resume_path():
                 content = torch.load(path, "cpu", weights_only=True)
                 member.module.load_state_dict(content["state_dict"], strict=False)
-                for callback in (member.trial.spectra_callback, member.trial.selection):
-                    callback.load_state_dict(content["callbacks"].get(callback.state_key, {}))
+                load_losses(member.module, content)
+                for callback in _callbacks(member):
+                    if state := content["callbacks"].get(callback.state_key):
+                        callback.load_state_dict(state)
                 self.contents[member] = content
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Does nothing: the pack itself is neither saved nor loaded."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sets Lightning's loops to the epoch that the runs resume from."""
+        """Sets Lightning's loops to the batch that the runs resume from."""
+        assert isinstance(pl_module, PackedModule)
         if self.contents:
-            self.on_load_checkpoint(trainer, pl_module, next(iter(self.contents.values())))
+            self.set_counts(trainer, pl_module, next(iter(self.contents.values()))["lora_lab"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Loads each run's optimizer state into the stacks, which exist by now."""
@@ -92,11 +95,12 @@ class PackedCheckpoint(Checkpoint):
             pl_module.packed_optimizer.load_run_states([m.module for m in members], states)
 
     def on_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: `_save_epoch` calls this hook of each run's own checkpoint."""
+        """Does nothing: `_save` calls this hook of each run's own checkpoint."""
 
-    def _save_epoch(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
         assert isinstance(module, PackedModule)
+        module.read_new_losses()
         for member in module.members:
             content = self._content(member, module, trainer)
             member.trial.checkpoint.on_save_checkpoint(trainer, member.module, content)
@@ -104,11 +108,7 @@ class PackedCheckpoint(Checkpoint):
 
     def _content(self, member: Member, module: PackedModule, trainer: pl.Trainer) -> dict[str, Any]:
         """What Lightning would write for the run by itself, with the keys in its order."""
-        callbacks, run_module = (
-            (member.trial.spectra_callback, member.trial.selection),
-            member.module,
-        )
-        optimizer, step = module.packed_optimizer, trainer.global_step
+        run_module, optimizer, step = member.module, module.packed_optimizer, trainer.global_step
         return {
             "epoch": trainer.current_epoch,
             "global_step": step,
@@ -120,7 +120,16 @@ class PackedCheckpoint(Checkpoint):
                 if is_adapter_key(key)
             },
             "loops": None,
-            "callbacks": {c.state_key: state for c in callbacks if (state := c.state_dict())},
+            "callbacks": {
+                c.state_key: state for c in _callbacks(member) if (state := c.state_dict())
+            },
             "optimizer_states": [optimizer.run_state(run_module, step)],
             "lr_schedulers": optimizer.scheduler_states(run_module, step),
         }
+
+
+def _callbacks(member: Member) -> list[pl.Callback]:
+    """A run's callbacks that remember something, in the order that they have in a run by itself."""
+    trial = member.trial
+    callbacks = (trial.spectra_callback, trial.selection, trial.step_log)
+    return [callback for callback in callbacks if callback]

@@ -79,10 +79,6 @@ class PackedModule(PackValidationModule):
         """The micro-batches of one optimizer step; the last step of an epoch may have fewer."""
         self.micro_batches: list[Batch] = []
         """Those of the coming step, so far."""
-        self.log_interval: int | None = None
-        """Steps between two rows of `train/loss_step`; None: there are none."""
-        self.step_totals = torch.zeros(1 + len(members), dtype=torch.float64)
-        """The count of all targets trained on since the newest such row, and each run's losses."""
 
     def stack_runs(self, members: Sequence[Member]) -> Pack:
         """One pass of some of the runs, with their parameters stacked, in this module's mode."""
@@ -171,18 +167,19 @@ class PackedModule(PackValidationModule):
             clip_gradients(self.packs, *self.clipping)
         optimizer.step()
         if len(self._losses) >= LOSS_READ_INTERVAL or self.trainer.is_last_batch:
-            self._read_losses()
-        if self.log_interval and self.global_step % self.log_interval == 0:
+            self.read_new_losses()
+        step_log = self.members[0].trial.step_log  # all runs have one interval
+        if step_log and self.global_step % step_log.interval == 0:
             self._log_steps()
 
     def _log_steps(self) -> None:
         """Logs each run's mean training loss since the row before, and its learning rate."""
-        self._read_losses()
-        count, *loss_sums = self.step_totals.tolist()
-        self.step_totals.zero_()
-        for member, loss_sum in zip(self.members, loss_sums, strict=True):
-            lr = self.packed_optimizer.learning_rate(member.module)
-            self._log_row(member, {"train/loss_step": loss_sum / max(count, 1), "lr": lr})
+        self.read_new_losses()
+        for member in self.members:
+            step_log = member.trial.step_log
+            assert step_log is not None
+            step_log.lr = self.packed_optimizer.learning_rate(member.module)
+            step_log.on_train_batch_end(self.trainer, member.module)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves the gradients as they are: `_backward` makes them those of one mean."""
@@ -215,27 +212,28 @@ class PackedModule(PackValidationModule):
                 parameter.grad /= divisor
         return torch.stack(sums)
 
-    def _read_losses(self) -> Tensor:
-        """The epoch so far (batches, 1 + runs): counts, and each run's summed losses.
+    def read_new_losses(self) -> None:
+        """Gives each run's module its losses that are still on the device.
 
         Fails the runs whose losses are not finite.
         """
-        batches_before = sum(map(len, self._read))
-        if self._losses:
-            new = torch.column_stack([torch.stack(self._counts), torch.stack(self._losses)])
-            self._read.append(new := new.cpu().double())
-            self.step_totals += new.sum(0)
-            self._losses.clear()
-            self._counts.clear()
-            losses = new[:, 1:] / new[:, :1].clamp(min=1)  # (batches, runs)
-            # Backwards, since a run that fails leaves `members`: the places before it stay right.
-            for i in (~losses.isfinite().all(0)).nonzero().flatten().tolist()[::-1]:
+        if not self._losses:
+            return
+        # (batches, 1 + runs): counts, and each run's summed losses
+        new = torch.column_stack([torch.stack(self._counts), torch.stack(self._losses)])
+        new = new.cpu().double()
+        self._losses.clear()
+        self._counts.clear()
+        losses = new[:, 1:] / new[:, :1].clamp(min=1)  # (batches, runs)
+        are_finite = losses.isfinite().all(0).tolist()
+        self.train_loss = losses[-1].nanmedian().item()
+        for i, member in enumerate(list(self.members)):  # a copy: a run that fails leaves the list
+            member.module.add_losses(new[:, [1 + i, 0]].T)
+            if not are_finite[i]:
                 try:
-                    self.members[i].module.check_losses(losses[:, i], batches_before)
+                    member.module.check_losses(losses[:, i])
                 except DivergedError as error:
-                    self.fail(self.members[i], error)
-            self.train_loss = losses[-1].nanmedian().item()
-        return torch.cat(self._read)
+                    self.fail(member, error)
 
     def fail(self, member: Member, error: Exception) -> None:
         """Ends one run as failed; the others go on. Raises its error if no run is left."""
@@ -249,10 +247,11 @@ class PackedModule(PackValidationModule):
 
         For such a run by itself, its epoch and its training would end here.
         """
+        self.read_new_losses()
         for member in self._stopped_runs():
             spectra_callback = member.trial.spectra_callback
             spectra_callback.on_train_epoch_end(self.trainer, member.module)
-            self._log_epoch([member])
+            self._log_row(member, {"train/loss": member.module.epoch_loss.item()})
             spectra_callback.on_train_end(self.trainer, member.module)
             self._end(member)
 
@@ -277,22 +276,15 @@ class PackedModule(PackValidationModule):
         del self.members[i]
         remaining = [j for j in range(len(self.members) + 1) if j != i]
         self._losses = [losses[remaining] for losses in self._losses]
-        columns = [0, *(1 + j for j in remaining)]
-        self._read = [read[:, columns] for read in self._read]
-        self.step_totals = self.step_totals[columns]
         if self.members:
             self._rebuild_passes()
 
     def on_train_epoch_end(self) -> None:
-        """Logs each run's mean training loss of the epoch."""
-        self._log_epoch(self.members)
-
-    def _log_epoch(self, members: Sequence[Member]) -> None:
-        """Logs the mean training loss of the epoch so far of some runs."""
-        count, *loss_sums = self._read_losses().sum(0).tolist()
-        for member, loss_sum in zip(self.members, loss_sums, strict=True):
-            if member in members:
-                self._log_row(member, {"train/loss": loss_sum / max(count, 1)})
+        """Logs each run's mean training loss of the epoch, and forgets it."""
+        self.read_new_losses()
+        for member in self.members:
+            self._log_row(member, {"train/loss": member.module.epoch_loss.item()})
+            member.module.epoch_totals = torch.zeros_like(member.module.epoch_totals)
 
     def update_metrics(self, first_run: int, outputs: Tensor, targets: Tensor) -> None:
         """Updates each run's metrics with its outputs of a batch, from the run `first_run` on."""

@@ -17,6 +17,7 @@ from lora_lab.packing.module import Member, PackedModule
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment
+from lora_lab.training.callbacks.checkpoint import Place
 from lora_lab.training.callbacks.progress import ProgressBar
 from lora_lab.training.finish import finish_run
 from lora_lab.training.modules import DivergedError, LoRAModule
@@ -41,7 +42,7 @@ def run_pack(plans: Sequence[Plan], console: Console) -> list[Exception | None]:
             pack_runs.begin(i, plan)
         if pack_runs.open_runs:
             model, trials = _build_trials(plans, pack_runs.open_runs, console)
-            for group in _groups_by_epoch(trials):
+            for group in _groups_by_place(trials):
                 _train(model, group, pack_runs, console)
                 for i in [i for i in group if i in pack_runs.open_runs]:
                     pack_runs.finish(i, trials[i], console)
@@ -120,16 +121,16 @@ def _build_trials(
     return model, trials
 
 
-def _groups_by_epoch(trials: Mapping[int, Trial]) -> list[dict[int, Trial]]:
-    """The runs in groups that resume from the same epoch, as only such can train together."""
-    groups: dict[int, dict[int, Trial]] = {}
+def _groups_by_place(trials: Mapping[int, Trial]) -> list[dict[int, Trial]]:
+    """The runs in groups that resume from the same batch, as only such can train together."""
+    groups: dict[Place, dict[int, Trial]] = {}
     for i, trial in trials.items():
-        groups.setdefault(trial.checkpoint.resume_epoch(), {})[i] = trial
+        groups.setdefault(trial.checkpoint.resume_place(), {})[i] = trial
     return list(groups.values())
 
 
 def _train(model: nn.Module, trials: Mapping[int, Trial], runs: PackRuns, console: Console) -> None:
-    """Trains runs that begin at one epoch: together, or one after another where that cannot be."""
+    """Trains runs that begin at one batch: together, or one after another where that cannot be."""
     members: list[Member] = []
     for i, trial in trials.items():
         assert isinstance(trial.module, LoRAModule)
@@ -175,7 +176,6 @@ def _train_together(module: PackedModule, members: Sequence[Member], console: Co
     if limit := arguments.get("gradient_clip_val"):
         module.clipping = limit, arguments.get("gradient_clip_algorithm") or "norm"
     module.batches_per_step = arguments.get("accumulate_grad_batches", 1)
-    module.log_interval = arguments.get("log_every_n_steps")
     log.info("packed: %d runs, %d at once", len(members), module.runs_per_pass)
     checkpoint = PackedCheckpoint(members)
     callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(), checkpoint]

@@ -20,7 +20,6 @@ from lora_lab.training import bases
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.first_step import FirstStep
 from lora_lab.training.callbacks.progress import ProgressBar
-from lora_lab.training.callbacks.step_log import StepLog
 from lora_lab.training.finish import finish_run
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.plan import Plan
@@ -113,8 +112,8 @@ def adapt_model(trial: Trial, console: Console) -> None:
     callbacks += [trial.spectra_callback, trial.selection]
     if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
         callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))
-    if interval := cfg.trainer.model_dump().get("log_every_n_steps"):
-        callbacks.append(StepLog(interval, tracking))
+    if trial.step_log:
+        callbacks.append(trial.step_log)
     trainer = plan.trainer(tracking, [*callbacks, trial.checkpoint])
     if (checkpoint := trial.checkpoint.resume_path()) is None:
         if cfg.trains:

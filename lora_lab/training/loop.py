@@ -1,5 +1,6 @@
-"""The loop over batches: Lightning's, with validation counted in optimizer steps."""
+"""The loop over batches: Lightning's, with validation by steps, and resumed within an epoch."""
 
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
@@ -16,6 +17,9 @@ class TrainingLoop(_TrainingEpochLoop):
     Here it is after each `interval` optimizer steps, whatever is accumulated and wherever epochs
     end; with None, after each `check_val_every_n_epoch` epochs. An `interval` below 1 is a share of
     an epoch's steps. In any case it is after the last step.
+
+    Where a training is resumed within an epoch, Lightning reads the epoch's data from its start.
+    Here the batches that are done are skipped. The sampler, of data/module.py, leaves them out.
     """
 
     def __init__(self, trainer: pl.Trainer, interval: float | None):
@@ -23,6 +27,29 @@ class TrainingLoop(_TrainingEpochLoop):
         self.interval = interval
         self.steps_seen = 0
         """The number of optimizer steps when validation was last considered."""
+        self.batches_to_skip = 0
+        """The batches that are done of the epoch within which a training is resumed."""
+        self.before_step: Callable[[], None] | None = None
+        """Called before the first batch of each optimizer step is read.
+
+        What came before is complete by then: the step, its validation, and the rows of both.
+        """
+
+    def reset(self) -> None:
+        """Begins an epoch, at its first batch that is not done. Lightning's hook."""
+        super().reset()
+        if self.batches_to_skip:
+            loader: Any = self.trainer.train_dataloader
+            loader.sampler.skip(self.batches_to_skip)
+            self.batch_progress.current.increment_by(self.batches_to_skip)
+            self.batches_to_skip = 0
+
+    def advance(self, data_fetcher: Any) -> None:
+        """Trains on the next batch. Lightning's hook."""
+        done = self.batch_progress.current.ready
+        if self.before_step and done % self.trainer.accumulate_grad_batches == 0:
+            self.before_step()
+        super().advance(data_fetcher)
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
         """Whether to validate now; Lightning asks after each batch."""

@@ -63,10 +63,10 @@ class BaseModule(pl.LightningModule):
         """Summed losses of this epoch's newest batches, still on the device."""
         self._counts: list[Tensor] = []
         """How many targets count in each of them, over all processes."""
-        self._read: list[Tensor] = []
-        """Sums and counts (2, batches) of this epoch's earlier batches, in CPU memory."""
         self.loss_totals = torch.zeros(2, dtype=torch.float64)
         """Sum and count (2,) of all batches that were read since the first step."""
+        self.epoch_totals = torch.zeros(2, dtype=torch.float64)
+        """Sum and count (2,) of those of this epoch."""
         self._val_losses: list[Tensor] = []
         """Summed losses of this validation's batches, on the device."""
         self._val_counts: list[Tensor] = []
@@ -115,12 +115,6 @@ class BaseModule(pl.LightningModule):
             return self.final_step
         return {"step": float(self.global_step), "epoch": float(self.epochs_done)}
 
-    def on_train_epoch_start(self) -> None:
-        """Forgets the losses of the epoch before."""
-        self._losses.clear()
-        self._counts.clear()
-        self._read.clear()
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The task's loss on one batch: its mean, or its part of that of a step (GradientMean)."""
         inputs, targets = batch
@@ -153,29 +147,37 @@ class BaseModule(pl.LightningModule):
         # Over all processes, so that all of them stop at the same step if it diverges.
         new = torch.stack([self._sum(self._losses), torch.stack(self._counts).cpu().double()])
         losses = new[0] / new[1].clamp(min=1)
-        self.check_losses(losses, sum(part.shape[1] for part in self._read))
+        self.check_losses(losses)
         self.train_loss = losses[-1].item()
-        self._read.append(new)
-        self.loss_totals = self.loss_totals + new.sum(1)
+        self.add_losses(new)
         self._losses.clear()
         self._counts.clear()
 
-    def _read_losses(self) -> Tensor:
-        """Sums and counts (2, batches) of the epoch so far, in CPU memory. Raises DivergedError."""
-        self.read_new_losses()
-        return torch.cat(self._read, 1)
+    def add_losses(self, new: Tensor) -> None:
+        """Adds the sums and counts (2, batches) of the newest batches to the totals."""
+        # Batch after batch (cumsum), not `new.sum(1)`, so that the totals are the same to the last
+        # bit however often they are read: a checkpoint reads them too, and comes at any time.
+        self.loss_totals = torch.column_stack([self.loss_totals, new]).cumsum(1)[:, -1].clone()
+        self.epoch_totals = torch.column_stack([self.epoch_totals, new]).cumsum(1)[:, -1].clone()
+
+    @property
+    def epoch_loss(self) -> Tensor:
+        """The mean training loss of the epoch so far, over all targets that were read."""
+        loss_sum, count = self.epoch_totals
+        return loss_sum / count.clamp(min=1)
 
     def _sum(self, tensors: list[Tensor]) -> Tensor:
         """Numbers of the newest batches, each summed over processes, in CPU memory (batches,)."""
         return self.trainer.strategy.reduce(torch.stack(tensors), reduce_op="sum").cpu().double()
 
-    def check_losses(self, losses: Tensor, before: int) -> None:
+    def check_losses(self, losses: Tensor) -> None:
         """Raises DivergedError if a training loss is infinite or NaN.
 
-        `losses` (steps,) are those of consecutive steps; `before` steps of the epoch precede them.
+        `losses` (batches,) are those of the newest batches of the epoch.
         """
         if not (finite := losses.isfinite()).all():
             first_bad, steps = int(finite.int().argmin()), self.trainer.num_training_batches
+            before = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - len(losses)
             raise DivergedError(
                 f"{self.prefix}train/loss became {losses[first_bad].item()} in epoch "
                 f"{self.current_epoch + 1}, step {before + first_bad + 1} of {steps}; "
@@ -184,10 +186,10 @@ class BaseModule(pl.LightningModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's mean training loss, over all its targets."""
-        loss_sum, count = self._read_losses().sum(1)
-        loss = loss_sum / count.clamp(min=1)
-        self.log_dict({f"{self.prefix}train/loss": loss, **self.step_and_epoch()})
+        """Logs the epoch's mean training loss, over all its targets, and forgets it."""
+        self.read_new_losses()
+        self.log_dict({f"{self.prefix}train/loss": self.epoch_loss, **self.step_and_epoch()})
+        self.epoch_totals = torch.zeros_like(self.epoch_totals)
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the losses of the validation before."""

@@ -15,6 +15,7 @@ from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.callbacks.spectra import SpectraCallback
+from lora_lab.training.callbacks.step_log import StepLog
 from lora_lab.training.modules import BaseModule, LoRAModule
 from lora_lab.training.plan import Plan
 
@@ -35,6 +36,7 @@ class Trial:
     base: Mapping[str, Tensor]
     spectra_callback: SpectraCallback
     selection: Selection
+    step_log: StepLog | None
     checkpoint: Checkpoint
 
 
@@ -46,7 +48,7 @@ def build_trial(
     tracking: Tracking,
     base: Mapping[str, Tensor] | None,
 ) -> Trial:
-    """Puts together what a run is trained with: its module, spectra callback and checkpoint.
+    """Puts together what a run is trained with: its module and its callbacks.
 
     `model` has its adapters already, if the run has any. `base` is that of another run of a pack,
     whose model shares its weights with this one.
@@ -66,6 +68,9 @@ def build_trial(
         base = {key: value.clone() for key, value in model.state_dict().items()}
     spectra_callback = SpectraCallback(Updates(model, base, plan.sites), cfg.spectra, tracking)
     selection = Selection(cfg.select, cfg.early_stopping)
+    log_interval = cfg.trainer.model_dump().get("log_every_n_steps")
+    step_log = StepLog(log_interval, tracking) if log_interval else None
     folder = run.path / CHECKPOINTS
     checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
-    return Trial(plan, data, run, tracking, module, base, spectra_callback, selection, checkpoint)
+    callbacks = spectra_callback, selection, step_log, checkpoint
+    return Trial(plan, data, run, tracking, module, base, *callbacks)

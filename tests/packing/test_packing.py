@@ -30,6 +30,7 @@ from lora_lab.sweeps import multirun
 from lora_lab.sweeps.packs import group_into_packs
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment, finish
+from lora_lab.training.callbacks import checkpoint
 from lora_lab.training.plan import Plan, plan
 from tests import interrupted_train
 from tests.conftest import SMALL, Lab
@@ -578,6 +579,32 @@ def test_early_stopping_and_the_best_weights_go_on(monkeypatch: pytest.MonkeyPat
             run_pack(run_plans, Console(quiet=True))
     for run, other in zip(train_in_pack("shift", STOPPED, *settings), expected, strict=True):
         check_same_run(run, other, 1e-10)
+
+
+@pytest.mark.parametrize("how", ["dropout", "each run by itself"])
+def test_a_pack_goes_on_within_an_epoch(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    settings = [*NO_ANALYSIS, "checkpoint_every=1e-9", "trainer.precision=64-true"]
+    settings += ["trainer.max_epochs=1", "data.samples=768", "trainer.accumulate_grad_batches=3"]
+    settings += ["trainer.val_check_interval=2", "trainer.log_every_n_steps=2"]
+    settings += ["adapter.dropout=0.3"] if how == "dropout" else []
+    monkeypatch.setattr(checkpoint, "SHARE", float("inf"))  # checkpoints may take any time
+    uninterrupted = train_in_pack("shift", MIXED, *settings, "runs_dir=uninterrupted")
+    run_plans = plans_of("shift", MIXED, *settings)
+    interrupt_pack(monkeypatch, run_plans, 12)  # 11 batches are taken, 9 of them in whole steps
+    caplog.clear()
+    if how == "dropout":
+        runs = train_in_pack("shift", MIXED, *settings)
+    else:
+        runs = [experiment.run(run_plan, Console(quiet=True)) for run_plan in run_plans]
+    assert "run resumed from epoch 0 of 1, batch 9" in caplog.text
+    for run, other in zip(runs, uninterrupted, strict=True):
+        assert run.status["tries"] == 2
+        if how == "dropout":
+            assert_equal(run, other)
+        else:
+            check_same_run(run, other, 1e-10)
 
 
 @pytest.mark.parametrize("how", quick(sorted(RESUMED.keys() - {"dropout"}), ("schedule", "pissa")))

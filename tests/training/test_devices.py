@@ -6,6 +6,7 @@ Run: make test ARGS=tests/training/test_devices.py
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lora_lab.data.module import Batches
 from lora_lab.runs import Run, find_runs
 from tests.conftest import SMALL, Lab, command, only_run
+from tests.training.test_resume import assert_equal
 
 TWO = ("trainer.devices=2", "trainer.accelerator=cpu")
 
@@ -174,6 +177,25 @@ def test_no_process_outlives_the_one_that_started_it(signum: signal.Signals):
     process.send_signal(signum)
     assert process.wait(timeout=60) == {"SIGTERM": 143, "SIGKILL": -9}[signum.name]
     until(lambda: not process_ids() and only_run().status["state"] == "interrupted")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_within_an_epoch():
+    settings = ("trainer=ddp", *TWO, "data.samples=16000", "adapter.dropout=0.3")
+    settings += ("trainer.max_epochs=1", "trainer.val_check_interval=100", "base.epochs=1")
+    process = start(*settings, "checkpoint_every=1e-9")
+    last = "runs/*/*/checkpoints/last.ckpt"
+    until(lambda: any(torch.load(p)["lora_lab"]["batches"] > 100 for p in Path().glob(last)))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    until(lambda: not process_ids())
+    settings += ("trainer.check_val_every_n_epoch=5",)  # as `start` has it
+    one = run("shift", *settings, root="runs")
+    log_text = (one.path / "log.txt").read_text()
+    assert re.search(r"run resumed from epoch 0 of 1, batch \d+", log_text)
+    other = run("shift", *settings, root="uninterrupted")
+    assert one.status["tries"] == 2
+    assert_equal(one, other)
 
 
 @pytest.mark.slow

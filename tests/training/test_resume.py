@@ -85,7 +85,7 @@ RUNS = {
     "momentum": ("shift", "optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.01"),
     "each third step": ("shift", "spectra.every_n_steps=3", "trainer.check_val_every_n_epoch=1"),
     "first step": ("shift", "spectra.first_step=true", "trainer.max_epochs=3"),
-    "accumulated": ("shift", "+trainer.accumulate_grad_batches=3", "trainer.max_epochs=5"),
+    "accumulated": ("shift", "trainer.accumulate_grad_batches=3", "trainer.max_epochs=5"),
     "bf16": ("shift", "trainer.precision=bf16-true", "optimizer.lr=0.01"),
     "transformer": ("bytes_lm", "adapter.dropout=0.1", "trainer.max_epochs=4"),
 }
@@ -121,6 +121,81 @@ def test_a_run_goes_on_bit_for_bit(lab: Lab, monkeypatch: pytest.MonkeyPatch, na
     assert taken == [""] * (count - 2 * epoch)
     assert_equal(run, alone)
     assert not (run.path / "checkpoints").exists()
+
+
+EACH_STEP = "checkpoint_every=1e-9"
+
+WITHIN = {
+    "each batch a step": (
+        *("shift", "data.samples=640", "adapter.dropout=0.3", "optimizer.schedule=cosine"),
+        *("trainer.val_check_interval=0.2", "trainer.log_every_n_steps=4"),
+    ),
+    "accumulated": (
+        *("shift", "data.samples=640", "adapter.dropout=0.3", "trainer.accumulate_grad_batches=3"),
+        *("trainer.val_check_interval=2", "trainer.log_every_n_steps=2", "spectra.every_n_steps=1"),
+        "spectra.first_step=true",
+    ),
+    "full": ("digits", "adapter=full", "data.batch_size=64", "trainer.val_check_interval=5"),
+    "all rows at each step": ("planted_conv", "data.steps=20", "adapter.r=2"),
+}
+"""Settings of runs that must go on bit for bit within an epoch, of some 20 batches."""
+
+
+@pytest.mark.parametrize("name", quick(WITHIN, ("each batch a step", "accumulated")))
+def test_a_run_goes_on_within_an_epoch(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str):
+    settings = (*WITHIN[name], "trainer.max_epochs=1")
+    monkeypatch.setattr(checkpoint, "SHARE", float("inf"))  # checkpoints may take any time
+    with monkeypatch.context() as patch:
+        taken = steps(patch)
+        assert lab(*settings, "runs_dir=alone") == 0
+    count, done = taken.count(""), 0
+    batches_per_step = 3 if name == "accumulated" else 1
+    for stop in (5, 12):  # 4 batches are taken in the first try, then 11; not all are whole steps
+        with monkeypatch.context() as patch:
+            steps(patch, stop=stop)
+            assert lab(*settings, EACH_STEP) == 130
+        done += (stop - 1) // batches_per_step * batches_per_step
+    last = only_run().path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["lora_lab"]["batches_of_epoch"] == done
+    taken = steps(monkeypatch)
+    assert lab(*settings) == 0
+    assert taken == [""] * (count - done)
+    assert (
+        f"run resumed from epoch 0 of 1, batch {done}" in (last.parents[1] / "log.txt").read_text()
+    )
+    assert_equal(only_run(), only_run("alone"))
+
+
+def test_a_base_goes_on_within_an_epoch(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
+    with monkeypatch.context() as patch:
+        steps(patch, stop=20)
+        assert lab("shift", EACH_STEP) == 130
+    taken = steps(monkeypatch)
+    assert lab("shift") == 0
+    assert len(taken) == 32 - 19 + 32
+    assert lab("shift", "runs_dir=alone", "bases_dir=alone/bases") == 0
+    assert_equal(only_run(), only_run("alone"))
+    bases = [next(Path(where).glob("*.safetensors")) for where in ("bases", "alone/bases")]
+    assert bases[0].read_bytes() == bases[1].read_bytes()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        steps(patch, stop=32 + 20)
+        assert lab("shift", EACH_EPOCH) == 130
+    last = only_run().path / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    assert content["lora_lab"].pop("batches_of_epoch") == 0  # it knew of epochs' ends alone
+    del content["lora_lab"]["epoch_totals"]
+    torch.save(content, last)
+    taken = steps(monkeypatch)
+    assert lab("shift") == 0
+    assert len(taken) == 16
+    assert lab("shift", "runs_dir=alone") == 0
+    assert_equal(only_run(), only_run("alone"))
 
 
 def kill(what: str, *settings: str, call: int = 1, when: str = "before", by: str = "SIGKILL"):

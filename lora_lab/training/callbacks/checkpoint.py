@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +22,7 @@ from torch import Tensor
 from lora_lab import adapters
 from lora_lab.adapters.files import is_adapter_key
 from lora_lab.tracking.tracking import Tracking
+from lora_lab.training.loop import TrainingLoop
 from lora_lab.training.modules import BaseModule
 
 log = logging.getLogger(__name__)
@@ -29,19 +30,26 @@ log = logging.getLogger(__name__)
 SHARE = 0.05
 """The largest share of the training time that writing checkpoints may take."""
 
+Place = tuple[int, int]
+"""How far a training is: the complete epochs, and the batches done of the next."""
+
 
 class Checkpoint(Callback):
-    """Writes a checkpoint of the last complete epoch, once `interval` seconds have passed.
+    """Writes a checkpoint between two optimizer steps, once `interval` seconds have passed.
 
-    An epoch is complete once its last row is logged. That is after Lightning's hooks for an epoch's
-    end, so the checkpoint is written as the next epoch starts. It holds the optimizer, its
-    schedule, the callbacks' state, the random streams, all rows logged so far, and the weights: of
-    a model with adapters only theirs, with the hash of the `base` they belong to. With `interval` 0
-    each epoch is written, as long as writing takes at most SHARE of the time. The end of training
-    counts as the start of an epoch.
+    It is written before the first batch of a step is read. By then the step before is complete: all
+    its micro-batches are taken, the validation that comes after it is done, and the rows of both
+    are logged; after an epoch's last step the epoch's rows too. An epoch's end is no special case:
+    none of the next epoch's batches are done. With `interval` 0 a checkpoint is written at each
+    epoch's end, and only there. The end of training counts as an epoch's end.
+
+    It holds how many epochs and batches are done, the optimizer, its schedule, the callbacks'
+    state, the sums of the training losses, the random streams, all rows logged so far, and the
+    weights: of a model with adapters only theirs, with the hash of the `base` they belong to.
+    Writing takes at most SHARE of the time, unless `interval` is 0.
 
     `identity` is the hash of all settings that can change the training. This callback comes last in
-    the Trainer's list, so that the others have done their part of the epoch.
+    the Trainer's list, so that at the end of training the others have done their part.
     """
 
     def __init__(
@@ -55,10 +63,14 @@ class Checkpoint(Callback):
         self.path = directory / "last.ckpt"
         self.identity, self.interval, self.tracking, self.base = identity, interval, tracking, base
         self.kind = "base" if base is None else "run"
-        self.saved_epochs = 0
-        """The number of epochs in the newest checkpoint."""
+        self.saved_place: Place = (0, 0)
+        """How far training is in the newest checkpoint."""
         self.due = 0.0
         """When the next checkpoint may be written, on time.monotonic()'s clock."""
+        self.asked: tuple[int, float] = (0, 0.0)
+        """Step and time at which process 0 was asked last whether a checkpoint is due."""
+        self.next_question = 0
+        """The step from which on it is asked again."""
         self.streams: dict[str, Any] | None = None
         """Random streams to set when a resumed training begins."""
 
@@ -100,10 +112,11 @@ class Checkpoint(Callback):
         self.tracking.replay(rows[len(self.tracking.rows) :], histograms)
         return self.path
 
-    def resume_epoch(self) -> int:
-        """The number of epochs to go on from, after logging their rows again; 0 if none."""
-        path = self.resume_path()
-        return torch.load(path, "cpu", weights_only=True)["lora_lab"]["epochs"] if path else 0
+    def resume_place(self) -> Place:
+        """How far training is in the checkpoint, after logging its rows again; (0, 0) if none."""
+        if (path := self.resume_path()) is None:
+            return 0, 0
+        return _stored_place(torch.load(path, "cpu", weights_only=True)["lora_lab"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Allows a checkpoint with the adapters' weights alone, if the model has adapters."""
@@ -115,10 +128,11 @@ class Checkpoint(Callback):
     ) -> None:
         """Adds rows, counts and random streams; removes the base's weights and Lightning's loops.
 
-        At an epoch's end the loops' state is counts of epochs, batches and steps, stored here.
+        Between two steps the loops' state is counts of epochs, batches and steps, stored here.
         """
         assert isinstance(pl_module, BaseModule)
         del checkpoint["loops"]
+        epochs, batches = _place(trainer)
         if not pl_module.strict_loading:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if is_adapter_key(k)}
@@ -126,59 +140,96 @@ class Checkpoint(Callback):
             "fits": self.requirements,
             # As text, because torch's safe loading (weights_only) of many Python objects is slow.
             "rows": json.dumps([self.tracking.rows, self.tracking.histograms_by_row]),
-            "epochs": trainer.current_epoch,
+            "epochs": epochs,
+            "batches_of_epoch": batches,
             "batches": trainer.fit_loop.epoch_loop.batch_progress.total.ready,
             "steps": trainer.global_step,
             "loss_totals": pl_module.loss_totals,
+            "epoch_totals": pl_module.epoch_totals,
             "streams": _streams(trainer, pl_module.device),
         }
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Sets Lightning's counts of epochs and steps, so that it begins with the next epoch."""
-        content, loop = checkpoint["lora_lab"], trainer.fit_loop
+        """Sets the losses so far and the counts of Lightning's loops."""
         assert isinstance(pl_module, BaseModule)
-        pl_module.loss_totals = content["loss_totals"]
-        loop.epoch_progress.increment_by(content["epochs"])
-        steps_loop = loop.epoch_loop
-        if pl_module.automatic_optimization:
+        load_losses(pl_module, checkpoint)
+        self.set_counts(trainer, pl_module, checkpoint["lora_lab"])
+
+    def set_counts(self, trainer: Trainer, module: BaseModule, content: dict[str, Any]) -> None:
+        """Sets Lightning's counts, so that it begins with the first batch that is not done.
+
+        `content` is what `on_save_checkpoint` has added to the checkpoint.
+        """
+        epochs, batches = self.saved_place = _stored_place(content)
+        trainer.fit_loop.epoch_progress.increment_by(epochs)
+        steps_loop = trainer.fit_loop.epoch_loop
+        assert isinstance(steps_loop, TrainingLoop)
+        steps_loop.batches_to_skip, steps_loop.steps_seen = batches, content["steps"]
+        if module.automatic_optimization:
             optimizer_progress = steps_loop.automatic_optimization.optim_progress.optimizer
             optimizer_progress.step.increment_by(content["steps"])
         else:
             steps_loop.manual_optimization.optim_step_progress.increment_by(content["steps"])
         steps_loop.batch_progress.total.increment_by(content["batches"])
-        self.saved_epochs = content["epochs"]
         # There is a stream for each process; with more processes than before some are shared.
         self.streams = content["streams"][trainer.global_rank % len(content["streams"])]
-        log.info("%s resumed from epoch %d of %s", self.kind, self.saved_epochs, trainer.max_epochs)
+        place = f"{epochs} of {trainer.max_epochs}" + (f", batch {batches}" if batches else "")
+        log.info("%s resumed from epoch %s", self.kind, place)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock of the first interval."""
-        self.due = time.monotonic() + self.interval
+        """Starts the clock of the first interval, and asks the loop to call `before_step`."""
+        now = time.monotonic()
+        self.due, self.asked = now + self.interval, (trainer.global_step, now)
+        loop = trainer.fit_loop.epoch_loop
+        assert isinstance(loop, TrainingLoop)
+        loop.before_step = partial(self.before_step, trainer)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def before_step(self, trainer: Trainer) -> None:
         """Writes a checkpoint if one is due; a resumed training gets its random streams first."""
         if self.streams is not None:
-            _set_streams(self.streams, pl_module.device)
+            _set_streams(self.streams, trainer.lightning_module.device)
             self.streams = None
-        self._save_if_due(trainer)
+        if self.interval or not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the last epoch if it is due: what follows training can take long too."""
+        self.next_question = 0
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: Trainer) -> None:
-        started = time.monotonic()
-        due = trainer.current_epoch > self.saved_epochs and started >= self.due
-        # Process 0 decides for all: clocks differ, and all processes take part in a checkpoint.
-        if not trainer.strategy.broadcast(due):
+        if not self._is_due(trainer) or (place := _place(trainer)) <= self.saved_place:
             return
-        self._save_epoch(trainer)
-        self.saved_epochs, now = trainer.current_epoch, time.monotonic()
+        started = time.monotonic()
+        self._save(trainer)
+        self.saved_place, now = place, time.monotonic()
         self.due = now + max(self.interval, (now - started) / SHARE) if self.interval else now
 
-    def _save_epoch(self, trainer: Trainer) -> None:
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether the time for a checkpoint has come; the same in all processes."""
+        now = time.monotonic()
+        if trainer.world_size == 1:
+            return now >= self.due
+        # Process 0 decides for all: clocks differ, and all processes take part in a checkpoint. To
+        # ask it can take as long as a small step. So it says after how many steps it wants to be
+        # asked again: half of those that fit into the time left, at the speed since it was asked
+        # last. 60 s at 10 ms a step are 6000 steps, in which it is asked some 20 times.
+        step = trainer.global_step
+        if step < self.next_question:
+            return False
+        (asked_step, asked_at), left = self.asked, self.due - now
+        speed = (step - asked_step) / max(now - asked_at, 1e-9)  # steps a second
+        wait = max(1, int(left * speed / 2)) if left > 0 else 0
+        wait = trainer.strategy.broadcast(wait)
+        self.asked, self.next_question = (step, now), step + wait
+        return wait == 0
+
+    def _save(self, trainer: Trainer) -> None:
+        module = trainer.lightning_module
+        assert isinstance(module, BaseModule)
+        module.read_new_losses()
         self._replace(lambda path: trainer.save_checkpoint(path, weights_only=False), trainer)
 
     def save(self, content: dict[str, Any]) -> None:
@@ -198,6 +249,24 @@ class Checkpoint(Callback):
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(self.path)
+
+
+def _place(trainer: Trainer) -> Place:
+    """How far training is; an epoch that has ended counts as the start of the next."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return trainer.current_epoch, batches % int(trainer.num_training_batches)
+
+
+def _stored_place(content: dict[str, Any]) -> Place:
+    """How far training is in a checkpoint. Earlier versions wrote one at epochs' ends only."""
+    return content["epochs"], content.get("batches_of_epoch", 0)
+
+
+def load_losses(module: BaseModule, checkpoint: dict[str, Any]) -> None:
+    """Gives a module the sums of its training losses so far, out of its checkpoint."""
+    content = checkpoint["lora_lab"]
+    module.loss_totals = content["loss_totals"]
+    module.epoch_totals = content.get("epoch_totals", torch.zeros_like(module.loss_totals))
 
 
 def _streams(trainer: Trainer, device: torch.device) -> list[dict[str, Any]]:

@@ -28,7 +28,6 @@ class FirstStep(Callback):
         self.updates, self.tracking = updates, tracking
         self.dense: dict[str, Tensor] = {}
         self.ratio = self.lr = 0.0
-        self.done = False
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
@@ -60,9 +59,8 @@ class FirstStep(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Logs both numbers once the first step is taken."""
-        if trainer.global_step != 1 or self.done:
+        if trainer.global_step != 1 or not self.dense:
             return
-        self.done = True
         delta_matrix = self.updates.delta_matrix
         descent = -sum((G * delta_matrix(s)).sum().item() for s, G in self.dense.items())
         rows = sum(torch.linalg.vector_norm(G, dim=1).sum().item() for G in self.dense.values())
@@ -70,6 +68,7 @@ class FirstStep(Callback):
         if self.lr and rows:  # not in a warm-up's first step, which goes nowhere
             row["descent"] = descent / (self.lr * rows)
         self.tracking.log({f"first_step/{name}": value for name, value in row.items()}, 1)
+        self.dense.clear()
 
 
 def _zero_factor(adapter: Adapter) -> Tensor:
