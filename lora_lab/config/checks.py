@@ -108,8 +108,7 @@ def check_arguments(
     `given` are the names of arguments that the program itself passes. Raises ConfigError for an
     unknown or missing argument, and for a value of the wrong type or out of its range.
     """
-    parameters = inspect.signature(callee).parameters
-    hints = get_type_hints(callee.__init__ if inspect.isclass(callee) else callee, None, None, True)
+    parameters, hints = _parameters(callee)
     for name, value in arguments.items():
         if name not in parameters or name in given:
             known = [n for n in parameters if n not in given]
@@ -135,6 +134,24 @@ def check_arguments(
         )
         if is_required and name not in arguments and name not in given:
             raise ConfigError(f"{key}.{name}: must be given, {_name_of(callee)} needs it")
+
+
+def _parameters(callee: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """The parameters of a callable, and their annotations.
+
+    A class that takes **settings is understood to pass them on, so that those of its base class
+    are its own too: `Text(text, label, **table)` also takes what `TableData` takes.
+    """
+    parameters = dict(inspect.signature(callee).parameters)
+    if not inspect.isclass(callee):
+        return parameters, get_type_hints(callee, include_extras=True)
+    hints = get_type_hints(callee.__init__, include_extras=True)
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds and callee.__base__ not in (None, object):
+        more, more_hints = _parameters(callee.__base__)
+        parameters = {n: p for n, p in parameters.items() if p.kind != p.VAR_KEYWORD}
+        parameters, hints = {**more, **parameters}, {**more_hints, **hints}
+    return parameters, hints
 
 
 def _name_of(callee: Callable[..., Any]) -> str:

@@ -1,26 +1,23 @@
 """Images with a class each: a folder of classes, or a table with a column of images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from os import cpu_count
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from lora_lab.config.schema import Seed
 from lora_lab.data import columns
 from lora_lab.data.module import Phase
 from lora_lab.data.sources import Source
 from lora_lab.data.tables import TableData
 from lora_lab.seeding import generator
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's channels, which most models were trained with."""
@@ -44,9 +41,6 @@ class Images(TableData):
     def __init__(
         self,
         phase: Phase,
-        train: str,
-        batch_size: PositiveInt,
-        seed: Seed,
         image: str = "image",
         label: str = "label",
         classes: list[str | int] | None = None,
@@ -56,23 +50,11 @@ class Images(TableData):
         processor: str | None = None,
         augment: Literal["none", "flip", "crop_flip"] = "none",
         input: Literal["pixel_values", "tensor"] = "pixel_values",
-        val: str | None = None,
-        test: str | None = None,
-        base: str | None = None,
-        val_share: Share | None = 0.1,
-        limit: PositiveInt | None = None,
-        val_limit: PositiveInt | None = None,
-        revision: str | None = None,
-        subset: str | None = None,
-        eval_batch_size: PositiveInt = 128,
-        metrics: Sequence[str] | None = None,
+        **table: Any,
     ):
         if find_spec("torchvision") is None:
             raise ValueError("images: needs torchvision, pip install 'lora_lab[images]'")
-        paths = {"train": train, "val": val, "test": test, "base": base}
-        limits = (val_share, limit, val_limit)
-        sizes = (batch_size, eval_batch_size, seed)
-        super().__init__(phase, paths, *sizes, *limits, revision, subset, metrics)
+        super().__init__(phase, **table)
         self.image, self.label, self.augment, self.input = image, label, augment, input
         self.pixels = Pixels(*_normalization(processor, size, mean, std))
         names = None if classes is None else tuple(classes)

@@ -1,23 +1,19 @@
 """Texts, prompts with completions, or chats, whose tokens a language model learns to predict."""
 
 import logging
-from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
-from lora_lab.config.schema import Seed
 from lora_lab.data import columns, encodings, tokens
 from lora_lab.data.module import Phase, Rows
 from lora_lab.data.sources import Source
-from lora_lab.data.tables import TableData, row_count
+from lora_lab.data.tables import Share, TableData, row_count
 
 log = logging.getLogger(__name__)
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Language(TableData):
@@ -43,10 +39,7 @@ class Language(TableData):
     def __init__(
         self,
         phase: Phase,
-        train: str,
         tokenizer: str | None,
-        batch_size: PositiveInt,
-        seed: Seed,
         text: str | None = None,
         prompt: str | None = None,
         completion: str | None = None,
@@ -56,22 +49,10 @@ class Language(TableData):
         block: PositiveInt | None = None,
         max_length: PositiveInt | None = None,
         mask_share: Share = 0.15,
-        val: str | None = None,
-        test: str | None = None,
-        base: str | None = None,
-        val_share: Share | None = 0.1,
-        limit: PositiveInt | None = None,
-        val_limit: PositiveInt | None = None,
         pad_to_multiple: PositiveInt = 1,
-        revision: str | None = None,
-        subset: str | None = None,
-        eval_batch_size: PositiveInt = 32,
-        metrics: Sequence[str] | None = None,
+        **table: Any,
     ):
-        paths = {"train": train, "val": val, "test": test, "base": base}
-        limits = (val_share, limit, val_limit)
-        sizes = (batch_size, eval_batch_size, seed)
-        super().__init__(phase, paths, *sizes, *limits, revision, subset, metrics)
+        super().__init__(phase, **table)
         self.objective, self.train_on, self.mask_share = objective, train_on, mask_share
         self.block, self.max_length, self.pad_to_multiple = block, max_length, pad_to_multiple
         self.columns = _chosen_columns(text, prompt, completion, messages)

@@ -2,14 +2,20 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lora_lab.config.schema import Seed
 from lora_lab.data import parts
 from lora_lab.data.module import Data, Phase, Rows
 from lora_lab.data.sources import Source, source
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""A part of some rows: more than none, less than all."""
 
 
 class TableData(Data):
@@ -19,7 +25,7 @@ class TableData(Data):
     `val_share` of the rows of `train`, drawn by `seed`. The `base` phase has the rows of `base`,
     what the base knew, in the same shares; it can be drawn only where `base` is given. `limit` and
     `val_limit` are the most rows of training and validation. `revision` and `subset` are those of
-    hub ids.
+    hub ids. A subclass takes these arguments as **table and passes them on.
     """
 
     path_arguments: tuple[str, ...] = ("train", "val", "test", "base", "tokenizer")
@@ -31,20 +37,24 @@ class TableData(Data):
     def __init__(
         self,
         phase: Phase,
-        paths: dict[str, str | None],
-        batch_size: int,
-        eval_batch_size: int,
-        seed: int,
-        val_share: float | None,
-        limit: int | None,
-        val_limit: int | None,
-        revision: str | None,
-        subset: str | None,
-        metrics: Sequence[str] | None,
+        train: str,
+        batch_size: PositiveInt,
+        seed: Seed,
+        val: str | None = None,
+        test: str | None = None,
+        base: str | None = None,
+        val_share: Share | None = 0.1,
+        limit: PositiveInt | None = None,
+        val_limit: PositiveInt | None = None,
+        revision: str | None = None,
+        subset: str | None = None,
+        eval_batch_size: PositiveInt = 128,
+        metrics: Sequence[str] | None = None,
     ):
         super().__init__(phase, batch_size, seed)
         self.eval_rows, self.metrics = eval_batch_size, metrics
         self.val_share, self.limit, self.val_limit = val_share, limit, val_limit
+        paths = {"train": train, "val": val, "test": test, "base": base}
         self.sources = {
             key: source(key, path, revision, subset)
             for key, path in paths.items()

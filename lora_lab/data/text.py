@@ -1,20 +1,16 @@
 """Texts, or pairs of texts, with a class or a number each."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
-from lora_lab.config.schema import Seed
 from lora_lab.data import columns, tokens
 from lora_lab.data.module import Phase
 from lora_lab.data.sources import Source
 from lora_lab.data.tables import TableData
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -40,31 +36,16 @@ class Text(TableData):
     def __init__(
         self,
         phase: Phase,
-        train: str,
         text: str | list[str],
         label: str,
         tokenizer: str | None,
-        batch_size: PositiveInt,
-        seed: Seed,
         task: Literal["classification", "regression"] = "classification",
-        val: str | None = None,
-        test: str | None = None,
-        base: str | None = None,
-        val_share: Share | None = 0.1,
-        limit: PositiveInt | None = None,
-        val_limit: PositiveInt | None = None,
         max_length: PositiveInt | None = None,
         pad_to_multiple: PositiveInt = 1,
         classes: list[str | int] | None = None,
-        revision: str | None = None,
-        subset: str | None = None,
-        eval_batch_size: PositiveInt = 256,
-        metrics: Sequence[str] | None = None,
+        **table: Any,
     ):
-        paths = {"train": train, "val": val, "test": test, "base": base}
-        limits = (val_share, limit, val_limit)
-        sizes = (batch_size, eval_batch_size, seed)
-        super().__init__(phase, paths, *sizes, *limits, revision, subset, metrics)
+        super().__init__(phase, **table)
         self.task, self.max_length, self.pad_to_multiple = task, max_length, pad_to_multiple
         text = [text] if isinstance(text, str) else text
         if not 1 <= len(text) <= 2:

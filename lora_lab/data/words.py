@@ -1,21 +1,17 @@
 """Words with a class each: named entities, parts of speech."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
-from lora_lab.config.schema import Seed
 from lora_lab.data import columns, tokens
 from lora_lab.data.module import Phase
 from lora_lab.data.sources import Source
 from lora_lab.data.tables import TableData
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -47,30 +43,15 @@ class Words(TableData):
     def __init__(
         self,
         phase: Phase,
-        train: str,
         words: str,
         labels: str,
         tokenizer: str | None,
-        batch_size: PositiveInt,
-        seed: Seed,
-        val: str | None = None,
-        test: str | None = None,
-        base: str | None = None,
-        val_share: Share | None = 0.1,
-        limit: PositiveInt | None = None,
-        val_limit: PositiveInt | None = None,
         max_length: PositiveInt | None = None,
         pad_to_multiple: PositiveInt = 1,
         classes: list[str | int] | None = None,
-        revision: str | None = None,
-        subset: str | None = None,
-        eval_batch_size: PositiveInt = 256,
-        metrics: Sequence[str] | None = None,
+        **table: Any,
     ):
-        paths = {"train": train, "val": val, "test": test, "base": base}
-        limits = (val_share, limit, val_limit)
-        sizes = (batch_size, eval_batch_size, seed)
-        super().__init__(phase, paths, *sizes, *limits, revision, subset, metrics)
+        super().__init__(phase, **table)
         self.max_length, self.pad_to_multiple = max_length, pad_to_multiple
         self.tokenizer = tokens.load_tokenizer(tokenizer)
         if not self.tokenizer.is_fast:

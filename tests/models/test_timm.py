@@ -134,7 +134,7 @@ def test_images_are_normalized_as_the_model_was_trained():
     config["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 48, 48]}
     Path("model/config.json").write_text(json.dumps(config))
     save_images("images", 20)
-    data = Images("adapt", "images", 2, 0, processor="model")
+    data = Images("adapt", train="images", batch_size=2, seed=0, processor="model")
     assert data.pixels.size == 48
     assert (data.pixels.mean, data.pixels.std) == ((0.5,) * 3, (0.25,) * 3)
 
