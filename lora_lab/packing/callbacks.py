@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lora_lab.adapters.files import is_adapter_key
-from lora_lab.packing.module import Member, PackedModule
+from lora_lab.packing.member import Member
+from lora_lab.packing.module import PackedModule
 from lora_lab.training.callbacks.checkpoint import Checkpoint, load_losses
 from lora_lab.training.modules import DivergedError
 
@@ -94,17 +96,40 @@ class PackedCheckpoint(Checkpoint):
             states = [self.contents[member]["optimizer_states"][0] for member in members]
             pl_module.packed_optimizer.load_run_states([m.module for m in members], states)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends the runs whose early stopping says so; the others go on.
+
+        For such a run by itself, its epoch and its training would end here. It is written at once:
+        if the pack is interrupted later, this run is not trained again.
+        """
+        assert isinstance(pl_module, PackedModule)
+        if trainer.state.fn != TrainerFn.FITTING or not pl_module.stopped:
+            return
+        # Lightning validates in inference mode, and tensors made in it cannot be trained.
+        with torch.inference_mode(False):
+            pl_module.read_new_losses()
+            for member in pl_module.stopped:
+                spectra_callback = member.trial.spectra_callback
+                spectra_callback.on_train_epoch_end(trainer, member.module)
+                pl_module.log_epoch_loss(member)
+                spectra_callback.on_train_end(trainer, member.module)
+                self._save_run(member, trainer, pl_module)
+                pl_module.end(member)
+
     def on_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: `_save` calls this hook of each run's own checkpoint."""
+        """Does nothing: `_save_run` calls this hook of each run's own checkpoint."""
 
     def _save(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
         assert isinstance(module, PackedModule)
         module.read_new_losses()
         for member in module.members:
-            content = self._content(member, module, trainer)
-            member.trial.checkpoint.on_save_checkpoint(trainer, member.module, content)
-            member.trial.checkpoint.save(content)
+            self._save_run(member, trainer, module)
+
+    def _save_run(self, member: Member, trainer: pl.Trainer, module: PackedModule) -> None:
+        content = self._content(member, module, trainer)
+        member.trial.checkpoint.on_save_checkpoint(trainer, member.module, content)
+        member.trial.checkpoint.save(content)
 
     def _content(self, member: Member, module: PackedModule, trainer: pl.Trainer) -> dict[str, Any]:
         """What Lightning would write for the run by itself, with the keys in its order."""

@@ -1,59 +1,24 @@
 """The LightningModule of a pack: many LoRA runs over one base, each trained as if by itself."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lora_lab.adapters import Adapter, also_trained, attached
 from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import unstack
-from lora_lab.adapters.trained_in_full import FullParameter
 from lora_lab.data import Data
 from lora_lab.packing.clipping import clip_gradients
+from lora_lab.packing.member import Member
 from lora_lab.packing.optimizer import PackedOptimizer, optimizer_settings
 from lora_lab.packing.recorded_step import RecordedStep
 from lora_lab.training.cuts import PackValidationModule
-from lora_lab.training.modules import LOSS_READ_INTERVAL, Batch, DivergedError, LoRAModule
-from lora_lab.training.trial import Trial
+from lora_lab.training.modules import LOSS_READ_INTERVAL, Batch, DivergedError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Member:
-    """One run of a pack.
-
-    `module` is that of its `trial`, with the run's model, metrics and optimizer settings. `fail`
-    marks the run as failed with an error, and closes its directory.
-    """
-
-    trial: Trial
-    module: LoRAModule
-    fail: Callable[[Exception], None]
-
-    @property
-    def adapters(self) -> dict[str, Adapter]:
-        """Its adapters by site."""
-        return attached(self.module.model)
-
-    @property
-    def in_full(self) -> dict[str, FullParameter]:
-        """What it trains in full beside them, by key."""
-        return also_trained(self.module.model)
-
-    def sort_key(self) -> Any:
-        """Sorts runs so that those of equal ranks, dropout and optimizer settings are neighbours.
-
-        Only neighbours can share a stack. Ascending ranks, so that the last run has the highest.
-        """
-        recipes = [adapter.recipe for adapter in self.adapters.values()]
-        ranks, dropouts = [r.r for r in recipes], [r.dropout for r in recipes]
-        return ranks, dropouts, optimizer_settings(self.module)
 
 
 class PackedModule(PackValidationModule):
@@ -136,11 +101,7 @@ class PackedModule(PackValidationModule):
             pack.eval()
 
     def on_validation_end(self) -> None:
-        """Ends runs that are to stop early, and turns dropout on again: training follows."""
-        # Lightning validates in inference mode, and tensors made in it cannot be trained.
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            with torch.inference_mode(False):
-                self.end_stopped_runs()
+        """Turns dropout on again: training follows."""
         for pack in self.packs:
             pack.train()
 
@@ -242,23 +203,12 @@ class PackedModule(PackValidationModule):
         if not self.members:
             raise error
 
-    def end_stopped_runs(self) -> None:
-        """Ends the runs whose early stopping says so; the others go on.
-
-        For such a run by itself, its epoch and its training would end here.
-        """
-        self.read_new_losses()
-        for member in self._stopped_runs():
-            spectra_callback = member.trial.spectra_callback
-            spectra_callback.on_train_epoch_end(self.trainer, member.module)
-            self._log_row(member, {"train/loss": member.module.epoch_loss.item()})
-            spectra_callback.on_train_end(self.trainer, member.module)
-            self._end(member)
-
-    def _stopped_runs(self) -> list[Member]:
+    @property
+    def stopped(self) -> list[Member]:
+        """The runs whose early stopping says that their training is to end."""
         return [member for member in self.members if member.trial.selection.ends_training]
 
-    def _end(self, member: Member) -> None:
+    def end(self, member: Member) -> None:
         """Ends one run's training with the weights that it has; the others go on."""
         member.module.final_step = self.step_and_epoch()
         unstack({**member.adapters, **member.in_full})  # or its views would keep the old stacks
@@ -267,8 +217,8 @@ class PackedModule(PackValidationModule):
 
     def on_train_start(self) -> None:
         """Ends the runs that were interrupted after early stopping had ended their training."""
-        for member in self._stopped_runs():
-            self._end(member)
+        for member in self.stopped:
+            self.end(member)
 
     def _remove(self, member: Member) -> None:
         """Takes a run, and its numbers, out of what the others go on with."""
@@ -283,8 +233,12 @@ class PackedModule(PackValidationModule):
         """Logs each run's mean training loss of the epoch, and forgets it."""
         self.read_new_losses()
         for member in self.members:
-            self._log_row(member, {"train/loss": member.module.epoch_loss.item()})
+            self.log_epoch_loss(member)
             member.module.epoch_totals = torch.zeros_like(member.module.epoch_totals)
+
+    def log_epoch_loss(self, member: Member) -> None:
+        """Logs a run's mean training loss of the epoch, of what was read of it."""
+        self._log_row(member, {"train/loss": member.module.epoch_loss.item()})
 
     def update_metrics(self, first_run: int, outputs: Tensor, targets: Tensor) -> None:
         """Updates each run's metrics with its outputs of a batch, from the run `first_run` on."""

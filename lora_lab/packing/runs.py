@@ -13,7 +13,8 @@ from lora_lab.adapters.pack import copy_sharing_weights
 from lora_lab.data import Data
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.check import UnpackableError, runs_per_pass
-from lora_lab.packing.module import Member, PackedModule
+from lora_lab.packing.member import Member
+from lora_lab.packing.module import PackedModule
 from lora_lab.seeding import generator
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import experiment

@@ -31,7 +31,7 @@ SHARE = 0.05
 """The largest share of the training time that writing checkpoints may take."""
 
 Place = tuple[int, int]
-"""How far a training is: the complete epochs, and the batches done of the next."""
+"""How far a training is: the complete epochs, and the batches done of the one after them."""
 
 
 class Checkpoint(Callback):
@@ -253,8 +253,8 @@ class Checkpoint(Callback):
 
 def _place(trainer: Trainer) -> Place:
     """How far training is; an epoch that has ended counts as the start of the next."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    return trainer.current_epoch, batches % int(trainer.num_training_batches)
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+    return divmod(batches, int(trainer.num_training_batches))
 
 
 def _stored_place(content: dict[str, Any]) -> Place:
