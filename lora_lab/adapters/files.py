@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,10 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
         site: {"kind": a.kind, "shape": list(a.shape), "scale": a.scale, **asdict(a.recipe)}
         for site, a in adapters.items()
     }
-    description = {"format": 2, "base": weights_hash(base_state_dict(model)), "sites": sites}
+    base = base_state_dict(model)
+    description = {"format": 2, "base": weights_hash(base), "sites": sites}
     if in_full:
+        description["rest_of_base"] = weights_hash(_without(base, in_full))
         description["also_trained"] = {
             key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             for key, value in in_full.items()
@@ -97,12 +100,19 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
 def load(model: nn.Module, directory: str | Path, name: str = "default") -> None:
     """Puts the adapter of `directory` on `model` under `name`, active, and freezes the rest.
 
-    Raises AdapterError, and changes nothing, where the files are missing or do not fit: another
-    base (by the hash of its weights), a layer that does not exist, a wrong kind or shape, missing
-    or unknown tensors.
+    What trains in full takes its values from the files, so that the model's may be others: a new
+    head, which each model draws for itself. Raises AdapterError, and changes nothing, where the
+    files are missing or do not fit: another base (by the hash of its other weights), a layer that
+    does not exist, a wrong kind or shape, missing or unknown tensors.
     """
-    trained_on, sites, in_full, tensors = _read(Path(directory))
-    model_hash = weights_hash(base_state_dict(model))
+    description, tensors = _read(Path(directory))
+    sites, in_full = description["sites"], description.get("also_trained", {})
+    # Folders of earlier versions have no `rest_of_base`: all weights must be equal then.
+    key = "rest_of_base" if "rest_of_base" in description else "base"
+    compared = base_state_dict(model)
+    if key == "rest_of_base":
+        compared = _without(compared, tensors)  # those that train in full have the base's keys
+    trained_on, model_hash = description[key], weights_hash(compared)
     if trained_on != model_hash:
         raise AdapterError(
             f"the adapter in {directory} belongs to another base: it was trained on weights "
@@ -169,16 +179,19 @@ def _build_in_full(
 
 def base_hash(directory: str | Path) -> str:
     """The `weights_hash` of the base on which the adapter of `directory` was trained."""
-    return _read(Path(directory))[0]
+    return _read(Path(directory))[0]["base"]
 
 
-def _read(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """The base's hash, the descriptions by site and of what is trained in full, and the tensors."""
+def _without(state: dict[str, Tensor], keys: Collection[str]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key not in keys}
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What adapter.json says, and the tensors. Raises AdapterError."""
     try:
         description = json.loads((directory / "adapter.json").read_text())
-        tensors = load_file(directory / "adapter.safetensors")
-        in_full = description.get("also_trained", {})
-        return description["base"], description["sites"], in_full, tensors
+        _ = description["base"], description["sites"]
+        return description, load_file(directory / "adapter.safetensors")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
 

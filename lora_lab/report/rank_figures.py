@@ -35,7 +35,7 @@ def metric_by_rank(results: Sequence[RunResult], metric: str) -> Figure | None:
         lines |= series_lines
         points += drawn
     values = [value for _, value in points]
-    references = (("full", "full fine-tuning", "black"), ("none", "frozen base", "gray"))
+    references = (("full", "full fine-tuning", "black"), ("none", "no adapter", "gray"))
     for method, label, color in references:
         if reference := rank_series.best_reference(results, method, metric):
             name, level = reference

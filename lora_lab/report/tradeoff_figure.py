@@ -63,7 +63,7 @@ def metric_by_parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
     axes.margins(x=0.12, y=0.14)  # room for the labels
     log_scale(axes, points[front[0]][0], max(cost for cost, _ in points), "x")
     if frozen:
-        axes.axhline(frozen[0], color="gray", linewidth=1.1, linestyle=":", label="frozen base")
+        axes.axhline(frozen[0], color="gray", linewidth=1.1, linestyle=":", label="no adapter")
     title = cells[0].results[0].experiment
     axes.set(xlabel="trained parameters", ylabel=metric_label(metric), title=title)
     values = [*frozen, *(value for _, value in points)]

@@ -93,7 +93,7 @@ def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
     figure = rank_figures.metric_by_rank(results, "val/loss")
     assert figure is not None
     labels = [text.get_text() for text in figure.legends[0].texts]
-    for label, result in zip(("full fine-tuning", "frozen base"), results, strict=False):
+    for label, result in zip(("full fine-tuning", "no adapter"), results, strict=False):
         level = result.metrics["val/loss"]
         assert [(0.0, level), (1.0, level)] in lines(figure.axes[0])
         assert label in labels
