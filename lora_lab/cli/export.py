@@ -1,6 +1,7 @@
 """`lora-lab export`: writes a finished run's adapter as PEFT loads it, or its merged model."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,8 @@ TASK_TYPES |= {"tokens": "TOKEN_CLS"}
 def export(run: Run, format: str, directory: Path) -> Path:
     """Writes a run's adapter (peft), or its model with ΔW added to the weights (merged).
 
-    Returns the path of the file written. A fully fine-tuned model is written as it was stored.
+    Returns the path of the file written. A fully fine-tuned model is written as it was stored. A
+    whole model of transformers has its config beside it, for `from_pretrained`.
     Raises AdapterError where the run has no adapter, the format cannot represent it or the file
     exists, and what `restore` raises.
     """
@@ -31,6 +33,8 @@ def export(run: Run, format: str, directory: Path) -> Path:
     if method == "full" and format == "merged" and run.finished:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(load_file(run.path / "model" / "model.safetensors"), path, {"format": "pt"})
+        if run.config["base"]["method"] == "pretrained":
+            _save_config(restore(run).model, directory)
         return path
     if method != "lora" and not (method == "none" and run.config.get("also_train")):
         raise AdapterError(f"adapter={method}: the run has no adapter to write")
@@ -43,7 +47,16 @@ def export(run: Run, format: str, directory: Path) -> Path:
         # Tied weights are one tensor under two keys, which safetensors refuses: each gets a copy.
         state = {key: value.clone() for key, value in adapters.merged(model).state_dict().items()}
         save_file(state, path, {"format": "pt"})
+        _save_config(model, directory)
     return path
+
+
+def _save_config(model: Any, directory: Path) -> None:
+    """Writes config.json where the model is one of transformers."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(directory)
 
 
 def _about_base(restored: Restored) -> dict[str, str | None]:
