@@ -1,6 +1,7 @@
 """Which weights get an adapter: targets pick sites, and each site gets its recipe."""
 
 import difflib
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -82,10 +83,14 @@ def find_sites(
     _check_globs([*patterns["r"], *patterns["alpha"]], picked, "pattern")
     names_by_span = parameters_in_memory(model)
     sites: list[Site] = []
+    tied: list[tuple[Site, list[str]]] = []
     taken: set[object] = set()
     for site in picked:
         layer, target = model.get_submodule(site.layer), targets[label_by_site[site.name]]
-        span, tied_to = _check_weight(site, layer, target, names_by_span)
+        span, tied_to = _check_weight(site, layer, names_by_span)
+        if tied_to and not target.tied:
+            tied.append((site, names_by_span[span]))
+            continue
         if (span, site.rows) in taken:
             continue  # tied on purpose, and adapted with the first layer that has it
         taken.add((span, site.rows))
@@ -93,6 +98,8 @@ def find_sites(
             site = replace(site, recipe=_site_recipe(site, target.recipe(recipe), patterns))
             _check_recipe(site, layer)
         sites.append(replace(site, tied_to=tied_to))
+    if tied:
+        raise TargetError(_reason_tied(tied, targets, label_by_site))
     return sites
 
 
@@ -146,7 +153,7 @@ def _check_globs(globs: Sequence[str], sites: Sequence[Site], where: str) -> Non
 
 
 def _check_weight(
-    site: Site, layer: nn.Module, target: Target, names_by_span: Mapping[Span, list[str]]
+    site: Site, layer: nn.Module, names_by_span: Mapping[Span, list[str]]
 ) -> tuple[Span, tuple[str, ...]]:
     """Where the site's weight is in memory, and the names of parameters tied to it.
 
@@ -168,15 +175,51 @@ def _check_weight(
             f"the weight of '{site.name}' shares some of its memory with {', '.join(parts)}: an "
             "adapter would change one and not the other; exclude it by a glob"
         )
-    if len(names) == 1:
-        return span, ()
-    if not target.tied:
-        raise TargetError(
-            f"the weight of '{site.name}' is tied ({' = '.join(names)}): an adapter would change "
-            "one use of it and not the other; untie it first, exclude it by a glob, or say "
-            "tied=true in the target, to adapt it once for all of them"
-        )
     return span, tuple(name for name in names if name != site.key)
+
+
+def _reason_tied(
+    tied: Sequence[tuple[Site, list[str]]],
+    targets: Mapping[str, Target],
+    label_by_site: Mapping[str, str],
+) -> str:
+    """Names the picked sites that are `tied` (with all names of each weight), and the way out."""
+    weights = "; ".join(f"'{site.name}' is tied ({' = '.join(names)})" for site, names in tied)
+    labels = [label_by_site[site.name] for site, _ in tied]
+    exclude, adapt_once = [], []
+    for label in dict.fromkeys(labels):
+        names = [site.name for site, _ in tied if label_by_site[site.name] == label]
+        picks_others = len(names) < list(label_by_site.values()).count(label)
+        if picks_others:
+            exclude += _setting(
+                label, targets[label], "exclude", [*_globs(targets[label].exclude), *names]
+            )
+        adapt_once += _setting(label, targets[label], "tied", ["true"])
+    ways = [f"{' '.join(adapt_once)} adapts it once for all of them"]
+    if exclude:
+        ways.insert(0, f"{' '.join(exclude)} leaves it out")
+    return (
+        f"the weight of {weights}: an adapter would change one use of it and not the other; "
+        f"{', '.join(ways)}"
+    )
+
+
+def _setting(label: str, target: Target, key: str, values: Sequence[str]) -> list[str]:
+    """What sets a target's `key`, as it is written on a command line.
+
+    A target that is only a glob has the glob as its label, with which no key can be written: it
+    gets a label first.
+    """
+    before = []
+    if not label.isidentifier():
+        before = ["target=all", f"target.all.match={_list(_globs(target.match))}"]
+        label = "all"
+    return [shlex.quote(word) for word in (*before, f"target.{label}.{key}={_list(values)}")]
+
+
+def _list(values: Sequence[str]) -> str:
+    """One value, or several in brackets."""
+    return values[0] if len(values) == 1 else f"[{','.join(values)}]"
 
 
 def _site_recipe(site: Site, recipe: Recipe, patterns: Patterns) -> Recipe:
@@ -235,4 +278,11 @@ def _reason_none_picked(label: str, target: Target, model: nn.Module, sites: Seq
     if layers and globs != ["*"]:
         shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in list(layers.items())[:3])
         return f"target '{label}' picks no {noun}, only {shown}"
-    return f"target '{label}' picks no weight; nearest names: {_nearest(globs[0], of_kind)}"
+    shown = ", ".join(f"'{glob}'" for glob in globs)
+    last_names = [*dict.fromkeys(site.name.rpartition(".")[2] for site in of_kind)]
+    few = ", ".join(last_names[:6]) + (", …" if last_names[6:] else "")
+    subject = "" if globs == [label] else f": {shown} fits none"
+    return (
+        f"target '{label}' picks no {noun}{subject}; nearest names: "
+        f"{_nearest(globs[0], of_kind)}; last names of its {noun}s: {few}"
+    )

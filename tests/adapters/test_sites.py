@@ -50,7 +50,11 @@ def test_globs(match: str, names: list[str]):
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        (Target(match="fcc*"), "picks no weight; nearest names: fc2, fc1"),
+        (Target(match="fcc*"), "picks no weight: 'fcc*' fits none; nearest names: fc2, fc1"),
+        (
+            Target(match="f"),
+            "fits none; nearest names: fc2, fc1, head; last names of its weights: fc1, fc2, head",
+        ),
         (Target("conv"), "picks nothing: the model has no conv weight"),
         (Target("conv", match="fc*"), "the model has no conv weight"),
         (Target(match="fc*", exclude="fc?"), "its exclude leaves out all that its match picks"),
