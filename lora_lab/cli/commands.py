@@ -25,7 +25,7 @@ def train(arguments: list[str]) -> None:
     where one failed, 2 for a wrong config, 130 or 143 where it was interrupted.
     """
     if {"-h", "--help"} & set(arguments):
-        print(train_help())
+        print(train_help(arguments))
         return
     fork_server.start(arguments)
     from lora_lab import train

@@ -1,6 +1,8 @@
 """Help texts of `lora-lab` and of its subcommands."""
 
-from lora_lab.config.options import options
+from collections.abc import Sequence
+
+from lora_lab.config.options import option_text, options
 
 ABOUT = """\
 Experiments with low-rank adaptation: which rank, which alpha, which layers, and what the learned \
@@ -12,6 +14,7 @@ examples:
   lora-lab train adapter.r=4 seed=1           the same at rank 4, another seed
   lora-lab train -m adapter.r=1,2,4 seed=0,1  six runs, one after another
   lora-lab train --help                       everything that can be set
+  lora-lab train data=text --help             and each key of data=text
   lora-lab sweep sweeps/rank.yaml             a W&B sweep file, run here with no account
   lora-lab report RUN                         a run's table and figures again
   lora-lab report runs/shift                  all its runs: tables, figures and a page, even while
@@ -73,6 +76,7 @@ examples:
 
 TRAIN = """\
 usage: lora-lab train [-m] [KEY=VALUE ...]
+       lora-lab train GROUP=OPTION ... --help    each key of these options
 
 Trains (or finds) a base, adapts it, measures ΔW, and writes a run directory with a table and
 figures. The same command again shows the finished run; -m takes lists of values and runs them all.
@@ -106,7 +110,7 @@ settings:
   also_train=[head]      globs on what trains in full beside the adapters; bias: every bias
   label_smoothing=0.0    in training; val/loss is plain
   select=last            the run's result: last | "best val/accuracy"
-  early_stopping=null    {{metric:val/loss,patience:3}}
+  early_stopping=null    'early_stopping={{metric: val/loss, patience: 3}}'
   spectra.every_n_epochs=10   when ΔW is measured in training; spectra.every_n_steps=N
   spectra.truncation=sites    the loss with ΔW cut to lower ranks: sites | model | none
   spectra.keep=0.99      the share of the gain that the advised ranks keep
@@ -138,10 +142,24 @@ examples:
 """
 
 
-def train_help() -> str:
-    """The help of `lora-lab train`: the settings, and the groups of conf/ with their options."""
+def train_help(arguments: Sequence[str] = ()) -> str:
+    """The help of `lora-lab train`: the settings, and the groups of conf/ with their options.
+
+    Behind it stands the YAML, with its comments, of each option that `arguments` choose.
+    """
     lines, width = [], 1 + max(len(o) for choices in options().values() for o in choices)
     for group, choices in options().items():
         for i, (option, comment) in enumerate(choices.items()):
             lines.append(f"  {group + '=' if i == 0 else '':<16}{option:<{width}}{comment}")
-    return TRAIN.format(groups="\n".join(lines) + "\n")
+    return TRAIN.format(groups="\n".join(lines) + "\n") + "".join(map(_chosen, arguments))
+
+
+def _chosen(argument: str) -> str:
+    """The keys of an option that is chosen, as data=text; empty for other arguments."""
+    group, _, option = argument.partition("=")
+    if option not in options().get(group, {}):
+        return ""
+    lines = option_text(group, option).splitlines()
+    keys = "KEY" if "# @package _global_" in lines else f"{group.replace('/', '.')}.KEY"
+    lines = [line for line in lines if not line.startswith("# @package")]
+    return f"\n{argument} sets {keys}:\n" + "".join(f"  {line}\n" for line in lines)

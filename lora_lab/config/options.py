@@ -10,6 +10,11 @@ def options() -> dict[str, dict[str, str]]:
     return dict(_groups(files("lora_lab.conf"), ""))
 
 
+def option_text(group: str, option: str) -> str:
+    """The YAML of an option, with its comments."""
+    return files("lora_lab.conf").joinpath(*group.split("/"), f"{option}.yaml").read_text()
+
+
 def _groups(folder: Traversable, prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Each group below a folder of conf/ with its options; `prefix` is its path, as "hydra/"."""
     for group in sorted(folder.iterdir(), key=lambda group: group.name):

@@ -198,6 +198,16 @@ def test_help_names_every_option():
         assert f" {option} " in text or f"={option} " in text
 
 
+def test_help_has_the_keys_of_chosen_options():
+    text = train_help(["-m", "model=pretrained", "data=text", "data.train=x", "--help"])
+    conf = Path(__file__).parents[2] / "conf"
+    for option in ("model/pretrained", "data/text"):
+        for line in (conf / f"{option}.yaml").read_text().splitlines():
+            assert f"\n  {line}\n" in text
+    assert text.startswith(train_help())
+    assert "\nexperiment=digits sets KEY:\n" in train_help(["experiment=digits"])
+
+
 def test_identity_is_of_what_can_change_the_result():
     one = composed()
     for same in ("runs_dir=x", "bases_dir=y", "tracking=off", "figures=false", "trainer=cpu"):
