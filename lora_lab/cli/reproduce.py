@@ -136,7 +136,7 @@ def _new_plan(run: Run, to: Path, fresh: bool) -> Plan:
         raise ValueError(f"{run.path / 'config.yaml'} cannot be read: {error}") from None
     tracking = cfg.tracking.model_copy(update={"mode": "off"})
     changes = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}
-    new_plan = plan(on_one_device(cfg.model_copy(update=changes)))
+    new_plan = plan(on_one_device(cfg.model_copy(update=changes)), is_stored=True)
     if isinstance(cfg.base, CheckpointBase) and new_plan.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     path = new_plan.path

@@ -66,6 +66,16 @@ class Images(TableData):
         self.check_chosen()
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """The kind of model that takes such inputs."""
+        return ("image" if self.input == "pixel_values" else "timm",)
+
+    @property
+    def heads_because(self) -> str:
+        """The kind of inputs, which decides on the model."""
+        return f" data.input={self.input}"
+
+    @property
     def sizes(self) -> dict[str, int]:
         """An output for each class."""
         return {"out_features": len(self.class_names)}

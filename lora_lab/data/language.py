@@ -35,6 +35,8 @@ class Language(TableData):
     """
 
     task = "language"
+    usual_length = 1024
+    """What max_length=null means in a run's config, if the model has as many positions."""
 
     def __init__(
         self,
@@ -89,6 +91,23 @@ class Language(TableData):
                 f"block=null: {source.key}={source.path} is text, of which each file is one"
                 " document; block=TOKENS cuts it into rows"
             )
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head that has this objective."""
+        return ("language" if self.objective == "causal" else self.objective,)
+
+    @property
+    def heads_because(self) -> str:
+        """The objective, which decides on the head."""
+        return f" data.objective={self.objective}"
+
+    @property
+    def least_length(self) -> int:
+        """The least tokens of a row (`max_length`, or `block`) of which one is learned."""
+        if self.objective == "causal":
+            return 2  # a token, and the one that follows it
+        return 1 if self.block else 1 + self.tokenizer.num_special_tokens_to_add()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -185,6 +204,9 @@ def _chosen_columns(
     """The columns by what they are. Raises ValueError for more than one kind, or half a pair."""
     given = {"text": text, "prompt": prompt, "completion": completion, "messages": messages}
     given = {kind: name for kind, name in given.items() if name is not None} or {"text": "text"}
+    for one, other in (("prompt", "completion"), ("completion", "prompt")):
+        if [*given] == [one]:
+            raise ValueError(f"{other}: must be given with {one}={given[one]}, which is its pair")
     if [*given] not in (["text"], ["prompt", "completion"], ["messages"]):
         shown = ", ".join(f"{kind}={name}" for kind, name in given.items())
         raise ValueError(f"{shown}: give text, or prompt and completion, or messages")

@@ -55,6 +55,16 @@ class Data(pl.LightningDataModule, ABC):
     def sizes(self) -> dict[str, int]:
         """The sizes of a model for this data, by the model's argument names, as `in_features`."""
 
+    @property
+    def heads(self) -> Sequence[str] | None:
+        """Heads of model=pretrained (or `timm`) that learn this data; None: it is not checked."""
+        return None
+
+    @property
+    def heads_because(self) -> str:
+        """The setting that decides on `heads`, as " data.objective=masked", for messages."""
+        return ""
+
     @abstractmethod
     def draw(self) -> tuple[Rows, Rows]:
         """Draws the training and the validation set of this phase from the seed."""

@@ -33,6 +33,9 @@ class Text(TableData):
     Rows are padded to the longest of their batch, in a multiple of `pad_to_multiple`.
     """
 
+    usual_length = 512
+    """What max_length=null means in a run's config, if the model has as many positions."""
+
     def __init__(
         self,
         phase: Phase,
@@ -60,6 +63,16 @@ class Text(TableData):
         for source in self.sources.values():
             _examples(source, self.columns, self.class_names)
         self.check_chosen()
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head with outputs for each row."""
+        return ("classification",)
+
+    @property
+    def least_length(self) -> int:
+        """The least `max_length` with which a row has a token of its text."""
+        return 1 + self.tokenizer.num_special_tokens_to_add(len(self.columns.text) == 2)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -53,8 +53,27 @@ def _tokenizer(path: str, content: str) -> Any:
     from transformers import AutoTokenizer
 
     if (folder := Path(path).expanduser()).is_dir():
-        return AutoTokenizer.from_pretrained(str(folder))
-    return AutoTokenizer.from_pretrained(path, revision=hub_commit(path, None, "model"))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=hub_commit(path, None, "model"))
+    _check_vocabulary(tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any) -> None:
+    """Raises ValueError for a tokenizer that transformers has made up of special tokens alone.
+
+    It does so for a model's folder without a tokenizer's files. Some kinds have one token more, the
+    space of SentencePiece.
+    """
+    ids = {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
+    if len(ids) <= 1:
+        raise ValueError(
+            "holds no tokenizer: there is no tokenizer.json, vocab.txt, tokenizer.model,"
+            " spiece.model, or vocab.json with merges.txt, so that all texts would be the same"
+            " tokens; save the model's own there by transformers' save_pretrained, or set"
+            " data.tokenizer to a folder that has it"
+        )
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -105,7 +124,23 @@ def tokenize(
         for text in column:
             content = text if isinstance(text, str) else json.dumps(text)
             digest.update(f"{len(content)}:{content}".encode(errors="surrogatepass"))
-    return cached(f"tokens/{digest.hexdigest()}", lambda: _flat(_encoded(what, texts, encode)))
+    flat = cached(f"tokens/{digest.hexdigest()}", lambda: _flat(_encoded(what, texts, encode)))
+    if (max_length := settings.get("max_length")) is not None:
+        full = int((flat["offsets"].diff() >= max_length).sum())
+        _log_full_rows(what, max_length, full, len(flat["offsets"]) - 1)
+    return flat
+
+
+@lru_cache(maxsize=64)  # once in a process, though training and validation share a source's tokens
+def _log_full_rows(what: str, max_length: int, full: int, rows: int) -> None:
+    """Logs how many rows have `max_length` tokens: a row that is cut does not say that it was."""
+    if full:
+        log.info(
+            "%.1f%% of the rows of %s fill data.max_length=%s; what is longer is cut",
+            100 * full / rows,
+            what,
+            max_length,
+        )
 
 
 def cached(name: str, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ class Words(TableData):
     """
 
     task = "classification"
+    usual_length = 512
+    """What max_length=null means in a run's config, if the model has as many positions."""
 
     def __init__(
         self,
@@ -65,6 +67,16 @@ class Words(TableData):
         for source in self.sources.values():
             _examples(source, self.columns, self.class_names)
         self.check_chosen()
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head with outputs for each token."""
+        return ("tokens",)
+
+    @property
+    def least_length(self) -> int:
+        """The least `max_length` with which a row has a token of its words."""
+        return 1 + self.tokenizer.num_special_tokens_to_add()
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -84,6 +84,7 @@ def pretrained(
 
 
 pretrained.path_arguments = ("path",)  # pyright: ignore[reportFunctionMemberAccess]
+pretrained.head_of = lambda arguments: arguments.get("head")  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def load_weights(*positional: Any, **named: Any) -> nn.Module:
@@ -186,6 +187,8 @@ def _config(
                 f"path={path}: it knows {size} tokens, and data.tokenizer has {out_features}"
             )
     if dropout is not None:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float | int):
                 setattr(config, name, dropout)

@@ -50,12 +50,16 @@ def timm_model(
 
     Raises ValueError, `argument=value: rule`, where there is no such model.
     """
+    for argument, rate in (("dropout", dropout), ("drop_path", drop_path)):
+        if rate is not None and not 0 <= rate < 1:
+            raise ValueError(f"{argument}={rate}: must be at least 0 and less than 1")
     settings = {"name": name, "revision": revision, "dtype": dtype, "image_size": image_size}
     settings |= {"dropout": dropout, "drop_path": drop_path, "new_head": new_head}
     return _build(path, None, out_features, gradient_checkpointing, **settings)
 
 
 timm_model.path_arguments = ("path",)  # pyright: ignore[reportFunctionMemberAccess]
+timm_model.head_of = lambda arguments: "timm"  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def load_weights(path: str, **arguments: Any) -> nn.Module:

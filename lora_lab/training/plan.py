@@ -28,7 +28,7 @@ from lora_lab.config.schema import (
 )
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
-from lora_lab.training import bases, pretrained_base
+from lora_lab.training import bases, fit_checks, pretrained_base
 from lora_lab.training.loop import TrainingLoop, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
@@ -159,10 +159,11 @@ def on_one_device(cfg: Config) -> Config:
     return cfg.model_copy(update={"trainer": cfg.trainer.model_copy(update=change)})
 
 
-def plan(cfg: Config) -> Plan:
+def plan(cfg: Config, is_stored: bool = False) -> Plan:
     """Checks, before data is drawn or a directory created, that the run of a config is possible.
 
     For this the model is built on the meta device, where its weights have shapes but no memory.
+    `is_stored`: the config is that of a finished run, whose data has been seen to fit its model.
     Raises ConfigError with the key that is wrong.
     """
     for key in ("runs_dir", "bases_dir"):
@@ -172,6 +173,8 @@ def plan(cfg: Config) -> Plan:
     pretrained_base.check_path(cfg.model)
     _call("data", cfg, phase="base")
     data = _call("data", cfg, phase="adapt")
+    if not is_stored:
+        fit_checks.check_head(cfg, data)
     check_metrics(cfg, data)
     cfg = pretrained_base.with_content(cfg)
     sizes = _sizes(cfg, data)
@@ -184,6 +187,9 @@ def plan(cfg: Config) -> Plan:
             f"that share each batch (trainer.devices={cfg.trainer.devices})"
         )
     model = _meta_model(cfg, sizes)
+    if not is_stored:
+        cfg = fit_checks.with_max_length(cfg, data, model)
+        fit_checks.check_vocabulary(cfg, data, model)
     also_trained = _also_trained(cfg, model)
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     new_parameters = []

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.config.schema import Component, Config, ConfigError
-from lora_lab.data.content import content_hash, hub_commit
+from lora_lab.data.content import check_hub_id, content_hash, hub_commit
+from lora_lab.models.paths import nearest_path
 from lora_lab.runs import write_atomic
 from lora_lab.seeding import generator
 
@@ -36,11 +37,25 @@ _new_parameters: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 def check_path(model: Component) -> None:
     """Raises ConfigError where model.path can be none, before a hub is asked for it."""
     module: Any = inspect.getmodule(model.callee)
+    path, revision = model.arguments.get("path", ""), model.arguments.get("revision")
     try:
         if hasattr(module, "check_path"):
-            module.check_path(model.arguments.get("path", ""))
+            module.check_path(path)
+        if hasattr(module, "load_weights") and not Path(path).exists():
+            _check_hub_id(path, revision)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from None
+
+
+def _check_hub_id(path: str, revision: str | None) -> None:
+    """Raises ValueError, with the folder most like `path`, where no hub's model has this id."""
+    try:
+        check_hub_id(path)
+        hub_commit(path, revision, "model")
+    except ValueError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        near = nearest_path(path)
+        raise ValueError(f"path={path}: {why}{near if near not in why else ''}") from None
 
 
 def with_content(cfg: Config) -> Config:

@@ -37,7 +37,7 @@ def restore(run: Run) -> Restored:
     cfg = parse_config(dict(run.config))
     if not cfg.trains:
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
-    planned = plan(on_one_device(cfg))
+    planned = plan(on_one_device(cfg), is_stored=True)
     if isinstance(cfg.base, CheckpointBase) and planned.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     pretrained = isinstance(cfg.base, PretrainedBase)

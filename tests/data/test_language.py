@@ -180,7 +180,7 @@ def test_an_encoder_decoder_is_given_its_targets_shifted_right():
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "half a pair": (
         {"prompt": "prompt"},
-        r"prompt=prompt: give text, or prompt and completion, or",
+        r"^completion: must be given with prompt=prompt, which is its pair$",
     ),
     "two kinds": ({"text": "text", "messages": "messages"}, r"text=text, messages=messages: give"),
     "missing column": ({"text": "txt"}, r"text=txt: train=train.jsonl has no such .*nearest: text"),

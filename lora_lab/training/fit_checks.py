@@ -1,0 +1,154 @@
+"""Checks that the data fits the model: its head, its table of tokens, its positions.
+
+What does not fit would fail after the run has begun, or train on what means nothing.
+"""
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from lora_lab.config.schema import Config, ConfigError
+from lora_lab.data import Data
+
+DATA_OF_HEAD = {
+    "classification": "data=text",
+    "tokens": "data=words",
+    "language": "data=language",
+    "masked": "data=language data.objective=masked",
+    "seq2seq": "data=language data.objective=seq2seq",
+    "image": "data=images",
+    "timm": "data=images data.input=tensor",
+}
+"""The head of a model (timm: any model of timm) → the settings of the data that it learns."""
+
+POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+"""Last names of the layers of transformers that have a vector for each position."""
+
+
+def check_head(cfg: Config, data: Data) -> None:
+    """Raises ConfigError where the data says which heads learn it, and the model's is no such."""
+    head_of = getattr(cfg.model.callee, "head_of", None)
+    if head_of is None or data.heads is None:
+        return
+    if (head := head_of(cfg.model.arguments)) in data.heads or head not in DATA_OF_HEAD:
+        return
+    needed = " or ".join(
+        "model=timm" if name == "timm" else f"model=pretrained model.head={name}"
+        for name in data.heads
+    )
+    shown = "model=timm" if head == "timm" else f"model.head={head}"
+    name = type(data).__name__.lower()
+    raise ConfigError(
+        f"{shown}: data={name}{data.heads_because} needs {needed}; "
+        f"{shown} learns {DATA_OF_HEAD[head]}"
+    )
+
+
+def with_max_length(cfg: Config, data: Data, model: nn.Module) -> Config:
+    """The config with the data's `max_length`, where that is null, filled in and checked.
+
+    Null stands for the data's usual length, or for as many as the model has positions where these
+    are fewer. Raises ConfigError where rows could be longer than the model has positions, or are
+    too short to hold a token of their text. `model` may be on the meta device.
+    """
+    positions = position_count(model)
+    usual_length: int | None = getattr(data, "usual_length", None)
+    if usual_length is None:
+        return cfg
+    given: dict[str, Any] = cfg.data.arguments
+    block, max_length = given.get("block"), given.get("max_length")
+    parameters = inspect.signature(cfg.data.callee).parameters
+    if max_length is None and "max_length" in parameters:
+        max_length = usual_length if block else min(usual_length, positions or usual_length)
+        cfg = cfg.model_copy(
+            update={"data": cfg.data.model_copy(update={"max_length": max_length})}
+        )
+    # With `block`, all tokens follow each other, and max_length cuts none of them.
+    key, length = ("block", block) if block else ("max_length", max_length)
+    if length is None:
+        return cfg  # a data set of a user's own, without this argument
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"data.{key}={length}: the model has {positions} positions "
+            f"(model.path={cfg.model.arguments.get('path')}); at most data.{key}={positions}"
+        )
+    least = getattr(data, "least_length", 1)
+    if length < least:
+        raise ConfigError(
+            f"data.{key}={length}: leaves a row no token to learn from beside the special tokens "
+            f"of data.tokenizer; at least data.{key}={least}"
+        )
+    return cfg
+
+
+def position_count(model: nn.Module) -> int | None:
+    """The most tokens that the model can read; None where it has no table of positions.
+
+    Rotary and relative positions need none, and have no such end.
+    """
+    counts = [
+        _places(layer)
+        for name, layer in model.named_modules()
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(layer, nn.Embedding)
+    ]
+    if not counts:
+        return None
+    # An encoder-decoder may have a longer table for the encoder: the longest counts. A config can
+    # say less than the table has, as Nyströmformer's does, which leaves its first two rows unused.
+    stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(max(counts), stated or max(counts))
+
+
+def _places(table: nn.Embedding) -> int:
+    """How many positions a table has vectors for."""
+    if (offset := getattr(table, "offset", None)) is not None:
+        return table.num_embeddings - int(offset)  # BART and OPT skip the first two rows
+    if type(table) is nn.Embedding and table.padding_idx is not None:
+        # RoBERTa and its like number positions from padding_idx + 1: 514 rows, padding_idx 1,
+        # the first token is at 2, and the last of 512 at 513.
+        return table.num_embeddings - table.padding_idx - 1
+    return table.num_embeddings
+
+
+def check_vocabulary(cfg: Config, data: Data, model: nn.Module) -> None:
+    """Raises ConfigError where the data's tokenizer gives ids that the model has no vector for."""
+    tokenizer = getattr(data, "tokenizer", None)
+    if tokenizer is None or (size := _embedding_count(model)) is None:
+        return
+    token, largest = _largest_id(tokenizer)
+    if largest >= size:
+        raise ConfigError(
+            f"data.tokenizer={cfg.data.arguments.get('tokenizer')}: token {token!r} has the id "
+            f"{largest}, and model.path={cfg.model.arguments.get('path')} has vectors for {size} "
+            f"tokens, ids 0 to {size - 1}; the tokenizer must be the model's (data.tokenizer is "
+            "model.path where it is not set)"
+        )
+
+
+def _embedding_count(model: nn.Module) -> int | None:
+    """How many tokens a model of transformers has vectors for; None for other models."""
+    try:
+        return len(model.get_input_embeddings().weight)  # pyright: ignore
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=4)
+def _largest_id(tokenizer: Any) -> tuple[str, int]:
+    """The token of the largest id that a text can become, or that is put around it.
+
+    Control tokens that stand in no text are left out: some models, as Gemma 3 of 1B parameters,
+    have in their tokenizers those of their larger sisters (`<image_soft_token>`), without vectors.
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    used = {getattr(tokenizer, f"{name}_token", None) for name in names}
+    unused = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and token.content not in used and token.content not in template
+    }
+    ids = {token: id for token, id in tokenizer.get_vocab().items() if token not in unused}
+    return max(ids.items(), key=lambda item: item[1])
