@@ -108,7 +108,7 @@ def check_arguments(
     `given` are the names of arguments that the program itself passes. Raises ConfigError for an
     unknown or missing argument, and for a value of the wrong type or out of its range.
     """
-    parameters, hints = _parameters(callee)
+    parameters, hints = parameters_of(callee)
     for name, value in arguments.items():
         if name not in parameters or name in given:
             known = [n for n in parameters if n not in given]
@@ -136,7 +136,9 @@ def check_arguments(
             raise ConfigError(f"{key}.{name}: must be given, {_name_of(callee)} needs it")
 
 
-def _parameters(callee: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+def parameters_of(
+    callee: Callable[..., Any],
+) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """The parameters of a callable, and their annotations.
 
     A class that takes **settings is understood to pass them on, so that those of its base class
@@ -148,7 +150,7 @@ def _parameters(callee: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter
     hints = get_type_hints(callee.__init__, include_extras=True)
     kinds = [parameter.kind for parameter in parameters.values()]
     if inspect.Parameter.VAR_KEYWORD in kinds and callee.__base__ not in (None, object):
-        more, more_hints = _parameters(callee.__base__)
+        more, more_hints = parameters_of(callee.__base__)
         parameters = {n: p for n, p in parameters.items() if p.kind != p.VAR_KEYWORD}
         parameters, hints = {**more, **parameters}, {**more_hints, **hints}
     return parameters, hints

@@ -3,12 +3,12 @@
 What does not fit would fail after the run has begun, or train on what means nothing.
 """
 
-import inspect
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
+from lora_lab.config.checks import parameters_of
 from lora_lab.config.schema import Config, ConfigError
 from lora_lab.data import Data
 
@@ -59,7 +59,7 @@ def with_max_length(cfg: Config, data: Data, model: nn.Module) -> Config:
         return cfg
     given: dict[str, Any] = cfg.data.arguments
     block, max_length = given.get("block"), given.get("max_length")
-    parameters = inspect.signature(cfg.data.callee).parameters
+    parameters, _ = parameters_of(cfg.data.callee)
     if max_length is None and "max_length" in parameters:
         max_length = usual_length if block else min(usual_length, positions or usual_length)
         cfg = cfg.model_copy(

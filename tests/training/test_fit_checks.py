@@ -17,7 +17,9 @@ import torch
 import transformers
 
 from lora_lab.config.compose import hydra_arguments
-from lora_lab.config.schema import ConfigError
+from lora_lab.config.schema import Component, ConfigError
+from lora_lab.data import Phase
+from lora_lab.data.text import Text
 from lora_lab.training.fit_checks import position_count
 from lora_lab.training.plan import plan
 from tests.config.test_conf import composed
@@ -126,6 +128,30 @@ def test_what_fits(settings: str, length: int):
     assert made.cfg.data.arguments["max_length"] == length
     same = composed(*settings.split(), f"data.max_length={length}")
     assert plan(same).path == made.path
+
+
+class OwnText(Text):
+    """A data set of a user's own, whose arguments are those of Text."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+
+
+class FixedText(Text):
+    """A data set of a user's own without an argument max_length."""
+
+    def __init__(self, phase: Phase, tokenizer: str, seed: int):
+        settings = {"text": "text", "label": "label", "batch_size": 2, "max_length": 10}
+        super().__init__(phase, train="train.jsonl", tokenizer=tokenizer, seed=seed, **settings)
+
+
+def test_data_of_a_users_own():
+    own = f"data._target_={__name__}.OwnText"
+    assert plan(composed(*TEXT.split(), own)).cfg.data.arguments["max_length"] == 64
+    cfg = composed(*TEXT.split())
+    node = {"_target_": f"{__name__}.FixedText", "tokenizer": "bert", "seed": 0}
+    fixed = plan(cfg.model_copy(update={"data": Component.model_validate(node)}))
+    assert "max_length" not in fixed.cfg.data.arguments
 
 
 def test_a_null_length_is_that_of_earlier_runs_where_the_model_has_no_end():
