@@ -84,7 +84,6 @@ def pretrained(
 
 
 pretrained.path_arguments = ("path",)  # pyright: ignore[reportFunctionMemberAccess]
-pretrained.head_of = lambda arguments: arguments.get("head")  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def load_weights(*positional: Any, **named: Any) -> nn.Module:

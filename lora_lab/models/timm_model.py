@@ -59,7 +59,6 @@ def timm_model(
 
 
 timm_model.path_arguments = ("path",)  # pyright: ignore[reportFunctionMemberAccess]
-timm_model.head_of = lambda arguments: "timm"  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def load_weights(path: str, **arguments: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 from lora_lab.config.checks import parameters_of
 from lora_lab.config.schema import Config, ConfigError
 from lora_lab.data import Data
+from lora_lab.models.timm_model import timm_model
 
 DATA_OF_HEAD = {
     "classification": "data=text",
@@ -29,10 +30,8 @@ POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions
 
 def check_head(cfg: Config, data: Data) -> None:
     """Raises ConfigError where the data says which heads learn it, and the model's is no such."""
-    head_of = getattr(cfg.model.callee, "head_of", None)
-    if head_of is None or data.heads is None:
-        return
-    if (head := head_of(cfg.model.arguments)) in data.heads or head not in DATA_OF_HEAD:
+    head = "timm" if cfg.model.callee is timm_model else cfg.model.arguments.get("head")
+    if data.heads is None or head in data.heads or head not in DATA_OF_HEAD:
         return
     needed = " or ".join(
         "model=timm" if name == "timm" else f"model=pretrained model.head={name}"
