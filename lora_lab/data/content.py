@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from lora_lab.config.schema import nearest
+from lora_lab.config.errors import nearest_path
 
 Kind = Literal["dataset", "model", "tokenizer"]
 """What is hashed. Of a `tokenizer`, a folder's weights are left out."""
@@ -62,8 +62,7 @@ def check_hub_id(path: str) -> None:
     folder = file.parent
     if not folder.is_dir():
         raise ValueError(f"{path}: no such file, nor is there a folder {folder}")
-    near = nearest(file.name, (other.name for other in folder.iterdir()))
-    raise ValueError(f"{path}: no such file or folder{near}")
+    raise ValueError(f"{path}: no such file or folder{nearest_path(path)}")
 
 
 def _file_hash(file: Path) -> str:
@@ -119,5 +118,5 @@ def hub_commit(repo: str, revision: str | None, kind: Literal["dataset", "model"
         raise HubUnreachableError(
             f"{repo}: no file or folder here has that name, and as a hub id it cannot be looked up,"
             f" since no hub is reachable ({type(error).__name__}) and it is not in the local cache;"
-            " the path of a local file or folder works without a hub"
+            f" the path of a local file or folder works without a hub{nearest_path(repo)}"
         ) from None

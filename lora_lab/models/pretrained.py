@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lab.models.paths import first_line, nearest_folder
+from lora_lab.config.errors import first_line, nearest_folder
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,13 @@ def _config(
     return config
 
 
-def _config_at(path: str, revision: str | None, remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
+def check_path(path: str) -> None:
+    """Raises ValueError where a path is neither a model's folder nor can be a hub's id."""
+    if Path(path).is_file():
+        raise ValueError(
+            f"path={path}: it is a file; must be a folder that transformers' save_pretrained wrote,"
+            f" or a hub's id{nearest_folder(path)}"
+        )
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"path={path}: there is no such folder{nearest_folder(path)}")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
@@ -204,6 +208,12 @@ def _config_at(path: str, revision: str | None, remote_code: bool) -> Any:
             f"path={path}: the folder has no config.json, which transformers' save_pretrained "
             f"writes{nearest_folder(path, 'config.json')}"
         )
+
+
+def _config_at(path: str, revision: str | None, remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    check_path(path)
     try:
         with _quiet():
             return AutoConfig.from_pretrained(

@@ -14,8 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_lab.config.errors import nearest
-from lora_lab.models.paths import first_line, nearest_folder, nearest_path
+from lora_lab.config.errors import first_line, nearest, nearest_folder, nearest_path
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 

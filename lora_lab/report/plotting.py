@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullLocator
 
 # Fonts as text, so that a PDF's labels can be searched and edited.
 matplotlib.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 150})
@@ -62,11 +62,13 @@ def log_scale(axes: Axes, low: float, high: float, axis_name: str = "y") -> None
     axis = axes.xaxis if axis_name == "x" else axes.yaxis
     decades = np.log10(high / low)
     # For equal values, as for three decades and more, matplotlib's default ticks will do.
-    if 1e-3 <= decades < 3:
+    if 0 < decades < 3:
         tick_digits = (1, 2, 5) if decades > 0.7 else range(1, 10)
-        axis.set_major_locator(LogLocator(subs=tick_digits, numticks=12))
+        by_digits = LogLocator(subs=tick_digits, numticks=12)
+        # From 0.71 to 0.79 there is no 0.1, 0.2, …: the ticks are at equal distances then.
+        axis.set_major_locator(by_digits if decades > 0.3 else AutoLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(NullLocator())
 
 
 def rank_axis(axes: Axes, ranks: set[int]) -> None:

@@ -122,7 +122,9 @@ def _size_facts(run: Run) -> Rows:
         share = f"{format_number(trainable)} of {format_number(base)} ({trainable / base:.3%})"
         facts.append(["trainable parameters", share])
     if (size := run.last("bytes/adapter")) is not None:
-        facts.append(["adapter on disk", _bytes(size)])
+        in_full = run.last("bytes/also_trained")
+        beside = f", and {_bytes(in_full)} of weights trained in full" if in_full else ""
+        facts.append(["adapter on disk", _bytes(size) + beside])
     if (size := run.last("bytes/optimizer")) is not None:
         full = run.last("bytes/full_optimizer")
         beside = f", {_bytes(full)} for full fine-tuning" if full else ""

@@ -85,6 +85,8 @@ def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
     if adapters.names(model):
         _check_merge(trainer, trial)
         costs["bytes/adapter"] = cost.adapter_bytes
+        if cost.also_trained:
+            costs["bytes/also_trained"] = cost.also_trained_bytes
         costs["bytes/optimizer"] = cost.optimizer_bytes
         costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
     saved = save_weights(model, trial.run.path)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from lora_lab.config.schema import Component, Config, ConfigError
 from lora_lab.data.content import check_hub_id, content_hash, hub_commit
-from lora_lab.models.paths import nearest_path
 from lora_lab.runs import write_atomic
 from lora_lab.seeding import generator
 
@@ -53,9 +52,7 @@ def _check_hub_id(path: str, revision: str | None) -> None:
         check_hub_id(path)
         hub_commit(path, revision, "model")
     except ValueError as error:
-        why = str(error).removeprefix(f"{path}: ")
-        near = nearest_path(path)
-        raise ValueError(f"path={path}: {why}{near if near not in why else ''}") from None
+        raise ValueError(f"path={error}") from None
 
 
 def with_content(cfg: Config) -> Config:

@@ -374,7 +374,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "tokenizer missing": (
         {},
         {"tokenizer": "./tokenizr"},
-        r"tokenizer=./tokenizr: no such .*: tokenizer",
+        r"tokenizer=./tokenizr: no such .*: ./tokenizer",
     ),
     "no tokenizer in it": ({"x/a": "b"}, {"tokenizer": "x"}, r"^tokenizer=x: "),
 }

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from lora_lab.report import rank_figures
 from lora_lab.report.cells import RunResult, cells_of, read_run
 from lora_lab.report.phi_heat_map import phi_heat_map
-from lora_lab.report.plotting import series_style
+from lora_lab.report.plotting import log_scale, series_style
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
 from lora_lab.report.tradeoff_figure import metric_by_parameters, pareto_front
 from lora_lab.runs import Run, find_runs
@@ -66,6 +66,25 @@ def test_directions_are_counted_in_integers(shape: tuple[int, int]):
         ticks = [tick for tick in axis.get_ticklocs() if 0.5 <= tick <= count + 0.5]
         assert ticks
         assert all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.6925, 0.6931, ["0.6925", "0.6926", "0.6927", "0.6928", "0.6929", "0.693", "0.6931"]),
+        (0.72, 0.78, [f"0.7{digit}" for digit in range(2, 9)]),
+        (0.5, 1.0, ["0.5", "0.6", "0.7", "0.8", "0.9", "1"]),
+        (1.0, 20, ["1", "2", "5", "10", "20"]),
+    ],
+)
+def test_a_log_axis_of_few_decades_has_plain_numbers(low: float, high: float, ticks: list[str]):
+    axes = (figure := Figure()).subplots()
+    axes.plot([low, high])
+    log_scale(axes, low, high)
+    figure.draw_without_rendering()
+    bottom, top = axes.get_ylim()
+    shown = zip(axes.yaxis.get_ticklocs(), axes.yaxis.get_ticklabels(), strict=True)
+    assert [text.get_text() for at, text in shown if bottom <= at <= top] == ticks
 
 
 @pytest.mark.parametrize("metric", ["val/loss", "val/accuracy"])

@@ -210,6 +210,7 @@ BAD = {
     "masked, causal": (MASKED + "model.head=language", "needs model=pretrained model.head=masked"),
     "path": (TEXT + "model.path=robb", "model.path=robb: "),
     "path below": (TEXT + "model.path=./robb", "model.path=./robb: "),
+    "tokenizer": (TEXT + "model.path=rob data.tokenizer=brt", "nearest: bert"),
     "dropout": (
         TEXT + "model.dropout=2",
         "model.dropout=2: must be at least 0 and less than 1",

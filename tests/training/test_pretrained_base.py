@@ -162,7 +162,8 @@ def test_a_base_that_is_written_to_is_noticed(train: Lab):
 
 
 BAD = {
-    "model.path=modle": "model.path=modle: ",
+    "model.path=modle": "model.path=modle: .*nearest: model",
+    "model.path=model/config.json": "model.path=model/config.json: it is a file; must be a folder",
     "model.head=clasification": "model.head=clasification: .*classification",
     "model.head=seq2seq": "model.head=seq2seq: bert .* has no such head",
     "model.dtype=float": "model.dtype=float: must be",
