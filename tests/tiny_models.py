@@ -48,7 +48,7 @@ def tiny_model(family: str, folder: Path | str, head: str, seed: int = 0, **chan
     """
     import transformers
 
-    from lora_lab.models.pretrained import HEADS
+    from lora_lab.models.transformers_config import HEADS
 
     name, sizes = TINY[family]
     settings = {key: value for key, value in {**sizes, **changes}.items() if value is not None}

@@ -175,11 +175,7 @@ def _twin(
     Raises AdapterError where they cannot be shared.
     """
     twin = adapter_class(layer)(layer, parameter, None, adapter.recipe)
-    if adapter.recipe.dora or adapter.core is not None or adapter.A0 is not None:
-        raise AdapterError(
-            f"'{site.name}' is tied: only plain A and B can be shared; leave it to an adapter "
-            "without DoRA and with an init whose B is zero"
-        )
+    adapter.recipe.check_shared(site.name)
     if site.rows is not None:
         raise AdapterError(f"'{site.name}' is a block of a tied weight: untie it, or exclude it")
     weights = (twin.weight_of(layer), adapter.weight_of(owner))

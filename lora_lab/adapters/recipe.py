@@ -53,3 +53,11 @@ class Recipe:
                 f"trains=core with init={self.init}: B is zero, so no core could move ΔW; "
                 f"take an init from the weight: {able}"
             )
+
+    def check_shared(self, site: str) -> None:
+        """Raises AdapterError where two layers with one, tied weight cannot share the adapter."""
+        if self.dora or self.trains == "core" or INITS[self.init].from_weight:
+            raise AdapterError(
+                f"'{site}' is tied: only plain A and B can be shared; leave it to an adapter "
+                "without DoRA and with an init whose B is zero, or exclude it"
+            )

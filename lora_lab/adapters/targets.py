@@ -97,6 +97,8 @@ def find_sites(
         if recipe is not None:
             site = replace(site, recipe=_site_recipe(site, target.recipe(recipe), patterns))
             _check_recipe(site, layer)
+            if tied_to and site.recipe is not None:
+                site.recipe.check_shared(site.name)
         sites.append(replace(site, tied_to=tied_to))
     if tied:
         raise TargetError(_reason_tied(tied, targets, label_by_site))

@@ -34,7 +34,7 @@ def export(run: Run, format: str, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(load_file(run.path / "model" / "model.safetensors"), path, {"format": "pt"})
         if run.config["base"]["method"] == "pretrained":
-            _save_config(restore(run).model, directory)
+            _save_config(restore(run), directory)
         return path
     if method != "lora" and not (method == "none" and run.config.get("also_train")):
         raise AdapterError(f"adapter={method}: the run has no adapter to write")
@@ -47,15 +47,18 @@ def export(run: Run, format: str, directory: Path) -> Path:
         # Tied weights are one tensor under two keys, which safetensors refuses: each gets a copy.
         state = {key: value.clone() for key, value in adapters.merged(model).state_dict().items()}
         save_file(state, path, {"format": "pt"})
-        _save_config(model, directory)
+        _save_config(restored, directory)
     return path
 
 
-def _save_config(model: Any, directory: Path) -> None:
-    """Writes config.json where the model is one of transformers."""
-    config: Any = getattr(model, "config", None)
+def _save_config(restored: Restored, directory: Path) -> None:
+    """Writes config.json, with the classes' names, where the model is one of transformers."""
+    config: Any = getattr(restored.model, "config", None)
     if hasattr(config, "save_pretrained"):
-        config.architectures = [type(model).__name__]
+        config.architectures = [type(restored.model).__name__]
+        if names := getattr(restored.plan.data("adapt"), "class_names", None):
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: i for i, name in enumerate(names)}
         config.save_pretrained(directory)
 
 

@@ -1,5 +1,6 @@
 """Texts, numbers, classes and lists of a table's columns, all checked before training."""
 
+import re
 from collections.abc import Sequence
 from math import isfinite
 from typing import Any, Literal
@@ -99,17 +100,22 @@ def class_names(
 
 
 def class_indices(
-    table: Table, name: str, classes: tuple[str, ...], argument: LabelArgument = "label"
+    table: Table,
+    name: str,
+    classes: tuple[str, ...],
+    listed: bool,
+    argument: LabelArgument = "label",
 ) -> Tensor:
     """The index in `classes` of each label (N,). Raises ValueError for one that has none.
 
-    The labels of lists follow each other. Where no class has an integer label's name, the integer
-    is the index itself.
+    The labels of lists follow each other. Integers are indices themselves where the classes have
+    been `listed` by the user, and none of their names is a number: classes=[neg,pos] with labels
+    0 and 1. Of classes that are sorted labels nobody knows which one an integer means.
     """
     index_of = {label: i for i, label in enumerate(classes)}
     labels = _labels(table, name, argument)
-    different = {label for _, _, label in labels}
-    is_index = all(isinstance(label, int) and str(label) not in index_of for label in different)
+    named_by_numbers = any(re.fullmatch(r"-?\d+", label) for label in classes)
+    is_index = listed and not named_by_numbers and all(type(row[-1]) is int for row in labels)
     indices = []
     for row, place, label in labels:
         index = label if is_index else index_of.get(str(label))
@@ -118,10 +124,17 @@ def class_indices(
             origin = "the classes" if table.key == "train" else "the classes of training"
             raise ValueError(
                 f"{table.where(row)}: {place} is '{label}', which is not in {origin}"
-                f" ({shown}){nearest(label, classes)}"
+                f" ({shown}){nearest(label, classes)}{_listing_hint(label, listed, argument)}"
             )
         indices.append(index)
     return torch.tensor(indices)
+
+
+def _listing_hint(label: Label, listed: bool, argument: LabelArgument) -> str:
+    """How an integer label comes to mean one of the named classes, where these are not listed."""
+    if listed or not isinstance(label, int):
+        return ""
+    return f"; data.classes=[NAME,…] says which class each integer of data.{argument} stands for"
 
 
 def _stored_names(table: Table, name: str) -> tuple[str, ...] | None:

@@ -57,12 +57,13 @@ class Images(TableData):
         super().__init__(phase, **table)
         self.image, self.label, self.augment, self.input = image, label, augment, input
         self.pixels = Pixels(*_normalization(processor, size, mean, std))
+        self.listed = classes is not None
         names = None if classes is None else tuple(classes)
         self.class_names = columns.class_names(self.sources["train"].table(), label, names)
         """The classes in the order of the model's outputs."""
         for source in self.sources.values():
             source.table().check_column("image", image)
-            _targets(source, label, self.class_names)
+            _targets(source, label, self.class_names, self.listed)
         self.check_chosen()
 
     @property
@@ -85,13 +86,13 @@ class Images(TableData):
         augment = self.augment if split == "train" else "none"
         transform = self.pixels.transform(augment)
         key = None if augment == "none" else (self.seed, self.phase, "augment")
-        targets = _targets(source, self.label, self.class_names)
+        targets = _targets(source, self.label, self.class_names, self.listed)
         return ImageRows(source, self.image, targets, numbers, transform, key, self.input)
 
 
 @lru_cache(maxsize=8)
-def _targets(source: Source, label: str, classes: tuple[str, ...]) -> Tensor:
-    return columns.class_indices(source.table(), label, classes)
+def _targets(source: Source, label: str, classes: tuple[str, ...], listed: bool) -> Tensor:
+    return columns.class_indices(source.table(), label, classes, listed)
 
 
 def _normalization(

@@ -76,8 +76,9 @@ class Text(TableData):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """An output for each class, or one number."""
-        return {"out_features": len(self.class_names) if self.class_names else 1}
+        """An output for each class, or one number; and the token that fills short rows."""
+        outputs = len(self.class_names) if self.class_names else 1
+        return {"out_features": outputs, "pad_token_id": tokens.pad_id(self.tokenizer)}
 
     def rows(self, source: Source, numbers: Tensor, split: str) -> tokens.TokenRows:
         """Rows of tokens, with a class (B,) or a number (B, 1) for each."""
@@ -103,7 +104,8 @@ def _examples(
     texts = [columns.texts(table, "text", name) for name in chosen.text]
     if classes is None:
         return texts, columns.numbers(table, chosen.label)
-    return texts, columns.class_indices(table, chosen.label, classes)
+    listed = chosen.classes is not None
+    return texts, columns.class_indices(table, chosen.label, classes, listed)
 
 
 def _encode(tokenizer: Any, *texts: list[str], max_length: int | None) -> tokens.Encoded:

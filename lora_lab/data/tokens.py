@@ -31,6 +31,12 @@ Encoded = dict[str, list[list[int]]]
 TEXTS_A_CALL = 5000
 """Texts that the tokenizer gets at once; it works on them in threads."""
 
+TOKENIZER_SETTINGS = (
+    *("special_tokens_map", "chat_template", "model_input_names"),
+    *("truncation_side", "split_special_tokens"),
+)
+"""What decides its results beside a tokenizer's vocabulary and rules."""
+
 
 def load_tokenizer(path: str | None) -> Any:
     """The tokenizer of a folder or hub id, loaded once. Raises ValueError, with the argument."""
@@ -92,12 +98,13 @@ def padding(tokenizer: Any, flat: dict[str, Tensor]) -> dict[str, int]:
 
 @lru_cache(maxsize=4)
 def description(tokenizer: Any) -> Any:
-    """All that decides a tokenizer's ids, to be hashed."""
+    """All that decides a tokenizer's ids and what it writes of chats, to be hashed."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         content = backend.to_str()
     else:
         content = content_hash(tokenizer.name_or_path, kind="tokenizer")
-    return [type(tokenizer).__name__, content, str(tokenizer.special_tokens_map)]
+    settings = [str(getattr(tokenizer, name, None)) for name in TOKENIZER_SETTINGS]
+    return [type(tokenizer).__name__, content, settings]
 
 
 def model_inputs(encoded: Any) -> Encoded:
@@ -119,7 +126,7 @@ def tokenize(
     `encode`'s names as one tensor of all rows' numbers: row i has those from offsets[i] to
     offsets[i + 1]. The tensors of a cached file are mapped into memory, not read.
     """
-    digest = hashlib.sha256(json.dumps([settings, description(tokenizer)]).encode())
+    digest = hashlib.sha256(json.dumps([len(texts), settings, description(tokenizer)]).encode())
     for column in texts:
         for text in column:
             content = text if isinstance(text, str) else json.dumps(text)

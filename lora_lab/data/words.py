@@ -114,7 +114,9 @@ def _examples(
                 f"{table.where(row)}: '{chosen.words}' has {len(row_words)} words and"
                 f" '{chosen.labels}' {len(row_labels)} labels"
             )
-    indices = columns.class_indices(table, chosen.labels, classes, "labels")
+    indices = columns.class_indices(
+        table, chosen.labels, classes, chosen.classes is not None, "labels"
+    )
     return words, [part.tolist() for part in indices.split([*map(len, labels)])]
 
 

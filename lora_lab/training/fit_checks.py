@@ -3,6 +3,7 @@
 What does not fit would fail after the run has begun, or train on what means nothing.
 """
 
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from lora_lab.config.checks import parameters_of
 from lora_lab.config.schema import Config, ConfigError
 from lora_lab.data import Data
 from lora_lab.models.timm_model import timm_model
+from lora_lab.models.transformers_config import auto_class
 
 DATA_OF_HEAD = {
     "classification": "data=text",
@@ -109,6 +111,47 @@ def _places(table: nn.Embedding) -> int:
         # the first token is at 2, and the last of 512 at 513.
         return table.num_embeddings - table.padding_idx - 1
     return table.num_embeddings
+
+
+def check_reading_direction(cfg: Config, model: nn.Module) -> None:
+    """Raises ConfigError where a model of masked tokens would see the token that it predicts.
+
+    BERT's kind, of which transformers makes a language model that still reads in both directions
+    unless its config.json has `is_decoder` (XLM: `causal`).
+    """
+    config: Any = getattr(model, "config", None)
+    if cfg.model.arguments.get("head") != "language" or config is None:
+        return
+    reads_forward = any(
+        getattr(config, name, False) for name in ("is_decoder", "causal", "is_encoder_decoder")
+    )
+    if not reads_forward and type(config) in auto_class("masked")._model_mapping:
+        raise ConfigError(
+            f"model.head=language: {config.model_type} (model.path={cfg.model.arguments['path']}) "
+            "reads in both directions and would see the token that it predicts; "
+            "model.head=masked data.objective=masked is what it has learned; is_decoder=true in "
+            "its config.json has it read forward only"
+        )
+
+
+def check_class_order(cfg: Config, data: Data, model: nn.Module, new: Collection[str]) -> None:
+    """Raises ConfigError where the head at model.path has the data's classes in another order.
+
+    `new` are the names of the parameters that are drawn anew. The head's are a model's last ones:
+    a new head has no order yet.
+    """
+    classes: Sequence[str] = getattr(data, "class_names", None) or ()
+    names = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
+    of_head = [str(names[i]) for i in sorted(names)]
+    data_order, head_order = ([name.lower() for name in one] for one in (classes, of_head))
+    is_new = [name for name, _ in model.named_parameters()][-1] in new
+    if not is_new and data_order != head_order and sorted(data_order) == sorted(head_order):
+        listed = ",".join(sorted(classes, key=lambda name: head_order.index(name.lower())))
+        raise ConfigError(
+            f"data.classes: the head at model.path={cfg.model.arguments.get('path')} has the "
+            f"classes in the order {', '.join(of_head)}, and the data as {', '.join(classes)}; "
+            f"data.classes=[{listed}] is the head's order, model.new_head=true draws another head"
+        )
 
 
 def check_vocabulary(cfg: Config, data: Data, model: nn.Module) -> None:

@@ -105,11 +105,12 @@ class Plan:
             recipe, patterns = _recipe(cfg.adapter)
             settings = {**asdict(recipe), **patterns}
         targets = _targets(cfg) if isinstance(cfg.adapter, Lora) else {}
+        new = [name for name in self.new_parameters if name in self.also_trained]
+        first_values = pretrained_base.draw_new(model, new, cfg.seed)
         adapters.attach(model, targets, **settings, also_train=cfg.also_train, seed=cfg.seed)
         in_full = adapters.also_trained(model)
-        new = [name for name in self.new_parameters if name in in_full]
         with torch.no_grad():
-            for name, value in pretrained_base.draw_new(model, new, cfg.seed).items():
+            for name, value in first_values.items():
                 in_full[name].value.copy_(value)
 
     def single_device_trainer(
@@ -190,6 +191,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     if not is_stored:
         cfg = fit_checks.with_max_length(cfg, data, model)
         fit_checks.check_vocabulary(cfg, data, model)
+        fit_checks.check_reading_direction(cfg, model)
     also_trained = _also_trained(cfg, model)
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     new_parameters = []
@@ -204,6 +206,8 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
             sha256 = bases.check_checkpoint(cfg.base, model)
         else:
             new_parameters, sha256 = pretrained_base.check(cfg, model)
+            if not is_stored:
+                fit_checks.check_class_order(cfg, data, model, new_parameters)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
     return Plan(cfg, sites, processes, tuple(new_parameters), tuple(also_trained))
 
@@ -225,7 +229,9 @@ def _find_sites(cfg: Config, model: nn.Module, also_trained: list[str]) -> list[
             recipe, patterns = _recipe(cfg.adapter)
             settings = {**patterns, "trained_in_full": also_trained}
             return adapters.find_sites(model, _targets(cfg), recipe, **settings)
-        return adapters.find_sites(model, _targets(cfg))
+        # ΔW of a tied weight is measured once, under the first of its names.
+        targets = {label: replace(target, tied=True) for label, target in _targets(cfg).items()}
+        return adapters.find_sites(model, targets)
     except RankError as error:
         is_default = isinstance(cfg.adapter, Lora) and f"r={cfg.adapter.r} " in str(error)
         where = "adapter." if is_default else "by a target or adapter.rank_pattern, "

@@ -124,13 +124,16 @@ def load(cfg: Config, sizes: dict[str, int], new: Iterable[str], seed: int | Non
 def draw_new(model: nn.Module, names: Iterable[str], seed: int | None) -> dict[str, Tensor]:
     """First values of parameters that no file holds, each from a generator of (seed, name).
 
-    They have the distribution that the model itself gives them. `seed` None stands for values that
-    runs of all seeds share.
+    They have the distribution that the model itself gives them, in float32 where the model is in
+    half precision: also_train trains them so. `seed` None stands for values that runs of all seeds
+    share.
     """
     values = {}
     for name in names:
         path, _, parameter = name.rpartition(".")
         layer = copy.deepcopy(model.get_submodule(path))
+        if layer.get_parameter(parameter).dtype in (torch.bfloat16, torch.float16):
+            layer.float()
         with torch.random.fork_rng(devices=[]):
             key = generator("shared" if seed is None else seed, "head", name).initial_seed()
             torch.manual_seed(key)

@@ -103,6 +103,15 @@ def test_of_chats_the_assistants_turns_are_learned(train_on: str):
     check(data, rows, learned)
 
 
+def test_another_chat_template_gives_other_tokens():
+    rows = []
+    for template in (TEMPLATE, TEMPLATE.replace("<eos>", "film <eos>")):
+        tokenizer = save_tokenizer("chat", "gpt", chat_template=template)
+        data = ready(messages="messages", tokenizer=tokenizer)
+        rows.append(data.train[torch.tensor([0])][0]["input_ids"].shape[1])
+    assert rows[1] == rows[0] + len(CHATS[0])
+
+
 def test_blocks_are_the_documents_one_behind_the_other():
     stream = [token for row in ROWS for token in [*ids(row["text"]), EOS]]
     rows = [stream[i : i + 5] for i in range(0, len(stream) - 4, 5)]

@@ -94,7 +94,7 @@ def test_long_texts_are_cut():
 
 def test_regression_has_a_number_a_row():
     data = ready(task="regression", label="score")
-    assert data.sizes == {"out_features": 1}
+    assert data.sizes["out_features"] == 1
     assert torch.equal(data.train[slice(0, 4)][1], torch.tensor([[1.5], [-2], [0.25], [3]]))
 
 
@@ -134,7 +134,7 @@ def test_classes_are_as_configured_or_sorted_or_a_hub_sets():
     assert text_data().class_names == ("bad", "good")
     data = ready(classes=["good", "bad", "unknown"])
     assert data.train[slice(0, 4)][1].tolist() == [0, 1, 0, 1]
-    assert data.sizes == {"out_features": 3}
+    assert data.sizes == {"out_features": 3, "pad_token_id": IDS["[PAD]"]}
     save_jsonl("int.jsonl", [{"text": text_of(i), "label": i % 11} for i in range(22)])
     data = ready(train="int.jsonl", val="int.jsonl")
     assert data.train[slice(0, 22)][1].tolist() == [i % 11 for i in range(22)]
@@ -181,7 +181,7 @@ def test_batches_are_a_function_of_seed_phase_and_epoch():
 
 def test_the_base_phase_needs_rows_only_when_it_is_used():
     data = text_data(phase="base")
-    assert data.sizes == {"out_features": 2}
+    assert data.sizes["out_features"] == 2
     with pytest.raises(ValueError, match=r"^base=null: base=train learns the rows of data.base"):
         data.setup("fit")
     assert len(ready(phase="base", base="train.jsonl", val_share=0.5).train) == 2
@@ -217,6 +217,16 @@ def test_texts_are_tokenized_once(monkeypatch: pytest.MonkeyPatch):
     ready(val="train.jsonl", max_length=3)
     assert calls == ["train.jsonl", "copy.jsonl", "train.jsonl"]
     del first
+
+
+def test_pairs_and_texts_have_tokens_of_their_own():
+    ready(text=["text", "other"], val="train.jsonl")
+    # The same texts in the same order as the pairs' two columns.
+    texts = [row[column] for column in ("text", "other") for row in ROWS]
+    save_jsonl("texts.jsonl", [{"text": text, "label": len(text) % 2} for text in texts])
+    data = ready(train="texts.jsonl", val="texts.jsonl")
+    inputs, _ = data.train[slice(0, len(texts))]
+    assert inputs["input_ids"].tolist() == padded([[text] for text in texts])["input_ids"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit"])
@@ -347,6 +357,19 @@ BAD_INPUTS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         jsonl(BAD, {**GOOD, "label": "god"}),
         AS_VAL,
         r"val=bad.jsonl, line 2: .* of training .*: good",
+    ),
+    "integers beside sorted labels": (
+        jsonl({**GOOD, "label": 0}, {**BAD, "label": 1}),
+        AS_VAL,
+        r"'label' is '0', which is not in .*training \(bad, good\); data.classes=\[NAME,…\] says",
+    ),
+    "integers beside other integers": (
+        {
+            "train.jsonl": '{"text": "a", "label": 5}\n{"text": "b", "label": 6}\n',
+            **jsonl({**GOOD, "label": 0}),
+        },
+        AS_VAL,
+        r"'label' is '0', which is not in .*training \(5, 6\)",
     ),
     "index too large": (
         jsonl({**GOOD, "label": 0}, {**BAD, "label": 2}),

@@ -18,7 +18,8 @@ import torch
 import transformers
 from torch import nn
 
-from lora_lab.models.pretrained import HEADS, load_weights, new_parameters, pretrained
+from lora_lab.models.pretrained import load_weights, new_parameters, pretrained
+from lora_lab.models.transformers_config import HEADS, config_of
 from lora_lab.training.pretrained_base import draw_new
 from tests.tiny_models import tiny_model
 
@@ -158,6 +159,26 @@ def test_dropout_replaces_every_dropout_of_the_config():
     model = pretrained("model", "classification", 2, dropout=0.0)
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.0}
     assert {m.p for m in pretrained("model", "tokens", 2).modules() if hasattr(m, "p")} == {0.1}
+    tiny_model("llama", "llama", "none")  # its head for tokens has a rate that no config has
+    model = pretrained("llama", "tokens", 2, dropout=0.0)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.0}
+
+
+def test_dropout_leaves_out_no_whole_layers():
+    config = transformers.OPTConfig(layerdrop=0.25, vocab_size=40)
+    config.save_pretrained("model")
+    config = config_of("model", "language", None, None, False, dropout=0.1)
+    assert (config.dropout, config.attention_dropout, config.layerdrop) == (0.1, 0.1, 0.25)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_a_classifier_reads_the_last_token_before_the_padding(family: str):
+    tiny_model(family, "model", "none", pad_token_id=None)
+    model: Any = load_weights("model", "classification", 3, pad_token_id=0).eval()
+    row = torch.randint(7, 40, (1, 6))
+    padded = torch.cat([row, torch.zeros(1, 3, dtype=torch.long)], 1)
+    mask = (padded > 0).long()
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits, model(row).logits)
 
 
 BAD = {

@@ -27,7 +27,7 @@ from lora_lab import adapters, train
 from lora_lab.adapters import model_call
 from lora_lab.adapters.peft import save_peft
 from lora_lab.config.compose import compose_config, hydra_arguments, package_folder
-from lora_lab.models.pretrained import HEADS
+from lora_lab.models.transformers_config import HEADS
 from lora_lab.packing.runs import run_pack
 from lora_lab.runs import Run, find_runs
 from lora_lab.training.plan import Plan, plan

@@ -98,6 +98,7 @@ def save_files() -> None:
     tiny_model("bert", "bert", "masked", tie_word_embeddings=False)
     tiny_model("roberta", "rob", "masked")
     tiny_model("gpt2", "gpt", "language")
+    tiny_model("bert", "ordered", "classification", id2label={0: "Good", 1: "Bad"})
     shutil.copytree("bert", "weights", ignore=shutil.ignore_patterns("tokenizer*"))
     shutil.copytree("gpt", "gpt_weights", ignore=shutil.ignore_patterns("tokenizer*"))
     large = transformers.AutoTokenizer.from_pretrained("bert")
@@ -117,6 +118,7 @@ FITTING = {
     "masked, RoBERTa": (MASKED + "model.path=rob", 65),
     "causal": (GPT, 64),
     "blocks": (GPT + "data.block=64", 1024),
+    "full, tied": (GPT + "target=linear adapter=full", 64),
     "as given": (TEXT + "data.max_length=12", 12),
     "largest": (TEXT + "model.path=rob data.max_length=65", 65),
 }
@@ -211,6 +213,18 @@ BAD = {
     "path": (TEXT + "model.path=robb", "model.path=robb: "),
     "path below": (TEXT + "model.path=./robb", "model.path=./robb: "),
     "tokenizer": (TEXT + "model.path=rob data.tokenizer=brt", "nearest: bert"),
+    "both directions": (
+        GPT + "model.path=bert",
+        "model.head=language: bert (model.path=bert) reads in both directions and would see",
+    ),
+    "order of classes": (
+        TEXT + "model.path=ordered",
+        "order Good, Bad, and the data as bad, good; data.classes=[good,bad] is the head's order",
+    ),
+    "tied, PiSSA": (
+        GPT + "target=linear target.linear.tied=true adapter=pissa",
+        "is tied: only plain A and B can be shared",
+    ),
     "dropout": (
         TEXT + "model.dropout=2",
         "model.dropout=2: must be at least 0 and less than 1",

@@ -134,7 +134,10 @@ def test_peft_gives_the_same_outputs(
         assert (base.eval()(tokens).logits - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("settings", [("adapter=full",), ("adapter=none", HEAD), (HEAD,)])
+@pytest.mark.parametrize(
+    "settings",
+    [("adapter=full",), ("adapter=none", HEAD), (HEAD,), (HEAD, "model.dtype=bfloat16")],
+)
 def test_other_ways_to_train_are_restored(
     train: Lab, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ):
