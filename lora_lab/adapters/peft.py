@@ -61,12 +61,15 @@ def save_peft(
     modules_to_save, or as biases (see `peft_trained_in_full`).
 
     `task_type` (as "SEQ_CLS") and `base_model`, the base's folder or hub id, are what PEFT's
-    AutoPeftModel classes read; with the first PEFT also trains heads in full by itself.
+    AutoPeftModel classes read; with the first PEFT also trains heads in full by itself. Where there
+    is an adapter in such a head the task type is left out, and PeftModel reads the folder.
 
     Raises AdapterError, and writes nothing, where there is no such adapter, or with the reason for
     each site that PEFT would compute differently.
     """
     adapters, in_full = require_attached(model, name), also_trained(model, name)
+    if peft_trained_in_full.heads_of_task([*adapters], task_type):
+        task_type = None
     extra = peft_trained_in_full.to_peft(
         model, base_state_dict(model), in_full, list(adapters), task_type
     )

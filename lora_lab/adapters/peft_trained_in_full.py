@@ -11,7 +11,7 @@ PEFT has two ways. For a Linear `fc` with LoRA, a LayerNorm `norm` and a Linear 
 import difflib
 import glob
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,15 @@ class InFull:
     errors: list[str] = field(default_factory=list)
 
 
+def heads_of_task(names: Iterable[str], task_type: str | None) -> list[str]:
+    """Those of `names`, modules of a model, that PEFT trains in full by itself for a task_type.
+
+    A name below one of them counts too: `classifier.dense`.
+    """
+    heads = HEADS.get(task_type or "", ())
+    return [name for name in names if any(part.endswith(heads) for part in name.split("."))]
+
+
 def to_peft(
     model: nn.Module,
     base: Mapping[str, Tensor],
@@ -67,13 +76,8 @@ def to_peft(
         result.errors.append(f"{shown}: of the model itself, and PEFT trains modules of a model")
     for name in result.modules:
         if inside := [layer for layer in adapted if layer == name or _within(layer, {name})]:
-            by_itself = (
-                " by itself, for this task_type,"
-                if name.endswith(HEADS.get(task_type or "", ()))
-                else ""
-            )
             result.errors.append(
-                f"'{name}': PEFT trains{by_itself} all of this module in full, "
+                f"'{name}': PEFT trains all of this module in full, "
                 f"and there is an adapter in it ({', '.join(inside)})"
             )
         for key, value in base.items():

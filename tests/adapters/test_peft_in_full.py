@@ -184,11 +184,17 @@ def test_what_peft_cannot_hold(tmp_path: Path):
     for model, how, says in (
         (bare, {}, "start: of the model itself, and PEFT trains modules of a model"),
         (inside, {}, r"'block': PEFT trains all of this module.*adapter in it \(block\.linear1\)"),
-        (attached([], "linear"), {"task_type": "SEQ_CLS"}, "'classifier': PEFT trains by itself"),
     ):
         with pytest.raises(AdapterError, match=f"PEFT cannot hold this adapter: {says}"):
             save_peft(model, tmp_path / "out", **how)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_in_the_head_of_a_task(tmp_path: Path):
+    """PEFT trains all of a SEQ_CLS model's classifier in full, unless there is no task_type."""
+    ours = attached([], "linear")
+    save_peft(ours, tmp_path, task_type="SEQ_CLS")
+    torch.testing.assert_close(output(in_peft(tmp_path)), output(ours))
 
 
 def test_statistics_that_peft_moved_are_not_loaded(tmp_path: Path):
