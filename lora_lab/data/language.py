@@ -160,10 +160,25 @@ class Language(TableData):
             key = (self.seed, self.phase, "masks", split)
             return encodings.MaskedRows(rows, self.tokenizer, self.mask_share, key, is_drawn_anew)
         flat |= {"targets": encodings.next_tokens(flat)}
-        if not (flat["targets"] != tokens.IGNORED).any():
-            raise ValueError(f"max_length={self.max_length}: no token to learn is left in any row")
+        self._check_learned(source, flat)
         padding |= {"targets": tokens.IGNORED}
         return tokens.TokenRows(flat, padding, None, numbers, self.pad_to_multiple)
+
+    def _check_learned(self, source: Source, flat: dict[str, Tensor]) -> None:
+        """Warns of rows without a token to learn, or raises ValueError where no row has one.
+
+        Such is a row whose prompt fills `max_length`.
+        """
+        learned = torch.cat([torch.zeros(1), (flat["targets"] != tokens.IGNORED).cumsum(0)])
+        empty = int((learned[flat["offsets"]].diff() == 0).sum())
+        count = len(flat["offsets"]) - 1
+        if empty == count:
+            raise ValueError(f"max_length={self.max_length}: no token to learn is left in any row")
+        if empty:
+            log.warning(
+                "%d of the %d rows of %s have no token to learn: data.max_length=%s cuts them",
+                *(empty, count, source.path, self.max_length),
+            )
 
     def _tokens(
         self, source: Source, names: tuple[str, ...], how: str | None = None

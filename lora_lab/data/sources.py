@@ -99,6 +99,15 @@ def source(key: str, path: str, revision: str | None = None, subset: str | None 
 
     Raises ValueError, with `key` and the path, where there is none.
     """
+    location, split = split_of(path)
+    place = Path(location).expanduser()
+    if place.is_file() and split:
+        raise ValueError(f"{key}={path}: a file has no splits; {key}={location} reads its rows")
+    for name, value in (("revision", revision), ("subset", subset)):
+        if value is not None and key == "train" and place.exists():
+            raise ValueError(
+                f"{name}={value}: of a hub id only, and {key}={path} is a local file or folder"
+            )
     try:
         return Source(key, path, revision, subset, content_hash(path, revision))
     except ValueError as error:

@@ -158,17 +158,23 @@ def _prepare(
             module.config.use_cache = False
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.use_cache = True
-    # Models that read the last token, as GPT-2's classifier, find it by this id.
-    if pad_token_id is not None:
-        model.config.pad_token_id = pad_token_id
-    elif getattr(model.config, "pad_token_id", 0) is None:
-        ends = model.config.eos_token_id
-        model.config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    # Models that read the last token, as GPT-2's classifier, find it by this id. One of texts and
+    # images has it in its text model's config.
+    for config in {id(c): c for c in (model.config, _text_config(model.config))}.values():
+        ends = getattr(config, "eos_token_id", None)
+        if pad_token_id is not None:
+            config.pad_token_id = pad_token_id
+        elif getattr(config, "pad_token_id", 0) is None:
+            config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     if gradient_checkpointing:
         # Not reentrant, so that gradients reach adapters though no input of a block has one.
         old_name = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     return model
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _body(model: Any) -> str:

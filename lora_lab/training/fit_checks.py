@@ -3,6 +3,8 @@
 What does not fit would fail after the run has begun, or train on what means nothing.
 """
 
+import logging
+import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,6 +16,8 @@ from lora_lab.config.schema import Config, ConfigError
 from lora_lab.data import Data
 from lora_lab.models.timm_model import timm_model
 from lora_lab.models.transformers_config import auto_class
+
+log = logging.getLogger(__name__)
 
 DATA_OF_HEAD = {
     "classification": "data=text",
@@ -27,6 +31,7 @@ DATA_OF_HEAD = {
 """The head of a model (timm: any model of timm) → the settings of the data that it learns."""
 
 POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+POSITION_TABLES += ("positions_embed", "position_embeds_layer", "position_embedding_table")
 """Last names of the layers of transformers that have a vector for each position."""
 
 
@@ -125,7 +130,8 @@ def check_reading_direction(cfg: Config, model: nn.Module) -> None:
     reads_forward = any(
         getattr(config, name, False) for name in ("is_decoder", "causal", "is_encoder_decoder")
     )
-    if not reads_forward and type(config) in auto_class("masked")._model_mapping:
+    is_masked = type(config) in auto_class("masked")._model_mapping
+    if not reads_forward and (is_masked or config.model_type in ("bert-generation", "xlnet")):
         raise ConfigError(
             f"model.head=language: {config.model_type} (model.path={cfg.model.arguments['path']}) "
             "reads in both directions and would see the token that it predicts; "
@@ -138,20 +144,27 @@ def check_class_order(cfg: Config, data: Data, model: nn.Module, new: Collection
     """Raises ConfigError where the head at model.path has the data's classes in another order.
 
     `new` are the names of the parameters that are drawn anew. The head's are a model's last ones:
-    a new head has no order yet.
+    a new head has no order yet. Where the head has other classes, a warning is logged.
     """
     classes: Sequence[str] = getattr(data, "class_names", None) or ()
     names = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
     of_head = [str(names[i]) for i in sorted(names)]
     data_order, head_order = ([name.lower() for name in one] for one in (classes, of_head))
     is_new = [name for name, _ in model.named_parameters()][-1] in new
-    if not is_new and data_order != head_order and sorted(data_order) == sorted(head_order):
-        listed = ",".join(sorted(classes, key=lambda name: head_order.index(name.lower())))
-        raise ConfigError(
-            f"data.classes: the head at model.path={cfg.model.arguments.get('path')} has the "
-            f"classes in the order {', '.join(of_head)}, and the data as {', '.join(classes)}; "
-            f"data.classes=[{listed}] is the head's order, model.new_head=true draws another head"
-        )
+    if is_new or data_order == head_order or not classes:
+        return
+    if sorted(data_order) != sorted(head_order):
+        if not all(re.fullmatch(r"label_\d+", name) for name in head_order):
+            shown = ", ".join(of_head[:8]), ", ".join(classes[:8])
+            log.warning("the head at model.path has the classes %s, the data has %s", *shown)
+            log.warning("model.new_head=true draws another head")
+        return
+    listed = ",".join(sorted(classes, key=lambda name: head_order.index(name.lower())))
+    raise ConfigError(
+        f"data.classes: the head at model.path={cfg.model.arguments.get('path')} has the "
+        f"classes in the order {', '.join(of_head)}, and the data as {', '.join(classes)}; "
+        f"data.classes=[{listed}] is the head's order, model.new_head=true draws another head"
+    )
 
 
 def check_vocabulary(cfg: Config, data: Data, model: nn.Module) -> None:

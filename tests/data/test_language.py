@@ -103,6 +103,15 @@ def test_of_chats_the_assistants_turns_are_learned(train_on: str):
     check(data, rows, learned)
 
 
+def test_rows_whose_prompt_fills_them_are_told(caplog: pytest.LogCaptureFixture):
+    longest = max(len(ids(row["prompt"])) for row in ROWS)
+    empty = sum(len(ids(row["prompt"])) == longest for row in ROWS)
+    assert 0 < empty < len(ROWS)
+    ready(prompt="prompt", completion="completion", max_length=longest)
+    says = f"{empty} of the {len(ROWS)} rows of train.jsonl have no token to learn"
+    assert says in caplog.text
+
+
 def test_another_chat_template_gives_other_tokens():
     rows = []
     for template in (TEMPLATE, TEMPLATE.replace("<eos>", "film <eos>")):

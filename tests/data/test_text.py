@@ -255,6 +255,16 @@ BAD_INPUTS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"train": "tran.jsonl"},
         r"train=tran.jsonl: no such .*nearest: train.jsonl",
     ),
+    "split of a file": (
+        {},
+        {"val": "train.jsonl:test"},
+        r"val=train.jsonl:test: a file has no splits; val=train.jsonl reads its rows",
+    ),
+    "revision of a file": (
+        {},
+        {"revision": "main"},
+        r"revision=main: of a hub id only, and train=",
+    ),
     "missing folder": ({}, {"val": "no/val.csv"}, r"val=no/val.csv: .* folder no$"),
     "folder without rows": (
         {"x/a.md": "a"},

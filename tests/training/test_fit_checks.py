@@ -99,6 +99,9 @@ def save_files() -> None:
     tiny_model("roberta", "rob", "masked")
     tiny_model("gpt2", "gpt", "language")
     tiny_model("bert", "ordered", "classification", id2label={0: "Good", 1: "Bad"})
+    tiny_model("bert", "named", "classification", id2label={0: "Good", 1: "Awful"})
+    xlnet = transformers.XLNetConfig(d_model=12, n_layer=1, n_head=2, vocab_size=40)
+    xlnet.save_pretrained("xlnet")
     shutil.copytree("bert", "weights", ignore=shutil.ignore_patterns("tokenizer*"))
     shutil.copytree("gpt", "gpt_weights", ignore=shutil.ignore_patterns("tokenizer*"))
     large = transformers.AutoTokenizer.from_pretrained("bert")
@@ -130,6 +133,12 @@ def test_what_fits(settings: str, length: int):
     assert made.cfg.data.arguments["max_length"] == length
     same = composed(*settings.split(), f"data.max_length={length}")
     assert plan(same).path == made.path
+
+
+def test_another_heads_classes_are_told(caplog: pytest.LogCaptureFixture):
+    plan(composed(*f"{TEXT} model.path=named".split()))
+    says = "the head at model.path has the classes Good, Awful, the data has bad, good"
+    assert says in caplog.text
 
 
 class OwnText(Text):
@@ -216,6 +225,10 @@ BAD = {
     "both directions": (
         GPT + "model.path=bert",
         "model.head=language: bert (model.path=bert) reads in both directions and would see",
+    ),
+    "both directions, XLNet": (
+        GPT + "model.path=xlnet data.tokenizer=gpt",
+        "xlnet (model.path=xlnet) reads in both",
     ),
     "order of classes": (
         TEXT + "model.path=ordered",
