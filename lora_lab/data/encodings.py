@@ -115,7 +115,9 @@ ENCODERS: dict[str, Callable[..., Encoded]] = {
 
 def vocabulary(tokenizer: Any, path: str) -> int:
     """How many outputs a model has: those of the config beside a tokenizer, or its tokens."""
-    return max(len(tokenizer), getattr(_config(path), "vocab_size", 0) or 0)
+    config = _config(path)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return max(len(tokenizer), getattr(text, "vocab_size", 0) or 0)
 
 
 def decoder_ids(path: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from lora_lab.data.content import (
     hub_commit,
     split_of,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Source", "Table", "cache_folder", "content_hash", "source"]
 
@@ -173,7 +176,11 @@ def _files_of_split(key: str, path: str, folder: Path, split: str | None) -> lis
                 by_split.setdefault(match[1], []).append(file)
                 break
     if split or by_split:
-        files = by_split.get(_choose_split(key, path, list(by_split), split), [])
+        chosen = by_split.get(_choose_split(key, path, list(by_split), split), [])
+        if unread := {*files}.difference(*by_split.values()):
+            names = ", ".join(sorted(file.name for file in unread)[:4])
+            log.warning("%s=%s: files named by no split are not read (%s)", key, path, names)
+        files = chosen
     if len(kinds := {FORMATS[file.suffix] for file in files}) > 1:
         raise ValueError(f"{key}={path}: files of one kind are read, here are {', '.join(kinds)}")
     return files

@@ -56,11 +56,18 @@ def config_of(
     if dropout is not None:
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
-        for name, value in config.to_dict().items():
-            # layerdrop and drop_path leave out whole layers, which is another thing.
-            if re.search("drop(?!_path)", name.replace("layerdrop", "")) and _is_number(value):
-                setattr(config, name, dropout)
+        _set_dropouts(config, dropout)
     return config
+
+
+def _set_dropouts(config: Any, dropout: float) -> None:
+    """Sets all dropouts of a config, and of the configs in it: of a text and a vision model."""
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            _set_dropouts(value, dropout)
+        # layerdrop and drop_path leave out whole layers, which is another thing.
+        elif re.search("drop(?!_path)", name.replace("layerdrop", "")) and _is_number(value):
+            setattr(config, name, dropout)
 
 
 def _is_number(value: object) -> bool:

@@ -253,8 +253,7 @@ class PackedModule(PackValidationModule):
             metrics, of_loss = member.module.metrics.items(), member.module.metrics_of_loss(mean)
             values = {f"val/{name}": value.item() for name, value in of_loss.items()}
             values |= {f"val/{name}": metric.compute().item() for name, metric in metrics}  # pyright: ignore
-            for _, metric in metrics:
-                metric.reset()  # pyright: ignore
+            member.module.reset_metrics()
             row = {"val/loss": mean.item(), **values}
             try:
                 member.module.check_val_loss(mean)

@@ -1,5 +1,6 @@
 """What follows a run's last step: which weights are the result, the merge check, ΔW's analysis."""
 
+import logging
 from functools import partial
 
 import lightning.pytorch as pl
@@ -21,6 +22,8 @@ from lora_lab.training.modules import BaseModule
 from lora_lab.training.plan import Plan
 from lora_lab.training.result_files import save_weights
 from lora_lab.training.trial import Trial
+
+log = logging.getLogger(__name__)
 
 
 def finish_run(trial: Trial, console: Console) -> None:
@@ -104,6 +107,8 @@ def _select(trial: Trial) -> None:
     assert module.final_step is not None
     if best := selection.best_row():
         tracking.log(best, int(module.final_step["step"]))
+    if selection.best and not selection.best.row:
+        log.warning("%s was NaN in each validation: the last weights stay", selection.best.metric)
     if not selection.weights:
         return
     assert selection.best is not None

@@ -122,7 +122,7 @@ def check_reading_direction(cfg: Config, model: nn.Module) -> None:
     """Raises ConfigError where a model of masked tokens would see the token that it predicts.
 
     BERT's kind, of which transformers makes a language model that still reads in both directions
-    unless its config.json has `is_decoder` (XLM: `causal`).
+    unless its config.json has `is_decoder` (XLM: `causal`); and XLNet, which always does.
     """
     config: Any = getattr(model, "config", None)
     if cfg.model.arguments.get("head") != "language" or config is None:
@@ -131,12 +131,14 @@ def check_reading_direction(cfg: Config, model: nn.Module) -> None:
         getattr(config, name, False) for name in ("is_decoder", "causal", "is_encoder_decoder")
     )
     is_masked = type(config) in auto_class("masked")._model_mapping
-    if not reads_forward and (is_masked or config.model_type in ("bert-generation", "xlnet")):
+    always_back = config.model_type == "xlnet"
+    if always_back or (not reads_forward and (is_masked or config.model_type == "bert-generation")):
+        ways = ["model.head=masked data.objective=masked is what it has learned"] * is_masked
+        flag = "causal" if hasattr(config, "causal") else "is_decoder"
+        ways += [f"{flag}=true in its config.json has it read forward only"] * (not always_back)
         raise ConfigError(
             f"model.head=language: {config.model_type} (model.path={cfg.model.arguments['path']}) "
-            "reads in both directions and would see the token that it predicts; "
-            "model.head=masked data.objective=masked is what it has learned; is_decoder=true in "
-            "its config.json has it read forward only"
+            f"reads in both directions and would see the token that it predicts; {'; '.join(ways)}"
         )
 
 

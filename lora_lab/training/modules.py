@@ -192,9 +192,20 @@ class BaseModule(pl.LightningModule):
         self.epoch_totals = torch.zeros_like(self.epoch_totals)
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the losses of the validation before."""
+        """Forgets the losses and metrics of the validation before."""
         self._val_losses.clear()
         self._val_counts.clear()
+        self.reset_metrics()
+
+    def reset_metrics(self) -> None:
+        """Sets the metrics to what they are before a first batch.
+
+        Out of inference mode: a confusion matrix made in it, as Lightning does at the end of a
+        validation, could not be added to in a training's next one.
+        """
+        with torch.inference_mode(False):
+            for metric in self.metrics.values():
+                metric.reset()  # pyright: ignore
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation loss and metrics."""

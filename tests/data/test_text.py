@@ -195,6 +195,14 @@ def test_a_base_that_is_trained_needs_rows_to_learn():
         plan(composed(*settings))
 
 
+def test_files_that_no_split_names_are_told(caplog: pytest.LogCaptureFixture):
+    Path("rows").mkdir()
+    for name in ("train", "a", "b"):
+        save_jsonl(f"rows/{name}.jsonl", ROWS)
+    assert len(ready(train="rows").train) == len(ROWS)
+    assert "files named by no split are not read (a.jsonl, b.jsonl)" in caplog.text
+
+
 def test_the_test_split():
     (inputs, _), *_ = ready(test="train.jsonl").test_dataloader()
     assert inputs["input_ids"].tolist() == padded([[row["text"]] for row in ROWS])["input_ids"]

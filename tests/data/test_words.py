@@ -164,7 +164,9 @@ def test_the_command_trains_a_bert(monkeypatch: pytest.MonkeyPatch):
     save_tokenizer("model")
     settings = "name=ours model=pretrained model.path=model model.head=tokens base=pretrained"
     settings += " data=words data.train=train.jsonl data.val=val.jsonl data.batch_size=2"
-    settings += " data.metrics=[accuracy,f1] also_train=[classifier] target.linear.match=*.query"
+    settings += (
+        " data.metrics=[accuracy,f1,matthews] also_train=[classifier] target.linear.match=*.query"
+    )
     settings += " trainer.max_epochs=20 optimizer.lr=0.01 trainer.accelerator=cpu tracking=off"
     settings += " trainer.check_val_every_n_epoch=1 figures=false spectra.truncation=none"
     monkeypatch.setattr(sys, "argv", ["lora-lab train", *settings.split()])
@@ -175,7 +177,8 @@ def test_the_command_trains_a_bert(monkeypatch: pytest.MonkeyPatch):
     # Shares of the 10 words of val.jsonl, whose tokens are 26 with special ones.
     assert all(abs(10 * share - round(10 * share)) < 1e-5 for share in accuracy.values())
     assert 0.1 < accuracy[6] < 1
-    assert run.curve("val/f1")[20] > run.curve("val/f1")[0]
+    for metric in ("val/f1", "val/matthews"):
+        assert run.curve(metric)[20] > run.curve(metric)[0]
 
 
 AS_TRAIN, AS_VAL = {"train": "bad.jsonl", "val": None}, {"val": "bad.jsonl"}
