@@ -80,6 +80,12 @@ def with_max_length(cfg: Config, data: Data, model: nn.Module) -> Config:
             f"data.{key}={length}: the model has {positions} positions "
             f"(model.path={cfg.model.arguments.get('path')}); at most data.{key}={positions}"
         )
+    multiple = given.get("pad_to_multiple") or 1
+    if positions is not None and -(-length // multiple) * multiple > positions:
+        raise ConfigError(
+            f"data.pad_to_multiple={multiple}: rows of data.{key}={length} tokens are filled to "
+            f"{-(-length // multiple) * multiple}, and the model has {positions} positions"
+        )
     least = getattr(data, "least_length", 1)
     if length < least:
         raise ConfigError(

@@ -222,6 +222,10 @@ BAD = {
     "path": (TEXT + "model.path=robb", "model.path=robb: "),
     "path below": (TEXT + "model.path=./robb", "model.path=./robb: "),
     "tokenizer": (TEXT + "model.path=rob data.tokenizer=brt", "nearest: bert"),
+    "filled beyond": (
+        TEXT + "data.pad_to_multiple=48",
+        "data.pad_to_multiple=48: rows of data.max_length=64 tokens are filled to 96, and the",
+    ),
     "both directions": (
         GPT + "model.path=bert",
         "model.head=language: bert (model.path=bert) reads in both directions and would see",
