@@ -5,17 +5,24 @@ config.yaml, env.json, status.json, metrics.jsonl and log.txt are what every run
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The YAML loader: libyaml's where it is installed, which is ten times as fast."""
+from lora_lab.run_files import (
+    IN_FULL,
+    DamagedRunError,
+    content_record,
+    fault,
+    read_config,
+    read_rows,
+    with_checksum,
+)
 
 PLANNED_FILE = "planned.json"
 """The file in an experiment's folder that lists the runs of its multiruns: name → overrides."""
@@ -32,6 +39,9 @@ CHECKPOINTS = "checkpoints"
 
 PREVIOUS = "previous"
 """The folder that keeps the files of a finished run while the run is being repeated."""
+
+STATES = ("finished", "running", "failed", "interrupted", "damaged")
+"""The states of a run that has begun."""
 
 
 class RunFailedError(RuntimeError):
@@ -56,39 +66,72 @@ def process_rank() -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. Its properties read the files as they are now."""
+    """One run directory. Its properties read the files as they are now.
+
+    `known_fault` is what a reader of configs found wrong with it (config/stored_config.py).
+    """
 
     path: Path
+    known_fault: str = field(default="", compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved config that the run was started with."""
-        return yaml.load((self.path / "config.yaml").read_text(), LOADER)
+        """The resolved config that the run was started with. Raises DamagedRunError."""
+        return read_config(self.path / "config.yaml")
 
     @property
     def status(self) -> dict[str, Any]:
         """The content of status.json: state, cell, times; of a failed run the error and traceback.
 
-        `state` is none, running, interrupted, failed, finished or damaged (the file cannot be
-        read). A run whose file says "running" while no process holds its lock was killed:
-        its state is given as "interrupted".
+        `state` is none, running, interrupted, failed, finished or damaged. A run whose file says
+        "running" while no process holds its lock was killed: its state is given as "interrupted".
+        One whose file says "finished" is damaged where a file of it is not as it was (run_files.py
+        says how much is read to tell). `error` then names the file and what is wrong with it.
         """
         try:
             status = json.loads((self.path / "status.json").read_text())
         except FileNotFoundError:
-            return {"state": "none"}
+            is_lost = is_run(self.path)
+            return _damaged("status.json is missing") if is_lost else {"state": "none"}
         except ValueError:
-            return {"state": "damaged"}
-        if status.get("state") == "running":
+            return _damaged("status.json cannot be read: no JSON")
+        if not isinstance(status, dict) or status.get("state") not in STATES:
+            return _damaged("status.json cannot be read: it has no state of a run")
+        if status["state"] == "running":
             # Timeout: its process holds the lock. OSError: the folder is read-only.
             with suppress(Timeout, OSError), FileLock(self.path / "lock", timeout=0):
                 status["state"] = "interrupted"
-        return {"state": "damaged", **status}
+        elif status["state"] == "finished":
+            found = self.known_fault or fault(self.path, status)
+            return status | _damaged(found) if found else status
+        return status
 
     @property
     def finished(self) -> bool:
-        """Whether the run ended without an error."""
+        """Whether the run ended without an error, and its files are as they were."""
         return self.status["state"] == "finished"
+
+    def check(self, in_full: tuple[str, ...] = IN_FULL) -> dict[str, Any]:
+        """The status. Raises DamagedRunError for a damaged run, with the file and what is wrong.
+
+        Of a finished run the content of all files is compared, or of those whose names begin with
+        one of `in_full`: for whoever reads them.
+        """
+        status = self.status
+        found = status["error"] if status["state"] == "damaged" else ""
+        if status["state"] == "finished":
+            found = fault(self.path, status, in_full)
+        if found:
+            raise DamagedRunError(f"{self.path} is damaged: {found}")
+        return status
+
+    def check_finished(self, use: str) -> None:
+        """Raises ValueError unless the run is finished and all its files are as they were.
+
+        `use` is what only a finished run can be, as `reproduced`.
+        """
+        if (state := self.check()["state"]) != "finished":
+            raise ValueError(f"{self.path} is {state}: only a finished run can be {use}")
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without a last line that a crash cut short."""
@@ -106,16 +149,42 @@ class Run:
         epochs = ((row["epoch"], row) for row in self.rows() if key in row)
         return {int(e) if float(e).is_integer() else e: row[key] for e, row in epochs}
 
-    def append_row(self, row: dict[str, Any]) -> None:
-        """Adds a row to metrics.jsonl, for what is measured after the run has ended."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def replace_files(self, contents: Mapping[str, bytes | None]) -> None:
+        """Writes files of a finished run anew, by name, with their records; None removes one.
+
+        While it writes, status.json has the old records and the new (`replacing`): a crash leaves a
+        run whose files are each whole, the old one or the new one.
+        """
+        status = json.loads((self.path / "status.json").read_text())
+        new = {n: None if c is None else content_record(n, c) for n, c in contents.items()}
+        if "files" in status:
+            self.update_status(replacing=new)
+        for name, content in contents.items():
+            if content is None:
+                (self.path / name).unlink(missing_ok=True)
+            else:
+                write_atomic(self.path / name, content)
+        if "files" in status:
+            files = {n: r for n, r in {**status["files"], **new}.items() if r is not None}
+            self.update_status(files=files, replacing={})
 
     def update_status(self, **changes: Any) -> None:
         """Sets fields of status.json and keeps the others."""
         path = self.path / "status.json"
-        status = json.loads(path.read_text()) if path.exists() else {}
-        write_atomic(path, json.dumps({**status, **changes}, indent=2) + "\n")
+        write_status(
+            self.path, {**(json.loads(path.read_text()) if path.exists() else {}), **changes}
+        )
+
+
+def _damaged(found: str) -> dict[str, Any]:
+    """The status of a damaged run, or what is different in it."""
+    return {"state": "damaged", "error": found}
+
+
+def write_status(folder: Path, status: Mapping[str, Any]) -> None:
+    """Writes status.json, with its own checksum where it has the records of a finished run."""
+    content = with_checksum(status) if "files" in status else status
+    write_atomic(folder / "status.json", json.dumps(content, indent=2) + "\n")
 
 
 @lru_cache(maxsize=256)
@@ -125,8 +194,13 @@ def _rows(path: Path, modified_ns: int, size: int) -> list[dict[str, Any]]:
     A report asks for many metrics of one run, so the parsed rows are cached. The file's time and
     size are part of the cache's key: a file that has grown is read again.
     """
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_rows(path)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory: also one that has lost its status.json."""
+    names = ("config.yaml", "metrics.jsonl")
+    return (folder / "status.json").exists() or all((folder / name).exists() for name in names)
 
 
 def find_runs(root: Path) -> list[Run]:
@@ -134,17 +208,25 @@ def find_runs(root: Path) -> list[Run]:
     runs = []
     # os.walk, unlike Path.rglob, goes on when a folder is removed while it walks.
     for folder, subfolders, files in os.walk(root):
-        if "status.json" in files:
+        if "status.json" in files or {"config.yaml", "metrics.jsonl"} <= set(files):
             runs.append(Run(Path(folder)))
             subfolders.clear()  # a run directory has no runs in it, but for previous/
     return sorted(runs, key=lambda run: run.path)
 
 
 def planned_runs(folder: Path) -> dict[str, list[str]]:
-    """Name → overrides of each run that multiruns were asked to run in an experiment's folder."""
-    with suppress(FileNotFoundError):
-        return json.loads((folder / PLANNED_FILE).read_text())
-    return {}
+    """Name → overrides of each run that multiruns were asked to run in an experiment's folder.
+
+    Raises DamagedRunError, with the file, where it cannot be read.
+    """
+    file = folder / PLANNED_FILE
+    try:
+        planned = {str(name): list(values) for name, values in json.loads(file.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError):
+        raise DamagedRunError(f"{file} cannot be read: no list of planned runs") from None
+    return planned
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -165,7 +247,7 @@ def find_run(path: Path) -> Run:
 
     Raises FileNotFoundError where no run or more than one fits.
     """
-    if (path / "status.json").exists():
+    if is_run(path):
         return Run(path)
     name, paths = path.name, [run.path for run in find_runs(Path("runs"))]
     matches = [p for p in paths if p.name == name or p.name.split("-")[-1].startswith(name)]

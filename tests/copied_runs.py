@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 
 from lora_lab.config.checks import parse_config
-from lora_lab.runs import Run
+from lora_lab.run_files import file_records
+from lora_lab.runs import Run, write_status
 
 Point = dict[str, Any]
 """Dotted key of the config → value."""
@@ -33,16 +34,22 @@ def copy_run(run: Run, points: Iterable[Point], root: Path) -> list[Run]:
         path = root / cfg.name / f"{cfg.cell()}-seed{cfg.seed}-{cfg.identity()[:10]}"
         shutil.copytree(run.path, path)
         (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        changed = {"cell": cfg.cell(), "seed": cfg.seed, "started": time.time() + i}
-        (path / "status.json").write_text(json.dumps({**status, **changed}))
         r = config["adapter"].get("r", 1)
         _write_metrics(path / "metrics.jsonl", rows, (1 + 0.1 * np.sin(7 * i)) / np.sqrt(r), r)
         resized = {
             k: _resized(v, r) if k.endswith("/singular_values") else v for k, v in arrays.items()
         }
         np.savez_compressed(path / "spectra.npz", allow_pickle=False, **resized)  # pyright: ignore
+        changed = {"cell": cfg.cell(), "seed": cfg.seed, "started": time.time() + i}
+        write_status(path, {**status, **changed, "files": file_records(path)})
         copies.append(Run(path))
     return copies
+
+
+def as_earlier_version(run: Run) -> None:
+    """Takes the records of its files from a finished run's status, as earlier versions had none."""
+    status = {k: v for k, v in run.status.items() if k not in ("files", "checksum", "replacing")}
+    write_status(run.path, status)
 
 
 def _with_values(config: dict[str, Any], point: Point) -> dict[str, Any]:

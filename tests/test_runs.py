@@ -15,21 +15,21 @@ from lora_lab.training.run_record import record_run
 
 def test_states(tmp_path: Path):
     path = tmp_path / "run"
-    with record_run(path, {"a": 1}, seed=3) as run:
+    with record_run(Run(path), {"a": 1}, seed=3) as run:
         assert run.status["state"] == "running"
         assert run.config == {"a": 1}
-        with pytest.raises(RunBusyError), record_run(path, {"a": 1}):
+        with pytest.raises(RunBusyError), record_run(Run(path), {"a": 1}):
             pass
     assert run.finished
     assert run.status["seed"] == 3
-    with pytest.raises(RunFinishedError), record_run(path, {}):
+    with pytest.raises(RunFinishedError), record_run(Run(path), {}):
         pass
     assert run.finished
-    with pytest.raises(ZeroDivisionError), record_run(path, {}, overwrite=True):
+    with pytest.raises(ZeroDivisionError), record_run(Run(path), {}, overwrite=True):
         _ = 1 / 0
     assert run.status["state"] == "failed"
     assert "ZeroDivisionError" in run.status["traceback"]
-    with pytest.raises(KeyboardInterrupt), record_run(path, {}):
+    with pytest.raises(KeyboardInterrupt), record_run(Run(path), {}):
         raise KeyboardInterrupt
     assert run.status["state"] == "interrupted"
     assert [r.path for r in find_runs(tmp_path)] == [path]
@@ -41,11 +41,11 @@ def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path):
 
 
 def test_a_new_try_clears_what_the_last_one_left(tmp_path: Path):
-    with pytest.raises(OSError, match="full"), record_run(tmp_path, {}) as run:
+    with pytest.raises(OSError, match="full"), record_run(Run(tmp_path), {}) as run:
         (run.path / "adapter").mkdir()
         (run.path / "metrics.jsonl").write_text("{}\n")
         raise OSError("full")
-    with record_run(tmp_path, {}):
+    with record_run(Run(tmp_path), {}):
         assert {p.name for p in tmp_path.iterdir()} == {
             *("config.yaml", "env.json", "status.json", "log.txt", "lock"),
         }

@@ -14,7 +14,6 @@ from lora_lab.analysis.truncation import CutLosses, truncate
 from lora_lab.analysis.updates import Updates
 from lora_lab.analysis.weight_svd import svd_of_weight
 from lora_lab.config.schema import Spectra
-from lora_lab.runs import write_atomic
 
 TRIPLES = 64
 """How many singular triples of each site spectra.npz stores, at most."""
@@ -92,11 +91,12 @@ def _compare_with_base(
         findings.arrays[f"{site}/phi_base"] = phi.cpu().float().numpy()
 
 
-def write(directory: Path, arrays: Mapping[str, np.ndarray], advice: Advice | None) -> None:
-    """Writes spectra.npz and advice.yaml; without advice, an older advice.yaml is removed."""
+def files(arrays: Mapping[str, np.ndarray], advice: Advice | None) -> dict[str, bytes | None]:
+    """The content of spectra.npz and of advice.yaml; None for the latter where no rank is advised.
+
+    To be written by `Run.replace_files`.
+    """
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
-    write_atomic(directory / "spectra.npz", content.getvalue())
-    (directory / "advice.yaml").unlink(missing_ok=True)
-    if advice is not None:
-        write_atomic(directory / "advice.yaml", advice.text())
+    text = None if advice is None else advice.text().encode()
+    return {"spectra.npz": content.getvalue(), "advice.yaml": text}

@@ -1,5 +1,6 @@
 """`lora-lab analyze`: computes again what is asked of a finished ΔW, or compares several ΔW."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
@@ -25,8 +26,8 @@ from lora_lab.training.restore import restore
 def analyze_again(run: Run, console: Console, **change: Any) -> findings.Findings:
     """Analyzes a finished run's ΔW again, with its `spectra` settings changed by `change`.
 
-    Writes spectra.npz and advice.yaml anew, and adds a row to metrics.jsonl. What was measured in
-    training stays. Raises what `restore` raises.
+    Writes spectra.npz and advice.yaml anew, and adds a row to metrics.jsonl, once all that it reads
+    was right. What was measured in training stays. Raises what `restore` raises.
     """
     restored = restore(run)
     if not restored.plan.sites:
@@ -40,9 +41,10 @@ def analyze_again(run: Run, console: Console, **change: Any) -> findings.Finding
     settings = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
     results = findings.analyze(updates, losses, settings, cfg.bases_dir, console)
     with np.load(run.path / "spectra.npz") as file:
-        stored_arrays = dict(file)
-    findings.write(run.path, {**stored_arrays, **results.arrays}, results.advice)
-    run.append_row({"step": run.rows()[-1]["step"], **results.metrics})
+        files = findings.files({**file, **results.arrays}, results.advice)
+    row = {"step": run.rows()[-1]["step"], **results.metrics}
+    rows = (run.path / "metrics.jsonl").read_bytes() + f"{json.dumps(row)}\n".encode()
+    run.replace_files({**files, "metrics.jsonl": rows})
     return results
 
 
@@ -53,8 +55,11 @@ def compare_updates(runs: Sequence[Run]) -> list[SubspacePair]:
     singular vectors of ΔW ("input"), the left ones ("output") and the rows of the factor "A".
 
     Raises ValueError where a run is given twice or no two runs share a site with weights of one
-    shape, FileNotFoundError for a run without spectra.npz.
+    shape, DamagedRunError for a run with a damaged file, FileNotFoundError for one without
+    spectra.npz.
     """
+    for run in runs:
+        run.check()
     spans = {str(run.path): _spans(run) for run in runs}
     if len(spans) < len(runs):
         raise ValueError("a run is compared with itself: name each of the runs once")

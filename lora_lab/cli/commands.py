@@ -37,12 +37,13 @@ def train(arguments: list[str]) -> None:
 def report(path: Path) -> None:
     """Writes the report of a run, or of all runs in a folder, and prints its tables."""
     from lora_lab import report
-    from lora_lab.runs import find_run, find_runs
+    from lora_lab.runs import find_run, is_run
 
-    if path.is_dir() and not (path / "status.json").exists() and (runs := find_runs(path)):
+    if path.is_dir() and not is_run(path) and (runs := _runs(path)):
         report.show_sweep(report.write_sweep(runs, path), _console())
         return
-    run = find_run(path)
+    run = _checked(find_run(path))
+    run.check()
     report.write_run(run)
     report.show_run(run, _console())
 
@@ -154,7 +155,17 @@ def _runs(root: Path) -> "list[Run]":
 
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {root}")
-    return find_runs(root)
+    return [_checked(run) for run in find_runs(root)]
+
+
+def _checked(run: "Run") -> "Run":
+    """The run, whose config was compared with its directory's name if it has no checksum."""
+    status = run.status
+    if status["state"] != "finished" or "files" in status:
+        return run
+    from lora_lab.config.stored_config import checked_config  # a second of imports
+
+    return checked_config(run)
 
 
 def ls(root: Path, state: str | None, sort: str) -> None:
@@ -163,6 +174,15 @@ def ls(root: Path, state: str | None, sort: str) -> None:
     from lora_lab import report
 
     _console().print(report.runs_table(runs, state, sort))
+    _print_damaged(runs)
+
+
+def _print_damaged(runs: "list[Run]") -> None:
+    """Prints a line for each damaged run."""
+    from lora_lab import report
+
+    for line in report.damaged_lines(runs):
+        _console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
@@ -171,6 +191,7 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
     from lora_lab import report
     from lora_lab.config import compose
 
+    _print_damaged(runs)
     for best_cells in report.best_by_experiment(runs, metric, goal):
         title = f"{best_cells.experiment}: {best_cells.goal} {metric}"
         _console().print(report.terminal_table(title, best_cells.rows(shown)))
@@ -184,11 +205,12 @@ def diff(paths: list[Path]) -> None:
     """Prints what differs between two runs, in config, environment and results."""
     from lora_lab.runs import find_run
 
-    runs = [find_run(path) for path in paths]
+    runs = [_checked(find_run(path)) for path in paths]
+    statuses = [run.check(in_full=()) for run in runs]
     from lora_lab import report
 
-    for i, run in enumerate(runs, start=1):
-        print(f"{i}: {run.path} ({run.status['state']})")
+    for i, (run, status) in enumerate(zip(runs, statuses, strict=True), start=1):
+        print(f"{i}: {run.path} ({status['state']})")
     for title, rows in report.difference_tables(*runs).items():
         if len(rows) > 1:
             _console().print(report.terminal_table(title, rows))

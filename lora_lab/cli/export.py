@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
+from lora_lab.config.stored_config import checked_config
 from lora_lab.runs import Run
 from lora_lab.training.restore import Restored, restore
 
@@ -24,13 +25,14 @@ def export(run: Run, format: str, directory: Path) -> Path:
     Returns the path of the file written. A fully fine-tuned model is written as it was stored. A
     whole model of transformers has its config beside it, for `from_pretrained`.
     Raises AdapterError where the run has no adapter, the format cannot represent it or the file
-    exists, and what `restore` raises.
+    exists, and what `restore` raises: all files are compared with their records first.
     """
     path = directory / FORMATS[format]
     if path.exists():
         raise AdapterError(f"{path} exists: give a folder without one")
+    checked_config(run).check_finished("exported")
     method = run.config["adapter"]["method"]
-    if method == "full" and format == "merged" and run.finished:
+    if method == "full" and format == "merged":
         directory.mkdir(parents=True, exist_ok=True)
         save_file(load_file(run.path / "model" / "model.safetensors"), path, {"format": "pt"})
         if run.config["base"]["method"] == "pretrained":

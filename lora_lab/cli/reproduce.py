@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
+from lora_lab.config.stored_config import checked_config
 from lora_lab.console import show_log
 from lora_lab.exit_codes import interruption_code
 from lora_lab.report.cells import flatten_config
@@ -99,8 +99,9 @@ def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> 
 
     The new run is untracked and on one device, whatever the stored one was trained on. Its base is
     taken from bases/ as for any run; with `fresh` it is trained again, in the new directory. Raises
-    ValueError where the run is not finished, its config is not valid (any more), the file of its
-    base has changed or the new directory is another run's; RunFailedError where the new run fails.
+    ValueError where the run is damaged or not finished, its config is not valid (any more), the
+    file of its base has changed or the new directory is another run's; RunFailedError where the new
+    run fails.
     """
     new_plan = _new_plan(run, to, fresh)
     base_file = bases.path(new_plan.cfg)
@@ -128,12 +129,8 @@ def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> 
 
 def _new_plan(run: Run, to: Path, fresh: bool) -> Plan:
     """The plan of the new run. Raises ValueError as `reproduce_run` does."""
-    if (state := run.status["state"]) != "finished":
-        raise ValueError(f"{run.path} is {state}: only a finished run can be reproduced")
-    try:
-        cfg = parse_config(dict(run.config))
-    except (yaml.YAMLError, TypeError) as error:
-        raise ValueError(f"{run.path / 'config.yaml'} cannot be read: {error}") from None
+    checked_config(run).check_finished("reproduced")
+    cfg = parse_config(dict(run.config))
     tracking = cfg.tracking.model_copy(update={"mode": "off"})
     changes = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}
     new_plan = plan(on_one_device(cfg.model_copy(update=changes)), is_stored=True)

@@ -194,4 +194,7 @@ def _train_together(module: PackedModule, members: Sequence[Member], console: Co
         member.module.final_step = module.step_and_epoch()
     for member in members:
         if member.module.final_step:  # else it failed
-            member.trial.run.update_status(packed=len(members))
+            try:
+                member.trial.run.update_status(packed=len(members))
+            except OSError as error:  # its directory was removed
+                member.fail(error)

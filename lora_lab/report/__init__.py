@@ -6,7 +6,7 @@ another machine or version can be reported too.
 
 from lora_lab.report.best import best_by_experiment
 from lora_lab.report.compare import difference_tables
-from lora_lab.report.printed_tables import job_table, runs_table, site_table
+from lora_lab.report.printed_tables import damaged_lines, job_table, runs_table, site_table
 from lora_lab.report.run import show_run, write_run
 from lora_lab.report.subspace_pairs import SubspacePair, write_pairs
 from lora_lab.report.sweep import show_sweep, write_sweep
@@ -15,6 +15,7 @@ from lora_lab.report.tables import terminal_table
 __all__ = [
     "SubspacePair",
     "best_by_experiment",
+    "damaged_lines",
     "difference_tables",
     "job_table",
     "runs_table",

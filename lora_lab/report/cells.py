@@ -7,16 +7,15 @@ a run once; tables and figures take `RunResult`s and `Cell`s.
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
 from typing import Any
-from zipfile import BadZipFile
-
-import numpy as np
 
 from lora_lab.report.cell_statistics import Statistics, statistics_of
 from lora_lab.report.theory import TheoryCheck, check_against_theory
+from lora_lab.run_files import DamagedRunError, fault
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY, Run
 
 LOWER_IS_BETTER = ("loss", "perplexity", "error")
@@ -33,9 +32,9 @@ class RunResult:
 
     run: Run
     status: dict[str, Any]
-    """status.json, with `state` set to damaged where the other files could not be read."""
+    """status.json, with `state` set to damaged where a file is not as it was."""
     config: dict[str, Any]
-    """The resolved config; {} where it cannot be read."""
+    """The resolved config; {} where it cannot be read or was changed."""
     metrics: dict[str, float]
     """The last value of each metric in metrics.jsonl, without step and epoch."""
 
@@ -87,26 +86,20 @@ class RunResult:
         return [self.metrics[key] for key in keys]
 
 
-def read_run(run: Run) -> RunResult:
+def read_run(run: Run, in_full: tuple[str, ...] = ()) -> RunResult:
     """Reads a run's directory as it is now.
 
-    A run whose status says finished and whose config, metrics or spectra cannot be read gets the
-    state `damaged`.
+    `in_full` are beginnings of names: the content of these files is compared with the records of a
+    finished run whatever their size (`Run.check`). The state is `damaged` where they differ.
     """
     status, config, metrics = run.status, {}, {}
-    try:
-        config = run.config
-        _ = config["adapter"]["method"], config["name"]
+    if status["state"] == "finished" and (found := fault(run.path, status, in_full)):
+        status |= {"state": "damaged", "error": found}
+    with suppress(OSError, DamagedRunError):
+        if not status.get("error", "").startswith("config.yaml"):
+            config = run.config if isinstance(run.config.get("adapter"), dict) else {}
         for row in run.rows():
             metrics |= row
-        if (run.path / "spectra.npz").exists():
-            np.load(run.path / "spectra.npz").close()
-        is_readable = bool(metrics)
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile):
-        is_readable = False
-        config = config if isinstance(config, dict) and "adapter" in config else {}
-    if status["state"] == "finished" and not is_readable:
-        status["state"] = "damaged"
     metrics = {key: value for key, value in metrics.items() if key not in ("step", "epoch")}
     return RunResult(run, status, config, metrics)
 

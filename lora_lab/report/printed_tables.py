@@ -53,10 +53,7 @@ def runs_table(runs: Iterable[Run], state: str | None = None, sort: str = "name"
     listed = []
     for run in runs:
         status = run.status
-        try:
-            loss = run.last("val/loss") if status["state"] == "finished" else None
-        except ValueError:
-            status["state"], loss = "damaged", None
+        loss = run.last("val/loss") if status["state"] == "finished" else None
         if state in (None, status["state"]):
             # All have the same value where the sort is by name, so that they stay in that order.
             values = {"name": 0, "loss": loss, "time": status.get("seconds")}
@@ -72,6 +69,13 @@ def runs_table(runs: Iterable[Run], state: str | None = None, sort: str = "name"
         numbers = (format_number(loss), format_seconds(status.get("seconds")))
         table.add_row(status["state"], experiment, cell, seed, *numbers, run_hash)
     return table
+
+
+def damaged_lines(runs: Iterable[Run]) -> list[str]:
+    """A line for each damaged run: its directory, the file and what is wrong with it."""
+    statuses = [(run.path, run.status) for run in runs]
+    lines = [f"{path}: {s['error']}" for path, s in statuses if s["state"] == "damaged"]
+    return [f"damaged  {line} (its command trains it again)" for line in lines]
 
 
 def job_table(jobs: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:

@@ -13,7 +13,8 @@ from lora_lab.report.cells import Cell, RunResult, cells_of, ranked_cells, swept
 from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.report.theory import CHECK_COLUMNS, TheoryCheck, check_row
-from lora_lab.runs import PLANNED_FILE, planned_runs
+from lora_lab.run_files import DamagedRunError
+from lora_lab.runs import PLANNED_FILE, is_run, planned_runs
 
 
 def cells_table(cells: Sequence[Cell]) -> Rows:
@@ -169,11 +170,14 @@ def unfinished_table(results: Sequence[RunResult], directory: Path) -> Rows:
 
 def _runs_not_begun(folder: Path) -> Rows:
     """A row for each planned run without a directory, with the overrides that not all share."""
-    planned = planned_runs(folder)
+    try:
+        planned = planned_runs(folder)
+    except DamagedRunError as error:
+        return [[folder.resolve().name, PLANNED_FILE, "damaged", str(error)]]
     common = set.intersection(*map(set, planned.values())) if len(planned) > 1 else set()
     rows = []
     for run, overrides in planned.items():
-        if not (folder / run / "status.json").exists():
+        if not is_run(folder / run):
             cause = f"not begun: {' '.join(o for o in overrides if o not in common)}"
             rows.append([folder.resolve().name, run, "missing", cause])
     return rows

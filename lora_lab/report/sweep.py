@@ -30,7 +30,7 @@ def write_sweep(runs: Sequence[Run], directory: Path) -> SweepReport:
 
     Several experiments have a folder each in report/. The runs may still be running.
     """
-    results = [read_run(run) for run in runs]
+    results = [read_run(run, in_full=("spectra.npz",)) for run in runs]
     to = directory / "report"
     names = list(dict.fromkeys(r.experiment for r in results if r.config))
     experiments = []

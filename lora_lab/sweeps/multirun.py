@@ -5,6 +5,7 @@ they look up here what was checked before the first job began.
 """
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -16,8 +17,12 @@ from filelock import FileLock
 
 from lora_lab.config import compose
 from lora_lab.config.schema import Config, ConfigError
+from lora_lab.config.stored_config import checked_config
+from lora_lab.run_files import DamagedRunError
 from lora_lab.runs import PLANNED_FILE, Run, planned_runs, write_atomic
 from lora_lab.training.plan import Plan, plan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,18 @@ class Job:
     @property
     def state(self) -> str:
         """The state in the run's status.json, `none` before it began, or `config error`."""
-        return Run(self.path).status["state"] if self.path else "config error"
+        return self._run.status["state"] if self._run else "config error"
 
     @property
     def cause(self) -> str:
         """Why it failed, in one line; empty where it did not."""
-        if self.path is None:
+        if self._run is None:
             return self.error or ""
-        return str(Run(self.path).status.get("error", "")).partition("\n")[0]
+        return str(self._run.status.get("error", "")).partition("\n")[0]
+
+    @property
+    def _run(self) -> Run | None:
+        return checked_config(Run(self.path)) if self.path else None
 
 
 @dataclass
@@ -120,7 +129,12 @@ def record_planned(jobs: list[Job]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # The lock: another multirun may add to the same file, and neither must lose a line.
         with FileLock(folder / f".{PLANNED_FILE}.lock"):
-            content = {**planned_runs(folder), **overrides}
+            try:
+                planned = planned_runs(folder)
+            except DamagedRunError as error:
+                log.warning("%s: it is written anew, with the runs of this command", error)
+                planned = {}
+            content = {**planned, **overrides}
             write_atomic(folder / PLANNED_FILE, json.dumps(content, indent=1) + "\n")
 
 

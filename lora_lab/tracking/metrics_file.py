@@ -16,7 +16,7 @@ class JsonlLogger(Logger):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.file = path.open("a")
+        self.path, self.file = path, path.open("a")
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -39,3 +39,11 @@ class JsonlLogger(Logger):
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+
+    def lost_rows(self) -> str:
+        """Says that the file lacks rows, and how many; "" where it has all."""
+        try:
+            written = self.path.read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return f"{self.path} was removed while the run trained"
+        return f"{self.path} has {written} of {len(self.rows)} rows" * (written < len(self.rows))

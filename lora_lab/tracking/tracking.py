@@ -48,7 +48,8 @@ class Tracking:
     """Writes a run's rows to metrics.jsonl and to W&B, from the start of the run to its end.
 
     Used as a context. On leaving it by an exception, the W&B run is marked as failed. At the end,
-    the rows in W&B's file are counted: a shortfall is an error in the log and in status.json.
+    the rows in both files are counted. A shortfall in metrics.jsonl is an OSError, one in W&B's
+    file an error in the log and in status.json.
     """
 
     server_failed = False
@@ -77,10 +78,17 @@ class Tracking:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.jsonl.file.close()
-        if self.wandb is None:
-            return
+        lost = self.jsonl.lost_rows() if error is None else ""
+        if self.wandb is not None:
+            self._finish_wandb(exit_code=0 if error is None and not lost else 1)
+        if lost:
+            raise OSError(lost)
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        """Ends the W&B run, and counts the rows in its file."""
+        assert self.wandb is not None
         file = Path(self.wandb.settings.sync_file)
-        self.wandb.finish(exit_code=0 if error is None else 1)
+        self.wandb.finish(exit_code=exit_code)
         expected = len(self.rows) + self.wandb_only_rows
         if (written := _count_rows(file, expected)) < expected:
             self.run.update_status(wandb_rows_lost=expected - written)

@@ -172,14 +172,26 @@ def _load(file: Path) -> Base | None:
     if not file.exists():
         return None
     try:
+        return read(file)
+    except ValueError as error:
+        log.warning("%s: training it again", error)
+        return None
+
+
+def read(file: Path) -> Base:
+    """A stored base. Raises ValueError where its checksum is not the one beside it."""
+    about_file = file.with_suffix(".json")
+    try:
         content = file.read_bytes()
-        about = json.loads(file.with_suffix(".json").read_text())
+        about = json.loads(about_file.read_text())
         if _checksum(content, about["rows"]) != about["sha256"]:
-            raise ValueError("its checksum is not the one written beside it")
+            raise ValueError(f"its checksum is not that in {about_file.name}")
         return Base(load(content), about["rows"])
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        log.warning("the kept base %s is damaged (%s): training it again", file, error)
-        return None
+        reason = (
+            f"{about_file} cannot be read" if isinstance(error, TypeError | KeyError) else error
+        )
+        raise ValueError(f"the base {file} is damaged ({reason})") from None
 
 
 def _checksum(content: bytes, rows: list[Row]) -> str:

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, process_rank
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan
-from lora_lab.training.run_record import lock
+from lora_lab.training.run_record import can_continue, lock, status_in_full
 
 PR_SET_PDEATHSIG = 1
 """Linux prctl option: the signal a process gets when its parent ends (linux/prctl.h)."""
@@ -45,10 +45,10 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
     run, count = Run(plan.path), plan.processes
     run.path.mkdir(parents=True, exist_ok=True)
     with lock(run):
-        state = run.status["state"]
-        if state == "finished" and not plan.cfg.overwrite:
+        status = status_in_full(run)
+        if status["state"] == "finished" and not plan.cfg.overwrite:
             raise RunFinishedError(str(run.path))
-        if state not in ("running", "interrupted") or plan.cfg.overwrite:
+        if not can_continue(status) or plan.cfg.overwrite:
             # Removed before the processes start: each of them looks for a checkpoint.
             shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
     # What torch would log of a failed process is raised below as one RuntimeError.

@@ -12,6 +12,7 @@ from torch import nn
 from lora_lab import report
 from lora_lab.config.components import PretrainedBase
 from lora_lab.config.schema import Lora, TrainedBase
+from lora_lab.config.stored_config import checked_config
 from lora_lab.data import Data
 from lora_lab.runs import Run, process_rank
 from lora_lab.seeding import generator
@@ -61,7 +62,8 @@ def open_run(plan: Plan) -> AbstractContextManager[Run]:
     cfg = plan.cfg
     # The thread count is recorded because it changes the order of floating-point sums.
     about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
-    return record_run(plan.path, cfg.to_dict(), overwrite=cfg.overwrite, **about)
+    run = checked_config(Run(plan.path))
+    return record_run(run, cfg.to_dict(), overwrite=cfg.overwrite, **about)
 
 
 def obtain_model(

@@ -33,6 +33,9 @@ def finish_run(trial: Trial, console: Console) -> None:
     """
     plan, module, tracking = trial.plan, trial.module, trial.tracking
     cfg, spectra_callback = plan.cfg, trial.spectra_callback
+    if not process_rank():
+        # From here on a failure keeps the checkpoint: run_record.can_continue.
+        trial.run.update_status(training_ended=True)
     if not cfg.trains:
         base_size = adapters.count(module.model).frozen
         tracking.log({"parameters/trainable": 0, "parameters/base": base_size}, 0)
@@ -53,13 +56,13 @@ def finish_run(trial: Trial, console: Console) -> None:
     _save_trained(plan.single_device_trainer(tracking, [], **change), trial)
     updates, arrays = spectra_callback.updates, spectra_callback.arrays()
     # Written now too, so that the spectra are stored even if the analysis fails.
-    findings.write(trial.run.path, arrays, None)
+    trial.run.replace_files(findings.files(arrays, None))
     if not plan.sites:
         return  # nothing but parameters of also_train, which have no ΔW to analyze
     module.prefix = ""
     losses = partial(cut_losses, unlogged_trainer, module, trial.data, updates)
     learned = findings.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
-    findings.write(trial.run.path, {**arrays, **learned.arrays}, learned.advice)
+    trial.run.replace_files(findings.files({**arrays, **learned.arrays}, learned.advice))
     assert module.final_step is not None
     tracking.log_findings(learned.metrics, learned.arrays, int(module.final_step["step"]))
 

@@ -1,9 +1,10 @@
 """Loads a finished run's model from its run directory and the base it was trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.components import PretrainedBase
 from lora_lab.config.schema import CheckpointBase, Config, Full
+from lora_lab.config.stored_config import checked_config
 from lora_lab.runs import Run
 from lora_lab.training import bases, precision
 from lora_lab.training.base_weights import BaseWeights
@@ -29,11 +31,10 @@ class Restored:
 def restore(run: Run) -> Restored:
     """Loads the run's trained model; after a full fine-tuning (adapter=full) without adapters.
 
-    Raises ValueError if the run is not finished or has trained nothing, FileNotFoundError if the
-    base it was trained on is not stored here.
+    Raises ValueError if the run is not finished, is damaged or has trained nothing, and if its base
+    is damaged; FileNotFoundError if the base it was trained on is not stored here.
     """
-    if (state := run.status["state"]) != "finished":
-        raise ValueError(f"{run.path} is {state}: only a finished run can be restored")
+    checked_config(run).check_finished("restored")
     cfg = parse_config(dict(run.config))
     if not cfg.trains:
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
@@ -67,14 +68,29 @@ def _base(cfg: Config, run: Run, model: nn.Module) -> dict[str, Tensor]:
     wanted_hash = adapters.base_hash(run.path / "adapter") if cfg.freezes_base else None
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     for file in files:
-        state = load_file(file)
+        try:
+            # With adapter=full the run has no hash of its base: the checksum beside it counts.
+            has_hash = wanted_hash or isinstance(cfg.base, CheckpointBase)
+            state = load_file(file) if has_hash else bases.read(file).state
+        except (ValueError, SafetensorError):
+            continue
         if {key: tensor.shape for key, tensor in state.items()} != shapes:
             continue
         model.load_state_dict(state)
         if wanted_hash in (None, adapters.weights_hash(model.state_dict())):
             return state
     where = cfg.base.path if isinstance(cfg.base, CheckpointBase) else f"{cfg.bases_dir}/"
+    damage = [] if isinstance(cfg.base, CheckpointBase) else _damage(files)
     raise FileNotFoundError(
         f"the base that {run.path.name} was trained on is not in {where}: run from the folder in "
-        "which the run was started, or repeat the run with overwrite=true"
+        f"which the run was started, or repeat the run with overwrite=true{''.join(damage)}"
     )
+
+
+def _damage(files: Iterable[Path]) -> Iterator[str]:
+    """What is wrong with each of these stored bases that is damaged."""
+    for file in files:
+        try:
+            bases.read(file)
+        except ValueError as error:
+            yield f"; {error}"

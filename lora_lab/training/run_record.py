@@ -18,7 +18,18 @@ from typing import Any
 import yaml
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from lora_lab.runs import CHECKPOINTS, PREVIOUS, Run, RunBusyError, RunFinishedError, write_atomic
+from lora_lab.run_files import DamagedRunError, file_records
+from lora_lab.runs import (
+    CHECKPOINTS,
+    PREVIOUS,
+    Run,
+    RunBusyError,
+    RunFinishedError,
+    write_atomic,
+    write_status,
+)
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
 """Packages whose versions env.json names."""
@@ -40,36 +51,63 @@ def log_only_to(path: Path) -> Iterator[None]:
         _logged_run.reset(token)
 
 
+class RunDirectoryError(RuntimeError):
+    """The directory of a run, or a file that it must have, was removed while the run trained."""
+
+
 @contextmanager
 def record_run(
-    path: Path, config: dict[str, Any], *, overwrite: bool = False, **about: Any
+    run: Run, config: dict[str, Any], *, overwrite: bool = False, **about: Any
 ) -> Iterator[Run]:
     """A context in which a run trains; it keeps status.json, log.txt and the directory's lock.
 
     The state is `running` within it, and afterwards `finished`, `interrupted` (Ctrl-C, SIGTERM) or
-    `failed` (another exception, which is raised further). A run that was interrupted before keeps
+    `failed` (another exception, which is raised further). A run that goes on (`can_continue`) keeps
     its checkpoints and its log, and its tries and seconds are added up; all other files of an
-    earlier try are removed. A finished run that is repeated is kept in previous/ until the new one
-    is finished. `about` are further fields of status.json. Raises RunBusyError where another
-    process holds the lock, RunFinishedError where the run is finished and `overwrite` is not set.
+    earlier try are removed. A finished run that is repeated, and a damaged one, is kept in
+    previous/ until the new one is finished. `about` are further fields of status.json. Raises
+    RunBusyError where another process holds the lock, RunFinishedError where the run is finished
+    and `overwrite` is not set.
     """
+    path = run.path
     path.mkdir(parents=True, exist_ok=True)
-    run = Run(path)
     with lock(run):
         # This process has the lock now: a state of "running" is that of a process that was killed.
-        before = run.status
+        before = status_in_full(run)
         if before["state"] == "finished" and not overwrite:
             raise RunFinishedError(str(path))
         status = {"state": "running", "started": time.time(), "host": platform.node(), **about}
-        continues = before["state"] in ("running", "interrupted") and not overwrite
+        continues = can_continue(before) and not overwrite
         if continues:
             status |= {"tries": before.get("tries", 1) + 1, "spent": _seconds_spent(path, before)}
             status |= {"wandb": before["wandb"]} if "wandb" in before else {}
-        _clear(path, status, before["state"] == "finished", continues)
+        _clear(path, status, before["state"] in ("finished", "damaged"), continues)
         write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_atomic(path / "env.json", json.dumps(environment(), indent=2) + "\n")
-        with _log_file(path), _outcome(run, status["started"], status.get("spent", 0.0)):
+        with _log_file(path), _outcome(run, status):
+            if before["state"] == "damaged" and not overwrite:
+                log.warning("the run is damaged (%s): training it again", before["error"])
             yield run
+
+
+def status_in_full(run: Run) -> dict[str, Any]:
+    """The run's status, which is damaged too where a large file of it has another content."""
+    status = run.status
+    try:
+        return run.check()
+    except DamagedRunError as error:
+        fault = str(error).removeprefix(f"{run.path} is damaged: ")
+        return {**status, "state": "damaged", "error": fault}
+
+
+def can_continue(status: dict[str, Any]) -> bool:
+    """Whether the next try of a run goes on from the checkpoint that it left, if it left one.
+
+    So it does after an interruption, and after an error in what follows the last step: there the
+    training is done, and no step would come out another way. An error in a step would come again.
+    """
+    is_trained = status["state"] == "failed" and status.get("training_ended", False)
+    return status["state"] in ("running", "interrupted") or is_trained
 
 
 def lock(run: Run) -> AcquireReturnProxy:
@@ -81,21 +119,22 @@ def lock(run: Run) -> AcquireReturnProxy:
         raise RunBusyError(f"{run.path} is being run by another process, on {host}") from None
 
 
-def _clear(path: Path, status: dict[str, Any], was_finished: bool, continues: bool) -> None:
+def _clear(path: Path, status: dict[str, Any], is_kept: bool, continues: bool) -> None:
     """Writes the new status.json, and removes the files of the try before.
 
-    Those of a finished run are moved to previous/. The order matters: previous/ has a copy of the
+    Where `is_kept`, they are moved to previous/. The order matters: previous/ has a copy of the
     status before status.json is replaced, and status.json says `running` before any other file
     goes, so that a crash in between leaves no directory that claims to be finished and is not.
     """
     stays = {"lock", "status.json", PREVIOUS, *((CHECKPOINTS, "log.txt") if continues else ())}
-    if was_finished:
+    if is_kept:
         shutil.rmtree(path / PREVIOUS, ignore_errors=True)
         (path / PREVIOUS).mkdir()
-        shutil.copy(path / "status.json", path / PREVIOUS)
-    write_atomic(path / "status.json", json.dumps(status, indent=2) + "\n")
+        with suppress(FileNotFoundError):  # a damaged run may have lost it
+            shutil.copy(path / "status.json", path / PREVIOUS)
+    write_status(path, status)
     for old in [old for old in path.iterdir() if old.name not in stays]:
-        if was_finished:
+        if is_kept:
             old.rename(path / PREVIOUS / old.name)
         elif old.is_dir():
             shutil.rmtree(old)
@@ -118,21 +157,65 @@ def _log_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _outcome(run: Run, started: float, spent: float) -> Iterator[None]:
-    """Writes to status.json how the run ended. `spent` are the seconds of earlier tries."""
+def _outcome(run: Run, status: dict[str, Any]) -> Iterator[None]:
+    """Writes to status.json how the run ended. `status` is that with which it began.
+
+    A run whose directory was removed meanwhile has failed. If another process has begun a run there
+    by now, its files are left alone.
+    """
+    lock_file, begun = (run.path / "lock").stat().st_ino, status["started"]
+
+    def record(state: str, **fields: Any) -> None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        seconds = status.get("spent", 0.0) + time.time() - begun
+        fields = {"state": state, "seconds": seconds, **fields}
+        write_status(run.path, {**status, **_stored_fields(run), **fields})
+
     try:
-        yield
+        try:
+            yield
+        except Exception as error:
+            if _is_removed(run, lock_file):
+                raise RunDirectoryError(f"{_removed(run.path)} ({error})") from error
+            raise
+        files = file_records(run.path)
+        if _is_removed(run, lock_file) or "config.yaml" not in files:
+            raise RunDirectoryError(_removed(run.path))
+        record("finished", files=files)
     except BaseException as error:
+        if _is_removed(run, lock_file) and _stored_fields(run).get("started", begun) != begun:
+            raise  # the status is that of another process
         # Lightning turns Ctrl-C and SIGTERM into SystemExit.
         state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-        seconds, message = spent + time.time() - started, f"{type(error).__name__}: {error}"
+        trace = traceback.format_exc()
+        record(state, error=f"{type(error).__name__}: {error}", traceback=trace)
         with (run.path / "log.txt").open("a") as file:
-            file.write(trace := traceback.format_exc())
-        run.update_status(state=state, seconds=seconds, error=message, traceback=trace)
+            file.write(trace)
         raise
-    run.update_status(state="finished", seconds=spent + time.time() - started)
     for folder in (CHECKPOINTS, PREVIOUS):
         shutil.rmtree(run.path / folder, ignore_errors=True)
+
+
+def _is_removed(run: Run, lock_file: int) -> bool:
+    """Whether the lock is not the file any more that it was, by the number of its inode.
+
+    This process keeps it open, so that no other file has that number.
+    """
+    try:
+        return (run.path / "lock").stat().st_ino != lock_file
+    except FileNotFoundError:
+        return True
+
+
+def _stored_fields(run: Run) -> dict[str, Any]:
+    """The fields of status.json; {} where the file was removed."""
+    with suppress(FileNotFoundError):
+        return json.loads((run.path / "status.json").read_text())
+    return {}
+
+
+def _removed(path: Path) -> str:
+    return f"{path}, or its config.yaml, was removed while the run trained"
 
 
 def _seconds_spent(path: Path, before: dict[str, Any]) -> float:
