@@ -111,6 +111,11 @@ class Run:
         """Whether the run ended without an error, and its files are as they were."""
         return self.status["state"] == "finished"
 
+    @property
+    def has_report(self) -> bool:
+        """Whether its report is complete, of which the page is written last."""
+        return (self.path / "report" / "index.html").exists()
+
     def check(self, in_full: tuple[str, ...] = IN_FULL) -> dict[str, Any]:
         """The status. Raises DamagedRunError for a damaged run, with the file and what is wrong.
 

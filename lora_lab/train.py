@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -116,26 +117,18 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
     # Lightning and wandb take seconds to import: after the first checks, not before.
     with frozen_imports():
         from lora_lab import report
-        from lora_lab.tracking import tracking
-        from lora_lab.training import devices, experiment, plan
+        from lora_lab.training import devices, plan
     silence_lightning()
     run_plan = _with_published(plan.plan(cfg))
     if devices.is_worker():
         return devices.run_worker(run_plan, console)
     run = Run(run_plan.path)
     try:
-        if run_plan.processes > 1:
-            devices.launch(run_plan, HydraConfig.get().overrides.task)
-        else:
-            experiment.run(run_plan, console)
-        report.write_run(run, is_single if cfg.figures is None else cfg.figures)
-    except RunFinishedError:
-        hint = "overwrite=true repeats it"
-        console.print(f"Finished before, not repeated ({hint}): {run.path}", soft_wrap=True)
-        if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent waits for a run of this process
-            tracking.copy_to_wandb(run_plan.cfg, run)
-        if not (run.path / "report" / "table.md").exists():
-            report.write_run(run)
+        _train(run_plan, run)
+        if not run.has_report:
+            _write_report(run, is_single if cfg.figures is None else cfg.figures)
+    except RunFailedError:
+        raise
     except (KeyboardInterrupt, SystemExit) as stop:
         if "SUBMITIT_EXECUTOR" in os.environ:
             raise  # its exit code tells submitit whether the job was queued again
@@ -149,9 +142,41 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
         report.show_run(run, console)
 
 
+def _train(run_plan: "Plan", run: Run) -> None:
+    """Trains a run in this process, or in one for each of its devices; not if it is finished."""
+    from lora_lab.tracking import tracking
+    from lora_lab.training import devices, experiment
+
+    try:
+        if run_plan.processes > 1:
+            devices.launch(run_plan, HydraConfig.get().overrides.task)
+        else:
+            experiment.run(run_plan, console)
+    except RunFinishedError:
+        hint = "overwrite=true repeats it"
+        console.print(f"Finished before, not repeated ({hint}): {run.path}", soft_wrap=True)
+        if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent waits for a run of this process
+            tracking.copy_to_wandb(run_plan.cfg, run)
+
+
+def _write_report(run: Run, draw: bool) -> None:
+    """Writes a finished run's report. Raises RunFailedError where that fails."""
+    from lora_lab import report
+
+    try:
+        report.write_run(run, draw)
+    except Exception as error:
+        log_file = run.path / "log.txt"
+        with log_file.open("a") as file:
+            file.write(traceback.format_exc())
+        raise RunFailedError(
+            f"the run is finished, its report failed: {type(error).__name__}: {error}\n"
+            f"the same command writes it again; the traceback is in {log_file}"
+        ) from error
+
+
 def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
     """Trains the runs of a pack together. Raises RunFailedError if any of them failed."""
-    from lora_lab import report
     from lora_lab.packing.runs import run_pack
     from lora_lab.training import plan
 
@@ -166,9 +191,13 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
         sys.exit(interruption_code(stop))
     messages = []
     for run_plan, error in zip(plans, errors, strict=True):
-        if error is None or isinstance(error, RunFinishedError):
-            report.write_run(Run(run_plan.path), run_plan.cfg.figures is True)
-        else:
+        error, run = None if isinstance(error, RunFinishedError) else error, Run(run_plan.path)
+        if error is None and not run.has_report:
+            try:
+                _write_report(run, run_plan.cfg.figures is True)
+            except RunFailedError as failure:
+                error = failure
+        if error is not None:
             messages.append(f"{type(error).__name__}: {error}")
             print_error("failed", messages[-1], f" ({run_plan.path / 'log.txt'})", to=console)
     if messages:

@@ -37,12 +37,12 @@ def train(arguments: list[str]) -> None:
 def report(path: Path) -> None:
     """Writes the report of a run, or of all runs in a folder, and prints its tables."""
     from lora_lab import report
-    from lora_lab.runs import find_run, is_run
+    from lora_lab.runs import is_run
 
     if path.is_dir() and not is_run(path) and (runs := _runs(path)):
         report.show_sweep(report.write_sweep(runs, path), _console())
         return
-    run = _checked(find_run(path))
+    run = _find(path)
     run.check()
     report.write_run(run)
     report.show_run(run, _console())
@@ -64,9 +64,8 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
     A comparison is written to the folder `to`, and its table printed.
     """
     from lora_lab import report
-    from lora_lab.runs import find_run
 
-    runs = [find_run(path) for path in paths]
+    runs = [_find(path) for path in paths]
     from lora_lab.cli import analyze
     from lora_lab.console import silence_lightning
 
@@ -85,9 +84,7 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
 
 def export(path: Path, directory: Path, format: str) -> None:
     """Writes a run's adapter or its merged model, and prints the path of the file."""
-    from lora_lab.runs import find_run
-
-    run = find_run(path)
+    run = _find(path)
     from lora_lab.cli.export import export
     from lora_lab.console import silence_lightning
 
@@ -101,9 +98,9 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
 
     Exits with 0 where they agree within `tolerance`, 1 where they do not or the run fails.
     """
-    from lora_lab.runs import RunFailedError, find_run
+    from lora_lab.runs import RunFailedError
 
-    run = find_run(path)
+    run = _find(path)
     from lora_lab.cli import reproduce
     from lora_lab.console import silence_lightning
 
@@ -158,6 +155,13 @@ def _runs(root: Path) -> "list[Run]":
     return [_checked(run) for run in find_runs(root)]
 
 
+def _find(path: Path) -> "Run":
+    """The run at a path, or whose hash begins with it. Raises FileNotFoundError."""
+    from lora_lab.runs import find_run
+
+    return _checked(find_run(path))
+
+
 def _checked(run: "Run") -> "Run":
     """The run, whose config was compared with its directory's name if it has no checksum."""
     status = run.status
@@ -203,9 +207,7 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
 
 def diff(paths: list[Path]) -> None:
     """Prints what differs between two runs, in config, environment and results."""
-    from lora_lab.runs import find_run
-
-    runs = [_checked(find_run(path)) for path in paths]
+    runs = [_find(path) for path in paths]
     statuses = [run.check(in_full=()) for run in runs]
     from lora_lab import report
 

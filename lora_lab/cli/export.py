@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
-from lora_lab.config.stored_config import checked_config
 from lora_lab.runs import Run
 from lora_lab.training.restore import Restored, restore
 
@@ -30,7 +29,7 @@ def export(run: Run, format: str, directory: Path) -> Path:
     path = directory / FORMATS[format]
     if path.exists():
         raise AdapterError(f"{path} exists: give a folder without one")
-    checked_config(run).check_finished("exported")
+    run.check_finished("exported")
     method = run.config["adapter"]["method"]
     if method == "full" and format == "merged":
         directory.mkdir(parents=True, exist_ok=True)

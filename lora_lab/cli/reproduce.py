@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
-from lora_lab.config.stored_config import checked_config
 from lora_lab.console import show_log
 from lora_lab.exit_codes import interruption_code
 from lora_lab.report.cells import flatten_config
@@ -129,7 +128,7 @@ def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> 
 
 def _new_plan(run: Run, to: Path, fresh: bool) -> Plan:
     """The plan of the new run. Raises ValueError as `reproduce_run` does."""
-    checked_config(run).check_finished("reproduced")
+    run.check_finished("reproduced")
     cfg = parse_config(dict(run.config))
     tracking = cfg.tracking.model_copy(update={"mode": "off"})
     changes = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}

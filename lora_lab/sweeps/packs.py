@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lora_lab.adapters import INITS
 from lora_lab.config.schema import Config, Lora, content_hash
-from lora_lab.runs import NOT_IN_IDENTITY
+from lora_lab.runs import NOT_IN_IDENTITY, Run
 from lora_lab.sweeps.multirun import Job
 from lora_lab.training.plan import Plan
 
@@ -87,8 +87,9 @@ def packs_to_run(jobs: Sequence[Job], config: DictConfig, processes: int) -> lis
 
 
 def _needs_process(job: Job, overwrite: bool) -> bool:
-    has_report = job.path is not None and (job.path / "report" / "table.md").exists()
-    return job.path is not None and (overwrite or job.state != "finished" or not has_report)
+    if job.path is None:
+        return False
+    return overwrite or job.state != "finished" or not Run(job.path).has_report
 
 
 def group_into_packs(

@@ -12,7 +12,6 @@ from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.components import PretrainedBase
 from lora_lab.config.schema import CheckpointBase, Config, Full
-from lora_lab.config.stored_config import checked_config
 from lora_lab.runs import Run
 from lora_lab.training import bases, precision
 from lora_lab.training.base_weights import BaseWeights
@@ -34,7 +33,7 @@ def restore(run: Run) -> Restored:
     Raises ValueError if the run is not finished, is damaged or has trained nothing, and if its base
     is damaged; FileNotFoundError if the base it was trained on is not stored here.
     """
-    checked_config(run).check_finished("restored")
+    run.check_finished("restored")
     cfg = parse_config(dict(run.config))
     if not cfg.trains:
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")

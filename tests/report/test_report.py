@@ -285,9 +285,10 @@ def test_ls_lists_every_state(
     capsys.readouterr()
     assert command(monkeypatch, "ls") == 0
     shown = capsys.readouterr().out
-    assert [line.split()[0] for line in shown.splitlines()[3:-1]] == [
-        *("interrupted", "finished", "failed", "damaged"),
-    ]
+    lines = [line.split() for line in shown.splitlines()]
+    states = ("interrupted", "finished", "failed", "damaged")
+    assert [line[0] for line in lines[3:7]] == list(states)
+    assert lines[-1][:2] == ["damaged", "runs/torn:"]
     done = next(r for r in find_runs(Path("runs")) if r.finished)
     assert f"{done.last('val/loss'):.5g}" in shown
     stopped = next(r for r in find_runs(Path("runs")) if r.status["state"] == "failed")
