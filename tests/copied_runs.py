@@ -48,8 +48,8 @@ def copy_run(run: Run, points: Iterable[Point], root: Path) -> list[Run]:
 
 def as_earlier_version(run: Run) -> None:
     """Takes the records of its files from a finished run's status, as earlier versions had none."""
-    status = {k: v for k, v in run.status.items() if k not in ("files", "checksum", "replacing")}
-    write_status(run.path, status)
+    status = json.loads((run.path / "status.json").read_text())
+    write_status(run.path, {k: v for k, v in status.items() if k not in ("files", "checksum")})
 
 
 def _with_values(config: dict[str, Any], point: Point) -> dict[str, Any]:

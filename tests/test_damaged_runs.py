@@ -111,7 +111,7 @@ def assert_not_believed(
         if arguments[0] == "best":
             assert f"best run {other.path}" in shown
             assert " 1 " in shown.partition("max")[2].partition("best run")[0]
-    each_run = [checked_config(each) for each in (run, other)]
+    each_run = [checked_config(Run(each.path)) for each in (run, other)]
     results = [read_run(each, in_full=("spectra.npz",)) for each in each_run]
     assert [result.state for result in results] == ["damaged", "finished"]
     assert results[0].cause.startswith(f"{file} ")

@@ -306,7 +306,7 @@ def test_analyze_repeats_the_analysis_of_the_run(
     run = only_run()
     with np.load(run.path / "spectra.npz") as arrays:
         before = dict(arrays)
-    (run.path / "advice.yaml").unlink()
+    run.replace_files({"advice.yaml": None})
     assert command(monkeypatch, "analyze", str(run.path)) == 0
     with np.load(run.path / "spectra.npz") as arrays:
         assert set(arrays.files) == set(before)

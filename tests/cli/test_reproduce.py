@@ -148,12 +148,14 @@ def test_a_metric_that_is_gone_is_a_difference_and_a_new_one_is_not(
     path = run.path / "metrics.jsonl"
     text = path.read_text()
     path.write_text(text.replace('"merged/val/loss"', '"merged/val/before"'))
+    record_again(run)
     code, output = reproduce(monkeypatch, capsys, run.path)
     assert code == 1
     assert "NOT REPRODUCED: 1 of" in output
     assert "most merged/val/before" in output
     lines = [line for line in text.splitlines(keepends=True) if "merged/val/loss" not in line]
     path.write_text("".join(lines))
+    record_again(run)
     assert reproduce(monkeypatch, capsys, run.path)[0] == 0
 
 
