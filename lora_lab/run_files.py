@@ -79,7 +79,7 @@ def fault(folder: Path, status: Mapping[str, Any], in_full: tuple[str, ...] = ()
     which file is missing or cannot be read.
     """
     if "files" not in status and "checksum" not in status:
-        return _fault_without_records(folder)
+        return _fault_without_records(folder, "spectra.npz".startswith(in_full))
     if with_checksum(status)["checksum"] != status.get("checksum"):
         return "status.json was changed"
     records, replacing = status["files"], status.get("replacing", {})
@@ -129,34 +129,58 @@ def _digest(file: Path, inode: int, modified_ns: int, size: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fault_without_records(folder: Path) -> str:
-    """What can be told of a finished run of an earlier version; "" where all can be read."""
-    stamps = []
-    for name in ("config.yaml", "metrics.jsonl", "spectra.npz"):
-        try:
-            status = (folder / name).stat()
-            stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        except OSError:
-            if name != "spectra.npz":
-                return f"{name} is missing"
-    return _unreadable_file(folder.absolute(), tuple(stamps))
+def _fault_without_records(folder: Path, in_full: bool) -> str:
+    """What can be told of a finished run of an earlier version; "" where all can be read.
+
+    `in_full`: the arrays of spectra.npz are held to the checksums that a zip has.
+    """
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    files = [file for pattern in ("*.*", "*/*.safetensors") for file in folder.glob(pattern)]
+    stamps = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return _unreadable_file(folder.absolute(), in_full, tuple(stamps))
 
 
 @lru_cache(maxsize=2**12)
-def _unreadable_file(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str:
+def _unreadable_file(folder: Path, in_full: bool, stamps: tuple[tuple[str, int, int], ...]) -> str:
     """The first file that cannot be parsed; `stamps` tell the cache that the files are the same."""
+    for name in FOLDERS:
+        for file in sorted((folder / name).glob("*.safetensors")):
+            if not _has_its_length(file):
+                return f"{name}/{file.name} is cut"
     try:
         config = read_config(folder / "config.yaml")
         if not isinstance(config.get("adapter"), dict) or "name" not in config:
             return "config.yaml is no config of a run"
         read_rows(folder / "metrics.jsonl", is_complete=True)
         if (spectra := folder / "spectra.npz").exists():
-            ZipFile(spectra).close()
+            with ZipFile(spectra) as arrays:
+                if in_full and (changed := arrays.testzip()):
+                    return f"spectra.npz was changed after the run: {changed} in it is damaged"
     except DamagedRunError as error:
         return str(error).removeprefix(f"{folder}/")
     except (OSError, BadZipFile):
         return "spectra.npz is cut: its list of arrays is missing"
     return ""
+
+
+def _has_its_length(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says.
+
+    It is 8 bytes with the header's length, the header (JSON, with the bytes at which each tensor
+    begins and ends), the tensors.
+    """
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        if start > (size := file.stat().st_size):
+            return False
+        try:
+            header = json.loads(stream.read(start - 8))
+            ends = [node["data_offsets"][1] for key, node in header.items() if key[:2] != "__"]
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return False
+    return size == start + max(ends, default=0)
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -192,6 +192,7 @@ EARLIER = {
     "config.yaml": ("NULs at its end", "NULs", "empty", "missing"),
     "metrics.jsonl": ("NULs at its end", "NULs", "empty", "missing"),
     "spectra.npz": ("cut", "NULs at its end", "NULs", "empty"),
+    "adapter/adapter.safetensors": ("cut", "NULs", "empty"),
 }
 """What can be told where there is no checksum: a row that is missing cannot."""
 

@@ -178,7 +178,8 @@ def ls(root: Path, state: str | None, sort: str) -> None:
     from lora_lab import report
 
     _console().print(report.runs_table(runs, state, sort))
-    _print_damaged(runs)
+    if state in (None, "damaged"):
+        _print_damaged(runs)
 
 
 def _print_damaged(runs: "list[Run]") -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,9 @@ def _numbers(run: Run) -> dict[str, np.ndarray]:
 def _environment(run: Run) -> dict[str, Any]:
     """The machine, versions, host and threads that a run had, by dotted key."""
     path = run.path / "env.json"
-    environment = flatten_config(json.loads(path.read_text())) if path.exists() else {}
+    environment = {}
+    with suppress(FileNotFoundError, ValueError):  # it has no number of the run
+        environment = flatten_config(json.loads(path.read_text()))
     return environment | {key: run.status.get(key, "–") for key in ("host", "threads")}
 
 
