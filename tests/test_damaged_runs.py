@@ -8,24 +8,30 @@ Run: make test ARGS=tests/test_damaged_runs.py
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from lora_lab import runs as run_directories
-from lora_lab.analysis import weight_svd
+from lora_lab.analysis import findings, weight_svd
 from lora_lab.cli.analyze import analyze_again
 from lora_lab.config.stored_config import checked_config
+from lora_lab.console import silence_lightning
+from lora_lab.packing.module import PackedModule
+from lora_lab.packing.runs import run_pack
 from lora_lab.report.cells import cells_of, read_run
 from lora_lab.report.summary import unfinished_table
 from lora_lab.run_files import file_records
 from lora_lab.runs import PREVIOUS, Run, find_runs
 from lora_lab.training.modules import BaseModule
-from lora_lab.training.run_record import record_run
+from lora_lab.training.run_record import RunDirectoryError, record_run
 from tests.conftest import Lab, command, only_run
 from tests.copied_runs import as_earlier_version, copy_run
+from tests.packing.test_packing import plans_of
 from tests.training.test_resume import assert_equal
 from tests.training.test_stored_runs import LORA, SETTINGS, STORED
 
@@ -344,6 +350,46 @@ def test_a_directory_that_is_removed_while_its_run_trains(
     capsys.readouterr()
     assert lab("planted_linear") == 0
     assert only_run().check()["state"] == "finished"
+
+
+def test_a_run_that_begins_in_the_place_of_a_removed_one_keeps_its_files(tmp_path: Path):
+    run = Run(tmp_path / "run")
+    other = record_run(run, {"a": 2})
+    with pytest.raises(RunDirectoryError), record_run(run, {"a": 1}):
+        shutil.rmtree(run.path)
+        other.__enter__()
+    assert run.status["state"] == "running"
+    assert Run(run.path).config == {"a": 2}
+    other.__exit__(None, None, None)
+    assert run.check()["state"] == "finished"
+
+
+@pytest.mark.parametrize("stage", ["training", "analysis"])
+def test_the_other_runs_of_a_pack_finish(monkeypatch: pytest.MonkeyPatch, stage: str):
+    silence_lightning()
+    removed, *others = plans_of("planted_linear", [[f"seed={seed}"] for seed in range(3)])
+
+    def remove(function: Callable[..., Any]) -> Callable[..., Any]:
+        left = [removed.path]
+
+        def removing(*arguments: Any) -> Any:
+            if left:
+                shutil.rmtree(left.pop())
+            return function(*arguments)
+
+        return removing
+
+    place, name = {
+        "training": (PackedModule, "training_step"),
+        "analysis": (findings, "analyze"),
+    }[stage]
+    monkeypatch.setattr(place, name, remove(getattr(place, name)))
+    error, *none = run_pack([removed, *others], Console(quiet=True))
+    assert isinstance(error, RunDirectoryError | FileNotFoundError)
+    assert none == [None, None]
+    assert Run(removed.path).status["state"] == "failed"
+    for plan in others:
+        assert Run(plan.path).check()["state"] == "finished"
 
 
 def test_a_failure_after_the_last_step_keeps_the_checkpoint(

@@ -95,7 +95,10 @@ class PackRuns:
         self.errors[i] = error if isinstance(error, Exception) else None
         del self.open_runs[i]
         # What the run's context managers see where an error leaves their `with` block.
-        self._exits[i].__exit__(type(error), error, error.__traceback__)
+        try:
+            self._exits[i].__exit__(type(error), error, error.__traceback__)
+        except Exception as cause:  # as the run's directory, where that was removed
+            self.errors[i] = cause
 
 
 def _build_trials(
