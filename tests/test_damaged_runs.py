@@ -251,7 +251,7 @@ def test_an_analysis_that_is_stopped_while_it_writes_leaves_whole_files(
 ):
     """After each number of writes: status.json, the two files, status.json again."""
     new = {"spectra.npz": b"new spectra", "metrics.jsonl": b'{"step": 1}\n', "advice.yaml": None}
-    write = run_directories.write_atomic
+    write, copy = run_directories.write_atomic, run
     for writes in range(5):
         copy = Run(Path("copies") / str(writes))
         shutil.copytree(run.path, copy.path)
@@ -335,7 +335,7 @@ def test_a_directory_that_is_removed_while_its_run_trains(
 ):
     real = BaseModule.training_step
 
-    def remove(module: BaseModule, *args: object):
+    def remove(module: BaseModule, *args: Any):
         if runs := find_runs(Path("runs")):
             shutil.rmtree(runs[0].path)
         return real(module, *args)
