@@ -237,7 +237,7 @@ def test_a_base_from_a_checkpoint(lab: Lab):
         ("target.conv.r=2", "target.conv: must say a kind or a match"),
         (
             "adapter.rank_pattern={fc:2}",
-            "target=linear: pattern 'fc' fits no site; nearest: linear",
+            "adapter.rank_pattern: 'fc' fits no site; nearest: linear",
         ),
         (
             "adapter.rank_pattern={linear:0}",

@@ -19,7 +19,14 @@ from lora_lab.adapters.recipe import TRAINS, AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import KINDS, Site, adapter_class
 from lora_lab.adapters.slots import also_trained, attached, disabled, names, switch
-from lora_lab.adapters.targets import GROUPS, RankError, Target, TargetError, find_sites
+from lora_lab.adapters.targets import (
+    GROUPS,
+    PatternError,
+    RankError,
+    Target,
+    TargetError,
+    find_sites,
+)
 from lora_lab.adapters.trained_in_full import FullParameter, select
 
 __all__ = [
@@ -32,6 +39,7 @@ __all__ = [
     "AdapterError",
     "Count",
     "FullParameter",
+    "PatternError",
     "RankError",
     "Recipe",
     "Site",

@@ -23,6 +23,10 @@ class TargetError(AdapterError):
     """A target that picks no weight, or not those that its writer can have meant."""
 
 
+class PatternError(TargetError):
+    """A pattern of ranks or alphas with a glob that fits no site."""
+
+
 class RankError(AdapterError):
     """A rank that exceeds what the weight can have."""
 
@@ -80,7 +84,8 @@ def find_sites(
     label_by_site = _pick(model, targets, candidates, trained_in_full)
     picked = [site for site in candidates if site.name in label_by_site]
     patterns = {"r": rank_pattern or {}, "alpha": alpha_pattern or {}}
-    _check_globs([*patterns["r"], *patterns["alpha"]], picked, "pattern")
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        _check_globs([*(pattern or {})], picked, f"{name}:", PatternError)
     names_by_span = parameters_in_memory(model)
     sites: list[Site] = []
     tied: list[tuple[Site, list[str]]] = []
@@ -148,10 +153,12 @@ def _pick(
     return label_by_site
 
 
-def _check_globs(globs: Sequence[str], sites: Sequence[Site], where: str) -> None:
+def _check_globs(
+    globs: Sequence[str], sites: Sequence[Site], where: str, error: type[TargetError] = TargetError
+) -> None:
     for glob in globs:
         if not any(_fits(site, glob) for site in sites):
-            raise TargetError(f"{where} '{glob}' fits no site; nearest: {_nearest(glob, sites)}")
+            raise error(f"{where} '{glob}' fits no site; nearest: {_nearest(glob, sites)}")
 
 
 def _check_weight(

@@ -2,12 +2,14 @@
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Collection
 from typing import Any, get_args, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from lora_lab.config import schema
 from lora_lab.config.schema import Component, Config, ConfigError, TargetRule, nearest
 
 
@@ -33,7 +35,7 @@ def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_message(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_messages(error, content))) from None
 
 
 def _drop_foreign_keys(content: dict[str, Any], group: str, explicit: Collection[str]) -> None:
@@ -54,50 +56,114 @@ def _drop_foreign_keys(content: dict[str, Any], group: str, explicit: Collection
     }
 
 
-def _message(error: Any) -> str:
-    """One of pydantic's errors as `key=value: rule`."""
-    # pydantic puts a union's tag into the path: what it calls adapter.lora.r is adapter.r here.
-    path = [str(part) for part in error["loc"]]
-    if len(path) > 1 and path[0] in ("adapter", "base"):
-        del path[1]
-    key, value = ".".join(path), error["input"]
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if error["type"] == "extra_forbidden":
+def _messages(error: ValidationError, content: dict[str, Any]) -> list[str]:
+    """One message for each wrong key, as `key=value: rule`.
+
+    A union has an error for each of its members: their rules are joined by "or".
+    """
+    rules: dict[str, dict[str, None]] = {}
+    for e in error.errors():
+        setting, rule = _setting_and_rule(_path(e, content), e)
+        rules.setdefault(setting, {})[rule] = None
+    return [f"{setting}: {' or '.join(rule)}" for setting, rule in rules.items()]
+
+
+def _path(error: Any, content: Any) -> list[str]:
+    """The keys that lead to the wrong value, without the members of unions.
+
+    pydantic names these too: what it calls adapter.lora.r is adapter.r here.
+    """
+    path: list[str] = []
+    node = content
+    for i, part in enumerate(error["loc"]):
+        if error["type"] == "missing" and i == len(error["loc"]) - 1:
+            path.append(str(part))  # the value that is not there
+        elif isinstance(part, int) if isinstance(node, list) else part in (node or {}):
+            path.append(str(part))
+            node = node[part]
+    return path
+
+
+def _setting_and_rule(path: list[str], error: Any) -> tuple[str, str]:
+    """One of pydantic's errors as the setting that is wrong, `key=value`, and the rule for it."""
+    key, value, kind = ".".join(path), error["input"], error["type"]
+    rule = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    rule = re.sub(r"^(Input|Tuple|List|Dictionary|String) should ", "must ", rule)
+    if kind == "extra_forbidden":
         known = TargetRule.model_fields if path[0] == "target" else ()
+        known = Config.model_fields if len(path) == 1 else known
         where = f" with {path[0]}={error['loc'][1]}" if path[0] in ("adapter", "base") else ""
-        return f"{key}={value}: there is no such key{where}{nearest(path[-1], known)}"
-    if error["type"] == "string_pattern_mismatch" and key == "name":
-        return f"{key}={value}: must be of letters, digits and _ - . and not begin with - or ."
-    if error["type"] == "missing":
-        return f"{key}: must be given"
-    if isinstance(value, dict):
-        return f"{key}: {message}"
+        return f"{key}={value}", f"there is no such key{where}{nearest(path[-1], known)}"
+    if kind == "missing":
+        return key, "has too few values" if isinstance(error["loc"][-1], int) else "must be given"
+    if kind == "union_tag_not_found":
+        return key, "must be given"
+    if kind == "union_tag_invalid":
+        tags = error["ctx"]["expected_tags"].replace("'", "")
+        return f"{key}.method={value['method']}", f"must be one of {tags}"
+    if kind in ("model_type", "dict_type"):
+        rule = f"must be keys with values, in quotes: {_example(key, error)}"
+    if kind == "string_pattern_mismatch" and key == "name":
+        rule = "must be of letters, digits and _ - . and not begin with - or ."
     if key == "adapter.r":
-        message += ", or full"
+        rule += ", or full"
+    if isinstance(value, dict):
+        return key, rule
     shown = value if isinstance(value, str | float) else json.dumps(value, default=str)
-    return f"{key}={shown}: {message}"
+    return f"{key}={shown}", rule
+
+
+def _example(key: str, error: Any) -> str:
+    """How a mapping is written on the command line: 'early_stopping={metric: …, patience: …}'.
+
+    In quotes, as the shell would make several arguments of the braces.
+    """
+    model = getattr(schema, error.get("ctx", {}).get("class_name", ""), None)
+    fields = model.model_fields if model else {"NAME": None}
+    required = [name for name, field in fields.items() if not field or field.is_required()]
+    return f"'{key}={{{', '.join(f'{name}: …' for name in required or fields)}}}'"
 
 
 def resolve_component(
-    key: str, component: Component, given: Collection[str] = ()
+    key: str, component: Component, kind: type, given: Collection[str] = ()
 ) -> Callable[..., Any]:
     """The callable that a component's `_target_` names, after a check of the arguments.
 
-    `key` is the component's key in the config, for messages. Raises ConfigError where the target
-    cannot be imported, and as `check_arguments` does.
+    `key` is the component's key in the config, for messages. Raises ConfigError as `import_target`
+    and `check_arguments` do.
     """
-    callee = import_target(key, component)
+    callee = import_target(key, component, kind)
     check_arguments(key, callee, component.arguments, given)
     return callee
 
 
-def import_target(key: str, component: Component) -> Callable[..., Any]:
-    """The callable that a component's `_target_` names. Raises ConfigError where it has none."""
+def import_target(key: str, component: Component, kind: type) -> Callable[..., Any]:
+    """The callable that a component's `_target_` names: a class of `kind`, or a function.
+
+    Raises ConfigError where it cannot be imported, or is neither.
+    """
+    setting = f"{key}._target_={component.target}"
     try:
-        return component.callee
+        callee = component.callee
     except Exception as error:
         why = " ".join(str(error).split())
-        raise ConfigError(f"{key}._target_={component.target}: cannot be imported: {why}") from None
+        raise ConfigError(f"{setting}: cannot be imported: {why}") from None
+    if not callable(callee) or (inspect.isclass(callee) and not issubclass(callee, kind)):
+        raise ConfigError(f"{setting}: must be {_a(kind)}, or a function that gives one")
+    return callee
+
+
+def check_kind(key: str, component: Component, built: object, kind: type) -> None:
+    """Raises ConfigError where the function that `_target_` names has built no `kind`."""
+    if not isinstance(built, kind):
+        raise ConfigError(
+            f"{key}._target_={component.target}: must give {_a(kind)}, and gave {built!r:.50}"
+        )
+
+
+def _a(kind: type) -> str:
+    """A class in messages, as `a Module of torch`."""
+    return f"a {kind.__name__} of {kind.__module__.partition('.')[0]}"
 
 
 def check_arguments(
@@ -109,6 +175,10 @@ def check_arguments(
     unknown or missing argument, and for a value of the wrong type or out of its range.
     """
     parameters, hints = parameters_of(callee)
+    # torch's annotations hold, and infinity is no hyperparameter. A user's class may take more than
+    # its annotations say: what pydantic does not know in them, it has to check itself.
+    is_torch = str(getattr(callee, "__module__", "")).startswith("torch.")
+    rigour = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False) if is_torch else None
     for name, value in arguments.items():
         if name not in parameters or name in given:
             known = [n for n in parameters if n not in given]
@@ -119,11 +189,13 @@ def check_arguments(
         try:
             # Strict: "3" is no int. But a list may stand for a tuple, which YAML does not have.
             strict = not isinstance(value, list)
-            TypeAdapter(hints.get(name, Any)).validate_python(value, strict=strict)
+            hint = TypeAdapter(hints.get(name, Any), config=rigour)
+            hint.validate_python(value, strict=strict)
         except ValidationError as error:
             # A union fails once for each of its members: the rules are joined by "or".
-            messages = (_message({**e, "loc": ()}) for e in error.errors())
-            rules = dict.fromkeys(message.partition(": ")[2] for message in messages)
+            rules = dict.fromkeys(
+                _setting_and_rule([f"{key}.{name}"], e)[1] for e in error.errors()
+            )
             raise ConfigError(f"{key}.{name}={value}: {' or '.join(rules)}") from None
         except PydanticUserError:
             pass  # pydantic cannot check this annotation: the callee has to
@@ -144,7 +216,10 @@ def parameters_of(
     A class that takes **settings is understood to pass them on, so that those of its base class
     are its own too: `Text(text, label, **table)` also takes what `TableData` takes.
     """
-    parameters = dict(inspect.signature(callee).parameters)
+    try:
+        parameters = dict(inspect.signature(callee).parameters)
+    except ValueError as error:  # some that are written in C
+        raise ConfigError(f"{_name_of(callee)}: its arguments cannot be told: {error}") from None
     if not inspect.isclass(callee):
         return parameters, get_type_hints(callee, include_extras=True)
     hints = get_type_hints(callee.__init__, include_extras=True)

@@ -10,6 +10,18 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A seed in the range that numpy and scikit-learn accept."""
 
 
+def _fits_float32(value: float) -> float:
+    if abs(value) > 3.4e38:
+        raise ValueError("must be at most 3.4e38: tensors of float32 hold no larger number")
+    return value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_fits_float32)]
+"""A finite number that a tensor can hold; `PositiveNumber` and `NonNegativeNumber` alike."""
+PositiveNumber = Annotated[Number, Field(gt=0)]
+NonNegativeNumber = Annotated[Number, Field(ge=0)]
+
+
 class Node(BaseModel):
     """Base class of the config's nodes: unknown keys and values of another type are errors."""
 
@@ -60,7 +72,7 @@ class Optimizer(Component):
     cosine. During `warmup` it rises from zero: a share of all steps if below 1, else their number.
     """
 
-    lr: float = Field(gt=0)
+    lr: PositiveNumber
     schedule: Literal["constant", "linear", "cosine"]
     warmup: Annotated[float, Field(ge=0), AfterValidator(_share_or_whole)]
 

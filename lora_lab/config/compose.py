@@ -17,18 +17,22 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.config.checks import parse_config
+from lora_lab.config.command_line import (
+    check_choice,
+    flags_first,
+    parse_overrides,
+    swept_values,
+)
+from lora_lab.config.messages import hydra_error_message
 from lora_lab.config.options import options
-from lora_lab.config.schema import Config, ConfigError, nearest
+from lora_lab.config.schema import Config, ConfigError
 from lora_lab.runs import NOT_IN_IDENTITY
-
-HINT = """; settings are KEY=VALUE, in quotes where a value holds other signs: 'KEY="a value"'"""
 
 
 def package_folder(package: str, folder: str) -> str:
@@ -58,7 +62,8 @@ def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: must be given") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        cause = " ".join(str(error).partition("full_key:")[0].split())
+        raise ConfigError(f"{error.full_key}: {cause}") from None
     assert isinstance(plain, dict)
     return parse_config({str(key): value for key, value in plain.items()}, explicit_keys)
 
@@ -72,22 +77,13 @@ def sweep_points(arguments: Sequence[str]) -> list[list[str]]:
     """The overrides of each run of a multirun: the product of the values that arguments sweep.
 
     adapter.r=1,2 seed=0,1 gives four points, of which the last argument varies fastest. Empty
-    where the arguments choose another sweeper, which makes its points itself.
+    where the arguments choose another sweeper, which makes its points itself. Raises ConfigError
+    where there are no points, or too many.
     """
     if any(a.startswith(("hydra.sweeper", "hydra/sweeper")) for a in arguments):
         return []
-    settings = [a for a in arguments if "=" in a or a.startswith("~")]
-    settings = [a for a in settings if not a.startswith(("hydra.", "hydra/"))]
-    choices: list[list[str]] = []
-    for override in OverridesParser.create().parse_overrides(settings):
-        key = override.get_key_element()
-        if override.is_delete():
-            choices.append([str(override.input_line)])
-        elif override.is_sweep_override():
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([f"{key}={override.get_value_element_as_str()}"])
-    return [list(point) for point in product(*choices)]
+    settings = [a for a in arguments if not a.startswith(("-", "hydra.", "hydra/"))]
+    return [list(point) for point in product(*swept_values(settings))]
 
 
 def compose_points(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | ConfigError]]:
@@ -111,7 +107,9 @@ def _compose_point(overrides: list[str]) -> Config:
     composes each set of choices (adapter=dora, target=[linear,conv]) once, and the values
     (adapter.r=4, seed=1) are set on a copy, as Hydra sets them.
     """
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = parse_overrides(overrides)
+    for override in parsed:
+        check_choice(override)
     choices = [o for o in parsed if o.package is not None or o.key_or_group in options()]
     values = [o for o in parsed if o not in choices]
     if any(o.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) for o in values):
@@ -160,10 +158,13 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     - Where a name, a model or a data set is chosen and no experiment, there is none: the run starts
       from the defaults of the groups.
     - Flags go before overrides.
+
+    Raises ConfigError for a flag that there is not.
     """
+    arguments = flags_first(arguments)
     keys = {argument.partition("=")[0] for argument in arguments}
     if keys & {"name", "model", "data"} and not keys & {"experiment", "~experiment"}:
-        arguments = ["~experiment", *arguments]
+        arguments = [*arguments, "~experiment"]
     for argument in arguments:
         if argument.startswith("target="):
             for word in re.findall(r"[^\s,\[\]'\"]+", argument.removeprefix("target=")):
@@ -172,32 +173,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     new_key = r"^(target\.|trainer\.|adapter\.(rank|alpha)_pattern)"
     brackets = r"(?<=/sqrt)\((r)\)(?!['\"])"
     arguments = [re.sub(new_key, r"++\1", argument) for argument in arguments]
-    arguments = [re.sub(brackets, r"\(\1\)", argument) for argument in arguments]
-    return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
-
-
-def hydra_error_message(error: Exception) -> str:
-    """The message for an error of Hydra or OmegaConf: key=value, rule and nearest valid word."""
-    cause = error.__cause__
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read{HINT}"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        known = options().get(group, {})
-        hint = "; a layer by its name is target=all target.all.match=NAME, a glob has a * or a ?"
-        hint = hint if group == "target" else ""
-        return (
-            f"{group}={option}: there is no such {group}{nearest(option, known)} "
-            f"(conf/{group} has {', '.join(known)}){hint}"
-        )
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        known = [str(key) for key in cause.parent_node if key != "hydra"]
-        groups = () if "." in str(cause.full_key) else options()
-        return (
-            f"{cause.full_key}: there is no such key{nearest(cause.key, [*known, *groups])} "
-            f"(there {'are' if len(known) > 1 else 'is'} {', '.join(known)})"
-        )
-    return " ".join(str(error).split())
+    return [re.sub(brackets, r"\(\1\)", argument) for argument in arguments]
 
 
 def train_command(config: dict[str, Any], shown_keys: Collection[str] = ()) -> str | None:

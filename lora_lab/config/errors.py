@@ -12,12 +12,20 @@ class ConfigError(ValueError):
     """A setting is wrong. The message names its key, its value, the rule, the nearest valid one."""
 
 
+SYNONYMS = {"rank": "r", "lora_r": "r", "learning_rate": "lr", "epochs": "max_epochs"}
+SYNONYMS |= {"target_modules": "target", "weights": "path", "modules_to_save": "also_train"}
+"""Words that other libraries have, and ours for them."""
+
+
 def nearest(word: object, choices: Iterable[object]) -> str:
     """The end of an error message: "; nearest: WORD" with the choice most like `word`.
 
-    Empty where no choice is alike.
+    Of dotted keys, as optimizer.lr, the last part counts too. Empty where no choice is alike.
     """
-    matches = difflib.get_close_matches(str(word), list(map(str, choices)), n=1, cutoff=0.5)
+    known = list(map(str, choices))
+    meant = SYNONYMS.get(str(word), str(word))
+    same = [choice for choice in known if choice.rpartition(".")[2] == meant]
+    matches = same or difflib.get_close_matches(meant, known, n=1, cutoff=0.5)
     return f"; nearest: {matches[0]}" if matches else ""
 
 

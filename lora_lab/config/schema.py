@@ -9,7 +9,6 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    NonNegativeFloat,
     PositiveInt,
     model_validator,
 )
@@ -18,14 +17,17 @@ from lora_lab.adapters import GROUPS, INITS, SCALINGS, TRAINS
 from lora_lab.config.components import CheckpointBase as CheckpointBase
 from lora_lab.config.components import Component as Component
 from lora_lab.config.components import Node, PretrainedBase, TrainedBase
+from lora_lab.config.components import NonNegativeNumber as NonNegativeNumber
+from lora_lab.config.components import Number as Number
 from lora_lab.config.components import Optimizer as Optimizer
+from lora_lab.config.components import PositiveNumber as PositiveNumber
 from lora_lab.config.components import Seed as Seed
 from lora_lab.config.errors import ConfigError as ConfigError
 from lora_lab.config.errors import nearest as nearest
 from lora_lab.config.errors import one_of
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY
 
-Alpha = Annotated[float, Field(gt=0)]
+Alpha = PositiveNumber
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 InitName = Annotated[str, one_of(INITS)]
 
@@ -46,7 +48,7 @@ class Lora(Node):
     scaling: Annotated[str, one_of(SCALINGS)]
     trains: Annotated[str, one_of(TRAINS)]
     dora: bool
-    lr_ratio: float = Field(gt=0)
+    lr_ratio: PositiveNumber
     rank_pattern: dict[str, PositiveInt] | None
     alpha_pattern: dict[str, Alpha] | None
 
@@ -98,7 +100,7 @@ class Trainer(Node, extra="allow"):
 
     accelerator: str
     devices: int | str | list[int]
-    max_epochs: PositiveInt
+    max_epochs: PositiveInt | Literal[-1]
     check_val_every_n_epoch: PositiveInt | None
 
     def identifying_settings(self) -> dict[str, Any]:
@@ -151,7 +153,7 @@ class EarlyStopping(Node):
 
     metric: str = Field(min_length=1)
     patience: PositiveInt
-    min_delta: NonNegativeFloat = 0.0
+    min_delta: NonNegativeNumber = 0.0
 
 
 class Published(Node):

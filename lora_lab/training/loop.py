@@ -7,8 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from lora_lab.config.schema import ConfigError
-
 
 class TrainingLoop(_TrainingEpochLoop):
     """Lightning's loop over an epoch's batches, which decides otherwise when to validate.
@@ -89,20 +87,3 @@ def trainer_arguments(settings: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("max_steps", -1) != -1:
         arguments["max_epochs"] = -1
     return arguments
-
-
-def check_length(settings: dict[str, Any]) -> None:
-    """Raises ConfigError for numbers of steps that mean nothing."""
-    rules = {
-        "max_steps": ("-1, or 1 or more", lambda n: n == -1 or n >= 1),
-        "val_check_interval": (
-            "a whole number of steps, or a share of an epoch below 1",
-            lambda n: 0 < n < 1 or (n >= 1 and float(n).is_integer()),
-        ),
-        "log_every_n_steps": ("1 or more", lambda n: n >= 1),
-        "accumulate_grad_batches": ("1 or more", lambda n: n >= 1),
-    }
-    for key, (rule, is_right) in rules.items():
-        value = settings.get(key)
-        if value is not None and not (isinstance(value, int | float) and is_right(value)):
-            raise ConfigError(f"trainer.{key}={value}: must be {rule}")

@@ -1,8 +1,6 @@
 """Checks that a run is possible before any data is drawn, and builds its parts from its config."""
 
-import inspect
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,20 +13,27 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lora_lab import adapters
-from lora_lab.adapters import AdapterError, RankError, Recipe, Site, Target, TargetError
-from lora_lab.config.checks import import_target, resolve_component
+from lora_lab.adapters import (
+    AdapterError,
+    PatternError,
+    RankError,
+    Recipe,
+    Site,
+    Target,
+    TargetError,
+)
+from lora_lab.config.checks import check_kind, import_target, parameters_of, resolve_component
 from lora_lab.config.schema import (
     CheckpointBase,
     Config,
     ConfigError,
     Full,
     Lora,
-    Optimizer,
     TrainedBase,
 )
 from lora_lab.data import Data, Phase
 from lora_lab.tracking.tracking import Tracking
-from lora_lab.training import bases, fit_checks, pretrained_base
+from lora_lab.training import bases, fit_checks, part_checks, pretrained_base
 from lora_lab.training.loop import TrainingLoop, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
@@ -168,19 +173,20 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     Raises ConfigError with the key that is wrong.
     """
     for key in ("runs_dir", "bases_dir"):
-        _check_directory(key, Path(getattr(cfg, key)))
-    resolve_component("data", cfg.data, ["phase"])
-    import_target("model", cfg.model)
+        part_checks.check_directory(key, Path(getattr(cfg, key)))
+    resolve_component("data", cfg.data, Data, ["phase"])
+    import_target("model", cfg.model, nn.Module)
     pretrained_base.check_path(cfg.model)
-    _call("data", cfg, phase="base")
-    data = _call("data", cfg, phase="adapt")
+    _call("data", cfg, Data, phase="base")
+    data = _call("data", cfg, Data, phase="adapt")
+    part_checks.check_sizes(cfg, data)
     if not is_stored:
         fit_checks.check_head(cfg, data)
     check_metrics(cfg, data)
     cfg = pretrained_base.with_content(cfg)
     sizes = _sizes(cfg, data)
-    resolve_component("model", cfg.model, list(sizes))
-    _check_optimizer("optimizer", cfg.optimizer)
+    resolve_component("model", cfg.model, nn.Module, list(sizes))
+    part_checks.check_optimizer("optimizer", cfg.optimizer)
     processes = check_trainer(cfg)
     if processes > 1 and (data.batch_size or 0) % processes:
         raise ConfigError(
@@ -196,7 +202,8 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     new_parameters = []
     if isinstance(cfg.base, TrainedBase):
-        _check_optimizer("base.optimizer", cfg.base.optimizer)
+        part_checks.check_memory(model)
+        part_checks.check_optimizer("base.optimizer", cfg.base.optimizer)
         try:
             data.check_base()
         except ValueError as error:
@@ -236,6 +243,8 @@ def _find_sites(cfg: Config, model: nn.Module, also_trained: list[str]) -> list[
         is_default = isinstance(cfg.adapter, Lora) and f"r={cfg.adapter.r} " in str(error)
         where = "adapter." if is_default else "by a target or adapter.rank_pattern, "
         raise ConfigError(f"{where}{error}") from None
+    except PatternError as error:
+        raise ConfigError(f"adapter.{error}") from None
     except TargetError as error:
         raise ConfigError(f"target={','.join(cfg.target)}: {error}") from None
     except AdapterError as error:
@@ -257,7 +266,7 @@ def _meta_model(cfg: Config, sizes: dict[str, int]) -> nn.Module:
     built_from = cfg.model.callee, repr((cfg.model.arguments, cfg.model.content, sizes))
     if _last_meta_model is None or _last_meta_model[0] != built_from:
         with torch.device("meta"):
-            _last_meta_model = built_from, _call("model", cfg, **sizes)
+            _last_meta_model = built_from, _call("model", cfg, nn.Module, **sizes)
     return _last_meta_model[1]
 
 
@@ -271,36 +280,22 @@ def _recipe(adapter: Lora) -> tuple[Recipe, dict[str, Any]]:
     return Recipe(**adapter.model_dump(exclude={"method", "lr_ratio", *patterns})), patterns
 
 
-def _check_directory(key: str, path: Path) -> None:
-    """Raises ConfigError unless `path`, or the nearest parent that exists, can be written to."""
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise ConfigError(f"{key}={path}: {existing} is no directory that can be written to")
-
-
-def _call(key: str, cfg: Config, **arguments: Any) -> Any:
+def _call(key: str, cfg: Config, kind: type, **arguments: Any) -> Any:
     """Builds the data (key `data`) or the model (`model`); its errors become ConfigErrors."""
     component = getattr(cfg, key)
     try:
-        return component.callee(**arguments, **component.arguments)
+        built = component.callee(**arguments, **component.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{key}.{error}") from None
+    check_kind(key, component, built, kind)
+    return built
 
 
 def _sizes(cfg: Config, data: Data) -> dict[str, int]:
     """The data's sizes that the model takes as arguments and the config does not set."""
-    parameters = inspect.signature(import_target("model", cfg.model)).parameters
+    parameters = parameters_of(import_target("model", cfg.model, nn.Module))[0]
     return {
         name: size
         for name, size in data.sizes.items()
         if name in parameters and name not in cfg.model.arguments
     }
-
-
-def _check_optimizer(key: str, optimizer: Optimizer) -> None:
-    """Raises ConfigError unless the optimizer can be built, here over one number."""
-    build = resolve_component(key, optimizer, ["params"])
-    try:
-        build([nn.Parameter(torch.zeros(1))], **optimizer.arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{key}: {error}") from None

@@ -1,19 +1,59 @@
 """Checks of `trainer`: its arguments, the devices that it wants, and what FSDP cannot do."""
 
+import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from lora_lab.config.checks import check_arguments
 from lora_lab.config.schema import Config, ConfigError, Lora
-from lora_lab.training.loop import check_length, trainer_arguments
+from lora_lab.training.loop import trainer_arguments
 
 RESERVED_TRAINER_ARGUMENTS = (
     *("logger", "callbacks", "enable_progress_bar", "enable_model_summary"),
     *("enable_checkpointing", "num_sanity_val_steps", "use_distributed_sampler"),
 )
 """Arguments of Lightning's Trainer that each run sets, so that a config must not."""
+
+
+def _is_share_or_count(n: Any) -> bool:
+    """Whether it is a share above 0 and at most 1.0, or a number of batches."""
+    return n is not True and (0 < n <= 1 if isinstance(n, float) else n >= 1)
+
+
+SHARE_OR_COUNT = "a number of batches, or a share of an epoch above 0 and at most 1.0"
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "devices": (
+        "auto, 1 or more, -1 (all), or a list of GPUs",
+        lambda n: (
+            n == -1 or (n > 0 if isinstance(n, int) else len(n) == len({*n}) > 0)
+            if not isinstance(n, str)
+            else n != ""
+        ),
+    ),
+    "max_steps": ("-1, or 1 or more", lambda n: n == -1 or n >= 1),
+    "min_steps": ("1 or more", lambda n: n >= 1),
+    "min_epochs": ("1 or more", lambda n: n >= 1),
+    "val_check_interval": (
+        "a whole number of steps, or a share of an epoch below 1",
+        lambda n: 0 < n < 1 or (n >= 1 and float(n).is_integer()),
+    ),
+    "log_every_n_steps": ("1 or more", lambda n: n >= 1),
+    "accumulate_grad_batches": ("1 or more", lambda n: n >= 1),
+    "limit_train_batches": (SHARE_OR_COUNT, _is_share_or_count),
+    "limit_val_batches": (SHARE_OR_COUNT, _is_share_or_count),
+    "gradient_clip_val": ("more than 0, or null: no clipping", lambda n: n >= 0),
+    "fast_dev_run": ("false: trainer.limit_train_batches=N makes a run short", lambda n: not n),
+    "barebones": ("false: a run logs its numbers", lambda n: not n),
+    "overfit_batches": ("0: trainer.limit_train_batches=N trains on less", lambda n: not n),
+}
+"""Arguments of Lightning's Trainer that a run takes in a narrower range than Lightning's.
+
+With the rule in words, and as a function of a value of the type that Lightning's signature has.
+"""
 
 
 def check_trainer(cfg: Config) -> int:
@@ -23,7 +63,9 @@ def check_trainer(cfg: Config) -> int:
         raise ConfigError(f"trainer.{reserved[0]}: a run sets this itself")
     _check_gpus(cfg.trainer.accelerator, cfg.trainer.devices)
     check_arguments("trainer", pl.Trainer, arguments)
-    check_length(arguments)
+    _check_ranges(arguments)
+    if arguments["max_epochs"] == arguments.get("max_steps", -1) == -1:
+        raise ConfigError("trainer.max_epochs=-1: has no end without trainer.max_steps")
     nodes, devices = arguments.get("num_nodes", 1), cfg.trainer.devices
     if nodes != 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(
@@ -33,12 +75,33 @@ def check_trainer(cfg: Config) -> int:
     if arguments.get("strategy") == "fsdp":
         _check_fsdp(cfg)
         arguments["strategy"] = "ddp"  # asks for as many processes
+    return _build(trainer_arguments(arguments)).world_size
+
+
+def _check_ranges(arguments: dict[str, Any]) -> None:
+    """Raises ConfigError for a value that RULES leave out, and for a number that is not finite."""
+    for name, value in arguments.items():
+        rule, is_right = RULES.get(name, ("", lambda _: True))
+        if isinstance(value, float) and not math.isfinite(value):
+            rule, is_right = "a finite number", lambda _: False
+        if value is not None and not is_right(value):
+            raise ConfigError(f"trainer.{name}={value}: must be {rule}")
+
+
+def _build(arguments: dict[str, Any]) -> pl.Trainer:
+    """Lightning's Trainer with these arguments. Raises ConfigError where Lightning refuses."""
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
     try:
-        arguments = trainer_arguments(arguments)
-        trainer = pl.Trainer(**arguments, logger=False, enable_checkpointing=False)
-    except (TypeError, ValueError, RuntimeError) as error:  # Lightning's errors are RuntimeErrors
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
-    return trainer.world_size
+        return pl.Trainer(**arguments, **quiet)
+    except Exception as error:  # of many types: its own, import errors, any of Python's
+        message = " ".join(str(error).split())
+    for name, value in arguments.items():  # the argument that it refuses by itself, for the message
+        try:
+            pl.Trainer(**{name: value}, **quiet)
+        except Exception as error:
+            if " ".join(str(error).split()) == message:
+                raise ConfigError(f"trainer.{name}={value}: {message}") from None
+    raise ConfigError(f"trainer: {message}")
 
 
 def _check_gpus(accelerator: str, devices: int | str | list[int]) -> None:

@@ -260,7 +260,7 @@ def test_a_site_counts_what_trains(trains: str, dora: bool):
 
 
 def test_a_pattern_that_fits_nothing_is_an_error():
-    with pytest.raises(TargetError, match="pattern 'fcc' fits no site; nearest: fc2, fc1"):
+    with pytest.raises(TargetError, match="rank_pattern: 'fcc' fits no site; nearest: fc2, fc1"):
         adapters.attach(model(), r=2, alpha=1, rank_pattern={"fcc": 1})
 
 

@@ -1,0 +1,48 @@
+"""Checks of a run's parts one by one: directories, the data's sizes, memory, optimizers."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_lab.config.checks import check_kind, resolve_component
+from lora_lab.config.schema import Config, ConfigError, Optimizer
+from lora_lab.data import Data, module
+
+
+def check_directory(key: str, path: Path) -> None:
+    """Raises ConfigError unless `path`, or the nearest parent that exists, can be written to."""
+    try:
+        existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    except OSError as error:  # a name that is too long, or a loop of links
+        raise ConfigError(f"{key}={path}: {error.strerror}") from None
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{key}={path}: {existing} is no directory that can be written to")
+
+
+def check_sizes(cfg: Config, data: Data) -> None:
+    """Raises ConfigError where the data does not say how many numbers the model predicts."""
+    if "out_features" not in data.sizes:
+        raise ConfigError(
+            f"data._target_={cfg.data.target}: its `sizes` must have out_features, the number of "
+            f"classes or of numbers to be predicted; they have {', '.join(data.sizes) or 'nothing'}"
+        )
+
+
+def check_memory(model: nn.Module) -> None:
+    """Raises ConfigError where the model's weights exceed this machine's memory."""
+    try:
+        module.check_memory("model", sum(p.numel() * p.element_size() for p in model.parameters()))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_optimizer(key: str, optimizer: Optimizer) -> None:
+    """Raises ConfigError unless the optimizer can be built, here over one number."""
+    build = resolve_component(key, optimizer, torch.optim.Optimizer, ["params"])
+    try:
+        built = build([nn.Parameter(torch.zeros(1))], **optimizer.arguments)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(f"{key}: {error}") from None
+    check_kind(key, optimizer, built, torch.optim.Optimizer)
