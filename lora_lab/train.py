@@ -10,6 +10,7 @@ the launchers of sweeps/launchers in others.
 import gc
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections import Counter
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.config import compose
+from lora_lab.config.command_line import MULTIRUN, check_single
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, show_log, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, interruption_code
@@ -47,16 +49,11 @@ def main(jobs: "list[Job] | None" = None) -> None:
     (sweeper.use_search): the jobs of the sweep that are known so far.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, to be printed below
-    sys.argv[1:] = compose.hydra_arguments(sys.argv[1:])
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
     show_log()
-    fork_server.start(sys.argv)
-    if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
-        from lora_lab.sweeps.launchers.register import register
-
-        register()
+    _end_on_hangup()
     try:
-        jobs = _plan_multirun(sys.argv[1:]) if jobs is None else jobs
+        jobs = _plan_command(jobs)
         has_config_error = any(job.error for job in jobs)
         fail_fast = "sweep.fail_fast=true" in map(str.lower, sys.argv)
         try:
@@ -75,6 +72,7 @@ def main(jobs: "list[Job] | None" = None) -> None:
         print_error("config error", compose.hydra_error_message(error))
         sys.exit(CONFIG_ERROR)
     except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on")
         sys.exit(CTRL_C)
 
 
@@ -135,9 +133,8 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
         console.print(f"interrupted: the same command goes on with it ({run.path})")
         sys.exit(interruption_code(stop))
     except Exception as error:
-        # A busy run was not begun here: the log is the other process's.
         cause = f"{type(error).__name__}: {error}\nthe traceback is in {run.path / 'log.txt'}"
-        raise RunFailedError(str(error) if isinstance(error, RunBusyError) else cause) from error
+        raise RunFailedError(cause) from error
     if is_single:
         report.show_run(run, console)
 
@@ -145,13 +142,10 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
 def _train(run_plan: "Plan", run: Run) -> None:
     """Trains a run in this process, or in one for each of its devices; not if it is finished."""
     from lora_lab.tracking import tracking
-    from lora_lab.training import devices, experiment
+    from lora_lab.training import devices
 
     try:
-        if run_plan.processes > 1:
-            devices.launch(run_plan, HydraConfig.get().overrides.task)
-        else:
-            experiment.run(run_plan, console)
+        devices.train(run_plan, HydraConfig.get().overrides.task, console)
     except RunFinishedError:
         hint = "overwrite=true repeats it"
         console.print(f"Finished before, not repeated ({hint}): {run.path}", soft_wrap=True)
@@ -178,13 +172,18 @@ def _write_report(run: Run, draw: bool) -> None:
 def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
     """Trains the runs of a pack together. Raises RunFailedError if any of them failed."""
     from lora_lab.packing.runs import run_pack
-    from lora_lab.training import plan
+    from lora_lab.training import plan, run_record
 
     silence_lightning()
     plans = [plan.plan(compose.compose_config(o)) if isinstance(o, list) else o for o in pack]
     plans = [_with_published(run_plan) for run_plan in plans]
     try:
         errors = run_pack(plans, console)
+        for i, error in enumerate(errors):
+            if isinstance(error, RunBusyError):  # waited for here, where the pack holds no lock
+                console.print(f"waiting: {error}", soft_wrap=True)
+                run = run_record.wait_until_free(Run(plans[i].path))
+                errors[i] = RunFinishedError(str(run.path)) if run.finished else error
     except (KeyboardInterrupt, SystemExit) as stop:
         if "SUBMITIT_EXECUTOR" in os.environ:
             raise  # its exit code tells submitit whether the job was queued again
@@ -222,20 +221,50 @@ def _with_published(run_plan: "Plan") -> "Plan":
     return replace(run_plan, cfg=cfg.model_copy(update={"published": published}))
 
 
-def _plan_multirun(arguments: list[str]) -> "list[Job]":
-    """Checks all jobs of a multirun and announces them; [] for a single run."""
-    if not {"-m", "--multirun"} & set(arguments):
-        return []
+def _end_on_hangup() -> None:
+    """A closed terminal (SIGHUP) ends a run as SIGTERM does, unless nohup has it ignored."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+def _plan_command(jobs: "list[Job] | None") -> "list[Job]":
+    """Checks the command line, and all jobs of a multirun, which it announces.
+
+    [] for a single run, whose config is checked once Hydra has composed it. `jobs` that are given
+    are checked. Exits where the command line is wrong.
+    """
+    try:
+        sys.argv[1:] = arguments = compose.hydra_arguments(sys.argv[1:])
+        fork_server.start(arguments)
+        if any(argument.lstrip("+~").startswith("hydra") for argument in arguments):
+            check_launcher(arguments)
+        if not set(MULTIRUN) & set(arguments):
+            check_single(arguments)
+        points = compose.sweep_points(arguments) if jobs is None else []
+    except ConfigError as error:
+        print_error("config error", str(error))
+        sys.exit(CONFIG_ERROR)
+    if jobs is not None or not set(MULTIRUN) & set(arguments):
+        return jobs or []
     with frozen_imports():
         from lora_lab.sweeps import multirun, sweeper
 
     silence_lightning()
-    jobs = multirun.plan_jobs(compose.sweep_points(arguments))
+    jobs = multirun.plan_jobs(points)
     if jobs:
         announce_multirun(jobs)
         sweeper.use_search(sweeper.JobList(jobs))
         sys.argv.append("hydra/sweeper=points")
     return jobs
+
+
+def check_launcher(arguments: Sequence[str]) -> None:
+    """Makes our launchers known to Hydra. Raises ConfigError for a wrong one, or its settings."""
+    from lora_lab.sweeps.launchers.register import register
+    from lora_lab.sweeps.launchers.settings import check_hydra_settings
+
+    register()
+    check_hydra_settings(arguments)
 
 
 def announce_multirun(jobs: "list[Job]", total: int = 0) -> None:

@@ -192,7 +192,8 @@ def _print_damaged(runs: "list[Run]") -> None:
 
 def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
     """Prints, of each experiment in a folder, its best cells, its best run and its command."""
-    runs = _runs(root)
+    if not (runs := _runs(root)):
+        raise ValueError(f"there are no runs in {root}")
     from lora_lab import report
     from lora_lab.config import compose
 
@@ -209,6 +210,8 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
 def diff(paths: list[Path]) -> None:
     """Prints what differs between two runs, in config, environment and results."""
     runs = [_find(path) for path in paths]
+    if runs[0].path.resolve() == runs[1].path.resolve():
+        raise ValueError(f"{paths[0]} and {paths[1]} are one run: give two")
     statuses = [run.check(in_full=()) for run in runs]
     from lora_lab import report
 

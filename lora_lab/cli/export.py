@@ -29,6 +29,8 @@ def export(run: Run, format: str, directory: Path) -> Path:
     path = directory / FORMATS[format]
     if path.exists():
         raise AdapterError(f"{path} exists: give a folder without one")
+    if existing := next((p for p in (directory, *directory.parents) if p.is_file()), None):
+        raise AdapterError(f"{existing} is a file: give a folder, which is made if need be")
     run.check_finished("exported")
     method = run.config["adapter"]["method"]
     if method == "full" and format == "merged":

@@ -10,12 +10,21 @@ from zipfile import BadZipFile
 from lora_lab import __version__
 from lora_lab.cli import commands as do
 from lora_lab.cli.help_text import ABOUT, BEST, DASHBOARD, EPILOG, REPORT, REPRODUCE, SWEEP, SWEEPS
-from lora_lab.exit_codes import CONFIG_ERROR
+from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged")
 
 
 def main() -> None:
+    """Runs what the command line says; Ctrl-C ends it with one line."""
+    try:
+        _run_subcommand()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(CTRL_C)
+
+
+def _run_subcommand() -> None:
     """Reads the command line and runs one subcommand.
 
     Errors that a person can mend (a missing file, a wrong setting) end it with one line and exit
@@ -58,7 +67,7 @@ def _add(
 
 def _report(commands: Any) -> None:
     add = _add(commands, do.report, "write a run's tables, figures and page, or many runs'", REPORT)
-    add("path", type=Path, help="a run directory, the start of its hash, or a folder")
+    add("path", type=path, help="a run directory, the start of its hash, or a folder")
 
 
 def _sweep(commands: Any) -> None:
@@ -71,7 +80,7 @@ def _sweep(commands: Any) -> None:
         epilog=SWEEPS,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    add("file", type=Path, help="a sweep file, as those in sweeps/")
+    add("file", type=path, help="a sweep file, as those in sweeps/")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="settings of every run")
     add("--count", type=count, default=None, help="how many runs, before run_cap")
     add("--seed", type=int, default=0, help="draws random and bayes (0)")
@@ -80,24 +89,24 @@ def _sweep(commands: Any) -> None:
 
 def _export(commands: Any) -> None:
     add = _add(commands, do.export, "write a run's adapter or merged model for others")
-    add("path", type=Path, help="a run directory, or the start of its hash")
-    add("directory", type=Path, help="where to")
+    add("path", type=path, help="a run directory, or the start of its hash")
+    add("directory", type=path, help="where to")
     formats = "peft: a folder for PeftModel.from_pretrained (the default); merged: the whole model"
     add("--format", choices=("peft", "merged"), default="peft", help=formats)
 
 
 def _analyze(commands: Any) -> None:
     add = _add(commands, do.analyze, "a run's ΔW again; or the ΔW of several compared")
-    add("paths", type=Path, nargs="+", help="run directories, or starts of hashes")
+    add("paths", type=path, nargs="+", help="run directories, or starts of hashes")
     add("--keep", type=share, default=None, help="share of the gain to keep")
     add("--truncation", choices=("sites", "model", "none"), default=None)
-    add("--to", type=Path, default="analysis", help="where a comparison is written (analysis)")
+    add("--to", type=path, default="analysis", help="where a comparison is written (analysis)")
 
 
 def _reproduce(commands: Any) -> None:
     add = _add(commands, do.reproduce, "run a finished run again and compare", REPRODUCE)
-    add("path", type=Path, help="a run directory, or the start of its hash")
-    add("--to", type=Path, default="reproduced", help="where its directory is made (reproduced)")
+    add("path", type=path, help="a run directory, or the start of its hash")
+    add("--to", type=path, default="reproduced", help="where its directory is made (reproduced)")
     add("--tolerance", type=tolerance, default=0.0, help="of each stored value, as 1e-6 (0)")
     add("--fresh", action="store_true", help="train the base again too, in the new directory")
 
@@ -112,26 +121,33 @@ def _dashboard(commands: Any) -> None:
 
 def _ls(commands: Any) -> None:
     add = _add(commands, do.ls, "list runs")
-    add("root", type=Path, nargs="?", default="runs", help="where (runs)")
+    add("root", type=path, nargs="?", default="runs", help="where (runs)")
     add("--state", choices=STATES, help="those alone that are so")
     add("--sort", choices=("name", "loss", "time", "started"), default="name")
 
 
 def _best(commands: Any) -> None:
     add = _add(commands, do.best, "the best cells and the best run of a folder", BEST)
-    add("root", type=Path, nargs="?", default="runs", help="where (runs)")
+    add("root", type=path, nargs="?", default="runs", help="where (runs)")
     add("--metric", default="val/loss", help="its last value (val/loss)")
     add("--goal", choices=("minimize", "maximize"), help="as the metric's name says")
-    add("--shown", type=int, default=10, help="cells that are shown (10)")
+    add("--shown", type=count, default=10, help="cells that are shown (10)")
 
 
 def _diff(commands: Any) -> None:
     add = _add(commands, do.diff, "what differs between two runs")
-    add("paths", type=Path, nargs=2, help="run directories, or starts of hashes")
+    add("paths", type=path, nargs=2, help="run directories, or starts of hashes")
+
+
+def path(text: str) -> Path:
+    """A path; an empty one, which Path takes for this folder, is an error."""
+    if not text:
+        raise ArgumentTypeError("a path must not be empty")
+    return Path(text)
 
 
 def count(text: str) -> int:
-    """The value of --count: an integer of at least 1."""
+    """The value of --count and --shown: an integer of at least 1."""
     if (value := int(text)) < 1:
         raise ArgumentTypeError(f"{text} must be at least 1")
     return value

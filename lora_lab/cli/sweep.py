@@ -1,5 +1,6 @@
 """`lora-lab sweep`: runs a W&B sweep file here, without an account, after a check of each point."""
 
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from lora_lab import train
 from lora_lab.analysis.spectra import Spectrum
+from lora_lab.config.command_line import check_count
 from lora_lab.config.schema import ConfigError, TrainedBase, content_hash, nearest
 from lora_lab.console import silence_lightning
 from lora_lab.sweeps import sweeper
@@ -35,6 +37,8 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
     """
     try:
         sweep = read_sweep(path, overrides)
+        if sweep.hydra_overrides:
+            train.check_launcher(sweep.hydra_overrides)
         total = _run_count(sweep, count)
         silence_lightning()
         points = [sweep.overrides_at(values) for values in _known_points(sweep, total, seed)]
@@ -93,10 +97,13 @@ def _run_bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> 
 def _run_count(sweep: Sweep, count: int | None) -> int:
     """How many runs the sweep has. Raises ConfigError where neither file nor options say it."""
     if sweep.method == "grid":
-        size = sum(1 for _ in sweep.grid_points())
-        return min(size, count or sweep.run_cap or size)
-    if not (total := count or sweep.run_cap):
+        size = math.prod(len(swept.grid_values or []) for swept in sweep.space.values())
+        total = min(size, count or sweep.run_cap or size)
+    elif not (total := count or sweep.run_cap):
         raise ConfigError(f"run_cap: must be given with {sweep.method}, or --count")
+    check_count(total, "the sweep")
+    if sweep.method == "grid":
+        return total
     if not sweep.space:
         raise ConfigError(f"parameters: all are fixed, {sweep.method} has nothing to draw")
     return total

@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -35,7 +35,7 @@ def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_messages(error, content))) from None
+        raise ConfigError("\n".join(error_messages(error, content))) from None
 
 
 def _drop_foreign_keys(content: dict[str, Any], group: str, explicit: Collection[str]) -> None:
@@ -56,14 +56,17 @@ def _drop_foreign_keys(content: dict[str, Any], group: str, explicit: Collection
     }
 
 
-def _messages(error: ValidationError, content: dict[str, Any]) -> list[str]:
-    """One message for each wrong key, as `key=value: rule`.
+def error_messages(
+    error: ValidationError, content: dict[str, Any], parents: Sequence[str] = ()
+) -> list[str]:
+    """One message for each wrong key of `content`, as `key=value: rule`.
 
-    A union has an error for each of its members: their rules are joined by "or".
+    A union has an error for each of its members: their rules are joined by "or". `parents` are the
+    keys above those that were checked.
     """
     rules: dict[str, dict[str, None]] = {}
     for e in error.errors():
-        setting, rule = _setting_and_rule(_path(e, content), e)
+        setting, rule = _setting_and_rule([*parents, *_path(e, content)], e)
         rules.setdefault(setting, {})[rule] = None
     return [f"{setting}: {' or '.join(rule)}" for setting, rule in rules.items()]
 
@@ -74,13 +77,13 @@ def _path(error: Any, content: Any) -> list[str]:
     pydantic names these too: what it calls adapter.lora.r is adapter.r here.
     """
     path: list[str] = []
-    node = content
+    node: Any = content
     for i, part in enumerate(error["loc"]):
-        if error["type"] == "missing" and i == len(error["loc"]) - 1:
-            path.append(str(part))  # the value that is not there
-        elif isinstance(part, int) if isinstance(node, list) else part in (node or {}):
+        is_absent = error["type"] == "missing" and i == len(error["loc"]) - 1
+        is_key = isinstance(node, dict) and part in node
+        if is_absent or is_key or (isinstance(node, list) and isinstance(part, int)):
             path.append(str(part))
-            node = node[part]
+            node = None if is_absent else node[part]
     return path
 
 

@@ -30,10 +30,10 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
             overrides.append(argument)
             continue
         if flag not in known:
-            hint = " (`lora-lab sweep FILE` has one)" if flag == "--dry-run" else ""
+            hint = "; `lora-lab sweep FILE` has it" if flag == "--dry-run" else nearest(flag, known)
             raise ConfigError(
-                f"{flag}: lora-lab train has no such option{nearest(flag, known)}{hint}; it has "
-                "-m, for several runs, and --help"
+                f"{flag}: lora-lab train has no such option{hint}; it has -m, for several runs, "
+                "and --help"
             )
         if flag in FLAGS_WITH_VALUE and not equals:
             if (value := next(rest, None)) is None:

@@ -34,10 +34,8 @@ def hydra_error_message(error: Exception) -> str:
         known = options().get(group, {})
         hint = "; a layer by its name is target=all target.all.match=NAME, a glob has a * or a ?"
         hint = hint if group == "target" else ""
-        return (
-            f"{group}={option}: there is no such {group}{nearest(option, known)} "
-            f"(conf/{group} has {', '.join(known)}){hint}"
-        )
+        listed = f" (conf/{group} has {', '.join(known)})" if known else ""
+        return f"{group}={option}: there is no such {group}{nearest(option, known)}{listed}{hint}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
         return _unknown_key(str(cause.full_key), str(cause.key), cause.parent_node)
     message = " ".join(str(error).split())

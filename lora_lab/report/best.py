@@ -48,6 +48,8 @@ def best_by_experiment(
     metric that no run logged, and where neither `goal` nor the name tells the goal.
     """
     results = [result for run in runs if (result := cells.read_run(run)).is_finished]
+    if not results:
+        raise ValueError(f"none of {len(runs)} runs is finished")
     _check_metric(metric, results)
     if (goal := goal or cells.goal_of(metric)) is None:
         raise ValueError(f"--goal must be given for {metric}: minimize or maximize")
@@ -68,7 +70,7 @@ def _check_metric(metric: str, results: Sequence[RunResult]) -> None:
     if metric not in known:
         close = difflib.get_close_matches(metric, known, n=1)
         nearest = f"; nearest: {close[0]}" if close else ""
-        among = ", ".join(list(known)[:6]) or "none is finished"
+        among = ", ".join(list(known)[:6])
         raise ValueError(
             f"--metric {metric}: none of {len(results)} finished runs has it"
             f"{nearest} (they have {among}{', …' if len(known) > 6 else ''})"

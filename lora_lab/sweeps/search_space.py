@@ -5,7 +5,7 @@ from a uniform draw by the inverse of their cumulative distribution function: `v
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import NormalDist
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from optuna import distributions
 
+from lora_lab.config.command_line import check_count
 from lora_lab.config.schema import ConfigError, nearest
 
 TAIL = 0.001
@@ -59,7 +60,7 @@ class Parameter:
     distribution: distributions.BaseDistribution
     value_of_draw: Callable[[Any], Any]
     extremes: list[Any]
-    grid_values: list[Any] | None = None
+    grid_values: Sequence[Any] | None = None
 
 
 Space = dict[str, Parameter]
@@ -88,6 +89,8 @@ def parse_parameter(spec: Any) -> Parameter:
         if isinstance(value, bool) or not isinstance(value, int | float):
             hint = ", and in YAML 1e-4 is text: 1.0e-4 is the number" if _is_number(value) else ""
             raise ConfigError(f"{key}={value}: must be a number{hint}")
+        if not abs(value) <= 1e300:  # a NaN is not either
+            raise ConfigError(f"{key}={value}: must be a finite number")
     return _number(kind, keys)
 
 
@@ -159,7 +162,7 @@ def _number(kind: str, keys: dict[str, Any]) -> Parameter:
     if unstepped == "int_uniform":
         if not (isinstance(low, int) and isinstance(high, int)):
             raise ConfigError(f"min={low} max={high}: must be whole numbers with int_uniform")
-        grid = [*range(low, high + 1)]
+        grid = range(low, high + 1)
         return Parameter(distributions.IntDistribution(low, high), int, [low, high], grid)
     if unstepped == "uniform":
         distribution = distributions.FloatDistribution(low, high)
@@ -176,7 +179,10 @@ def _number(kind: str, keys: dict[str, Any]) -> Parameter:
         return type(q)(_round_off(round(value(draw) / q) * q))
 
     # W&B's grid of q_uniform leaves out max, as np.arange does.
-    grid = [*map(_round_off, np.arange(low, high, q).tolist())] if kind == "q_uniform" else None
+    grid = None
+    if kind == "q_uniform":
+        check_count(math.ceil((high - low) / q), f"min={low} max={high} q={q}")
+        grid = [*map(_round_off, np.arange(low, high, q).tolist())]
     return Parameter(distribution, step, [step(distribution.low), step(distribution.high)], grid)
 
 
@@ -184,10 +190,20 @@ def _log_uniform(kind: str, low: float, high: float) -> distributions.FloatDistr
     """The distribution of x where log x, or log 1/x, is uniform; see FORMS for the bounds."""
     if not kind.endswith("_values"):  # the bounds are exponents of e
         low, high = (-high, -low) if kind.startswith("inv") else (low, high)
+        _check_exponents(kind, low, high, f"; {kind}_values takes the values themselves")
         low, high = math.exp(low), math.exp(high)
     elif low <= 0:
         raise ConfigError(f"min={low}: must be more than 0 with {kind}")
     return distributions.FloatDistribution(low, high, log=True)
+
+
+def _check_exponents(kind: str, low: float, high: float, hint: str) -> None:
+    """Raises ConfigError for exponents of e that can only be meant as values: e^14 is a million."""
+    if not (low > -700 and high <= 14):
+        raise ConfigError(
+            f"{kind} takes exponents of e: its values go from e^{low:g} to e^{high:g}, and end at "
+            f"a million, e^14{hint}"
+        )
 
 
 def _normal_quantile(unstepped: str, mu: float, sigma: float) -> Callable[[float], float]:
@@ -196,6 +212,7 @@ def _normal_quantile(unstepped: str, mu: float, sigma: float) -> Callable[[float
         raise ConfigError(f"sigma={sigma}: must be more than 0")
     normal = NormalDist(mu, sigma)
     if unstepped == "log_normal":
+        _check_exponents(unstepped, normal.inv_cdf(TAIL), normal.inv_cdf(1 - TAIL), " by mu, sigma")
         return lambda u: math.exp(normal.inv_cdf(u))
     return normal.inv_cdf
 

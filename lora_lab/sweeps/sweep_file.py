@@ -94,6 +94,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise ConfigError("is no text") from None
     if not isinstance(content, dict):
         raise ConfigError("must be a mapping with method and parameters")
     if unknown := [key for key in content if key not in KEYS]:
@@ -110,7 +112,7 @@ def _parse_parameters(specs: dict[str, Any]) -> Space:
             raise ConfigError(f"parameters.{key}: W&B takes letters, digits and _ . - in a name")
         try:
             space[key] = parse_parameter(spec)
-            for text in (space[key].grid_values or []) + space[key].extremes:
+            for text in space[key].extremes:  # of a list they are all its values
                 # Hydra would read the text "olora,pissa" as a sweep over two values.
                 if isinstance(text, str) and len(_override_values(f"{key}={text}")) != 1:
                     raise ConfigError(f"{text}: would be read as a list of runs; write one value")

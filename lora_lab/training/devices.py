@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, process_rank
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan
-from lora_lab.training.run_record import can_continue, lock, status_in_full
+from lora_lab.training.run_record import can_continue, lock, status_in_full, wait_until_free
 
 PR_SET_PDEATHSIG = 1
 """Linux prctl option: the signal a process gets when its parent ends (linux/prctl.h)."""
@@ -33,6 +33,24 @@ EXIT_CODES: dict[type[Exception], int] = {RunFinishedError: 3, RunBusyError: 4}
 def is_worker() -> bool:
     """Whether this process trains on one of several devices: started by `launch` or by torchrun."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def train(plan: Plan, overrides: Sequence[str], console: Console) -> None:
+    """Trains a planned run here, or with a process for each of its devices.
+
+    Where another command trains it, waits for that one, and goes on with what it has not finished.
+    `overrides`: the command's settings. Raises RunFinishedError where the run is finished, by now
+    or before, and as `experiment.run` and `launch` do.
+    """
+    try:
+        if plan.processes > 1:
+            launch(plan, overrides)
+        else:
+            experiment.run(plan, console)
+    except RunBusyError as busy:
+        console.print(f"waiting: {busy}", soft_wrap=True)
+        wait_until_free(Run(plan.path))
+        train(plan, overrides, console)
 
 
 def launch(plan: Plan, overrides: Sequence[str]) -> None:

@@ -119,6 +119,12 @@ def lock(run: Run) -> AcquireReturnProxy:
         raise RunBusyError(f"{run.path} is being run by another process, on {host}") from None
 
 
+def wait_until_free(run: Run) -> Run:
+    """Waits until no process trains in the run directory, and gives the run."""
+    with FileLock(run.path / "lock").acquire(poll_interval=0.5):
+        return run
+
+
 def _clear(path: Path, status: dict[str, Any], is_kept: bool, continues: bool) -> None:
     """Writes the new status.json, and removes the files of the try before.
 

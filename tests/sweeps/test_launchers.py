@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from lora_lab.runs import Run, find_runs
@@ -164,7 +163,7 @@ def test_fail_fast_begins_no_job_after_the_first_failure(lab: Lab):
 
 def test_a_wrong_launcher_is_a_config_error(lab: Lab, capsys: pytest.CaptureFixture[str]):
     assert lab("shift", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0") == 2
-    assert "hydra.launcher.n_jobs=0: must be 1 or more" in capsys.readouterr().err
+    assert "hydra.launcher.n_jobs=0: must be greater than 0 or" in capsys.readouterr().err
     assert lab("shift", "-m", "hydra/launcher=jobl") == 2
     shown = capsys.readouterr().err
     assert "hydra/launcher=jobl" in shown
@@ -236,8 +235,6 @@ def test_as_many_jobs_at_once_as_there_are_gpus_or_cores():
     assert resolve_n_jobs(None, 1, 2) == 1
     assert resolve_n_jobs(3, 4, 1) == 3
     assert resolve_n_jobs(None, 0, 1) == resolve_n_jobs(-1, 0, 1) >= 1
-    with pytest.raises(HydraException, match="n_jobs=-2"):
-        resolve_n_jobs(-2, 0, 1)
 
 
 def test_a_search_asks_for_as_many_as_run_at_once():

@@ -15,8 +15,9 @@ holds at that moment would stay locked in the fork.
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 MALLOC_SETTINGS = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 """Environment of the jobs. It makes glibc keep memory that is freed, and reuse it.
@@ -40,4 +41,11 @@ def start(arguments: Sequence[str]) -> None:
         context = multiprocessing.get_context("forkserver")
         # W&B imports sdk.launch only when a run begins, which would cost each job a second.
         context.set_forkserver_preload(["wandb.sdk.launch", "lora_lab.sweeps.launchers.preload"])
-        forkserver.ensure_running()
+        # Ctrl-C at a terminal reaches the server too, which would print where its imports stood.
+        # Blocked here, the signal is blocked in the server, and in its forks until they allow it.
+        resource_tracker.ensure_running()  # which ends by allowing the signal, so it goes first
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -166,13 +166,15 @@ def _job_error(job: Job, error: Exception | None, pack_size: int) -> Exception |
 def _exit_on_signals() -> Iterator[None]:
     """Within it SIGTERM and a closed terminal (SIGHUP) raise SystemExit, as Ctrl-C raises.
 
-    By default they end the process at once, and its jobs would run on.
+    By default they end the process at once, and its jobs would run on. A SIGHUP that nohup has
+    ignored stays so.
     """
 
     def leave(signum: int, _: Any) -> None:
         sys.exit(128 + signum)
 
-    before = {s: signal.signal(s, leave) for s in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, leave) for s in heard}
     try:
         yield
     finally:

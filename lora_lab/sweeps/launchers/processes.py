@@ -19,7 +19,6 @@ import cloudpickle
 import torch
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
 from hydra_plugins.hydra_joblib_launcher._core import execute_job
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from joblib import cpu_count
@@ -107,13 +106,11 @@ def resolve_n_jobs(n_jobs: int | None, gpu_count: int, devices: object) -> int:
     """How many jobs run at once: `n_jobs`, or all cores where it is -1.
 
     Where it is None: one for each `devices` GPUs (those of one run), and without GPUs one for each
-    `devices` cores. Raises HydraException where it is another number.
+    `devices` cores.
     """
     if n_jobs is None:
         per_job = devices if isinstance(devices, int) else 1  # "auto"
         return max(1, (gpu_count or cpu_count()) // per_job)
-    if not isinstance(n_jobs, int) or n_jobs == 0 or n_jobs < -1:
-        raise HydraException(f"hydra.launcher.n_jobs={n_jobs}: must be 1 or more, or -1: all cores")
     return cpu_count() if n_jobs == -1 else n_jobs
 
 
@@ -177,6 +174,7 @@ def _run_in_process(gpus: list[str], threads: tuple[int, int], log: Path, call: 
     # A new process group: the terminal sends Ctrl-C to the launcher's group alone, and the launcher
     # sends it on to its jobs. Otherwise they would get it twice.
     os.setpgrp()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the fork server blocks
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
