@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from lora_lab import adapters
+from lora_lab import adapters, train
 from lora_lab.data.shift import Shift
 from lora_lab.models.linear import Linear
 from lora_lab.runs import find_runs
+from lora_lab.sweeps import multirun
 from tests.conftest import SMALL, Lab, only_run
 
 
@@ -408,6 +411,7 @@ def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60) -> 
 
 
 SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGKILL)]
+SLOW += [pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, *SLOW])
@@ -418,7 +422,7 @@ def test_a_stopped_run_is_interrupted_and_runs_again(signum: signal.Signals):
     assert only_run().status["state"] == "running"
     process.send_signal(signum)
     process.communicate(timeout=60)
-    assert process.returncode == {"SIGINT": 130, "SIGKILL": -9, "SIGTERM": 143}[signum.name]
+    assert process.returncode == {"SIGINT": 130, "SIGKILL": -9}.get(signum.name, 143)
     run = only_run()
     assert run.status["state"] == "interrupted"
     rows = run.rows()
@@ -433,14 +437,45 @@ def test_a_stopped_run_is_interrupted_and_runs_again(signum: signal.Signals):
     again.communicate()
 
 
-def test_the_same_run_twice_at_once_is_refused(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    process = start("trainer.max_epochs=100000")
-    wait_for(lambda: find_runs(Path("runs")) and only_run().curve("val/loss"), process)
-    assert lab("shift", "trainer.max_epochs=100000") == 1
-    assert "is being run by another process" in " ".join(capsys.readouterr().err.split())
-    assert only_run().status["state"] == "running"
-    process.kill()
-    process.communicate()
+def test_the_same_run_twice_at_once_waits_for_the_first(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+):
+    assert lab("shift") == 0
+    run, settings = only_run(), [*SMALL["shift"], "tracking=off", "published=null"]
+    plan = multirun.plan_jobs([settings])[0].plan
+    assert plan is not None
+    held = threading.Event()
+
+    def hold() -> None:
+        """The lock of the run in other hands, as that of another command."""
+        with FileLock(run.path / "lock"):
+            held.set()
+            time.sleep(1.5)
+
+    for again in (lambda: lab("shift"), lambda: train._run_pack([plan])):
+        held.clear()
+        other = threading.Thread(target=hold)
+        other.start()
+        held.wait()
+        assert not again()
+        assert not other.is_alive()
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"waiting: {run.path} is being run by another process" in printed
+        assert only_run().finished
+
+
+def test_a_closed_terminal_is_a_sigterm_unless_nohup_has_it_ignored():
+    before = {s: signal.getsignal(s) for s in (signal.SIGHUP, signal.SIGTERM)}
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    for handler, expected in ((signal.SIG_DFL, [signal.SIGTERM]), (signal.SIG_IGN, [])):
+        signal.signal(signal.SIGHUP, handler)
+        train._end_on_hangup()
+        heard.clear()
+        signal.raise_signal(signal.SIGHUP)
+        assert heard == expected
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_env_and_config_say_what_was_run(lab: Lab):

@@ -178,12 +178,13 @@ def check_arguments(
     unknown or missing argument, and for a value of the wrong type or out of its range.
     """
     parameters, hints = parameters_of(callee)
-    # torch's annotations hold, and infinity is no hyperparameter. A user's class may take more than
-    # its annotations say: what pydantic does not know in them, it has to check itself.
-    is_torch = str(getattr(callee, "__module__", "")).startswith("torch.")
-    rigour = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False) if is_torch else None
+    # The annotations of torch and Lightning hold, and infinity is no hyperparameter. A user's class
+    # may take more than its annotations say: what pydantic does not know, it has to check itself.
+    is_strict = str(getattr(callee, "__module__", "")).startswith(("torch.", "lightning."))
+    rigour = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False) if is_strict else None
+    takes_any = inspect.Parameter.VAR_KEYWORD in [p.kind for p in parameters.values()]
     for name, value in arguments.items():
-        if name not in parameters or name in given:
+        if name in given or not (takes_any or name in parameters):
             known = [n for n in parameters if n not in given]
             raise ConfigError(
                 f"{key}.{name}={value}: {_name_of(callee)} has no such argument"

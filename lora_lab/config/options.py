@@ -1,12 +1,17 @@
 """The groups of conf/, their options, and a line on each option."""
 
 from collections.abc import Iterator
+from functools import cache
 from importlib.abc import Traversable
 from importlib.resources import files
 
 
+@cache
 def options() -> dict[str, dict[str, str]]:
-    """Group → option → the first comment of its YAML, as {"adapter": {"dora": "…"}}."""
+    """Group → option → the first comment of its YAML, as {"adapter": {"dora": "…"}}.
+
+    Read once, as each point of a multirun asks for it. Not to be changed by callers.
+    """
     return dict(_groups(files("lora_lab.conf"), ""))
 
 

@@ -13,6 +13,7 @@ from pydantic import PositiveInt
 from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
 from lora_lab.data.sources import cache_folder
+from lora_lab.data.tables import Share
 from lora_lab.data.text import Text
 from lora_lab.runs import write_atomic
 
@@ -37,7 +38,7 @@ class Docstrings(Text):
         tokenizer: str | None,
         per_package: PositiveInt,
         max_length: PositiveInt,
-        val_share: float,
+        val_share: Share,
         batch_size: PositiveInt,
         eval_batch_size: PositiveInt,
         seed: Seed,

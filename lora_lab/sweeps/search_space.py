@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from optuna import distributions
 
-from lora_lab.config.command_line import check_count
+from lora_lab.config.command_line import MOST_RUNS
 from lora_lab.config.schema import ConfigError, nearest
 
 TAIL = 0.001
@@ -179,10 +179,8 @@ def _number(kind: str, keys: dict[str, Any]) -> Parameter:
         return type(q)(_round_off(round(value(draw) / q) * q))
 
     # W&B's grid of q_uniform leaves out max, as np.arange does.
-    grid = None
-    if kind == "q_uniform":
-        check_count(math.ceil((high - low) / q), f"min={low} max={high} q={q}")
-        grid = [*map(_round_off, np.arange(low, high, q).tolist())]
+    is_list = kind == "q_uniform" and (high - low) / q <= MOST_RUNS
+    grid = [*map(_round_off, np.arange(low, high, q).tolist())] if is_list else None
     return Parameter(distribution, step, [step(distribution.low), step(distribution.high)], grid)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from lora_lab.config import compose
+from lora_lab.config.command_line import MOST_RUNS
 from lora_lab.config.schema import ConfigError, nearest
 from lora_lab.report.cells import goal_of
 from lora_lab.sweeps.search_space import Space, parse_parameter
@@ -139,8 +140,8 @@ def _with_overrides(space: Space, method: str, overrides: Sequence[str]) -> tupl
     for key, parameter in space.items():
         if method == "grid" and parameter.grid_values is None:
             raise ConfigError(
-                f"parameters.{key}: a grid takes value, values, int_uniform or q_uniform; "
-                "other distributions are for random and bayes"
+                f"parameters.{key}: a grid takes value, values, int_uniform or q_uniform "
+                f"(of {MOST_RUNS} values at most); other distributions are for random and bayes"
             )
     constant = {key: p.extremes[0] for key, p in space.items() if len({*p.extremes}) == 1}
     fixed = [f"{key}={value}" for key, value in constant.items()] + command_line

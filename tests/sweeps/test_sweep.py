@@ -384,6 +384,17 @@ def test_a_bad_parameter(
         ({"min": 0.1}, "max: must be given, uniform needs it"),
         ({"distribution": "beta"}, "distribution=beta: is not supported here"),
         ({"distribution": "normal", "sigma": 0}, "sigma=0: must be more than 0"),
+        ({"min": float("nan"), "max": 0.1}, "min=nan: must be a finite number"),
+        ({"min": 0.1, "max": float("inf")}, "max=inf: must be a finite number"),
+        ({"values": [0.1, float("nan")]}, "optimizer.lr=nan: must be a finite number"),
+        (
+            {"distribution": "log_uniform", "min": 1, "max": 46},
+            "log_uniform takes exponents of e: its values go from e^1 to e^46, and end at a million"
+            ", e^14; log_uniform_values takes the values themselves",
+        ),
+        ({"distribution": "log_uniform", "min": -1000, "max": 1}, "from e^-1000 to e^1"),
+        ({"distribution": "inv_log_uniform", "min": -20, "max": 0}, "from e^0 to e^20"),
+        ({"distribution": "log_normal", "mu": 900}, "log_normal takes exponents of e"),
         ({"values": [0.1, 0.2], "probabilities": [0.5, 0.6]}, "must be 2 shares that add up to 1"),
     ],
 )
@@ -393,6 +404,24 @@ def test_a_bad_distribution(
     assert run_sweep(sweep_content("random", 3, optimizer__lr=spec)) == 2
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_a_sweep_of_more_runs_than_can_be_checked_is_counted_and_refused(
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str]
+):
+    seeds = sweep_content(seed={"min": 0, "max": 10**9})
+    refused(run_sweep, capsys, seeds, "the sweep: asks for 1000000001 runs; one command has 100000")
+    refused(run_sweep, capsys, seeds | {"run_cap": 10**6}, "the sweep: asks for 1000000 runs")
+
+
+def test_a_wrong_launcher_is_said_before_anything_else(
+    run_sweep: RunSweep, capsys: pytest.CaptureFixture[str]
+):
+    content = sweep_content(adapter__r={"values": [1, 2]})
+    assert run_sweep(content, "hydra/launcher=pcked") == 2
+    printed = capsys.readouterr()
+    assert "hydra/launcher=pcked: there is no such hydra/launcher; nearest: packed" in printed.err
+    assert not printed.out
 
 
 def test_early_terminate_is_ignored_with_a_message(
@@ -440,7 +469,7 @@ def test_stepped_values_are_the_nearest_multiples_of_q():
     assert {type(x) for x in drawn({"distribution": "q_normal", "sigma": 4}, 9)} == {int}
     fifths = parse_parameter({"distribution": "q_uniform", "min": 0.1, "max": 0.7, "q": 0.2})
     assert fifths.grid_values == [0.1, 0.3, 0.5]  # W&B leaves out the last
-    assert parse_parameter({"min": 1, "max": 4}).grid_values == [1, 2, 3, 4]
+    assert parse_parameter({"min": 1, "max": 4}).grid_values == range(1, 5)
 
 
 def test_lists_are_drawn_evenly_or_by_their_probabilities():
