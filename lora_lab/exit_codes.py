@@ -6,7 +6,7 @@
 | 1    | failed: a run (a multirun: any of its runs) began and did not end well    |
 | 2    | config error: the run was not begun                                       |
 | 130  | interrupted by Ctrl-C (128 + SIGINT); the same command goes on            |
-| 143  | interrupted by SIGTERM (128 + SIGTERM); the same command goes on          |
+| 143  | ended by SIGTERM (128 + SIGTERM) or SIGHUP; the same command goes on    |
 """
 
 FINISHED, FAILED, CONFIG_ERROR, CTRL_C, SIGTERM = 0, 1, 2, 130, 143

@@ -4,12 +4,13 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from lora_lab.config import schema
+from lora_lab.config.components import check_float32
 from lora_lab.config.schema import Component, Config, ConfigError, TargetRule, nearest
 
 
@@ -178,9 +179,10 @@ def check_arguments(
     unknown or missing argument, and for a value of the wrong type or out of its range.
     """
     parameters, hints = parameters_of(callee)
-    # The annotations of torch and Lightning hold, and infinity is no hyperparameter. A user's class
-    # may take more than its annotations say: what pydantic does not know, it has to check itself.
-    is_strict = str(getattr(callee, "__module__", "")).startswith(("torch.", "lightning."))
+    # These annotations hold, and none of these arguments is infinite. A user's class may take more
+    # than its annotations say: what pydantic does not know of them, it has to check itself.
+    module = str(getattr(callee, "__module__", ""))
+    is_strict = module.startswith(("lora_lab.", "torch.", "lightning."))
     rigour = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False) if is_strict else None
     takes_any = inspect.Parameter.VAR_KEYWORD in [p.kind for p in parameters.values()]
     for name, value in arguments.items():
@@ -193,8 +195,9 @@ def check_arguments(
         try:
             # Strict: "3" is no int. But a list may stand for a tuple, which YAML does not have.
             strict = not isinstance(value, list)
-            hint = TypeAdapter(hints.get(name, Any), config=rigour)
-            hint.validate_python(value, strict=strict)
+            hint: Any = hints.get(name, Any)
+            hint = Annotated[hint, AfterValidator(check_float32)] if is_strict else hint
+            TypeAdapter(hint, config=rigour).validate_python(value, strict=strict)
         except ValidationError as error:
             # A union fails once for each of its members: the rules are joined by "or".
             rules = dict.fromkeys(

@@ -10,16 +10,16 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A seed in the range that numpy and scikit-learn accept."""
 
 
-def _fits_float32(value: float) -> float:
-    if abs(value) > 3.4e38:
-        raise ValueError("must be at most 3.4e38: tensors of float32 hold no larger number")
+def check_float32(value: Any) -> Any:
+    """The value, a number or a list. Raises ValueError where a tensor cannot hold the number."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not abs(number) <= 3.4e38:
+            raise ValueError("must be at most 3.4e38: tensors of float32 hold no larger number")
     return value
 
 
-Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_fits_float32)]
-"""A finite number that a tensor can hold; `PositiveNumber` and `NonNegativeNumber` alike."""
-PositiveNumber = Annotated[Number, Field(gt=0)]
-NonNegativeNumber = Annotated[Number, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0), AfterValidator(check_float32)]
+NonNegativeNumber = Annotated[float, Field(ge=0), AfterValidator(check_float32)]
 
 
 class Node(BaseModel):

@@ -16,11 +16,14 @@ from pydantic import (
 from lora_lab.adapters import GROUPS, INITS, SCALINGS, TRAINS
 from lora_lab.config.components import CheckpointBase as CheckpointBase
 from lora_lab.config.components import Component as Component
-from lora_lab.config.components import Node, PretrainedBase, TrainedBase
-from lora_lab.config.components import NonNegativeNumber as NonNegativeNumber
-from lora_lab.config.components import Number as Number
+from lora_lab.config.components import (
+    Node,
+    NonNegativeNumber,
+    PositiveNumber,
+    PretrainedBase,
+    TrainedBase,
+)
 from lora_lab.config.components import Optimizer as Optimizer
-from lora_lab.config.components import PositiveNumber as PositiveNumber
 from lora_lab.config.components import Seed as Seed
 from lora_lab.config.errors import ConfigError as ConfigError
 from lora_lab.config.errors import nearest as nearest

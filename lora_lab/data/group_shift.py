@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lora_lab.config.schema import NonNegativeNumber, PositiveNumber, Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
 from lora_lab.data.planted import Planted
 from lora_lab.seeding import generator
@@ -25,8 +25,8 @@ class GroupShift(Planted):
         in_features: PositiveInt,
         out_features: PositiveInt,
         groups: list[PositiveInt],
-        shift: PositiveNumber,
-        noise: NonNegativeNumber,
+        shift: PositiveFloat,
+        noise: NonNegativeFloat,
         steps: PositiveInt,
         seed: Seed,
     ):

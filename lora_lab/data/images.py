@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from lora_lab.config.schema import Number, PositiveNumber
 from lora_lab.data import columns
 from lora_lab.data.module import Phase
 from lora_lab.data.sources import Source
@@ -46,8 +45,8 @@ class Images(TableData):
         label: str = "label",
         classes: list[str | int] | None = None,
         size: PositiveInt | None = None,
-        mean: list[Number] | None = None,
-        std: list[PositiveNumber] | None = None,
+        mean: list[float] | None = None,
+        std: list[PositiveFloat] | None = None,
         processor: str | None = None,
         augment: Literal["none", "flip", "crop_flip"] = "none",
         input: Literal["pixel_values", "tensor"] = "pixel_values",

@@ -1,6 +1,5 @@
 """The base class of data sets: two phases, tensors drawn from a seed, reproducible batches."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise, repeat
@@ -93,10 +92,6 @@ class Data(pl.LightningDataModule, ABC):
         if self.batch_size is not None and self.batch_size > rows:
             raise ValueError(f"batch_size={self.batch_size} is more than the {rows} training rows")
 
-    def check_memory(self, rows: int, width: int) -> None:
-        """Raises ValueError where `samples=rows` rows of `width` numbers exceed the memory."""
-        check_memory(f"samples={rows}", 4 * rows * width)
-
     def train_dataloader(self) -> DataLoader:
         """Training batches in the order given by (seed, phase, epoch).
 
@@ -129,13 +124,6 @@ class Data(pl.LightningDataModule, ABC):
         """This process's rank, and the number of processes, which share each batch."""
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-
-
-def check_memory(setting: str, size: int) -> None:
-    """Raises ValueError where this machine has not the memory for `size` bytes."""
-    if size > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        needed, there = size / 2**30, memory / 2**30
-        raise ValueError(f"{setting}: takes {needed:.3g} GiB, and this machine has {there:.3g}")
 
 
 def _loader(dataset: Rows, batches: object) -> DataLoader:

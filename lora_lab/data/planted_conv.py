@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lora_lab.config.schema import NonNegativeNumber, PositiveNumber, Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
 from lora_lab.data.planted import Planted, planted_matrix, white_noise
 from lora_lab.seeding import generator
@@ -29,14 +29,13 @@ class PlantedConv(Planted):
         out_features: PositiveInt,
         kernel_size: PositiveInt,
         size: PositiveInt,
-        sigma: list[PositiveNumber],
+        sigma: list[PositiveFloat],
         whiten: bool,
-        noise: NonNegativeNumber,
+        noise: NonNegativeFloat,
         steps: PositiveInt,
         seed: Seed,
     ):
         super().__init__(phase, in_features, out_features, noise, steps, seed)
-        self.check_memory(samples, (in_features + out_features) * size**2)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: must be odd")
         if whiten and samples < (pixels := in_features * size**2):

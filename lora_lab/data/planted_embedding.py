@@ -1,11 +1,11 @@
 """An embedding table that changes by a matrix of known singular values."""
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lora_lab.config.schema import NonNegativeNumber, PositiveNumber, Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
 from lora_lab.data.planted import Planted, planted_matrix
 from lora_lab.seeding import generator
@@ -25,14 +25,13 @@ class PlantedEmbedding(Planted):
         samples: PositiveInt,
         in_features: PositiveInt,
         out_features: PositiveInt,
-        sigma: list[PositiveNumber],
-        zipf: NonNegativeNumber,
-        noise: NonNegativeNumber,
+        sigma: list[PositiveFloat],
+        zipf: NonNegativeFloat,
+        noise: NonNegativeFloat,
         steps: PositiveInt,
         seed: Seed,
     ):
         super().__init__(phase, in_features, out_features, noise, steps, seed)
-        self.check_memory(samples, 1 + out_features)
         self.samples, self.zipf = samples, zipf
         self.delta = planted_matrix(in_features, out_features, sigma, generator(seed, "delta"))
 

@@ -3,14 +3,14 @@
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from lora_lab.adapters import INITS, Adapter, attached
 from lora_lab.analysis import theory
 from lora_lab.analysis.theory import Prediction
-from lora_lab.config.schema import NonNegativeNumber, PositiveNumber, Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data.module import Phase
 from lora_lab.data.planted import Planted, planted_matrix, white_noise
 from lora_lab.seeding import generator
@@ -33,17 +33,16 @@ class PlantedLinear(Planted):
         samples: PositiveInt,
         in_features: PositiveInt,
         out_features: PositiveInt,
-        sigma: list[PositiveNumber],
-        spread: PositiveNumber,
+        sigma: list[PositiveFloat],
+        spread: PositiveFloat,
         correlation: Annotated[float, Field(ge=0, lt=1)],
         whiten: bool,
-        noise: NonNegativeNumber,
+        noise: NonNegativeFloat,
         expects: Literal["end", "intruders", "first_step"],
         steps: PositiveInt,
         seed: Seed,
     ):
         super().__init__(phase, in_features, out_features, noise, steps, seed)
-        self.check_memory(samples, in_features + out_features)
         if whiten and samples < in_features:
             raise ValueError(f"samples={samples}: whiten needs in_features={in_features} at least")
         self.samples, self.spread, self.correlation = samples, spread, correlation

@@ -1,10 +1,10 @@
 """A linear map whose entries all change by the same amount, an update of rank 1."""
 
 import torch
-from pydantic import PositiveInt
+from pydantic import FiniteFloat, PositiveInt
 from torch.utils.data import TensorDataset
 
-from lora_lab.config.schema import Number, Seed
+from lora_lab.config.schema import Seed
 from lora_lab.data import Data, Phase
 from lora_lab.seeding import generator
 
@@ -25,13 +25,12 @@ class Shift(Data):
         samples: PositiveInt,
         in_features: PositiveInt,
         out_features: PositiveInt,
-        shift: Number,
+        shift: FiniteFloat,
         batch_size: PositiveInt,
         seed: Seed,
     ):
         super().__init__(phase, batch_size, seed)
         self.check_batch(samples)
-        self.check_memory(samples, in_features + out_features)
         self.samples, self.shift = samples, shift
         self.in_features, self.out_features = in_features, out_features
 

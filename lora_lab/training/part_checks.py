@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_lab.config.checks import check_kind, resolve_component
 from lora_lab.config.schema import Config, ConfigError, Optimizer
-from lora_lab.data import Data, module
+from lora_lab.data import Data
 
 
 def check_directory(key: str, path: Path) -> None:
@@ -30,12 +30,22 @@ def check_sizes(cfg: Config, data: Data) -> None:
         )
 
 
-def check_memory(model: nn.Module) -> None:
-    """Raises ConfigError where the model's weights exceed this machine's memory."""
-    try:
-        module.check_memory("model", sum(p.numel() * p.element_size() for p in model.parameters()))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+def check_memory(cfg: Config, data: Data, model: nn.Module) -> None:
+    """Raises ConfigError where a model that is trained from scratch, or drawn rows, take too much.
+
+    Of data sets of one's own only the model is known.
+    """
+    sizes = {"model": sum(p.numel() * p.element_size() for p in model.parameters())}
+    samples = cfg.data.arguments.get("samples", 0)
+    if cfg.data.target.startswith("lora_lab."):
+        sizes[f"data.samples={samples}"] = 4 * samples * sum(data.sizes.values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for setting, size in sizes.items():
+        if size > memory:
+            raise ConfigError(
+                f"{setting}: takes {size / 2**30:.3g} GiB, and this machine has "
+                f"{memory / 2**30:.3g}"
+            )
 
 
 def check_optimizer(key: str, optimizer: Optimizer) -> None:

@@ -202,7 +202,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     new_parameters = []
     if isinstance(cfg.base, TrainedBase):
-        part_checks.check_memory(model)
+        part_checks.check_memory(cfg, data, model)
         part_checks.check_optimizer("base.optimizer", cfg.base.optimizer)
         try:
             data.check_base()

@@ -44,10 +44,10 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "accumulate_grad_batches": ("1 or more", lambda n: n >= 1),
     "limit_train_batches": (SHARE_OR_COUNT, _is_share_or_count),
     "limit_val_batches": (SHARE_OR_COUNT, _is_share_or_count),
-    "gradient_clip_val": ("more than 0, or null: no clipping", lambda n: n >= 0),
+    "gradient_clip_val": ("0 or more (0 and null: no clipping)", lambda n: n >= 0),
     "fast_dev_run": ("false: trainer.limit_train_batches=N makes a run short", lambda n: not n),
     "barebones": ("false: a run logs its numbers", lambda n: not n),
-    "overfit_batches": ("0: trainer.limit_train_batches=N trains on less", lambda n: not n),
+    "overfit_batches": (f"0, or {SHARE_OR_COUNT}", lambda n: n == 0 or _is_share_or_count(n)),
 }
 """Arguments of Lightning's Trainer that a run takes in a narrower range than Lightning's.
 

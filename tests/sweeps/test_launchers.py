@@ -28,6 +28,7 @@ from tests.conftest import SMALL, Lab
 
 ROOT = Path(__file__).parents[2]
 SLURM = Path(__file__).with_name("slurm") / "slurm.sh"
+PACKED = ["-m", "hydra/launcher=packed"]
 JOBLIB = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 LOCAL = ["-m", "hydra/launcher=submitit_local", "hydra.launcher.array_parallelism=3"]
 ON_SLURM = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1"]
@@ -218,6 +219,27 @@ def test_jobs_end_when_the_launcher_ends(signum: signal.Signals):
     assert process.returncode == {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[signum.name]
     wait_for(lambda: not processes_here())
     assert [run.status["state"] for run in find_runs(Path("runs"))] == ["interrupted"] * 2
+
+
+def test_ctrl_c_while_a_packed_multirun_starts_is_one_line():
+    """As a terminal sends it: to all processes, here while the fork server imports what it needs."""
+    program = "import sys; from lora_lab.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "train", *PACKED, *SMALL["shift"], "seed=0,1"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    wait_for(lambda: any("forkserver" in command for command in processes_here()), process)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(output.splitlines()) == 1
+    assert output.startswith("interrupted")
 
 
 def test_the_gpus_are_shared_out():
