@@ -450,7 +450,7 @@ def test_the_same_run_twice_at_once_waits_for_the_first(
         """The lock of the run in other hands, as that of another command."""
         with FileLock(run.path / "lock"):
             held.set()
-            time.sleep(1.5)
+            time.sleep(1.2)
 
     for again in (lambda: lab("shift"), lambda: train._run_pack([plan])):
         held.clear()

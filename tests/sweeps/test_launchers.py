@@ -222,24 +222,24 @@ def test_jobs_end_when_the_launcher_ends(signum: signal.Signals):
 
 
 def test_ctrl_c_while_a_packed_multirun_starts_is_one_line():
-    """As a terminal sends it: to all processes, here while the fork server imports what it needs."""
+    """As a terminal sends it, to all processes: here while the fork server imports."""
     program = "import sys; from lora_lab.cli.main import main; main()"
     command = [sys.executable, "-c", program, "train", *PACKED, *SMALL["shift"], "seed=0,1"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
+    with Path("output").open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        )
     wait_for(lambda: any("forkserver" in command for command in processes_here()), process)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert len(output.splitlines()) == 1
-    assert output.startswith("interrupted")
+    assert process.wait(60) == 130
+    time.sleep(0.3)  # the server would print its traceback meanwhile
+    (line,) = Path("output").read_text().splitlines()
+    assert line.startswith("interrupted")
 
 
 def test_the_gpus_are_shared_out():
