@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from os import cpu_count
@@ -13,14 +12,13 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from lora_lab.adapters.model_call import Inputs
 from lora_lab.data import columns
 from lora_lab.data.module import Phase
+from lora_lab.data.pixels import pixels
 from lora_lab.data.sources import Source
 from lora_lab.data.tables import TableData
 from lora_lab.seeding import generator
-
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and standard deviation of ImageNet's channels, which most models were trained with."""
 
 
 class Images(TableData):
@@ -28,11 +26,12 @@ class Images(TableData):
 
     A source is a folder with a folder of images for each class (or such a folder for each split),
     or a table: `image` names its column of images or of their paths, `label` that of the classes.
-    An image's shorter side becomes `size` pixels, its middle is cut to size × size, and its
-    channels are normalized by `mean` and `std`. `augment` changes training images: `flip` mirrors
-    half of them, `crop_flip` also cuts a part of random size and shape out; both are drawn anew by
-    (seed, epoch, row). `processor`, a model's folder or id, gives size, mean and std where these
-    are None. `input`: a model of transformers is given `pixel_values`, one of timm a tensor.
+    The image processor of a model, at the folder or id `processor`, makes of each image what the
+    model is given; `size`, `mean` and `std` replace its own, as `pixels` says. `augment` changes
+    training images: `flip` mirrors half of them, `crop_flip` cuts a part of random size and shape
+    out, in place of the processor's, and mirrors half; both are drawn anew by (seed, epoch, row).
+    Images are turned as their EXIF orientation says. `input`: a model of transformers is given
+    `pixel_values`, one of timm a tensor.
     """
 
     task = "classification"
@@ -56,7 +55,7 @@ class Images(TableData):
             raise ValueError("images: needs torchvision, pip install 'lora_lab[images]'")
         super().__init__(phase, **table)
         self.image, self.label, self.augment, self.input = image, label, augment, input
-        self.pixels = Pixels(*_normalization(processor, size, mean, std))
+        self.pixels = pixels(processor, size, mean, std)
         self.listed = classes is not None
         names = None if classes is None else tuple(classes)
         self.class_names = columns.class_names(self.sources["train"].table(), label, names)
@@ -82,7 +81,7 @@ class Images(TableData):
         return {"out_features": len(self.class_names)}
 
     def rows(self, source: Source, numbers: Tensor, split: str) -> "ImageRows":
-        """Images (B, 3, size, size), and their classes (B,)."""
+        """Images (B, 3, height, width), and their classes (B,)."""
         augment = self.augment if split == "train" else "none"
         transform = self.pixels.transform(augment)
         key = None if augment == "none" else (self.seed, self.phase, "augment")
@@ -95,64 +94,9 @@ def _targets(source: Source, label: str, classes: tuple[str, ...], listed: bool)
     return columns.class_indices(source.table(), label, classes, listed)
 
 
-def _normalization(
-    processor: str | None, size: int | None, mean: list[float] | None, std: list[float] | None
-) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Size, mean and standard deviation: as given, or the processor's, or ImageNet's with 224."""
-    stored: dict[str, Any] = {}
-    if processor is not None and None in (size, mean, std):
-        stored = _stored(processor)
-    sides = stored.get("size") or {}
-    if isinstance(sides, dict):
-        sides = sides.get("shortest_edge") or sides.get("height") or 224
-    mean, std = mean or stored.get("image_mean"), std or stored.get("image_std")
-    for name, value in (("mean", mean), ("std", std)):
-        if value is not None and len(value) != 3:
-            raise ValueError(f"{name}={value}: must be three numbers, of red, green and blue")
-    return size or int(sides), tuple(mean or IMAGENET[0]), tuple(std or IMAGENET[1])
-
-
-def _stored(processor: str) -> dict[str, Any]:
-    """The settings of a model's image processor, or those that timm keeps in its config.json."""
-    from transformers import ImageProcessingMixin
-
-    read = ImageProcessingMixin.get_image_processor_dict
-    if Path(processor).is_file():
-        return {}  # a file of weights
-    try:
-        return read(processor)[0]
-    except OSError as error:
-        if "couldn't connect" in str(error):
-            return {}  # a second look would wait as long for the hub as this one did
-    with suppress(OSError):
-        of_timm = read(processor, image_processor_filename="config.json")[0]
-        of_timm = of_timm.get("pretrained_cfg", of_timm)
-        size = (of_timm.get("input_size") or [None])[-1]
-        return {
-            "image_mean": of_timm.get("mean"),
-            "image_std": of_timm.get("std"),
-            "size": {"height": size},
-        }
-    return {}  # a model without a processor
-
-
-class Pixels:
-    """What is made of an image: its size in pixels, and the mean and spread of its channels."""
-
-    def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
-        self.size, self.mean, self.std = size, mean, std
-
-    def transform(self, augment: str) -> Callable[[Any], Tensor]:
-        """torchvision's transform of a PIL image into a tensor (3, size, size)."""
-        from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
-
-        cut = [v2.Resize(self.size), v2.CenterCrop(self.size)]
-        if augment == "crop_flip":
-            cut = [v2.RandomResizedCrop(self.size)]
-        flip = [] if augment == "none" else [v2.RandomHorizontalFlip()]
-        scaled = v2.ToDtype(torch.float32, scale=True)
-        normalized = v2.Normalize(list(self.mean), list(self.std))
-        return v2.Compose([v2.ToImage(), *cut, *flip, scaled, normalized])
+def model_inputs(images: Tensor, input: str) -> Inputs:
+    """Images (B, 3, height, width) as the model is called with them. `input` is data.input."""
+    return {"pixel_values": images} if input == "pixel_values" else images
 
 
 class ImageRows:
@@ -179,7 +123,7 @@ class ImageRows:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor | slice) -> tuple[Any, Tensor]:
-        """The images (B, 3, size, size) as the model takes them, and the classes (B,)."""
+        """The images (B, 3, height, width) as the model takes them, and the classes (B,)."""
         rows = self.rows[index]
         # Decoding lets other threads run. Transforms draw from torch's global stream, which is
         # seeded for each image in one thread, and put back as it was.
@@ -191,12 +135,11 @@ class ImageRows:
                 for image, row in zip(images, rows.tolist(), strict=True)
             ]
         stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1)
-        inputs = {"pixel_values": stacked} if self.input == "pixel_values" else stacked
-        return inputs, self.targets[rows]
+        return model_inputs(stacked, self.input), self.targets[rows]
 
     def _decoded(self, row: int) -> Any:
-        """An image in RGB. Raises ValueError, with its place, where it cannot be read."""
-        from PIL import Image, UnidentifiedImageError
+        """An image in RGB, upright. Raises ValueError, with its place, where it cannot be read."""
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         table = self.source.table()
         image: Any = None
@@ -205,8 +148,8 @@ class ImageRows:
             if isinstance(image, str):
                 folder = table.files[0].parent if table.files else Path()
                 with Image.open(folder / image) as opened:
-                    return opened.convert("RGB")
-            return image.convert("RGB")
+                    return ImageOps.exif_transpose(opened).convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, UnidentifiedImageError, AttributeError, SyntaxError) as error:
             shown = f" {image}" if isinstance(image, str) else ""
             raise ValueError(

@@ -9,11 +9,14 @@ from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
+from lora_lab.adapters.model_call import logits
 from lora_lab.config.checks import parameters_of
 from lora_lab.config.schema import Config, ConfigError
 from lora_lab.data import Data
+from lora_lab.data.images import Images, model_inputs
 from lora_lab.models.timm_model import timm_model
 from lora_lab.models.transformers_config import auto_class
 
@@ -173,6 +176,62 @@ def check_class_order(cfg: Config, data: Data, model: nn.Module, new: Collection
         f"classes in the order {', '.join(of_head)}, and the data as {', '.join(classes)}; "
         f"data.classes=[{listed}] is the head's order, model.new_head=true draws another head"
     )
+
+
+def check_images(cfg: Config, data: Data, model: nn.Module) -> None:
+    """Raises ConfigError where the model, on the meta device, cannot take images of data's shape.
+
+    Many models state a size and take any: refused is only what fails with the data's shape, and not
+    with the one that the model states.
+    """
+    if not isinstance(data, Images):
+        return
+    shape = channels, height, width = data.pixels.shape
+    stated = _stated_shape(model, shape)
+    if stated == shape or _takes(model, data.input, shape) or not _takes(model, data.input, stated):
+        return
+    path = f"model.path={cfg.model.arguments.get('path')}"
+    if stated[0] != channels:
+        raise ConfigError(
+            f"{path}: the model takes {stated[0]}-channel images, and those of data=images have "
+            f"{channels} channels: red, green and blue"
+        )
+    size = cfg.data.arguments.get("size")
+    raise ConfigError(
+        f"data.size={'null' if size is None else size}: images of {height} × {width} pixels, and "
+        f"the model ({path}) takes {stated[1]} × {stated[2]}; data.size={stated[1]} fits"
+    )
+
+
+def _stated_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The channels, height and width of the images that a model says it takes, else `shape`'s."""
+    model = getattr(model, "timm_model", model)  # within transformers' model of timm's models
+    if of_timm := getattr(model, "pretrained_cfg", None):
+        embedding = getattr(model, "patch_embed", None)
+        channels, *sides = of_timm.get("input_size") or shape
+        sides = getattr(embedding, "img_size", None) or sides
+        return getattr(model, "in_chans", channels), *sides
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "vision_config", None) or config
+    sides = getattr(config, "image_size", None) or shape[1:]
+    sides = (sides, sides) if isinstance(sides, int) else sides
+    return getattr(config, "num_channels", shape[0]), *sides
+
+
+@lru_cache(maxsize=4)
+def _takes(model: nn.Module, input: str, shape: tuple[int, ...]) -> bool:
+    """Whether a model on the meta device gives an output for images of a shape."""
+    parameter = next(model.parameters())
+    images = torch.empty(2, *shape, dtype=parameter.dtype, device=parameter.device)
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            logits(model.eval(), model_inputs(images, input))
+    except Exception:  # of any kind: a model's own check, or a shape that does not fit
+        return False
+    finally:
+        model.train(was_training)
+    return True
 
 
 def check_vocabulary(cfg: Config, data: Data, model: nn.Module) -> None:

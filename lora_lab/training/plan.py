@@ -198,6 +198,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
         cfg = fit_checks.with_max_length(cfg, data, model)
         fit_checks.check_vocabulary(cfg, data, model)
         fit_checks.check_reading_direction(cfg, model)
+        fit_checks.check_images(cfg, data, model)
     also_trained = _also_trained(cfg, model)
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     new_parameters = []

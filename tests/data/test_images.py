@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_lab.data.images import IMAGENET, Images
+from lora_lab.data.images import Images
+from lora_lab.data.pixels import IMAGENET
 from tests.vision import use_torchvision
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -122,13 +123,17 @@ def test_tables_have_images_or_their_paths():
         assert torch.equal(targets, expected[1][numbers])
 
 
-def test_a_processor_gives_size_and_normalization():
-    Path("vit").mkdir()
-    stored = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 12, "width": 12}}
-    Path("vit/preprocessor_config.json").write_text(json.dumps(stored))
-    image = ready(processor="vit", size=None).train[slice(0, 1)][0]["pixel_values"][0]
-    assert image.shape == (3, 12, 12)
-    assert image[0, 0, 0] == (1 - 0.5) / 0.25
+def test_a_batch_is_what_the_processor_makes_of_its_images():
+    import transformers
+    from PIL import Image
+
+    transformers.CLIPImageProcessor(
+        size={"shortest_edge": 14}, crop_size={"height": 12, "width": 12}
+    ).save_pretrained("model")
+    (inputs, _), *_ = ready(val="train", processor="model", size=None).val_dataloader()
+    images = [Image.open(f"train/{name}.png") for name in ("cat/0", "cat/2", "dog/1", "dog/3")]
+    process = transformers.AutoImageProcessor.from_pretrained("model")
+    assert torch.equal(inputs["pixel_values"], process(images, return_tensors="pt")["pixel_values"])
 
 
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {

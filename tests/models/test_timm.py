@@ -19,7 +19,6 @@ from torch import nn
 
 from lora_lab import adapters
 from lora_lab.config.schema import ConfigError
-from lora_lab.data.images import Images
 from lora_lab.models.timm_model import load_weights, new_parameters, timm_model
 from lora_lab.training.plan import plan
 from lora_lab.training.pretrained_base import draw_new
@@ -126,17 +125,6 @@ def test_settings_reach_the_model():
     assert model.stages[3].blocks[0].drop_path.drop_prob == pytest.approx(0.4)
     assert model.stages[0].grad_checkpointing
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-
-
-def test_images_are_normalized_as_the_model_was_trained():
-    tiny_convnext("model")
-    config = json.loads(Path("model/config.json").read_text())
-    config["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 48, 48]}
-    Path("model/config.json").write_text(json.dumps(config))
-    save_images("images", 20)
-    data = Images("adapt", train="images", batch_size=2, seed=0, processor="model")
-    assert data.pixels.size == 48
-    assert (data.pixels.mean, data.pixels.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
 BAD = {

@@ -315,6 +315,54 @@ def test_images_and_their_models():
         assert message in str(error.value)
 
 
+IMAGES = "data=images data.train=images target=linear base=pretrained "
+VIT = IMAGES + "model=pretrained model.head=image model.path="
+TIMM = IMAGES + "model=timm data.input=tensor model.path="
+SHAPES: dict[str, tuple[str, str | None]] = {
+    "the processor's": (VIT + "vit", None),
+    "other": (
+        VIT + "vit data.size=20",
+        "data.size=20: images of 20 × 20 pixels, and the model (model.path=vit) takes 16 × 16; "
+        "data.size=16 fits",
+    ),
+    "no processor": (
+        VIT + "vit data.processor=null",
+        "data.size=null: images of 224 × 224 pixels, and the model (model.path=vit) takes 16 × 16",
+    ),
+    "gray": (VIT + "gray", "model.path=gray: the model takes 1-channel images, and"),
+    "any size": (TIMM + "convnext data.size=40", None),
+    "timm": (
+        TIMM + "vit_of_timm data.size=40",
+        "data.size=40: images of 40 × 40 pixels, and the model (model.path=vit_of_timm) takes "
+        "32 × 32; data.size=32 fits",
+    ),
+    "timm, as built": (TIMM + "vit_of_timm data.size=48 model.image_size=48", None),
+    "timm, gray": (TIMM + "gray_of_timm", "model.path=gray_of_timm: the model takes 1-channel"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), SHAPES.values(), ids=SHAPES)
+def test_images_of_a_shape_that_the_model_takes(settings: str, message: str | None):
+    use_torchvision()
+    import timm  # pyright: ignore[reportMissingImports]
+
+    save_images("images", 40)
+    tiny_model("vit", "vit", "image")
+    tiny_model("vit", "gray", "image", num_channels=1)
+    if "timm" in settings:
+        tiny_convnext("convnext")
+        tiny_convnext("gray_of_timm", in_chans=1)
+        sizes = {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32, "num_classes": 2}
+        vit = timm.create_model("vit_tiny_patch16_224", **sizes)
+        timm.models.save_for_hf(vit, "vit_of_timm", model_args=sizes, safe_serialization=True)
+    if message is None:
+        plan(composed(*settings.split()))
+        return
+    with pytest.raises(ConfigError) as error:
+        plan(composed(*settings.split()))
+    assert message in str(error.value)
+
+
 def test_the_command_refuses_before_there_is_a_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
