@@ -207,10 +207,10 @@ def _stated_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The channels, height and width of the images that a model says it takes, else `shape`'s."""
     model = getattr(model, "timm_model", model)  # within transformers' model of timm's models
     if of_timm := getattr(model, "pretrained_cfg", None):
-        embedding = getattr(model, "patch_embed", None)
         channels, *sides = of_timm.get("input_size") or shape
-        sides = getattr(embedding, "img_size", None) or sides
-        return getattr(model, "in_chans", channels), *sides
+        # model.image_size changes the model, and not its settings.
+        built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        return channels, *(built or sides)
     config: Any = getattr(model, "config", None)
     config = getattr(config, "vision_config", None) or config
     sides = getattr(config, "image_size", None) or shape[1:]

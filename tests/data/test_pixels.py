@@ -173,7 +173,7 @@ def test_a_random_part_is_scaled_as_the_image(case: str):
     elif case in OF_TIMM:
         timm_transform(OF_TIMM[case])
     made = pixels(None if case == "none" else "model", None, None, None)
-    image = Image.new("RGB", (30, 20), (200, 100, 50))
+    image = Image.new("RGB", (30, 30), (200, 100, 50))
     for augment in ("flip", "crop_flip"):
         torch.testing.assert_close(made.transform(augment)(image), made.whole(image))
 

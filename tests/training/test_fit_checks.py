@@ -26,7 +26,6 @@ from tests.config.test_conf import composed
 from tests.conftest import command
 from tests.text_files import save_jsonl, save_rows, save_tokenizer
 from tests.tiny_models import TINY, tiny_model
-from tests.vision import save_images, tiny_convnext, use_torchvision
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 40}
 SIZES |= {"num_attention_heads": 4, "pad_token_id": 0}
@@ -290,77 +289,6 @@ def test_what_does_not_fit(settings: str, message: str, monkeypatch: pytest.Monk
     if "robb" in settings:
         assert "nearest: " in str(error.value)
         assert str(error.value).endswith("rob")
-
-
-def test_images_and_their_models():
-    use_torchvision()
-    save_images("images", 40)
-    tiny_convnext("convnext")
-    tiny_model("vit", "vit", "image")
-    vit = ["model=pretrained", "model.path=vit", "model.head=image", "base=pretrained"]
-    timm = ["model=timm", "model.path=convnext", "base=pretrained"]
-    images = ["data=images", "data.train=images", "target=linear"]
-    plan(composed(*vit, *images))
-    plan(composed(*timm, *images, "data.input=tensor"))
-    bad = {
-        "data=images data.input=pixel_values needs model=pretrained model.head=image": timm,
-        "model.head=image: data=images data.input=tensor needs model=timm": [
-            *(*vit, "data.input=tensor"),
-        ],
-        "model.dropout=1.5: must be at least 0": [*timm, "data.input=tensor", "model.dropout=1.5"],
-    }
-    for message, settings in bad.items():
-        with pytest.raises(ConfigError) as error:
-            plan(composed(*images, *settings))
-        assert message in str(error.value)
-
-
-IMAGES = "data=images data.train=images target=linear base=pretrained "
-VIT = IMAGES + "model=pretrained model.head=image model.path="
-TIMM = IMAGES + "model=timm data.input=tensor model.path="
-SHAPES: dict[str, tuple[str, str | None]] = {
-    "the processor's": (VIT + "vit", None),
-    "other": (
-        VIT + "vit data.size=20",
-        "data.size=20: images of 20 × 20 pixels, and the model (model.path=vit) takes 16 × 16; "
-        "data.size=16 fits",
-    ),
-    "no processor": (
-        VIT + "vit data.processor=null",
-        "data.size=null: images of 224 × 224 pixels, and the model (model.path=vit) takes 16 × 16",
-    ),
-    "gray": (VIT + "gray", "model.path=gray: the model takes 1-channel images, and"),
-    "any size": (TIMM + "convnext data.size=40", None),
-    "timm": (
-        TIMM + "vit_of_timm data.size=40",
-        "data.size=40: images of 40 × 40 pixels, and the model (model.path=vit_of_timm) takes "
-        "32 × 32; data.size=32 fits",
-    ),
-    "timm, as built": (TIMM + "vit_of_timm data.size=48 model.image_size=48", None),
-    "timm, gray": (TIMM + "gray_of_timm", "model.path=gray_of_timm: the model takes 1-channel"),
-}
-
-
-@pytest.mark.parametrize(("settings", "message"), SHAPES.values(), ids=SHAPES)
-def test_images_of_a_shape_that_the_model_takes(settings: str, message: str | None):
-    use_torchvision()
-    import timm  # pyright: ignore[reportMissingImports]
-
-    save_images("images", 40)
-    tiny_model("vit", "vit", "image")
-    tiny_model("vit", "gray", "image", num_channels=1)
-    if "timm" in settings:
-        tiny_convnext("convnext")
-        tiny_convnext("gray_of_timm", in_chans=1)
-        sizes = {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32, "num_classes": 2}
-        vit = timm.create_model("vit_tiny_patch16_224", **sizes)
-        timm.models.save_for_hf(vit, "vit_of_timm", model_args=sizes, safe_serialization=True)
-    if message is None:
-        plan(composed(*settings.split()))
-        return
-    with pytest.raises(ConfigError) as error:
-        plan(composed(*settings.split()))
-    assert message in str(error.value)
 
 
 def test_the_command_refuses_before_there_is_a_run(
