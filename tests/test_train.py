@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from lora_lab import adapters, train
 from lora_lab.data.shift import Shift
 from lora_lab.models.linear import Linear
-from lora_lab.runs import find_runs
+from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import multirun
+from lora_lab.training import devices, run_record
 from tests.conftest import SMALL, Lab, only_run
 
 
@@ -438,22 +439,31 @@ def test_a_stopped_run_is_interrupted_and_runs_again(signum: signal.Signals):
 
 
 def test_the_same_run_twice_at_once_waits_for_the_first(
-    lab: Lab, capsys: pytest.CaptureFixture[str]
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     assert lab("shift") == 0
     run, settings = only_run(), [*SMALL["shift"], "tracking=off", "published=null"]
     plan = multirun.plan_jobs([settings])[0].plan
     assert plan is not None
-    held = threading.Event()
+    held, waited_for = threading.Event(), threading.Event()
+    wait = run_record.wait_until_free
+
+    def wait_until_free(run: Run) -> Run:
+        waited_for.set()
+        return wait(run)
+
+    for module in (devices, run_record):
+        monkeypatch.setattr(module, "wait_until_free", wait_until_free)
 
     def hold() -> None:
         """The lock of the run in other hands, as that of another command."""
         with FileLock(run.path / "lock"):
             held.set()
-            time.sleep(1.2)
+            waited_for.wait(60)
 
     for again in (lambda: lab("shift"), lambda: train._run_pack([plan])):
         held.clear()
+        waited_for.clear()
         other = threading.Thread(target=hold)
         other.start()
         held.wait()
