@@ -16,7 +16,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,9 +114,9 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
     # Lightning and wandb take seconds to import: after the first checks, not before.
     with frozen_imports():
         from lora_lab import report
-        from lora_lab.training import devices, plan
+        from lora_lab.training import devices, plan, published
     silence_lightning()
-    run_plan = _with_published(plan.plan(cfg))
+    run_plan = published.with_published(plan.plan(cfg), _experiment())
     if devices.is_worker():
         return devices.run_worker(run_plan, console)
     run = Run(run_plan.path)
@@ -172,11 +171,11 @@ def _write_report(run: Run, draw: bool) -> None:
 def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
     """Trains the runs of a pack together. Raises RunFailedError if any of them failed."""
     from lora_lab.packing.runs import run_pack
-    from lora_lab.training import plan, run_record
+    from lora_lab.training import plan, published, run_record
 
     silence_lightning()
     plans = [plan.plan(compose.compose_config(o)) if isinstance(o, list) else o for o in pack]
-    plans = [_with_published(run_plan) for run_plan in plans]
+    plans = [published.with_published(run_plan, _experiment()) for run_plan in plans]
     try:
         errors = run_pack(plans, console)
         for i, error in enumerate(errors):
@@ -203,22 +202,9 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
         raise RunFailedError(f"{len(messages)} of {len(plans)} runs of the pack; {messages[0]}")
 
 
-def _with_published(run_plan: "Plan") -> "Plan":
-    """The plan with a paper's rows only where they can be compared.
-
-    The rows of the base stay if the base is trained as published, those of the adapted model if the
-    run differs from the published one in nothing but seeds and what is measured of ΔW (`spectra`).
-    """
-    from lora_lab.training import bases
-
-    cfg = run_plan.cfg
-    if cfg.published is None:
-        return run_plan
-    paper = compose.published_config(HydraConfig.get().runtime.choices["experiment"], cfg)
-    base = cfg.published.base if bases.key(cfg) == bases.key(paper) else {}
-    adapted = cfg.published.adapted if cfg.identity() == paper.identity() else {}
-    published = cfg.published.model_copy(update={"base": base, "adapted": adapted})
-    return replace(run_plan, cfg=cfg.model_copy(update={"published": published}))
+def _experiment() -> str:
+    """The name of the experiment that the command chooses."""
+    return HydraConfig.get().runtime.choices["experiment"]
 
 
 def _end_on_hangup() -> None:

@@ -1,11 +1,9 @@
 """Tables of rows from files, folders and the hub, through the `datasets` library."""
 
-import csv
-import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +18,7 @@ from lora_lab.data.content import (
     hub_commit,
     split_of,
 )
+from lora_lab.data.file_lines import broken_line, lines_of_rows
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class Table:
         """The place of a row, for messages: `train=train.jsonl, line 3`."""
         before = 0
         for file in self.files:
-            lines = list(_lines_of_rows(file))
+            lines = list(lines_of_rows(file))
             if row < before + len(lines):
                 name = f" {file.name}," if len(self.files) > 1 else ""
                 return f"{self.key}={self.path},{name} {lines[row - before]}"
@@ -253,52 +252,11 @@ def _read_files(key: str, path: str, files: list[Path]) -> Table:
     except Exception as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{key}={path}: holds no rows") from None
-        broken = next(filter(None, map(_broken_line, files)), None)
+        broken = next(filter(None, map(broken_line, files)), None)
         raise ValueError(f"{key}={path}{broken or f': {_one_line(error)}'}") from None
     finally:
         datasets.enable_progress_bars()
     return Table(key, path, rows, tuple(files))
-
-
-def _broken_line(file: Path) -> str | None:
-    """What is wrong with the first line that is no UTF-8 or, in JSONL, no JSON object."""
-    if FORMATS[file.suffix] == "parquet":
-        return None
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        where = f", {file.name} line {number}: "
-        try:
-            text = line.decode()
-            if file.suffix == ".jsonl" and text.strip():
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    return f"{where}a row is a JSON object, this is a {type(row).__name__}"
-        except UnicodeDecodeError as error:
-            return f"{where}no UTF-8 text (byte {line[error.start]:#x})"
-        except json.JSONDecodeError as error:
-            return f"{where}broken JSON: {error.msg}, column {error.colno}"
-    return None
-
-
-def _lines_of_rows(file: Path) -> Iterator[str]:
-    """The place of each row in a file: `line 3`, or `row 3` where rows are not lines."""
-    kind = FORMATS[file.suffix]
-    if kind == "parquet":
-        from pyarrow import parquet
-
-        yield from (f"row {i + 1}" for i in range(parquet.read_metadata(file).num_rows))
-    elif kind == "csv":
-        with file.open(newline="") as stream:
-            reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
-            line = 1
-            for i, fields in enumerate(reader):
-                if i and fields:  # the first names the columns, blank lines are no rows
-                    yield f"line {line}"
-                line = reader.line_num + 1
-    elif kind == "text":
-        yield "the file"
-    elif file.suffix == ".jsonl":
-        lines = enumerate(file.read_text().split("\n"), 1)
-        yield from (f"line {number}" for number, line in lines if line.strip())
 
 
 def _one_line(error: BaseException) -> str:
