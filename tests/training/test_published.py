@@ -6,6 +6,7 @@ Run: make test ARGS='tests/training/test_published.py -m slow'
 """
 
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -120,8 +121,7 @@ def test_shift_twice_is_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_digits_accuracy_rises_with_the_rank(monkeypatch: pytest.MonkeyPatch):
-    """With a rate that falls to zero: at a constant one the last epoch's accuracy jitters."""
-    digits = ("experiment=digits", "tracking=off", "seed=0,1,2", "optimizer.schedule=linear", "-m")
+    digits = ("experiment=digits", "tracking=off", "seed=0,1,2", "-m")
     train(monkeypatch, *digits, "adapter.r=1,4,9")
     train(monkeypatch, *digits, "adapter=full")
     accuracies: dict[object, list[float]] = {}
@@ -129,7 +129,7 @@ def test_digits_accuracy_rises_with_the_rank(monkeypatch: pytest.MonkeyPatch):
         r = run.config["adapter"].get("r", "full")
         accuracies.setdefault(r, []).append(run.last("val/accuracy") or 0)
         assert run.curve("val/accuracy")[0] < 0.5  # the base knows five digits of ten
-    # From r = 4 on seeds differ more than ranks do.
-    assert max(accuracies[1]) < min(accuracies[4] + accuracies[9]) - 0.03
-    assert max(accuracies[4] + accuracies[9]) < min(accuracies["full"])
+    assert max(accuracies[1]) < min(accuracies[4]) - 0.01
+    assert max(accuracies[4]) < min(accuracies[9])
+    assert mean(accuracies[9]) == pytest.approx(mean(accuracies["full"]), abs=0.01)
     assert min(accuracies["full"]) > 0.95
