@@ -20,6 +20,8 @@ def print_error(kind: str, message: str, suffix: str = "", to: Console = error_c
 
 def show_log(to: Console = console) -> None:
     """Prints what the package logs, besides the log.txt of the run."""
+    # On a full disk a line that a log file lacks would each be a traceback here, W&B's own too.
+    logging.raiseExceptions = False
     handler = RichHandler(console=to, show_path=False, show_level=False, show_time=False)
     logging.getLogger("lora_lab").handlers = [handler]
     logging.getLogger("lora_lab").setLevel(logging.INFO)

@@ -37,6 +37,9 @@ DEVICE_KEYS = ("accelerator", "devices", "num_nodes", "strategy")
 CHECKPOINTS = "checkpoints"
 """The folder of a run directory with the checkpoints that an interrupted run continues from."""
 
+SERVER_FAILED = "wandb-server-failed"
+"""The file in a multirun's folder that says that W&B's server has failed one of its runs."""
+
 PREVIOUS = "previous"
 """The folder that keeps the files of a finished run while the run is being repeated."""
 
@@ -240,11 +243,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     The content goes to a temporary file, is flushed to disk, and is then renamed over `path`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # it is left where the disk is full
 
 
 def find_run(path: Path) -> Run:

@@ -31,7 +31,7 @@ from lora_lab.config.command_line import MULTIRUN, check_single
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, show_log, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, interruption_code
-from lora_lab.runs import Run, RunBusyError, RunFailedError, RunFinishedError
+from lora_lab.runs import SERVER_FAILED, Run, RunBusyError, RunFailedError, RunFinishedError
 from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ def main(jobs: "list[Job] | None" = None) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         print_error("config error", compose.hydra_error_message(error))
         sys.exit(CONFIG_ERROR)
+    except OSError as error:  # of the multirun's own files: a full disk
+        print_error("failed", f"{type(error).__name__}: {error}")
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on")
         sys.exit(CTRL_C)
@@ -115,6 +118,7 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
     with frozen_imports():
         from lora_lab import report
         from lora_lab.training import devices, plan, published
+    _share_failure_of_wandb()
     silence_lightning()
     run_plan = published.with_published(plan.plan(cfg), _experiment())
     if devices.is_worker():
@@ -173,6 +177,7 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
     from lora_lab.packing.runs import run_pack
     from lora_lab.training import plan, published, run_record
 
+    _share_failure_of_wandb()
     silence_lightning()
     plans = [plan.plan(compose.compose_config(o)) if isinstance(o, list) else o for o in pack]
     plans = [published.with_published(run_plan, _experiment()) for run_plan in plans]
@@ -205,6 +210,14 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
 def _experiment() -> str:
     """The name of the experiment that the command chooses."""
     return HydraConfig.get().runtime.choices["experiment"]
+
+
+def _share_failure_of_wandb() -> None:
+    """Has all processes of a multirun know of a server of W&B's that failed one of them."""
+    from lora_lab.tracking.wandb_run import Server
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        Server.failure_file = Path(HydraConfig.get().sweep.dir) / SERVER_FAILED
 
 
 def _end_on_hangup() -> None:
@@ -276,6 +289,9 @@ def _finish_multirun(jobs: "list[Job]") -> None:
 
     rows = [(job.overrides, job.path, job.state, job.cause) for job in jobs]
     console.print(report.job_table(rows))
+    if lacking := sum(job.rows_lost for job in jobs):
+        hint = "each log.txt says what; metrics.jsonl has all"
+        print_error("W&B", f"lacks rows of {lacking} of the {len(jobs)} runs: {hint}", to=console)
     if folder := multirun.close():
         console.print("output of jobs that were lost:", folder, soft_wrap=True, highlight=False)
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from lora_lab import train
 from lora_lab.cli import main as cli
 from lora_lab.runs import Run, find_runs
-from lora_lab.tracking.tracking import Tracking
+from lora_lab.tracking.wandb_run import Server
 
 # Its first draw reads the constants of all modules that are imported by then, timm's among them.
 settings.register_profile("tests", suppress_health_check=[HealthCheck.too_slow])
@@ -91,7 +91,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
-    monkeypatch.setattr(Tracking, "server_failed", False)
+    for name, value in (("waited", 0.0), ("answers", True), ("failure_file", None)):
+        monkeypatch.setattr(Server, name, value)
     monkeypatch.setattr(sys, "argv", ["lora-lab"])
     yield
     logging.getLogger("lora_lab").setLevel(logging.NOTSET)

@@ -47,7 +47,7 @@ def test_a_new_try_clears_what_the_last_one_left(tmp_path: Path):
         raise OSError("full")
     with record_run(Run(tmp_path), {}):
         assert {p.name for p in tmp_path.iterdir()} == {
-            *("config.yaml", "env.json", "status.json", "log.txt", "lock"),
+            *("config.yaml", "env.json", "status.json", "log.txt", "lock", ".reserve"),
         }
     assert "error" not in run.status
 

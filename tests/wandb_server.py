@@ -2,7 +2,8 @@
 
 It answers what client 0.31 asks during runs, artifacts, `wandb sync`, `wandb sweep` and `wandb
 agent`, and keeps what it was sent: a test sees what W&B would have got, and mocks nothing. What
-the client asks but can do without is answered with nothing; reading back is not served.
+the client asks but can do without is answered with nothing. Of reading back, a run's state and its
+count of rows are served.
 """
 
 import gzip
@@ -45,6 +46,9 @@ class WandbServer(ThreadingHTTPServer):
     `runs` (by id) and `sweeps` (YAML text, by id) fill as clients talk. An agent gets the points
     of `agent_runs`, each {parameter: value}, one after another, and then the command to exit.
     `views` are the workspaces (type project-view) and reports (runs) that were saved.
+    `fault` is how the server fails while it is set: "hang" (no request is answered), "dead" (each
+    connection is cut), an HTTP status (the answer to rows and files), or the name of a GraphQL
+    operation that it does not know.
     A request that could not be answered fails the `with` block: the client may only log it.
     """
 
@@ -56,6 +60,8 @@ class WandbServer(ThreadingHTTPServer):
         self.sweeps: dict[str, str] = {}
         self.agent_runs: list[dict[str, Any]] = []
         self.views: list[dict[str, Any]] = []
+        self.fault: str | int | None = None
+        self._closing = threading.Event()  # ends the requests that hang
         self._artifacts: list[dict[str, Any]] = []  # an artifact's id is its index
         self._uploads: list[tuple[dict[str, bytes], str]] = []  # upload i sets files[name]
         self._points = itertools.count()  # numbers the agents' runs
@@ -67,6 +73,7 @@ class WandbServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._closing.set()
         self.shutdown()
         self.server_close()
         assert error or not self._errors, "\n".join(self._errors)
@@ -78,12 +85,21 @@ class WandbServer(ThreadingHTTPServer):
 
     def answer(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         """The HTTP status and the JSON that a request is answered with."""
+        fault = self.fault
+        if fault == "hang":
+            self._closing.wait()
+        if fault in ("hang", "dead"):
+            raise ConnectionAbortedError
+        if isinstance(fault, int) and path != "/graphql":
+            return fault, {}
         with self._lock:
             try:
                 if path == "/graphql":
                     request = json.loads(body)
                     # The Python side of the client leaves `operationName` empty.
                     operation = re.findall(r"(?:query|mutation)\s+(\w+)", request["query"])[0]
+                    if operation == fault:
+                        return 200, {"data": {}}
                     return 200, {"data": self._graphql(operation, request.get("variables"))}
                 if upload := re.fullmatch(r"/upload/(\d+)", path):
                     files, name = self._uploads[int(upload[1])]
@@ -113,6 +129,12 @@ class WandbServer(ThreadingHTTPServer):
                 return {"viewer": viewer | {"flags": "{}", "teams": {"edges": []}}}
             case "UpsertBucket":
                 return {"upsertBucket": self._upsert_run(**sent)}
+            case "Run":
+                run = self.runs[sent["name"]]
+                state = "finished" if run.complete else "running"
+                read = {"state": state, "historyLineCount": len(run.history)}
+                read |= dict.fromkeys(("config", "summaryMetrics", "systemMetrics"), "{}")
+                return {"project": {"run": read}}
             case "CreateRunFiles":
                 run = self.runs[sent["run"]]
                 files = [{"name": name} | self._upload(run.files, name) for name in sent["files"]]

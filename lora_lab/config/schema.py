@@ -134,12 +134,16 @@ class Spectra(Node):
 
 
 class Tracking(Node):
-    """Whether the run is logged to W&B (offline, online or off), and to which project."""
+    """Whether the run is logged to W&B (offline, online or off), and to which project.
+
+    `finish_timeout`: seconds that W&B's server is waited for at the end, once in a sweep.
+    """
 
     mode: Literal["offline", "online", "off"]
     project: str = Field(pattern=r"^[^/\\#?%:]{1,128}$")  # W&B's rule
     entity: str | None
     tags: list[str]
+    finish_timeout: float = Field(default=120, gt=0)
 
 
 class Sweep(Node):

@@ -74,8 +74,7 @@ class PackRuns:
         """
         try:
             with ExitStack() as exits:
-                run = exits.enter_context(experiment.open_run(plan))
-                self.open_runs[i] = exits.enter_context(Tracking(plan.cfg, run, plan.path))
+                self.open_runs[i] = exits.enter_context(experiment.open_run(plan))
                 self._exits[i] = exits.pop_all()
         except Exception as error:
             self.errors[i] = error

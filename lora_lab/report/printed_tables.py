@@ -97,7 +97,7 @@ def job_table(jobs: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
             cause = stop_cause(run.status)
         if run and state == "failed":
             cause += f" (traceback: {run.path / 'log.txt'})"
-        shown_cause = cause if state in ("failed", "interrupted", "config error") else ""
+        shown_cause = "" if state in ("finished", "running") else cause
         shown_state = state if state != "none" else "not begun"
         table.add_row(shown_state, point, format_number(loss), seconds, shown_cause)
     return table

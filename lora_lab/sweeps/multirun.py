@@ -19,7 +19,7 @@ from lora_lab.config import compose
 from lora_lab.config.schema import Config, ConfigError
 from lora_lab.config.stored_config import checked_config
 from lora_lab.run_files import DamagedRunError
-from lora_lab.runs import PLANNED_FILE, Run, planned_runs, write_atomic
+from lora_lab.runs import PLANNED_FILE, SERVER_FAILED, Run, planned_runs, write_atomic
 from lora_lab.training.plan import Plan, plan
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,15 @@ class Job:
         """Why it failed, in one line; empty where it did not."""
         if self._run is None:
             return self.error or ""
-        return str(self._run.status.get("error", "")).partition("\n")[0]
+        error = self._run.status.get("error")
+        if error is None and _current is not None:  # where the disk was too full to write it
+            error = _current.errors.get(self._run.path, "")
+        return str(error or "").partition("\n")[0]
+
+    @property
+    def rows_lost(self) -> bool:
+        """Whether W&B lacks something of the run."""
+        return self._run is not None and "wandb_error" in self._run.status
 
     @property
     def _run(self) -> Run | None:
@@ -67,6 +75,8 @@ class Multirun:
     """Seconds since the epoch. A run that started earlier is an earlier command's."""
     directory: Path | None = None
     """Hydra's folder for the multirun, with multirun.yaml and the output of lost jobs."""
+    errors: dict[Path, str] = field(default_factory=dict)
+    """Run directory → what the job's process says it failed with."""
     lost: set[Path] = field(default_factory=set)
     """Directories of runs whose process was killed, so that status.json does not say the end."""
 
@@ -119,6 +129,12 @@ def set_jobs(jobs: list[Job], total: int = 0) -> None:
     _current.jobs, _current.total = jobs, max(total, len({job.path for job in jobs if job.path}))
 
 
+def note_error(overrides: Sequence[str], error: object) -> None:
+    """Keeps what the job with these overrides failed with, for the table at the end."""
+    if _current is not None and (path := find_job(overrides).path):
+        _current.errors[path] = str(error)
+
+
 def record_planned(jobs: list[Job]) -> None:
     """Adds the jobs to planned.json beside their runs, so that a report knows which are missing."""
     overrides_by_folder: dict[Path, dict[str, list[str]]] = {}
@@ -129,6 +145,8 @@ def record_planned(jobs: list[Job]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # The lock: another multirun may add to the same file, and neither must lose a line.
         with FileLock(folder / f".{PLANNED_FILE}.lock"):
+            for part in folder.glob(f".{PLANNED_FILE}.*.part"):  # of a multirun that was killed
+                part.unlink()
             try:
                 planned = planned_runs(folder)
             except DamagedRunError as error:
@@ -139,9 +157,17 @@ def record_planned(jobs: list[Job]) -> None:
 
 
 def set_directory(directory: Path) -> None:
-    """Names the folder of the multirun itself, which `close` tidies."""
-    if _current is not None:
-        _current.directory = directory
+    """Names the folder of the multirun itself, which `close` tidies.
+
+    Empty folders that killed multiruns left beside it go. One of another multirun that runs may be
+    among them: its jobs make theirs anew.
+    """
+    if _current is None or _current.directory == directory:
+        return
+    _current.directory = directory
+    for other in directory.parent.glob("*/"):
+        if other != directory:
+            _remove_empty(other)
 
 
 def close() -> Path | None:
@@ -154,12 +180,20 @@ def close() -> Path | None:
     _current = None
     if directory is None:
         return None
+    (directory / SERVER_FAILED).unlink(missing_ok=True)
+    _remove_empty(directory)
+    with suppress(OSError):
+        directory.parent.rmdir()
+    return directory if directory.exists() else None
+
+
+def _remove_empty(directory: Path) -> None:
+    """Removes a multirun's folder if there is nothing in it but multirun.yaml and empty folders."""
     (directory / "multirun.yaml").unlink(missing_ok=True)
     # Innermost first. rmdir fails on a folder that is not empty, which is then left.
-    for folder in (*directory.glob("*/"), directory, directory.parent):
+    for folder in (*directory.glob("*/"), directory):
         with suppress(OSError):
             folder.rmdir()
-    return directory if directory.exists() else None
 
 
 def mark_lost(path: Path, cause: str) -> None:

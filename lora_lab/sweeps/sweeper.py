@@ -42,8 +42,9 @@ class JobList:
 
     def ask(self, at_once: int) -> list[list[str]]:
         """All jobs at the first call, none at the second."""
-        multirun.record_planned(self.jobs)
         batch, self._remaining = self._remaining, []
+        if batch:
+            multirun.record_planned(self.jobs)
         return batch
 
     def tell(self) -> None:
@@ -71,6 +72,9 @@ class PointSweeper(Sweeper):
         returns = []
         while batch := self.search.ask(getattr(self.launcher, "jobs_at_once", 1)):
             returns += self.launcher.launch(batch, initial_job_idx=len(returns))
+            for overrides, job in zip(batch, returns[-len(batch) :], strict=True):
+                if job.status == JobStatus.FAILED:
+                    multirun.note_error(overrides, job._return_value)
             self.search.tell()
         # Not the property return_value, which logs an error once more before it raises it.
         for job in returns:

@@ -1,6 +1,7 @@
 """One run from start to end: base, adapter, training, and what follows the last step."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,8 @@ def run(plan: Plan, console: Console) -> Run:
     Ctrl-C and SIGTERM leave it `interrupted`.
     """
     cfg = plan.cfg
-    with (
-        nullcontext(Run(plan.path)) if process_rank() else open_run(plan) as run,
-        Tracking(cfg, run, plan.path) as tracking,
-    ):
+    with open_run(plan) as tracking:
+        run = tracking.run
         model, _ = obtain_model(plan, tracking, console)
         data = plan.data("adapt")
         # From here on only dropout draws from torch's global random stream: adapters and data have
@@ -57,13 +56,29 @@ def run(plan: Plan, console: Console) -> Run:
     return run
 
 
-def open_run(plan: Plan) -> AbstractContextManager[Run]:
-    """A context in which the run directory is locked and its status is `running`: `record_run`."""
+@contextmanager
+def open_run(plan: Plan) -> Iterator[Tracking]:
+    """A context in which the run directory is locked, its status is `running`, and it is tracked.
+
+    W&B may raise or take minutes, so its part comes last, when all that is the run's own is on disk
+    and status.json says how the run ended.
+    """
+    last = ExitStack()
+    with (
+        nullcontext(Run(plan.path)) if process_rank() else _record(plan, last) as run,
+        Tracking(plan.cfg, run, plan.path) as tracking,
+    ):
+        last.push(tracking.finish_wandb)
+        yield tracking
+
+
+def _record(plan: Plan, last: ExitStack) -> AbstractContextManager[Run]:
+    """`record_run` for a plan."""
     cfg = plan.cfg
     # The thread count is recorded because it changes the order of floating-point sums.
     about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
     run = checked_config(Run(plan.path))
-    return record_run(run, cfg.to_dict(), overwrite=cfg.overwrite, **about)
+    return record_run(run, cfg.to_dict(), overwrite=cfg.overwrite, last=last, **about)
 
 
 def obtain_model(

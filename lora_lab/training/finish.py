@@ -96,7 +96,7 @@ def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
         costs["bytes/optimizer"] = cost.optimizer_bytes
         costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
     saved = save_weights(model, trial.run.path)
-    trial.tracking.log_artifact(saved, saved.name)
+    trial.tracking.store_artifact(saved, saved.name)
     trial.tracking.log(costs, int(trial.module.step_and_epoch()["step"]))
 
 

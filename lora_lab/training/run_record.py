@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from importlib.metadata import distributions
 from pathlib import Path
@@ -34,6 +34,14 @@ log = logging.getLogger(__name__)
 PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
 """Packages whose versions env.json names."""
 
+RESERVE = ".reserve"
+"""A file that holds room on the disk while a run runs: given back to write how the run ended."""
+
+RESERVED_BYTES = 65536
+"""Room for status.json and for log.txt with a traceback."""
+
+NOTHING_LAST = nullcontext()
+
 _logged_run: ContextVar[Path | None] = ContextVar("_logged_run", default=None)
 
 
@@ -57,7 +65,12 @@ class RunDirectoryError(RuntimeError):
 
 @contextmanager
 def record_run(
-    run: Run, config: dict[str, Any], *, overwrite: bool = False, **about: Any
+    run: Run,
+    config: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    last: AbstractContextManager[Any] = NOTHING_LAST,
+    **about: Any,
 ) -> Iterator[Run]:
     """A context in which a run trains; it keeps status.json, log.txt and the directory's lock.
 
@@ -65,9 +78,10 @@ def record_run(
     `failed` (another exception, which is raised further). A run that goes on (`can_continue`) keeps
     its checkpoints and its log, and its tries and seconds are added up; all other files of an
     earlier try are removed. A finished run that is repeated, and a damaged one, is kept in
-    previous/ until the new one is finished. `about` are further fields of status.json. Raises
-    RunBusyError where another process holds the lock, RunFinishedError where the run is finished
-    and `overwrite` is not set.
+    previous/ until the new one is finished. `last` is left once status.json says how the run ended,
+    before the lock is freed. `about` are further fields of status.json. Raises RunBusyError where
+    another process holds the lock, RunFinishedError where the run is finished and `overwrite` is
+    not set.
     """
     path = run.path
     path.mkdir(parents=True, exist_ok=True)
@@ -81,10 +95,12 @@ def record_run(
         if continues:
             status |= {"tries": before.get("tries", 1) + 1, "spent": _seconds_spent(path, before)}
             status |= {"wandb": before["wandb"]} if "wandb" in before else {}
+        # First, so that a full disk leaves the directory as it was. Zeros may be stored as a hole.
+        write_atomic(path / RESERVE, os.urandom(RESERVED_BYTES))
         _clear(path, status, before["state"] in ("finished", "damaged"), continues)
-        write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        write_atomic(path / "env.json", json.dumps(environment(), indent=2) + "\n")
-        with _log_file(path), _outcome(run, status):
+        with _log_file(path), last, _outcome(run, status):
+            write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            write_atomic(path / "env.json", json.dumps(environment(), indent=2) + "\n")
             if before["state"] == "damaged" and not overwrite:
                 log.warning("the run is damaged (%s): training it again", before["error"])
             yield run
@@ -132,7 +148,8 @@ def _clear(path: Path, status: dict[str, Any], is_kept: bool, continues: bool) -
     status before status.json is replaced, and status.json says `running` before any other file
     goes, so that a crash in between leaves no directory that claims to be finished and is not.
     """
-    stays = {"lock", "status.json", PREVIOUS, *((CHECKPOINTS, "log.txt") if continues else ())}
+    stays = {"lock", "status.json", RESERVE, PREVIOUS}
+    stays |= {CHECKPOINTS, "log.txt"} if continues else set()
     if is_kept:
         shutil.rmtree(path / PREVIOUS, ignore_errors=True)
         (path / PREVIOUS).mkdir()
@@ -159,7 +176,8 @@ def _log_file(path: Path) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 @contextmanager
@@ -184,19 +202,22 @@ def _outcome(run: Run, status: dict[str, Any]) -> Iterator[None]:
             if _is_removed(run, lock_file):
                 raise RunDirectoryError(f"{_removed(run.path)} ({error})") from error
             raise
+        (run.path / RESERVE).unlink(missing_ok=True)
         files = file_records(run.path)
         if _is_removed(run, lock_file) or "config.yaml" not in files:
             raise RunDirectoryError(_removed(run.path))
         record("finished", files=files)
     except BaseException as error:
+        (run.path / RESERVE).unlink(missing_ok=True)
         if _is_removed(run, lock_file) and _stored_fields(run).get("started", begun) != begun:
             raise  # the status is that of another process
         # Lightning turns Ctrl-C and SIGTERM into SystemExit.
         state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         trace = traceback.format_exc()
-        record(state, error=f"{type(error).__name__}: {error}", traceback=trace)
-        with (run.path / "log.txt").open("a") as file:
-            file.write(trace)
+        with suppress(OSError):  # what ended the run is raised, not that it cannot be written
+            record(state, error=f"{type(error).__name__}: {error}", traceback=trace)
+            with (run.path / "log.txt").open("a") as file:
+                file.write(trace)
         raise
     for folder in (CHECKPOINTS, PREVIOUS):
         shutil.rmtree(run.path / folder, ignore_errors=True)

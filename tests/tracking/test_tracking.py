@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from lora_lab.runs import Run, find_runs
-from lora_lab.tracking import tracking
-from lora_lab.tracking.tracking import read_records
+from lora_lab.tracking import wandb_run
+from lora_lab.tracking.metrics_file import JsonlLogger
+from lora_lab.tracking.wandb_run import read_records
 from tests.conftest import Lab, only_run
 from tests.wandb_server import ServedRun, WandbServer
 
@@ -125,15 +126,15 @@ def test_rows_that_wandb_lost_are_reported_as_an_error(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Only the beginning of the file is read, as after a full disk."""
-    read_records = tracking.read_records
+    read_records = wandb_run.read_records
 
     def read_beginning(path: Path):
         part = path.with_suffix(".cut")
         part.write_bytes(path.read_bytes()[:6000])
         return read_records(part)
 
-    monkeypatch.setattr(tracking, "read_records", read_beginning)
-    monkeypatch.setattr(tracking, "LAST_ROW_TIMEOUT", 0.5)
+    monkeypatch.setattr(wandb_run, "read_records", read_beginning)
+    monkeypatch.setattr(wandb_run, "LAST_ROW_TIMEOUT", 0.5)
     assert lab("shift", tracking="offline") == 0
     assert "W&B HOLDS" in capsys.readouterr().out
     run = only_run()
@@ -195,13 +196,13 @@ def test_offline_then_synced_the_server_gets_everything(lab: Lab, monkeypatch: p
 def use_server(monkeypatch: pytest.MonkeyPatch, server: WandbServer) -> None:
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
-    tracking.wandb.teardown()  # settings are read once a process
+    wandb_run.wandb.teardown()  # settings are read once a process
 
 
 def test_no_login_falls_back_to_offline_and_says_so_once(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ):
-    tracking.wandb.teardown()
+    wandb_run.wandb.teardown()
     assert lab("shift", "seed=0,1", "-m", tracking="online") == 0
     assert capsys.readouterr().out.count("W&B cannot be used online") == 1
     for run in find_runs(Path("runs")):
@@ -213,8 +214,8 @@ def test_no_server_falls_back_to_offline(
 ):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
-    tracking.wandb.teardown()
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 2)
+    wandb_run.wandb.teardown()
     started = time.time()
     assert lab("shift", tracking="online") == 0
     assert time.time() - started < 30
@@ -232,12 +233,12 @@ def test_rows_that_come_late_are_waited_for(tmp_path: Path, lab: Lab):
     writer = threading.Timer(0.3, lambda: late.write_bytes(content))
     writer.start()
     wanted = sum(record.HasField("history") for record in read_records(path))
-    assert tracking._count_rows(late, wanted) == wanted
+    assert wandb_run.count_rows(late, wanted) == wanted
     assert "wandb_rows_lost" not in only_run().status
 
 
 def test_a_row_is_on_disk_once_it_is_logged(tmp_path: Path):
-    logger = tracking.JsonlLogger(tmp_path / "metrics.jsonl")
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
     logger.log_metrics({"a": 1.0}, 3)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "a": 1.0}\n'
     logger.file.close()

@@ -175,6 +175,7 @@ def _run_in_process(gpus: list[str], threads: tuple[int, int], log: Path, call: 
     # sends it on to its jobs. Otherwise they would get it twice.
     os.setpgrp()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the fork server blocks
+    log.parent.mkdir(parents=True, exist_ok=True)  # empty, it may have been tidied away
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
