@@ -31,7 +31,7 @@ from lora_lab.config.command_line import MULTIRUN, check_single
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, show_log, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, interruption_code
-from lora_lab.runs import SERVER_FAILED, Run, RunBusyError, RunFailedError, RunFinishedError
+from lora_lab.runs import Run, RunBusyError, RunFailedError, RunFinishedError
 from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ def run_job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> Non
     hydra_config = HydraConfig.get()
     is_single = hydra_config.mode == RunMode.RUN
     show_log()
+    if not is_single:
+        from lora_lab.sweeps import multirun
+
+        multirun.set_directory(Path(hydra_config.sweep.dir))
     try:
         if pack:
             _run_pack(pack)
@@ -106,7 +110,6 @@ def run_job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> Non
         if not is_single:
             from lora_lab.sweeps import multirun
 
-            multirun.set_directory(Path(hydra_config.sweep.dir))
             if line := multirun.progress_line():
                 console.print(f"[bold]multirun:[/] {line}", highlight=False)
 
@@ -118,7 +121,6 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
     with frozen_imports():
         from lora_lab import report
         from lora_lab.training import devices, plan, published
-    _share_failure_of_wandb()
     silence_lightning()
     run_plan = published.with_published(plan.plan(cfg), _experiment())
     if devices.is_worker():
@@ -177,7 +179,6 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
     from lora_lab.packing.runs import run_pack
     from lora_lab.training import plan, published, run_record
 
-    _share_failure_of_wandb()
     silence_lightning()
     plans = [plan.plan(compose.compose_config(o)) if isinstance(o, list) else o for o in pack]
     plans = [published.with_published(run_plan, _experiment()) for run_plan in plans]
@@ -210,14 +211,6 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
 def _experiment() -> str:
     """The name of the experiment that the command chooses."""
     return HydraConfig.get().runtime.choices["experiment"]
-
-
-def _share_failure_of_wandb() -> None:
-    """Has all processes of a multirun know of a server of W&B's that failed one of them."""
-    from lora_lab.tracking.wandb_run import Server
-
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        Server.failure_file = Path(HydraConfig.get().sweep.dir) / SERVER_FAILED
 
 
 def _end_on_hangup() -> None:

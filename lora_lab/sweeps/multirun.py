@@ -20,6 +20,7 @@ from lora_lab.config.schema import Config, ConfigError
 from lora_lab.config.stored_config import checked_config
 from lora_lab.run_files import DamagedRunError
 from lora_lab.runs import PLANNED_FILE, SERVER_FAILED, Run, planned_runs, write_atomic
+from lora_lab.tracking.wandb_run import Server
 from lora_lab.training.plan import Plan, plan
 
 log = logging.getLogger(__name__)
@@ -159,9 +160,11 @@ def record_planned(jobs: list[Job]) -> None:
 def set_directory(directory: Path) -> None:
     """Names the folder of the multirun itself, which `close` tidies.
 
+    There the multirun's processes tell each other of a server of W&B's that failed one of them.
     Empty folders that killed multiruns left beside it go. One of another multirun that runs may be
     among them: its jobs make theirs anew.
     """
+    Server.failure_file = directory / SERVER_FAILED
     if _current is None or _current.directory == directory:
         return
     _current.directory = directory
