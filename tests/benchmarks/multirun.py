@@ -24,7 +24,7 @@ from tests.conftest import SMALL
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "composing": [(compose, "compose_config")],
     "checking": [(plan, "plan")],
-    "W&B's start and end": [(Tracking, "__init__"), (Tracking, "__exit__")],
+    "W&B's start and end": [(Tracking, "__init__"), (Tracking, "finish_wandb")],
     "base": [(bases, "obtain")],
     "training": [(experiment, "fit")],
     "report": [(report, "write_run")],

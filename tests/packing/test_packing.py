@@ -373,7 +373,7 @@ def test_a_run_whose_loggers_cannot_begin_fails_by_itself(monkeypatch: pytest.Mo
                 raise OSError("no space left")
             super().__init__(cfg, run, directory)
 
-    monkeypatch.setattr("lora_lab.packing.runs.Tracking", FailsForTheFirst)
+    monkeypatch.setattr("lora_lab.training.experiment.Tracking", FailsForTheFirst)
     errors = run_pack(run_plans, Console(quiet=True))
     assert [str(error) for error in errors[:1]] == ["no space left"]
     assert errors[1:] == [None] * (len(run_plans) - 1)
