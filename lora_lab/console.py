@@ -3,19 +3,31 @@
 import logging
 import sys
 import warnings
+from io import TextIOWrapper
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
+from rich.text import Text
 
-# In a pipe or a file, paths are not broken to fit 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 200)
-error_console = Console(stderr=True)
+# A terminal that is ASCII or latin-1 shows ? for what it lacks, and no run fails for it.
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="replace")
+
+# No markup: a name such as `out [v1]` is printed as it is. In a pipe or a file paths are not broken
+# to fit 80 columns.
+console = Console(width=None if sys.stdout.isatty() else 200, markup=False)
+error_console = Console(stderr=True, markup=False)
 
 
 def print_error(kind: str, message: str, suffix: str = "", to: Console = error_console) -> None:
     """Prints `kind: message suffix`, the kind in red."""
-    to.print(f"[red]{kind}:[/] {escape(message)}{suffix}", soft_wrap=True)
+    to.print(Text.assemble((f"{kind}:", "red"), f" {message}{suffix}"), soft_wrap=True)
+
+
+def print_labelled(label: str, message: str, to: Console = console) -> None:
+    """Prints `label: message`, the label in bold."""
+    to.print(Text.assemble((f"{label}:", "bold"), f" {message}"), highlight=False)
 
 
 def show_log(to: Console = console) -> None:

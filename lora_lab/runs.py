@@ -214,8 +214,13 @@ def is_run(folder: Path) -> bool:
 def find_runs(root: Path) -> list[Run]:
     """All runs in `root` and in the folders below it, sorted by path."""
     runs = []
+    seen: set[str] = set()  # of links, which may lead back to a folder above
     # os.walk, unlike Path.rglob, goes on when a folder is removed while it walks.
-    for folder, subfolders, files in os.walk(root):
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         if "status.json" in files or {"config.yaml", "metrics.jsonl"} <= set(files):
             runs.append(Run(Path(folder)))
             subfolders.clear()  # a run directory has no runs in it, but for previous/

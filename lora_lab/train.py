@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_lab.config import compose
 from lora_lab.config.command_line import MULTIRUN, check_single
 from lora_lab.config.schema import ConfigError
-from lora_lab.console import console, print_error, show_log, silence_lightning
+from lora_lab.console import console, print_error, print_labelled, show_log, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, interruption_code
 from lora_lab.runs import Run, RunBusyError, RunFailedError, RunFinishedError
 from lora_lab.sweeps.launchers import fork_server
@@ -111,7 +111,7 @@ def run_job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> Non
             from lora_lab.sweeps import multirun
 
             if line := multirun.progress_line():
-                console.print(f"[bold]multirun:[/] {line}", highlight=False)
+                print_labelled("multirun", line)
 
 
 def _run_one(content: DictConfig, is_single: bool) -> None:
@@ -270,7 +270,7 @@ def announce_multirun(jobs: "list[Job]", total: int = 0) -> None:
     states = Counter(job.state for job in jobs)
     counts = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
     suffix = f" ({counts})" if counts else ""
-    console.print(f"[bold]multirun:[/] {max(total, len(jobs))} runs{suffix}", highlight=False)
+    print_labelled("multirun", f"{max(total, len(jobs))} runs{suffix}")
     for cause, n in Counter(job.error for job in jobs if job.error).items():
         print_error("config error", cause, f" ({n} of the runs)" if n > 1 else "")
 

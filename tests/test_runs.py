@@ -68,3 +68,15 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path):
 def test_a_damaged_status_is_a_state(tmp_path: Path):
     (tmp_path / "status.json").write_text("")
     assert Run(tmp_path).status["state"] == "damaged"
+
+
+def test_runs_behind_links_are_listed_once(tmp_path: Path):
+    (tmp_path / "scratch/digits/one").mkdir(parents=True)
+    Run(tmp_path / "scratch/digits/one").update_status(state="failed")
+    root = tmp_path / "runs"
+    root.mkdir()
+    (root / "digits").symlink_to("../scratch/digits")
+    (root / "again").symlink_to("../scratch/digits")
+    (tmp_path / "scratch/digits/up").symlink_to("..")
+    assert [run.path.name for run in find_runs(root)] == ["one"]
+    assert [run.path.name for run in find_runs(root / "digits")] == ["one"]

@@ -25,6 +25,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters, train
+from lora_lab.console import print_error, print_labelled
 from lora_lab.data.shift import Shift
 from lora_lab.models.linear import Linear
 from lora_lab.runs import Run, find_runs
@@ -643,3 +644,21 @@ def test_a_report_that_was_lost_comes_back(lab: Lab):
     shutil.rmtree(only_run().path / "report")
     assert lab("shift") == 0
     assert (only_run().path / "report" / "table.md").exists()
+
+
+def test_targets_in_another_order_are_the_same_run(lab: Lab):
+    for targets in ("[linear,conv]", "[conv,linear]"):
+        assert lab("digits_targets", f"target={targets}", "spectra.truncation=none") == 0
+    run = only_run()  # the second was finished before
+    earlier = run.path.with_name(run.path.name.replace("conv+linear", "linear+conv"))
+    run.path.rename(earlier)  # as earlier versions named it
+    assert lab("digits_targets", "target=[conv,linear]", "spectra.truncation=none") == 0
+    assert only_run().path == earlier
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]):
+    for name in ("out [v1]", "a[/b]", "x[/]y", "[bold]"):
+        print_labelled("multirun", name)
+        print_error("failed", name)
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == (f"multirun: {name}\n", f"failed: {name}\n")

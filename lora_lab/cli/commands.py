@@ -140,10 +140,9 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
 
 
 def _console() -> "Console":
-    """A console of the terminal's width; 200 columns where the output is a file or a pipe."""
-    from rich.console import Console
+    from lora_lab.console import console
 
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return console
 
 
 def _runs(root: Path) -> "list[Run]":

@@ -142,7 +142,7 @@ class Tracking(Node):
     mode: Literal["offline", "online", "off"]
     project: str = Field(pattern=r"^[^/\\#?%:]{1,128}$")  # W&B's rule
     entity: str | None
-    tags: list[str]
+    tags: list[Annotated[str, Field(min_length=1)]]
     finish_timeout: float = Field(default=120, gt=0)
 
 
@@ -273,7 +273,7 @@ class Config(Node):
             parts += [adapter.scaling.replace("/", "-")] if adapter.scaling != "alpha/r" else []
             parts += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
         also = [glob.strip("*.") for glob in self.also_train if self.freezes_base]
-        targets = "+".join(self.target) if adapter.method != "none" else ""
+        targets = "+".join(sorted(self.target)) if adapter.method != "none" else ""
         data = f"data{self.data.arguments['seed']}" if "seed" in self.data.arguments else ""
         rate = f"lr{self.optimizer.lr:g}" if self.trains else ""
         trained = "+".join(["-".join(filter(None, [*parts, targets])), *also])

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 Rows = list[list[str]]
 """A table: the column titles, then the rows below them."""
@@ -118,8 +118,8 @@ def terminal_table(title: str, rows: Rows) -> Table:
     shown = Table(title=title, box=box.SIMPLE, pad_edge=False, title_justify="left")
     for i, heading in enumerate(rows[0]):
         right = i > 0 and is_numeric(row[i] for row in rows[1:])
-        shown.add_column(escape(heading), justify="right" if right else "left")
+        shown.add_column(Text(heading), justify="right" if right else "left")
     for row in rows[1:]:
-        marked = [f"[bold]{escape(unmarked(c))}[/]" if is_marked(c) else escape(c) for c in row]
+        marked = [Text(unmarked(c), "bold") if is_marked(c) else Text(c) for c in row]
         shown.add_row(*marked)
     return shown

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lora_lab.adapters import INITS
 from lora_lab.config.schema import Config, Lora, content_hash
+from lora_lab.console import print_labelled
 from lora_lab.runs import NOT_IN_IDENTITY, Run
 from lora_lab.sweeps.multirun import Job
 from lora_lab.training.plan import Plan
@@ -136,12 +136,11 @@ def _split(group: list[int], jobs: Sequence[Job], parts: int, max_runs: int) -> 
 
 
 def _print_packs(packs: list[Pack], reasons: Counter[str]) -> None:
-    console = Console(width=200, highlight=False)
     sizes = ", ".join(str(len(pack)) for pack in packs if len(pack) > 1)
     if sizes:
-        console.print(f"[bold]packed:[/] {sum(map(len, packs))} runs, together {sizes}")
+        print_labelled("packed", f"{sum(map(len, packs))} runs, together {sizes}")
     for reason, n in (+reasons).items():  # those that are not 0
-        console.print(f"[bold]alone:[/] {n} of the runs: {reason}")
+        print_labelled("alone", f"{n} of the runs: {reason}")
 
 
 def pack_task(launcher: Any, jobs: Sequence[Job], pack: Pack, elsewhere: bool = False) -> Any:

@@ -127,7 +127,7 @@ class Tracking:
         histograms = {}
         if self.wandb is not None:
             for site, spectrum in spectra.items():
-                counts, edges = np.histogram(spectrum.singular_values.numpy(), bins=32)
+                counts, edges = _histogram(spectrum.singular_values.double().numpy())
                 histograms[f"spectra/{site}/singular_values"] = counts.tolist(), edges.tolist()
         self.log(row, step, histograms)
 
@@ -192,3 +192,13 @@ def copy_to_wandb(cfg: Config, run: Run) -> None:
         if (run.path / kind).is_dir():
             copy.log_artifact(run.path / kind, kind)
     copy.finish(exit_code=0)
+
+
+def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The counts of values ≥ 0 in 32 bins, and the bins' 33 edges.
+
+    Values that are equal but for rounding have bins of 1e-5 of their size together: numpy finds no
+    edges between neighbouring numbers.
+    """
+    low, high = values.min(), values.max()
+    return np.histogram(values, bins=32, range=(low, max(high, low * (1 + 1e-5))))

@@ -210,7 +210,9 @@ def start(cfg: Config, directory: Path, run_id: str | None) -> WandbRun | None:
 
     With the `run_id` of an existing W&B run, that run is written anew from its first row.
     """
-    if "WANDB_RUN_ID" in os.environ:
+    if "WANDB_SWEEP_ID" not in os.environ:
+        os.environ.pop("WANDB_RUN_ID", None)  # left over, it would be the id of all runs
+    elif "WANDB_RUN_ID" in os.environ:
         run_id = None  # a W&B agent chose the id
     if cfg.tracking.mode == "online" and not Server.has_failed():
         began = time.monotonic()

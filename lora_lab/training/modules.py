@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -241,7 +242,11 @@ class BaseModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer, with its learning rate scheduled over all steps of training."""
-        optimizer = self.optimizer.callee(self.optimizer_groups(), **self.optimizer.arguments)
+        arguments = self.optimizer.arguments
+        is_mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        if is_mixed and self.trainer.gradient_clip_val and arguments.get("fused"):
+            arguments["fused"] = False  # Lightning clips no gradients of a fused optimizer then
+        optimizer = self.optimizer.callee(self.optimizer_groups(), **arguments)
         if self.optimizer.schedule == "constant" and not self.optimizer.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

@@ -55,9 +55,15 @@ class Plan:
 
     @property
     def path(self) -> Path:
-        """The run directory, named by main settings, the seed and the config's hash."""
-        name = f"{self.cfg.readable_name()}-seed{self.cfg.seed}-{self.cfg.identity()[:10]}"
-        return Path(self.cfg.runs_dir) / self.cfg.name / name
+        """The run directory, named by main settings, the seed and the config's hash.
+
+        One of an earlier version may have its targets in another order in its name.
+        """
+        folder, end = Path(self.cfg.runs_dir) / self.cfg.name, f"-seed{self.cfg.seed}"
+        end += f"-{self.cfg.identity()[:10]}"
+        path = folder / f"{self.cfg.readable_name()}{end}"
+        has_other_names = len(self.cfg.target) > 1 and not path.exists()
+        return next(folder.glob(f"*{end}"), path) if has_other_names else path
 
     def data(self, phase: Phase) -> Data:
         """The data module of one phase (`base` or `adapt`). It draws its data in `setup`."""

@@ -47,7 +47,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "gradient_clip_val": ("0 or more (0 and null: no clipping)", lambda n: n >= 0),
     "fast_dev_run": ("false: trainer.limit_train_batches=N makes a run short", lambda n: not n),
     "barebones": ("false: a run logs its numbers", lambda n: not n),
-    "overfit_batches": (f"0, or {SHARE_OR_COUNT}", lambda n: n == 0 or _is_share_or_count(n)),
+    "overfit_batches": ("0: data.limit=N trains on N rows, over and over", lambda n: n == 0),
 }
 """Arguments of Lightning's Trainer that a run takes in a narrower range than Lightning's.
 

@@ -12,13 +12,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_lab.runs import Run, find_runs
-from lora_lab.tracking import wandb_run
+from lora_lab.tracking import tracking, wandb_run
 from lora_lab.tracking.metrics_file import JsonlLogger
 from lora_lab.tracking.wandb_run import read_records
-from tests.conftest import Lab, only_run
+from tests.conftest import Lab, only_run, small
 from tests.wandb_server import ServedRun, WandbServer
 
 
@@ -242,3 +243,15 @@ def test_a_row_is_on_disk_once_it_is_logged(tmp_path: Path):
     logger.log_metrics({"a": 1.0}, 3)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "a": 1.0}\n'
     logger.file.close()
+
+
+@pytest.mark.parametrize("values", [[9, 9 * (1 + 1e-15)], [0, 0], [3], [2, 1, 0]])
+def test_histograms_of_any_spectrum(values: list[float]):
+    counts, edges = tracking._histogram(np.array(values, dtype=float))
+    assert (counts.sum(), len(edges)) == (len(values), 33)
+
+
+def test_a_runs_id_left_in_the_environment_is_not_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "left-over")
+    assert small("shift", tracking="offline") == 0
+    assert "left-over" not in str(wandb_directory(only_run()))

@@ -79,3 +79,7 @@ def test_mixed_precision_is_of_the_device_that_is_used(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     plugin: Any = precision_plugin(settings("cuda", "16-mixed"))
     assert (plugin.device, plugin.precision) == ("cuda", "16-mixed")
+
+
+def test_a_fused_optimizer_is_clipped_in_mixed_precision(lab: Lab):
+    assert lab("digits", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.1") == 0

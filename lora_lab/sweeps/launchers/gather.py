@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from lora_lab.config.schema import ConfigError
-from lora_lab.console import console
+from lora_lab.console import print_labelled
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.multirun import Job
@@ -147,7 +147,7 @@ class Pool:
         line = multirun.progress_line() or ""
         counts, _, _ = line.partition(", about")  # the time left changes with each look
         if counts != self.printed:
-            console.print(f"[bold]multirun:[/] {line}", highlight=False)
+            print_labelled("multirun", line)
             self.printed = counts
 
 
