@@ -25,7 +25,10 @@ FILES = (*TEXTS, "spectra.npz")
 """The files of a run that lie in its directory itself; one that no record names is a fault."""
 
 FOLDERS = ("adapter", "adapter_last", "model", "model_last")
-"""The folders of trained weights, whose files all belong to the run."""
+"""The folders of trained weights."""
+
+WEIGHTS = ("adapter.json", "adapter.safetensors", "model.safetensors")
+"""The files in these folders."""
 
 SMALL = 2**20
 """Bytes of the largest file of arrays whose content is always compared."""
@@ -46,7 +49,7 @@ class DamagedRunError(ValueError):
 def file_records(folder: Path) -> dict[str, Record]:
     """A record of each file that the run in `folder` is made of, by its name in that folder."""
     paths = [folder / name for name in FILES]
-    paths += [file for name in FOLDERS for file in sorted((folder / name).glob("*"))]
+    paths += [folder / name / file for name in FOLDERS for file in WEIGHTS]
     files = [path for path in paths if path.is_file()]
     return {file.relative_to(folder).as_posix(): record(file) for file in files}
 

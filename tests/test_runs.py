@@ -43,6 +43,7 @@ def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path):
 def test_a_new_try_clears_what_the_last_one_left(tmp_path: Path):
     with pytest.raises(OSError, match="full"), record_run(Run(tmp_path), {}) as run:
         (run.path / "adapter").mkdir()
+        (run.path / "adapter" / "adapter.json").write_text("{}")
         (run.path / "metrics.jsonl").write_text("{}\n")
         raise OSError("full")
     with record_run(Run(tmp_path), {}):

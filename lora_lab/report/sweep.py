@@ -1,6 +1,8 @@
 """The report of a folder of runs, by experiment: written as files, and printed."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -32,11 +34,14 @@ def write_sweep(runs: Sequence[Run], directory: Path) -> SweepReport:
     """
     results = [read_run(run, in_full=("spectra.npz",)) for run in runs]
     to = directory / "report"
+    earlier = _earlier_figures(to)
     names = list(dict.fromkeys(r.experiment for r in results if r.config))
     experiments = []
     for name in names:
         members = [result for result in results if result.experiment == name]
-        experiments.append(_write_experiment(name, members, to / name if len(names) > 1 else to))
+        # A name from a config.yaml that was not checked may be a path.
+        folder = to / re.sub(r"[^\w.-]|^\.+", "_", name) if len(names) > 1 else to
+        experiments.append(_write_experiment(name, members, folder, earlier))
     unfinished = summary.unfinished_table(results, directory)
     sweep = SweepReport(directory, results, experiments, unfinished)
     to.mkdir(exist_ok=True)
@@ -62,8 +67,21 @@ def _sweep_markdown(sweep: SweepReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _write_experiment(name: str, results: Sequence[RunResult], to: Path) -> ExperimentReport:
-    """Writes one experiment's tables and figures to the folder `to`."""
+def _earlier_figures(to: Path) -> list[Path]:
+    """The PNGs that the report.md of an earlier report in `to` shows."""
+    with suppress(FileNotFoundError):
+        links = re.findall(r"^!\[.*\]\((.+\.png)\)$", (to / "report.md").read_text(), re.MULTILINE)
+        return [to / link for link in links]
+    return []
+
+
+def _write_experiment(
+    name: str, results: Sequence[RunResult], to: Path, earlier: Collection[Path]
+) -> ExperimentReport:
+    """Writes one experiment's tables and figures to the folder `to`.
+
+    Removes the `earlier` figures, of other runs, that are not drawn now.
+    """
     to.mkdir(parents=True, exist_ok=True)
     cells = cells_of(results)
     finished = [result for cell in cells for result in cell.finished]
@@ -78,6 +96,10 @@ def _write_experiment(name: str, results: Sequence[RunResult], to: Path) -> Expe
     _write_table(tables["truncation"], to, "truncation", truncation)
     write_atomic(to / "metrics.csv", csv_of(summary.all_metrics_table(cells)))
     captions = _write_figures(_figures(cells, finished), to)
+    for old in earlier:
+        if old.parent == to and old.stem not in captions:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".pdf").unlink(missing_ok=True)
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
     return ExperimentReport(name, to, cells, tables, _notes(cells, finished), captions)
 
@@ -107,19 +129,12 @@ def _write_table(rows: Rows, to: Path, file: str, in_full: Rows | None = None) -
 
 
 def _write_figures(figures: Figures, to: Path) -> dict[str, str]:
-    """Writes the figures that were drawn, and returns {file name: caption} of them.
-
-    Removes the figures of an earlier report, of other runs, that are not drawn now.
-    """
+    """Writes the figures that were drawn, and returns {file name: caption} of them."""
     captions: dict[str, str] = {}
     for file, (caption, figure) in figures.items():
         if figure is not None:
             save(figure, to / file)
             captions[file] = caption
-    for old in to.glob("*.png"):
-        if old.stem not in captions:
-            old.unlink()
-            old.with_suffix(".pdf").unlink(missing_ok=True)
     return captions
 
 

@@ -10,6 +10,7 @@ What W&B is sent:
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -56,7 +57,7 @@ class Tracking:
             # The W&B run of an interrupted try is replaced: this try logs the same rows again,
             # under the same id, which ends its directory's name (offline-run-DATE-ID).
             if earlier := run.status.get("wandb"):
-                shutil.rmtree(run.path / earlier, ignore_errors=True)
+                _remove_earlier(run, earlier)
             self.wandb = wandb_run.start(cfg, directory, earlier and earlier.rpartition("-")[2])
         if self.wandb is not None:
             self.loggers.append(self.wandb)
@@ -171,6 +172,17 @@ class Tracking:
     def store_artifact(self, directory: Path, kind: str) -> None:
         """Has W&B store a directory's files at the run's end, as an artifact of type `kind`."""
         self.at_end.append(lambda run: run.log_artifact(directory, kind))
+
+
+def _remove_earlier(run: Run, earlier: str) -> None:
+    """Removes the folder of an earlier W&B run, which status.json names, as a path from the run's.
+
+    It lies in wandb/ beside the run directory: any other, as of an edited status.json, stays.
+    """
+    folder = Path(os.path.normpath(run.path.absolute() / earlier))
+    is_of_wandb = re.fullmatch(r"(offline-)?run-[0-9_]+-\w+", folder.name)
+    if is_of_wandb and folder.parent == run.path.absolute().parent / "wandb":
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -18,10 +17,11 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lora_lab.runs import CHECKPOINTS, Run, RunBusyError, RunFinishedError, process_rank
+from lora_lab.runs import Run, RunBusyError, RunFinishedError, process_rank
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan
 from lora_lab.training.run_record import can_continue, lock, status_in_full, wait_until_free
+from lora_lab.training.written_files import remove_checkpoints
 
 PR_SET_PDEATHSIG = 1
 """Linux prctl option: the signal a process gets when its parent ends (linux/prctl.h)."""
@@ -68,7 +68,7 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
             raise RunFinishedError(str(run.path))
         if not can_continue(status) or plan.cfg.overwrite:
             # Removed before the processes start: each of them looks for a checkpoint.
-            shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
+            remove_checkpoints(run.path)
     # What torch would log of a failed process is raised below as one RuntimeError.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))

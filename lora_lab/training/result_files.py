@@ -16,7 +16,7 @@ def save_weights(model: nn.Module, run_directory: Path, suffix: str = "") -> Pat
     if adapters.names(model):
         adapters.save(model, folder := run_directory / f"adapter{suffix}")
         return folder
-    (folder := run_directory / f"model{suffix}").mkdir()
+    (folder := run_directory / f"model{suffix}").mkdir(exist_ok=True)
     # Cloned because safetensors refuses two names for one memory, which tied weights have.
     state = {key: value.clone() for key, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")

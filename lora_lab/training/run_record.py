@@ -28,6 +28,13 @@ from lora_lab.runs import (
     write_atomic,
     write_status,
 )
+from lora_lab.training.written_files import (
+    linked_folder,
+    remove_checkpoints,
+    remove_files,
+    remove_previous,
+    written_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +67,7 @@ def log_only_to(path: Path) -> Iterator[None]:
 
 
 class RunDirectoryError(RuntimeError):
-    """The directory of a run, or a file that it must have, was removed while the run trained."""
+    """A run's directory, or a file in it, was removed meanwhile; or a folder in it is a link."""
 
 
 @contextmanager
@@ -90,6 +97,8 @@ def record_run(
         before = status_in_full(run)
         if before["state"] == "finished" and not overwrite:
             raise RunFinishedError(str(path))
+        if link := linked_folder(path):
+            raise RunDirectoryError(f"{link} is a link, and a run writes into no other folder")
         status = {"state": "running", "started": time.time(), "host": platform.node(), **about}
         continues = can_continue(before) and not overwrite
         if continues:
@@ -142,27 +151,24 @@ def wait_until_free(run: Run) -> Run:
 
 
 def _clear(path: Path, status: dict[str, Any], is_kept: bool, continues: bool) -> None:
-    """Writes the new status.json, and removes the files of the try before.
+    """Writes the new status.json, and removes the files that the try before wrote.
 
     Where `is_kept`, they are moved to previous/. The order matters: previous/ has a copy of the
     status before status.json is replaced, and status.json says `running` before any other file
     goes, so that a crash in between leaves no directory that claims to be finished and is not.
     """
-    stays = {"lock", "status.json", RESERVE, PREVIOUS}
-    stays |= {CHECKPOINTS, "log.txt"} if continues else set()
     if is_kept:
-        shutil.rmtree(path / PREVIOUS, ignore_errors=True)
-        (path / PREVIOUS).mkdir()
+        remove_previous(path)
+        (path / PREVIOUS).mkdir(exist_ok=True)
         with suppress(FileNotFoundError):  # a damaged run may have lost it
             shutil.copy(path / "status.json", path / PREVIOUS)
     write_status(path, status)
-    for old in [old for old in path.iterdir() if old.name not in stays]:
-        if is_kept:
-            old.rename(path / PREVIOUS / old.name)
-        elif old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
+    files = written_files(path, (CHECKPOINTS, "log.txt") if continues else ())
+    for file in files if is_kept else ():
+        previous = path / PREVIOUS / file.relative_to(path)
+        previous.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(previous)
+    remove_files(files, path)
 
 
 @contextmanager
@@ -219,8 +225,8 @@ def _outcome(run: Run, status: dict[str, Any]) -> Iterator[None]:
             with (run.path / "log.txt").open("a") as file:
                 file.write(trace)
         raise
-    for folder in (CHECKPOINTS, PREVIOUS):
-        shutil.rmtree(run.path / folder, ignore_errors=True)
+    remove_checkpoints(run.path)
+    remove_previous(run.path)
 
 
 def _is_removed(run: Run, lock_file: int) -> bool:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -107,7 +106,7 @@ class Checkpoint(Callback):
         ) as error:
             reason = str(error).partition("\n")[0]
             log.warning("cannot go on from %s (%s): beginning again", self.path, reason)
-            shutil.rmtree(self.path.parent, ignore_errors=True)
+            self.path.unlink(missing_ok=True)
             return None
         self.tracking.replay(rows[len(self.tracking.rows) :], histograms)
         return self.path
