@@ -119,7 +119,7 @@ def test_of_wandbs_files_those_of_the_try_before_go(run: Run, wandb: str, is_rem
 def test_a_report_removes_the_figures_of_the_one_before_alone(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    figures = {"swept": ("", Figure()), "rank": ("", Figure())}
+    figures: sweep.Figures = {"swept": ("", Figure()), "rank": ("", Figure())}
     monkeypatch.setattr(sweep, "_figures", lambda *_: figures)  # drawing takes most of the time
     folder = Path("runs/planted_linear")
     report.write_sweep([run], folder)

@@ -23,13 +23,15 @@ from lora_lab.training.modules import BaseModule
 from lora_lab.training.restore import restore
 
 
-def analyze_again(run: Run, console: Console, **change: Any) -> findings.Findings:
+def analyze_again(
+    run: Run, console: Console, trust: bool = False, **change: Any
+) -> findings.Findings:
     """Analyzes a finished run's ΔW again, with its `spectra` settings changed by `change`.
 
     Writes spectra.npz and advice.yaml anew, and adds a row to metrics.jsonl, once all that it reads
     was right. What was measured in training stays. Raises what `restore` raises.
     """
-    restored = restore(run)
+    restored = restore(run, trust)
     if not restored.plan.sites:
         raise ValueError(f"{run.path} has no ΔW: nothing but also_train was trained")
     cfg, data = restored.plan.cfg, restored.plan.data("adapt")

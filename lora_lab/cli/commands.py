@@ -58,7 +58,9 @@ def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_ru
     sweep.run(file, overrides, count, seed, dry_run)
 
 
-def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: Path) -> None:
+def analyze(
+    paths: list[Path], keep: float | None, truncation: str | None, to: Path, trust: bool
+) -> None:
     """Analyzes a finished run again and prints its report; or compares the ΔW of several runs.
 
     A comparison is written to the folder `to`, and its table printed.
@@ -75,14 +77,14 @@ def analyze(paths: list[Path], keep: float | None, truncation: str | None, to: P
         return
     settings = {"keep": keep, "truncation": truncation}
     settings = {key: value for key, value in settings.items() if value is not None}
-    results = analyze.analyze_again(runs[0], _console(), **settings)
+    results = analyze.analyze_again(runs[0], _console(), trust, **settings)
     report.write_run(runs[0])
     report.show_run(runs[0], _console())
     if results.advice is not None:
         print(f"advice   lora-lab train … {results.advice.overrides}")
 
 
-def export(path: Path, directory: Path, format: str) -> None:
+def export(path: Path, directory: Path, format: str, trust: bool) -> None:
     """Writes a run's adapter or its merged model, and prints the path of the file."""
     run = _find(path)
     from lora_lab.cli.export import export
@@ -90,10 +92,10 @@ def export(path: Path, directory: Path, format: str) -> None:
 
     silence_lightning()
 
-    print(export(run, format, directory))
+    print(export(run, format, directory, trust))
 
 
-def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
+def reproduce(path: Path, to: Path, tolerance: float, fresh: bool, trust: bool) -> None:
     """Runs a finished run again and prints its numbers beside the stored ones.
 
     Exits with 0 where they agree within `tolerance`, 1 where they do not or the run fails.
@@ -106,7 +108,7 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool) -> None:
 
     silence_lightning()
     try:
-        reproduction = reproduce.reproduce_run(run, to, _console(), fresh)
+        reproduction = reproduce.reproduce_run(run, to, _console(), fresh, trust)
         is_same = reproduce.print_comparison(reproduction, tolerance, _console())
         sys.exit(FINISHED if is_same else FAILED)
     except RunFailedError as error:

@@ -12,6 +12,7 @@ from lora_lab.cli import commands as do
 from lora_lab.cli.help_text import ABOUT, BEST, DASHBOARD, EPILOG, REPORT, REPRODUCE, SWEEP, SWEEPS
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C
 
+TRUST = "run the code that its config names, whatever it is"
 STATES = ("finished", "running", "failed", "interrupted", "damaged")
 
 
@@ -93,6 +94,7 @@ def _export(commands: Any) -> None:
     add("directory", type=path, help="where to")
     formats = "peft: a folder for PeftModel.from_pretrained (the default); merged: the whole model"
     add("--format", choices=("peft", "merged"), default="peft", help=formats)
+    add("--trust", action="store_true", help=TRUST)
 
 
 def _analyze(commands: Any) -> None:
@@ -101,6 +103,7 @@ def _analyze(commands: Any) -> None:
     add("--keep", type=share, default=None, help="share of the gain to keep")
     add("--truncation", choices=("sites", "model", "none"), default=None)
     add("--to", type=path, default="analysis", help="where a comparison is written (analysis)")
+    add("--trust", action="store_true", help=TRUST)
 
 
 def _reproduce(commands: Any) -> None:
@@ -109,6 +112,7 @@ def _reproduce(commands: Any) -> None:
     add("--to", type=path, default="reproduced", help="where its directory is made (reproduced)")
     add("--tolerance", type=tolerance, default=0.0, help="of each stored value, as 1e-6 (0)")
     add("--fresh", action="store_true", help="train the base again too, in the new directory")
+    add("--trust", action="store_true", help=TRUST)
 
 
 def _dashboard(commands: Any) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
+from lora_lab.config.trust import check_trusted
 from lora_lab.console import show_log
 from lora_lab.exit_codes import interruption_code
 from lora_lab.report.cells import flatten_config
@@ -94,7 +95,9 @@ class Reproduction:
         return rows
 
 
-def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> Reproduction:
+def reproduce_run(
+    run: Run, to: Path, console: Console, fresh: bool = False, trust: bool = False
+) -> Reproduction:
     """Runs a finished run again in a new directory below `to`; the stored run is only read.
 
     The new run is untracked and on one device, whatever the stored one was trained on. Its base is
@@ -103,7 +106,7 @@ def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> 
     file of its base has changed or the new directory is another run's; RunFailedError where the new
     run fails.
     """
-    new_plan = _new_plan(run, to, fresh)
+    new_plan = _new_plan(run, to, fresh, trust)
     base_file = bases.path(new_plan.cfg)
     modified_before = _modified_ns(base_file)
     console.print(f"reproducing {run.path} in {new_plan.path}", soft_wrap=True, highlight=False)
@@ -127,10 +130,12 @@ def reproduce_run(run: Run, to: Path, console: Console, fresh: bool = False) -> 
     return Reproduction(run, new, base)
 
 
-def _new_plan(run: Run, to: Path, fresh: bool) -> Plan:
+def _new_plan(run: Run, to: Path, fresh: bool, trust: bool) -> Plan:
     """The plan of the new run. Raises ValueError as `reproduce_run` does."""
     run.check_finished("reproduced")
     cfg = parse_config(dict(run.config))
+    if not trust:
+        check_trusted(cfg, run.path)
     tracking = cfg.tracking.model_copy(update={"mode": "off"})
     changes = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}
     new_plan = plan(on_one_device(cfg.model_copy(update=changes)), is_stored=True)

@@ -142,9 +142,10 @@ def resolve_component(
 
 
 def import_target(key: str, component: Component, kind: type) -> Callable[..., Any]:
-    """The callable that a component's `_target_` names: a class of `kind`, or a function.
+    """The callable that a component's `_target_` names: a class of `kind`, or a function of one.
 
-    Raises ConfigError where it cannot be imported, or is neither.
+    A function is known by its return annotation: one without might do anything. Raises ConfigError
+    where it cannot be imported, or is neither.
     """
     setting = f"{key}._target_={component.target}"
     try:
@@ -152,9 +153,21 @@ def import_target(key: str, component: Component, kind: type) -> Callable[..., A
     except Exception as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"{setting}: cannot be imported: {why}") from None
-    if not callable(callee) or (inspect.isclass(callee) and not issubclass(callee, kind)):
-        raise ConfigError(f"{setting}: must be {_a(kind)}, or a function that gives one")
+    result = callee if inspect.isclass(callee) else _return_type(callee)
+    if not (inspect.isclass(result) and issubclass(result, kind)):
+        raise ConfigError(
+            f"{setting}: must be {_a(kind)}, or a function that gives one by its annotation, "
+            f"`def NAME(…) -> {kind.__name__}`"
+        )
     return callee
+
+
+def _return_type(function: Any) -> Any:
+    """What a function is annotated to return; None where it is not."""
+    try:
+        return get_type_hints(function).get("return")
+    except (TypeError, NameError, AttributeError):  # no function; or a name that is not there
+        return None
 
 
 def check_kind(key: str, component: Component, built: object, kind: type) -> None:

@@ -59,9 +59,10 @@ def _tokenizer(path: str, content: str) -> Any:
     from transformers import AutoTokenizer
 
     if (folder := Path(path).expanduser()).is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=hub_commit(path, None, "model"))
+        commit = hub_commit(path, None, "model")
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit, trust_remote_code=False)
     _check_vocabulary(tokenizer)
     return tokenizer
 

@@ -7,6 +7,7 @@ renamed, is decided by timm's own loading.
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -257,8 +258,9 @@ def _shapes(path: str, file: str) -> dict[str, Tensor]:
             return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         from timm.models import load_state_dict  # pyright: ignore[reportMissingImports]
 
-        return load_state_dict(file, device="meta")
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
+        # Without weights_only the file is a pickle, which runs code; timm itself reads it later.
+        return load_state_dict(file, device="meta", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise ValueError(f"path={path}: {file} cannot be read: {first_line(error)}") from None
 
 

@@ -12,6 +12,7 @@ from lora_lab import adapters
 from lora_lab.config.checks import parse_config
 from lora_lab.config.components import PretrainedBase
 from lora_lab.config.schema import CheckpointBase, Config, Full
+from lora_lab.config.trust import check_trusted
 from lora_lab.runs import Run
 from lora_lab.training import bases, precision
 from lora_lab.training.base_weights import BaseWeights
@@ -27,14 +28,17 @@ class Restored:
     base: Mapping[str, Tensor]
 
 
-def restore(run: Run) -> Restored:
+def restore(run: Run, trust: bool = False) -> Restored:
     """Loads the run's trained model; after a full fine-tuning (adapter=full) without adapters.
 
-    Raises ValueError if the run is not finished, is damaged or has trained nothing, and if its base
-    is damaged; FileNotFoundError if the base it was trained on is not stored here.
+    `trust`: any code that its config names is run (config/trust.py). Raises ValueError if the run
+    is not finished, is damaged or has trained nothing, and if its base is damaged;
+    FileNotFoundError if the base it was trained on is not stored here.
     """
     run.check_finished("restored")
     cfg = parse_config(dict(run.config))
+    if not trust:
+        check_trusted(cfg, run.path)
     if not cfg.trains:
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
     planned = plan(on_one_device(cfg), is_stored=True)

@@ -23,6 +23,7 @@ from lora_lab.config.checks import parameters_of
 from lora_lab.config.components import Component
 from lora_lab.config.options import option_text, options
 from lora_lab.config.schema import Config, Full, NoAdapter
+from lora_lab.data import Data
 from lora_lab.data.shift import Shift
 from lora_lab.sweeps import multirun
 from lora_lab.training.trainer_checks import RESERVED_TRAINER_ARGUMENTS
@@ -230,9 +231,14 @@ def shift_data(phase: Any, **settings: Any) -> Shift:
     return Shift(phase, **settings)
 
 
-def no_data(phase: Any, **settings: Any) -> str:
-    """A function that gives none."""
-    return "no data"
+def no_data(phase: Any, **settings: Any) -> Data:
+    """A function that says that it gives one."""
+    return "no data"  # pyright: ignore[reportReturnType]
+
+
+def not_annotated(phase: Any, **settings: Any):
+    """A function of which nothing is known before it is called."""
+    raise AssertionError
 
 
 HERE = "tests.config.test_bad_values"
@@ -245,6 +251,15 @@ HERE = "tests.config.test_bad_values"
         ("data._target_=builtins.dict", "must be a Data of lora_lab"),
         ("data._target_=math.pi", "must be a Data of lora_lab"),
         (f"data._target_={HERE}.no_data", "must give a Data of lora_lab, and gave 'no data'"),
+        *(
+            (f"{key}._target_={target}", "must be a")
+            for key in ("data", "model", "optimizer")
+            for target in (
+                *("os.system", "subprocess.Popen", "subprocess.run", "builtins.exec", "torch.load"),
+                *("torch.hub.load", f"{HERE}.not_annotated", "lora_lab.runs.os.system"),
+                "lora_lab.training.modules.BaseModule.load_from_checkpoint",
+            )
+        ),
         (f"data._target_={HERE}.NoSizes", "must have out_features, the number of classes or of"),
         ("model._target_=builtins.dict", "must be a Module of torch"),
         ("optimizer._target_=torch.nn.Linear", "must be a Optimizer of torch"),
