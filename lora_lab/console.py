@@ -1,13 +1,36 @@
 """What a person sees on the terminal: the two consoles, the log, and no needless warnings."""
 
 import logging
+import re
 import sys
 import warnings
+from collections.abc import Iterable
 from io import TextIOWrapper
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.segment import Segment
 from rich.text import Text
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that move the cursor, change colours or turn text around; not tab and line feed."""
+
+
+def visible(text: str) -> str:
+    r"""The text with its control characters written out, as \x1b: a run's files may hold any."""
+    return CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], text)
+
+
+class VisibleConsole(Console):
+    """A console that writes out the control characters of what it is given; its own stay."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+        """The segments of what is printed."""
+        for segment in super().render(*args, **kwargs):
+            is_plain = segment.control or not CONTROL.search(segment.text)
+            yield segment if is_plain else Segment(visible(segment.text), segment.style)
+
 
 # A terminal that is ASCII or latin-1 shows ? for what it lacks, and no run fails for it.
 for stream in (sys.stdout, sys.stderr):
@@ -16,8 +39,8 @@ for stream in (sys.stdout, sys.stderr):
 
 # No markup: a name such as `out [v1]` is printed as it is. In a pipe or a file paths are not broken
 # to fit 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 200, markup=False)
-error_console = Console(stderr=True, markup=False)
+console = VisibleConsole(width=None if sys.stdout.isatty() else 200, markup=False)
+error_console = VisibleConsole(stderr=True, markup=False)
 
 
 def print_error(kind: str, message: str, suffix: str = "", to: Console = error_console) -> None:

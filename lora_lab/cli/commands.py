@@ -81,7 +81,7 @@ def analyze(
     report.write_run(runs[0])
     report.show_run(runs[0], _console())
     if results.advice is not None:
-        print(f"advice   lora-lab train … {results.advice.overrides}")
+        _print(f"advice   lora-lab train … {results.advice.overrides}")
 
 
 def export(path: Path, directory: Path, format: str, trust: bool) -> None:
@@ -92,7 +92,7 @@ def export(path: Path, directory: Path, format: str, trust: bool) -> None:
 
     silence_lightning()
 
-    print(export(run, format, directory, trust))
+    _print(str(export(run, format, directory, trust)))
 
 
 def reproduce(path: Path, to: Path, tolerance: float, fresh: bool, trust: bool) -> None:
@@ -112,7 +112,7 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool, trust: bool) 
         is_same = reproduce.print_comparison(reproduction, tolerance, _console())
         sys.exit(FINISHED if is_same else FAILED)
     except RunFailedError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        _print_failure(error)
         sys.exit(FAILED)
 
 
@@ -131,7 +131,7 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
         try:
             print("\n".join(dashboard.save_report_and_workspace(project, entity)))
         except dashboard.DashboardError as error:
-            print(f"failed: {error}", file=sys.stderr)
+            _print_failure(error)
             sys.exit(FAILED)
         return
     from lora_lab import report
@@ -145,6 +145,20 @@ def _console() -> "Console":
     from lora_lab.console import console
 
     return console
+
+
+def _print_failure(error: Exception) -> None:
+    """Prints an error to stderr."""
+    from lora_lab.console import error_console, print_error
+
+    print_error("failed", str(error), to=error_console)
+
+
+def _print(text: str) -> None:
+    """Prints a line with a run's names or settings, of which nothing is taken for markup."""
+    from lora_lab.console import visible
+
+    print(visible(text))
 
 
 def _runs(root: Path) -> "list[Run]":
@@ -203,9 +217,9 @@ def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
         title = f"{best_cells.experiment}: {best_cells.goal} {metric}"
         _console().print(report.terminal_table(title, best_cells.rows(shown)))
         result = best_cells.best_result
-        print(f"best run  {result.run.path} ({metric} {result.metrics[metric]:.5g})")
+        _print(f"best run  {result.run.path} ({metric} {result.metrics[metric]:.5g})")
         command = compose.train_command(result.config, best_cells.varied_keys)
-        print(f"command   {command or f'lora-lab reproduce {result.run.path}'}\n")
+        _print(f"command   {command or f'lora-lab reproduce {result.run.path}'}\n")
 
 
 def diff(paths: list[Path]) -> None:
@@ -217,7 +231,7 @@ def diff(paths: list[Path]) -> None:
     from lora_lab import report
 
     for i, (run, status) in enumerate(zip(runs, statuses, strict=True), start=1):
-        print(f"{i}: {run.path} ({status['state']})")
+        _print(f"{i}: {run.path} ({status['state']})")
     for title, rows in report.difference_tables(*runs).items():
         if len(rows) > 1:
             _console().print(report.terminal_table(title, rows))

@@ -51,7 +51,9 @@ def _run_subcommand() -> None:
     try:
         run(**arguments)
     except (OSError, ValueError, BadZipFile) as error:
-        parser.exit(CONFIG_ERROR, f"lora-lab {run.__name__}: {error}\n")
+        from lora_lab.console import visible
+
+        parser.exit(CONFIG_ERROR, visible(f"lora-lab {run.__name__}: {error}\n"))
 
 
 def _add(

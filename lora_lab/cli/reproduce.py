@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
@@ -22,7 +23,7 @@ from lora_lab.console import show_log
 from lora_lab.exit_codes import interruption_code
 from lora_lab.report.cells import flatten_config
 from lora_lab.report.run_tables import singular_values_by_site
-from lora_lab.report.tables import Rows, markdown
+from lora_lab.report.tables import Rows, markdown, markdown_text
 from lora_lab.runs import Run, RunFailedError, write_atomic
 from lora_lab.training import bases, experiment
 from lora_lab.training.plan import Plan, on_one_device, plan
@@ -109,7 +110,8 @@ def reproduce_run(
     new_plan = _new_plan(run, to, fresh, trust)
     base_file = bases.path(new_plan.cfg)
     modified_before = _modified_ns(base_file)
-    console.print(f"reproducing {run.path} in {new_plan.path}", soft_wrap=True, highlight=False)
+    where = f"reproducing {run.path} in {new_plan.path}"
+    console.print(where, soft_wrap=True, highlight=False, markup=False)
     show_log(console)
     try:
         new = experiment.run(new_plan, console)
@@ -177,7 +179,8 @@ def print_comparison(reproduction: Reproduction, tolerance: float, console: Cons
             console.print(_terminal_table(rows, numeric=rows is values))
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    parts = [f"# {reproduction.stored.path} again", "\n".join(f"- {line}" for line in lines)]
+    parts = [markdown_text(f"# {reproduction.stored.path} again")]
+    parts.append("\n".join(markdown_text(f"- {line}") for line in lines))
     parts += [markdown(rows, "l") for rows in (values, settings) if len(rows) > 1]
     write_atomic(reproduction.new.path / REPORT, "\n\n".join(parts) + "\n")
     return not beyond
@@ -214,7 +217,7 @@ def _terminal_table(rows: Rows, numeric: bool) -> Table:
         justify = "right" if numeric and i > 0 else "left"
         table.add_column(heading, justify=justify, overflow="fold")
     for row in rows[1:]:
-        table.add_row(*row, style="bold red" if row[-1] == BEYOND else None)
+        table.add_row(*map(escape, row), style="bold red" if row[-1] == BEYOND else None)
     return table
 
 

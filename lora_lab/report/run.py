@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column
 
 from lora_lab.report import page
 from lora_lab.report.printed_tables import simple_table
 from lora_lab.report.run_figures import write_figures
 from lora_lab.report.run_tables import run_tables, singular_values_by_site
-from lora_lab.report.tables import csv_of, markdown
+from lora_lab.report.tables import csv_of, markdown, markdown_text
 from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic
 
@@ -25,7 +26,8 @@ def write_run(run: Run, draw: bool = True) -> Path:
     tables = run_tables(run)
     figures = write_figures(run, singular_values_by_site(run), directory) if draw else []
     theory = [markdown(tables["theory"], "r"), GAP_NOTE] if "theory" in tables else []
-    parts = [f"# {run.config['name']}: {run.path.name}", markdown(tables["curves"], "r"), *theory]
+    heading = markdown_text(f"# {run.config['name']}: {run.path.name}")
+    parts = [heading, markdown(tables["curves"], "r"), *theory]
     parts.append(markdown([["", ""], *tables["facts"][1:]], "l"))
     parts += [f"![{name}]({name}.png)" for name in figures]
     write_atomic(directory / "table.md", "\n\n".join(parts) + "\n")
@@ -39,7 +41,7 @@ def show_run(run: Run, console: Console) -> None:
     """Prints a run's tables, and where its figures and files are."""
     tables = run_tables(run)
     for rows in [tables[title] for title in ("curves", "theory") if title in tables]:
-        columns = [Column(title, justify="right") for title in rows[0]]
+        columns = [Column(escape(title), justify="right") for title in rows[0]]
         console.print(simple_table(columns, rows[1:]))
     console.print(simple_table([], tables["facts"][1:], show_header=False))
     if "theory" in tables:
@@ -50,7 +52,7 @@ def show_run(run: Run, console: Console) -> None:
     if wandb:
         lines.append(f"W&B      {os.path.relpath(run.path / wandb)}")
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def figures_line(directory: Path, none: str = "none drawn: lora-lab report draws them") -> str:

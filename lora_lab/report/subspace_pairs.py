@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import MAX_PANELS, panels, save
+from lora_lab.report.printed_tables import simple_table
 from lora_lab.report.tables import Rows, csv_of
 from lora_lab.runs import write_atomic
 
@@ -58,11 +57,8 @@ def write_pairs(pairs: Sequence[SubspacePair], directory: Path, console: Console
     np.savez_compressed(directory / "phi.npz", allow_pickle=False, **arrays)  # pyright: ignore
     console.print(EXPLANATION, highlight=False)
     for run, label in labels.items():
-        console.print(f"{label}: {run}", highlight=False, soft_wrap=True)
-    table = Table(*rows[0], box=box.SIMPLE, pad_edge=False)
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
+        console.print(f"{label}: {run}", highlight=False, soft_wrap=True, markup=False)
+    console.print(simple_table(rows[0], rows[1:]))
     _draw_heat_maps(pairs, labels, directory)
     console.print(f"written  {directory} (pairs.csv, phi.npz, figures)", highlight=False)
 

@@ -15,7 +15,7 @@ from lora_lab.report.rank_series import differing_seeds
 from lora_lab.report.run import figures_line
 from lora_lab.report.sections import ExperimentReport, SweepReport
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
-from lora_lab.report.tables import Rows, csv_of, latex, markdown, terminal_table
+from lora_lab.report.tables import Rows, csv_of, latex, markdown, markdown_text, terminal_table
 from lora_lab.report.theory import GAP_NOTE
 from lora_lab.report.tradeoff_figure import metric_by_parameters
 from lora_lab.runs import Run, write_atomic
@@ -53,15 +53,15 @@ def write_sweep(runs: Sequence[Run], directory: Path) -> SweepReport:
 
 def _sweep_markdown(sweep: SweepReport) -> str:
     """The text of report.md: the tables and figures of each experiment, and what is unfinished."""
-    heading = f"# {sweep.directory.resolve().name}: {len(sweep.results)} runs"
+    heading = markdown_text(f"# {sweep.directory.resolve().name}: {len(sweep.results)} runs")
     parts = [heading, sweep.counts_text]
     for experiment in sweep.experiments:
-        parts += [f"# {experiment.name}"] if len(sweep.experiments) > 1 else []
+        parts += [markdown_text(f"# {experiment.name}")] if len(sweep.experiments) > 1 else []
         for title, rows in experiment.tables.items():
             parts += [f"## {title}", markdown(rows, "l"), experiment.notes[title]]
         folder = experiment.directory.relative_to(sweep.directory / "report")
         for file, caption in experiment.captions.items():
-            parts.append(f"![{caption}]({(folder / file).as_posix()}.png)")
+            parts.append(f"![{markdown_text(caption)}]({(folder / file).as_posix()}.png)")
     if len(sweep.unfinished) > 1:
         parts += ["## not finished", markdown(sweep.unfinished, "l")]
     return "\n\n".join(parts) + "\n"
@@ -174,12 +174,12 @@ def show_sweep(sweep: SweepReport, console: Console) -> None:
         for table, rows in experiment.tables.items():
             title = table if len(sweep.experiments) == 1 else f"{experiment.name}: {table}"
             console.print(terminal_table(title, rows))
-            console.print(f"{experiment.notes[table]}\n", highlight=False)
+            console.print(f"{experiment.notes[table]}\n", highlight=False, markup=False)
     if len(sweep.unfinished) > 1:
         console.print(terminal_table("not finished", sweep.unfinished))
     console.print(f"runs     {sweep.counts_text}", highlight=False)
     for experiment in sweep.experiments:
         line = figures_line(experiment.directory, NO_FIGURES)
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     path = sweep.directory / "report" / "index.html"
-    console.print(f"page     {path}", soft_wrap=True, highlight=False)
+    console.print(f"page     {path}", soft_wrap=True, highlight=False, markup=False)

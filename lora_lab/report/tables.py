@@ -13,6 +13,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lora_lab.console import visible
+
 Rows = list[list[str]]
 """A table: the column titles, then the rows below them."""
 
@@ -79,18 +81,33 @@ def is_marked(text: str) -> bool:
     return len(text) > 4 and text.startswith("**") and text.endswith("**")
 
 
+def markdown_text(text: str) -> str:
+    """A text for Markdown, in which no HTML, link or end of a line is a name's own."""
+    return visible(re.sub(r"[|\\<]|(?<=\])[(:\[]", r"\\\g<0>", " ".join(text.splitlines())))
+
+
 def markdown(rows: Rows, align: str) -> str:
     """A table in Markdown, its columns aligned to the left (`align` "l") or right ("r")."""
     rule = ["---:" if align == "r" else "---"] * len(rows[0])
-    escaped = [[re.sub(r"[|\\]", r"\\\g<0>", text) for text in row] for row in rows]
+    escaped = [[markdown_text(text) for text in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in (escaped[0], rule, *escaped[1:]))
 
 
 def csv_of(rows: Iterable[list[str]]) -> str:
-    """A table as CSV, without the marks of best cells."""
+    """A table as CSV, without the marks of best cells.
+
+    A text that a spreadsheet would compute, as =1+1 or @SUM(A1), has a ' before it; numbers stay.
+    """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([unmarked(c) for c in row] for row in rows)
+    cells = ([visible(unmarked(cell)) for cell in row] for row in rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([f"'{c}" if _is_formula(c) else c for c in row] for row in cells)
     return text.getvalue()
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a spreadsheet takes a cell for a formula."""
+    return text.lstrip().startswith(("=", "+", "-", "@")) and not NUMBER_PATTERN.fullmatch(text)
 
 
 def latex(rows: Rows) -> str:
@@ -115,7 +132,7 @@ def latex(rows: Rows) -> str:
 
 def terminal_table(title: str, rows: Rows) -> Table:
     """A table for the terminal: marked cells bold, columns of numbers to the right."""
-    shown = Table(title=title, box=box.SIMPLE, pad_edge=False, title_justify="left")
+    shown = Table(title=escape(title), box=box.SIMPLE, pad_edge=False, title_justify="left")
     for i, heading in enumerate(rows[0]):
         right = i > 0 and is_numeric(row[i] for row in rows[1:])
         shown.add_column(Text(heading), justify="right" if right else "left")

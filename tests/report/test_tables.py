@@ -1,6 +1,7 @@
 """Numbers and tables as text, LaTeX, Markdown and CSV, with all kinds of special characters.
 
-Truth: pdflatex, where it is installed; Python's csv reader; roundings written by hand.
+Truth: pdflatex, where it is installed; Python's csv reader; markdown-it, a parser of Markdown;
+roundings written by hand.
 
 Run: make test ARGS=tests/report/test_tables.py
 """
@@ -13,8 +14,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
-from lora_lab.report.tables import LATEX_SIGNS, csv_of, format_mean_std, is_numeric, latex, markdown
+from lora_lab.console import VisibleConsole
+from lora_lab.report.printed_tables import simple_table
+from lora_lab.report.tables import (
+    LATEX_SIGNS,
+    csv_of,
+    format_mean_std,
+    is_numeric,
+    latex,
+    markdown,
+    terminal_table,
+)
 
 HARD = [
     ["r", "val/loss", "a_b & c", "50 % # $x$", r"path\to {x}", "~ ^ < > |"],
@@ -54,7 +66,9 @@ def test_latex_compiles():
 
 def test_csv_and_markdown_keep_every_cell():
     read = list(csv.reader(io.StringIO(csv_of(HARD))))
-    assert read == [[c.strip("*") if c.startswith("**0") else c for c in row] for row in HARD]
+    shown = [[c.strip("*") if c.startswith("**0") else c for c in row] for row in HARD]
+    shown[-1][-1] = "'-1 − 2 …"  # which a spreadsheet would compute
+    assert read == shown
     for line in markdown([["a|b", "\\"], ["1", "2"]], "l").splitlines():
         assert len(re.findall(r"(?<!\\)\|", line)) == 3
 
@@ -75,3 +89,31 @@ def test_csv_and_markdown_keep_every_cell():
 def test_a_deviation_has_two_digits_and_its_mean_the_same_place(mean: float, std: float, text: str):
     assert format_mean_std(mean, std) == text
     assert is_numeric([text, "–", f"**{text}**"])
+
+
+HOSTILE = [
+    *("=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "<script>x</script>", "[x](y)"),
+    *("![x][y]", "a\nb", "\x1b[31mred", "\x9b2J", "\u202egpj.exe", "[red]x", "[/]", "a|b"),
+]
+"""Names that a spreadsheet, a browser, a terminal or rich would run."""
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_only_shown(name: str):
+    rows = [["name", "loss"], [name, "-1.5"], [f"**{name}**", "-1.5 ± 0.1"]]
+    for first, number in csv.reader(csv_of(rows).splitlines(keepends=True)):
+        assert first[0] not in "=+-@\t\r"
+        assert number == "loss" or number.startswith("-1.5")
+    text = markdown(rows, "l")
+    assert len(text.splitlines()) == 4
+    html = MarkdownIt("js-default", {"html": True}).render(text)
+    assert not re.search(r"<(script|a|img)", html)
+    assert html.count("<td") == 4
+    shown = io.StringIO()
+    console = VisibleConsole(file=shown, force_terminal=True, color_system=None, width=80)
+    for table in (terminal_table(name, rows), simple_table(rows[0], rows[1:])):
+        console.print(table)
+    console.print(name, markup=False)
+    printed = shown.getvalue()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", printed.replace("\x1b[0m", ""))
+    assert re.split(r"[\x00-\x1f\x7f-\x9f\u202e]", name)[-1] in printed
