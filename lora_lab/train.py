@@ -163,7 +163,7 @@ def _write_report(run: Run, draw: bool) -> None:
     from lora_lab import report
 
     try:
-        report.write_run(run, draw)
+        report.write_run(run, draw=draw)
     except Exception as error:
         log_file = run.path / "log.txt"
         with log_file.open("a") as file:

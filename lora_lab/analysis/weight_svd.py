@@ -20,7 +20,8 @@ def svd_of_weight(W: Tensor, directory: Path) -> SVD:
     """The thin SVD of a weight as a matrix (out × rest), in float64, on the weight's device.
 
     It is read from `directory`/svd, where its file is named by the weight's shape and content. A
-    file that is missing is written, and one that is damaged is written anew, and the log says so.
+    file that is missing is written, and one that is damaged is written anew, and the log says so;
+    it says too where none can be written.
     """
     content = W.detach().cpu().contiguous().numpy().tobytes()
     name = f"{'x'.join(map(str, W.shape))}-{hashlib.sha256(content).hexdigest()[:16]}"
@@ -32,9 +33,12 @@ def svd_of_weight(W: Tensor, directory: Path) -> SVD:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             log.warning("the SVD in %s is damaged (%s): computing it again", path, error)
     svd = svd_of_matrix(W)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: t.cpu().contiguous() for k, t in vars(svd).items()}
-    write_atomic(path, save(tensors, {"sha256": weights_hash(tensors)}))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save(tensors, {"sha256": weights_hash(tensors)}))
+    except OSError as error:  # the folder is read-only
+        log.info("the SVD of a weight is not kept in %s: %s", path.parent, error.strerror)
     return svd
 
 

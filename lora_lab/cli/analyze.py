@@ -1,9 +1,13 @@
 """`lora-lab analyze`: computes again what is asked of a finished ΔW, or compares several ΔW."""
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
+from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,17 +25,32 @@ from lora_lab.runs import Run
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.restore import restore
+from lora_lab.training.written_files import written_files
+
+COMPARISONS = "analysis"
+"""The folder in which a comparison is written, and the analysis of a run that is read-only."""
 
 
 def analyze_again(
-    run: Run, console: Console, trust: bool = False, **change: Any
-) -> findings.Findings:
+    run: Run,
+    console: Console,
+    trust: bool = False,
+    bases_dir: Path | None = None,
+    to: Path | None = None,
+    **change: Any,
+) -> tuple[Run, findings.Findings]:
     """Analyzes a finished run's ΔW again, with its `spectra` settings changed by `change`.
 
     Writes spectra.npz and advice.yaml anew, and adds a row to metrics.jsonl, once all that it reads
-    was right. What was measured in training stays. Raises what `restore` raises.
+    was right. What was measured in training stays. With `to`, and where the run's directory cannot
+    be written to, this is done in a copy of it in that folder. Returns the run that was written.
+    Raises what `restore` raises.
     """
-    restored = restore(run, trust)
+    if to is None and not os.access(run.path, os.W_OK):
+        to = Path(COMPARISONS)
+    if to and (to / run.path.name).exists():
+        raise ValueError(f"--to {to}: {to / run.path.name} exists; give another folder")
+    restored = restore(run, trust, bases_dir)
     if not restored.plan.sites:
         raise ValueError(f"{run.path} has no ΔW: nothing but also_train was trained")
     cfg, data = restored.plan.cfg, restored.plan.data("adapt")
@@ -41,13 +60,27 @@ def analyze_again(
     trainer = restored.plan.single_device_trainer(None, [])
     losses = partial(cut_losses, trainer, module, data, updates)
     settings = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
-    results = findings.analyze(updates, losses, settings, cfg.bases_dir, console)
+    with TemporaryDirectory() as scratch:  # no folder is made for SVDs where bases are not kept
+        svds = cfg.bases_dir if Path(cfg.bases_dir).is_dir() else scratch
+        results = findings.analyze(updates, losses, settings, svds, console)
     with np.load(run.path / "spectra.npz") as file:
         files = findings.files({**file, **results.arrays}, results.advice)
     row = {"step": run.rows()[-1]["step"], **results.metrics}
     rows = (run.path / "metrics.jsonl").read_bytes() + f"{json.dumps(row)}\n".encode()
-    run.replace_files({**files, "metrics.jsonl": rows})
-    return results
+    written = _copy(run, to) if to else run
+    written.replace_files({**files, "metrics.jsonl": rows})
+    return written, results
+
+
+def _copy(run: Run, to: Path) -> Run:
+    """A copy of a finished run's directory in the folder `to`, without files of other kinds."""
+    copy = Run(to / run.path.name)
+    files = [*written_files(run.path), run.path / "status.json"]
+    for file in (file for file in files if not file.is_symlink()):
+        new = copy.path / file.relative_to(run.path)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        copyfile(file, new)
+    return copy
 
 
 def compare_updates(runs: Sequence[Run]) -> list[SubspacePair]:

@@ -4,6 +4,7 @@ A function imports what is heavy when it is called, and after the checks that ne
 help and a wrong path answer at once. Exit codes: 0 done, 1 failed, 2 an error that `main` prints.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,18 +35,29 @@ def train(arguments: list[str]) -> None:
     train.main()
 
 
-def report(path: Path) -> None:
-    """Writes the report of a run, or of all runs in a folder, and prints its tables."""
+def report(path: Path, to: Path | None) -> None:
+    """Writes the report of a run, or of all runs in a folder, and prints its tables.
+
+    It is written to report/ in that folder, or to the folder `to`.
+    """
     from lora_lab import report
     from lora_lab.runs import is_run
 
     if path.is_dir() and not is_run(path) and (runs := _runs(path)):
-        report.show_sweep(report.write_sweep(runs, path), _console())
+        sweep = report.write_sweep(runs, path, to or _writable(path) / "report")
+        report.show_sweep(sweep, _console())
         return
     run = _find(path)
     run.check()
-    report.write_run(run)
-    report.show_run(run, _console())
+    directory = report.write_run(run, to or _writable(run.path) / "report")
+    report.show_run(run, _console(), directory)
+
+
+def _writable(folder: Path) -> Path:
+    """The folder. Raises ValueError where it is read-only."""
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to: --to DIR writes the report elsewhere")
+    return folder
 
 
 def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_run: bool) -> None:
@@ -59,11 +71,17 @@ def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_ru
 
 
 def analyze(
-    paths: list[Path], keep: float | None, truncation: str | None, to: Path, trust: bool
+    paths: list[Path],
+    keep: float | None,
+    truncation: str | None,
+    to: Path | None,
+    trust: bool,
+    bases: Path | None,
 ) -> None:
     """Analyzes a finished run again and prints its report; or compares the ΔW of several runs.
 
-    A comparison is written to the folder `to`, and its table printed.
+    A comparison is written to the folder `to`, and its table printed. The analysis of one run is
+    written in its directory; in a copy with `to`, or where the directory is read-only.
     """
     from lora_lab import report
 
@@ -73,18 +91,19 @@ def analyze(
 
     silence_lightning()
     if len(runs) > 1:
-        report.write_pairs(analyze.compare_updates(runs), to, _console())
+        folder = to or Path(analyze.COMPARISONS)
+        report.write_pairs(analyze.compare_updates(runs), folder, _console())
         return
     settings = {"keep": keep, "truncation": truncation}
     settings = {key: value for key, value in settings.items() if value is not None}
-    results = analyze.analyze_again(runs[0], _console(), trust, **settings)
-    report.write_run(runs[0])
-    report.show_run(runs[0], _console())
+    run, results = analyze.analyze_again(runs[0], _console(), trust, bases, to, **settings)
+    report.write_run(run)
+    report.show_run(run, _console())
     if results.advice is not None:
         _print(f"advice   lora-lab train … {results.advice.overrides}")
 
 
-def export(path: Path, directory: Path, format: str, trust: bool) -> None:
+def export(path: Path, directory: Path, format: str, trust: bool, bases: Path | None) -> None:
     """Writes a run's adapter or its merged model, and prints the path of the file."""
     run = _find(path)
     from lora_lab.cli.export import export
@@ -92,10 +111,12 @@ def export(path: Path, directory: Path, format: str, trust: bool) -> None:
 
     silence_lightning()
 
-    _print(str(export(run, format, directory, trust)))
+    _print(str(export(run, format, directory, trust, bases)))
 
 
-def reproduce(path: Path, to: Path, tolerance: float, fresh: bool, trust: bool) -> None:
+def reproduce(
+    path: Path, to: Path, tolerance: float, fresh: bool, trust: bool, bases: Path | None
+) -> None:
     """Runs a finished run again and prints its numbers beside the stored ones.
 
     Exits with 0 where they agree within `tolerance`, 1 where they do not or the run fails.
@@ -108,7 +129,7 @@ def reproduce(path: Path, to: Path, tolerance: float, fresh: bool, trust: bool) 
 
     silence_lightning()
     try:
-        reproduction = reproduce.reproduce_run(run, to, _console(), fresh, trust)
+        reproduction = reproduce.reproduce_run(run, to, _console(), fresh, trust, bases)
         is_same = reproduce.print_comparison(reproduction, tolerance, _console())
         sys.exit(FINISHED if is_same else FAILED)
     except RunFailedError as error:

@@ -18,7 +18,9 @@ TASK_TYPES |= {"tokens": "TOKEN_CLS"}
 """model.head → PEFT's word for it."""
 
 
-def export(run: Run, format: str, directory: Path, trust: bool = False) -> Path:
+def export(
+    run: Run, format: str, directory: Path, trust: bool = False, bases_dir: Path | None = None
+) -> Path:
     """Writes a run's adapter (peft), or its model with ΔW added to the weights (merged).
 
     Returns the path of the file written. A fully fine-tuned model is written as it was stored. A
@@ -37,11 +39,11 @@ def export(run: Run, format: str, directory: Path, trust: bool = False) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(load_file(run.path / "model" / "model.safetensors"), path, {"format": "pt"})
         if run.config["base"]["method"] == "pretrained":
-            _save_config(restore(run, trust), directory)
+            _save_config(restore(run, trust, bases_dir), directory)
         return path
     if method != "lora" and not (method == "none" and run.config.get("also_train")):
         raise AdapterError(f"adapter={method}: the run has no adapter to write")
-    restored = restore(run, trust)
+    restored = restore(run, trust, bases_dir)
     model = restored.model
     if format == "peft":
         adapters.save_peft(model, directory, **_about_base(restored))

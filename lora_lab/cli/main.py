@@ -12,7 +12,6 @@ from lora_lab.cli import commands as do
 from lora_lab.cli.help_text import ABOUT, BEST, DASHBOARD, EPILOG, REPORT, REPRODUCE, SWEEP, SWEEPS
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C
 
-TRUST = "run the code that its config names, whatever it is"
 STATES = ("finished", "running", "failed", "interrupted", "damaged")
 
 
@@ -71,6 +70,7 @@ def _add(
 def _report(commands: Any) -> None:
     add = _add(commands, do.report, "write a run's tables, figures and page, or many runs'", REPORT)
     add("path", type=path, help="a run directory, the start of its hash, or a folder")
+    add("--to", type=path, default=None, help="where it is written (report/ in that folder)")
 
 
 def _sweep(commands: Any) -> None:
@@ -96,7 +96,7 @@ def _export(commands: Any) -> None:
     add("directory", type=path, help="where to")
     formats = "peft: a folder for PeftModel.from_pretrained (the default); merged: the whole model"
     add("--format", choices=("peft", "merged"), default="peft", help=formats)
-    add("--trust", action="store_true", help=TRUST)
+    _add_foreign(add)
 
 
 def _analyze(commands: Any) -> None:
@@ -104,8 +104,9 @@ def _analyze(commands: Any) -> None:
     add("paths", type=path, nargs="+", help="run directories, or starts of hashes")
     add("--keep", type=share, default=None, help="share of the gain to keep")
     add("--truncation", choices=("sites", "model", "none"), default=None)
-    add("--to", type=path, default="analysis", help="where a comparison is written (analysis)")
-    add("--trust", action="store_true", help=TRUST)
+    where = "where a comparison is written (analysis), or a copy of one run with its analysis"
+    add("--to", type=path, default=None, help=where)
+    _add_foreign(add)
 
 
 def _reproduce(commands: Any) -> None:
@@ -114,7 +115,7 @@ def _reproduce(commands: Any) -> None:
     add("--to", type=path, default="reproduced", help="where its directory is made (reproduced)")
     add("--tolerance", type=tolerance, default=0.0, help="of each stored value, as 1e-6 (0)")
     add("--fresh", action="store_true", help="train the base again too, in the new directory")
-    add("--trust", action="store_true", help=TRUST)
+    _add_foreign(add)
 
 
 def _dashboard(commands: Any) -> None:
@@ -143,6 +144,12 @@ def _best(commands: Any) -> None:
 def _diff(commands: Any) -> None:
     add = _add(commands, do.diff, "what differs between two runs")
     add("paths", type=path, nargs=2, help="run directories, or starts of hashes")
+
+
+def _add_foreign(add: Callable[..., Action]) -> None:
+    """Adds what is told of a run that was trained elsewhere."""
+    add("--bases", type=path, default=None, help="where its base is (its bases_dir)")
+    add("--trust", action="store_true", help="run the code that its config names, whatever it is")
 
 
 def path(text: str) -> Path:

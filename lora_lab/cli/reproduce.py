@@ -25,8 +25,9 @@ from lora_lab.report.cells import flatten_config
 from lora_lab.report.run_tables import singular_values_by_site
 from lora_lab.report.tables import Rows, markdown, markdown_text
 from lora_lab.runs import Run, RunFailedError, write_atomic
-from lora_lab.training import bases, experiment
+from lora_lab.training import bases, experiment, part_checks
 from lora_lab.training.plan import Plan, on_one_device, plan
+from lora_lab.training.stored_paths import with_paths_from_here
 
 REPORT = "reproduction.md"
 """The comparison's file in the new directory. A directory that has it may be overwritten."""
@@ -97,7 +98,12 @@ class Reproduction:
 
 
 def reproduce_run(
-    run: Run, to: Path, console: Console, fresh: bool = False, trust: bool = False
+    run: Run,
+    to: Path,
+    console: Console,
+    fresh: bool = False,
+    trust: bool = False,
+    bases_dir: Path | None = None,
 ) -> Reproduction:
     """Runs a finished run again in a new directory below `to`; the stored run is only read.
 
@@ -107,7 +113,7 @@ def reproduce_run(
     file of its base has changed or the new directory is another run's; RunFailedError where the new
     run fails.
     """
-    new_plan = _new_plan(run, to, fresh, trust)
+    new_plan = _new_plan(run, to, fresh, trust, bases_dir)
     base_file = bases.path(new_plan.cfg)
     modified_before = _modified_ns(base_file)
     where = f"reproducing {run.path} in {new_plan.path}"
@@ -132,14 +138,17 @@ def reproduce_run(
     return Reproduction(run, new, base)
 
 
-def _new_plan(run: Run, to: Path, fresh: bool, trust: bool) -> Plan:
+def _new_plan(run: Run, to: Path, fresh: bool, trust: bool, bases_dir: Path | None) -> Plan:
     """The plan of the new run. Raises ValueError as `reproduce_run` does."""
     run.check_finished("reproduced")
     cfg = parse_config(dict(run.config))
     if not trust:
         check_trusted(cfg, run.path)
+    cfg = with_paths_from_here(cfg, run, bases_dir)
     tracking = cfg.tracking.model_copy(update={"mode": "off"})
     changes = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}
+    part_checks.check_directory("runs_dir", to)
+    part_checks.check_directory("bases_dir", to if fresh else Path(cfg.bases_dir))
     new_plan = plan(on_one_device(cfg.model_copy(update=changes)), is_stored=True)
     if isinstance(cfg.base, CheckpointBase) and new_plan.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")

@@ -58,7 +58,7 @@ class PageTable:
 
 def write_sweep_page(sweep: SweepReport) -> Path:
     """Writes the page of a folder of runs, and returns its path."""
-    to = sweep.directory / "report"
+    to = sweep.report
     several = len(sweep.experiments) > 1
     lines = []
     for experiment in sweep.experiments:
@@ -148,12 +148,12 @@ def _link(path: Path, to: Path) -> str:
     return quote(Path(os.path.relpath(path, to)).as_posix())
 
 
-def write_run_page(run: Run, tables: dict[str, Rows], figures: Sequence[str]) -> Path:
-    """Writes the page of one run, and returns its path.
+def write_run_page(run: Run, tables: dict[str, Rows], figures: Sequence[str], to: Path) -> Path:
+    """Writes the page of one run to the folder `to`, and returns its path.
 
     `tables` is title → rows; `figures` are the file names of its PNGs without the suffix.
     """
-    to, status = run.path / "report", run.status
+    status = run.status
     shown = {title: rows for title, rows in tables.items() if len(rows) > 1}
     notes = {"theory": GAP_NOTE}
     seconds = status.get("seconds")

@@ -16,13 +16,14 @@ from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic
 
 
-def write_run(run: Run, draw: bool = True) -> Path:
-    """Writes a run's report/ and returns that folder: table.md, CSV files, index.html, figures.
+def write_run(run: Run, to: Path | None = None, draw: bool = True) -> Path:
+    """Writes a run's report and returns its folder: table.md, CSV files, index.html, figures.
 
-    Without `draw` no figures are made, which takes most of the time.
+    The folder is `to`, or the run's report/. Without `draw` no figures are made, which takes most
+    of the time.
     """
-    directory = run.path / "report"
-    directory.mkdir(exist_ok=True)
+    directory = to or run.path / "report"
+    directory.mkdir(parents=True, exist_ok=True)
     tables = run_tables(run)
     figures = write_figures(run, singular_values_by_site(run), directory) if draw else []
     theory = [markdown(tables["theory"], "r"), GAP_NOTE] if "theory" in tables else []
@@ -33,12 +34,12 @@ def write_run(run: Run, draw: bool = True) -> Path:
     write_atomic(directory / "table.md", "\n\n".join(parts) + "\n")
     for title, rows in tables.items():
         write_atomic(directory / f"{title}.csv", csv_of(rows))
-    page.write_run_page(run, tables, figures)
+    page.write_run_page(run, tables, figures, directory)
     return directory
 
 
-def show_run(run: Run, console: Console) -> None:
-    """Prints a run's tables, and where its figures and files are."""
+def show_run(run: Run, console: Console, directory: Path | None = None) -> None:
+    """Prints a run's tables, and where its figures and files are; `directory` is its report's."""
     tables = run_tables(run)
     for rows in [tables[title] for title in ("curves", "theory") if title in tables]:
         columns = [Column(escape(title), justify="right") for title in rows[0]]
@@ -48,7 +49,7 @@ def show_run(run: Run, console: Console) -> None:
         console.print(f"{GAP_NOTE}\n", highlight=False)
     seconds, wandb = run.status.get("seconds"), run.status.get("wandb")
     duration = f" ({seconds:.0f} s)" if seconds else ""
-    lines = [figures_line(run.path / "report"), f"run      {run.path}{duration}"]
+    lines = [figures_line(directory or run.path / "report"), f"run      {run.path}{duration}"]
     if wandb:
         lines.append(f"W&B      {os.path.relpath(run.path / wandb)}")
     for line in lines:

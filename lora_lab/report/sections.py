@@ -29,6 +29,9 @@ class SweepReport:
     """The report of a folder of runs: a part for each experiment, and what is not finished."""
 
     directory: Path
+    """The folder of the runs."""
+    report: Path
+    """Where the report is written."""
     results: list[RunResult]
     experiments: list[ExperimentReport]
     unfinished: Rows

@@ -26,14 +26,15 @@ Figures = dict[str, tuple[str, Figure | None]]
 """File name → caption and figure; the figure is None where the runs have nothing to show in it."""
 
 
-def write_sweep(runs: Sequence[Run], directory: Path) -> SweepReport:
-    """Writes `directory`/report/: report.md, index.html, and for each experiment its tables (CSV
-    and LaTeX) and figures (PNG and PDF).
+def write_sweep(runs: Sequence[Run], directory: Path, to: Path | None = None) -> SweepReport:
+    """Writes report.md, index.html, and for each experiment its tables (CSV and LaTeX) and figures
+    (PNG and PDF).
 
-    Several experiments have a folder each in report/. The runs may still be running.
+    They go to the folder `to`, or to report/ in the runs' `directory`. Several experiments have a
+    folder each in it. The runs may still be running.
     """
     results = [read_run(run, in_full=("spectra.npz",)) for run in runs]
-    to = directory / "report"
+    to = to or directory / "report"
     earlier = _earlier_figures(to)
     names = list(dict.fromkeys(r.experiment for r in results if r.config))
     experiments = []
@@ -43,8 +44,8 @@ def write_sweep(runs: Sequence[Run], directory: Path) -> SweepReport:
         folder = to / re.sub(r"[^\w.-]|^\.+", "_", name) if len(names) > 1 else to
         experiments.append(_write_experiment(name, members, folder, earlier))
     unfinished = summary.unfinished_table(results, directory)
-    sweep = SweepReport(directory, results, experiments, unfinished)
-    to.mkdir(exist_ok=True)
+    sweep = SweepReport(directory, to, results, experiments, unfinished)
+    to.mkdir(parents=True, exist_ok=True)
     _write_table(unfinished, to, "not_finished")
     write_atomic(to / "report.md", _sweep_markdown(sweep))
     page.write_sweep_page(sweep)
@@ -59,7 +60,7 @@ def _sweep_markdown(sweep: SweepReport) -> str:
         parts += [markdown_text(f"# {experiment.name}")] if len(sweep.experiments) > 1 else []
         for title, rows in experiment.tables.items():
             parts += [f"## {title}", markdown(rows, "l"), experiment.notes[title]]
-        folder = experiment.directory.relative_to(sweep.directory / "report")
+        folder = experiment.directory.relative_to(sweep.report)
         for file, caption in experiment.captions.items():
             parts.append(f"![{markdown_text(caption)}]({(folder / file).as_posix()}.png)")
     if len(sweep.unfinished) > 1:
@@ -181,5 +182,5 @@ def show_sweep(sweep: SweepReport, console: Console) -> None:
     for experiment in sweep.experiments:
         line = figures_line(experiment.directory, NO_FIGURES)
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    path = sweep.directory / "report" / "index.html"
+    path = sweep.report / "index.html"
     console.print(f"page     {path}", soft_wrap=True, highlight=False, markup=False)

@@ -159,10 +159,11 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     """Checks, before data is drawn or a directory created, that the run of a config is possible.
 
     For this the model is built on the meta device, where its weights have shapes but no memory.
-    `is_stored`: the config is that of a finished run, whose data has been seen to fit its model.
+    `is_stored`: the config is that of a finished run, whose data has been seen to fit its model,
+    and nothing is written to its directories.
     Raises ConfigError with the key that is wrong.
     """
-    for key in ("runs_dir", "bases_dir"):
+    for key in () if is_stored else ("runs_dir", "bases_dir"):
         part_checks.check_directory(key, Path(getattr(cfg, key)))
     resolve_component("data", cfg.data, Data, ["phase"])
     import_target("model", cfg.model, nn.Module)

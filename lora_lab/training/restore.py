@@ -17,6 +17,7 @@ from lora_lab.runs import Run
 from lora_lab.training import bases, precision
 from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.plan import Plan, on_one_device, plan
+from lora_lab.training.stored_paths import with_paths_from_here
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,19 @@ class Restored:
     base: Mapping[str, Tensor]
 
 
-def restore(run: Run, trust: bool = False) -> Restored:
+def restore(run: Run, trust: bool = False, bases_dir: Path | None = None) -> Restored:
     """Loads the run's trained model; after a full fine-tuning (adapter=full) without adapters.
 
-    `trust`: any code that its config names is run (config/trust.py). Raises ValueError if the run
-    is not finished, is damaged or has trained nothing, and if its base is damaged;
-    FileNotFoundError if the base it was trained on is not stored here.
+    `trust`: any code that its config names is run (config/trust.py). `bases_dir`: where its base is
+    looked for. Nothing is written. Raises ValueError if the run is not finished, is damaged or has
+    trained nothing, and if its base is damaged; FileNotFoundError if the base it was trained on is
+    not stored here.
     """
     run.check_finished("restored")
     cfg = parse_config(dict(run.config))
     if not trust:
         check_trusted(cfg, run.path)
+    cfg = with_paths_from_here(cfg, run, bases_dir)
     if not cfg.trains:
         raise ValueError(f"adapter={cfg.adapter.method}: the run has trained nothing")
     planned = plan(on_one_device(cfg), is_stored=True)
@@ -83,10 +86,12 @@ def _base(cfg: Config, run: Run, model: nn.Module) -> dict[str, Tensor]:
         if wanted_hash in (None, adapters.weights_hash(model.state_dict())):
             return state
     where = cfg.base.path if isinstance(cfg.base, CheckpointBase) else f"{cfg.bases_dir}/"
+    by_hash = f" (hash {wanted_hash[:10]}…)" if wanted_hash else ""
     damage = [] if isinstance(cfg.base, CheckpointBase) else _damage(files)
     raise FileNotFoundError(
-        f"the base that {run.path.name} was trained on is not in {where}: run from the folder in "
-        f"which the run was started, or repeat the run with overwrite=true{''.join(damage)}"
+        f"the base that {run.path.name} was trained on{by_hash} is not in {where}: --bases DIR "
+        "names the folder that has it; one that is not kept is trained again, into DIR, by "
+        f"`lora-lab reproduce {run.path} --bases DIR`{''.join(damage)}"
     )
 
 
