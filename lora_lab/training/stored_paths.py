@@ -45,7 +45,8 @@ def _file_of(base: CheckpointBase, run: Run, folder: Path) -> Path:
                 return file
     raise FileNotFoundError(
         f"base.path={base.path}: the base that {run.path.name} was trained on is not there, and no "
-        f"file in {folder}/ has its SHA-256, {base.sha256}: --bases DIR names the folder that has it"
+        f"file in {folder}/ has its SHA-256 ({base.sha256}); --bases DIR names the folder that has "
+        "it"
     )
 
 

@@ -59,7 +59,7 @@ def test_a_fully_fine_tuned_model_is_written(lab: Lab, monkeypatch: pytest.Monke
         ("adapter=none", "adapter=none: the run has no adapter to write"),
         ("adapter=full", "adapter=full: the run has no adapter to write"),
         ("peft", "peft/adapter_model.safetensors exists"),
-        ("base", "is not in bases/: run from the folder"),
+        ("base", "is not in bases/: --bases DIR names the folder"),
     ],
 )
 def test_what_cannot_be_written_is_an_error(
