@@ -5,6 +5,7 @@ Run: make test ARGS=tests/test_foreign_files.py
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from matplotlib.figure import Figure
 
 from lora_lab import report
 from lora_lab.report import sweep
+from lora_lab.report.plotting import save
 from lora_lab.run_files import file_records
 from lora_lab.runs import Run, find_runs
 from lora_lab.tracking.tracking import _remove_earlier  # pyright: ignore[reportPrivateUsage]
 from lora_lab.training.run_record import RunDirectoryError, record_run
 from lora_lab.training.written_files import WRITTEN, written_files
-from tests.conftest import only_run
+from tests.conftest import command, only_run
 from tests.copied_runs import copy_run
 from tests.training.test_stored_runs import STORED
 
@@ -142,10 +144,40 @@ def test_a_reports_folder_is_below_it_whatever_a_config_says(
     (other,) = copy_run(run, [{"seed": 1}], Path("runs"))
     config = (other.path / "config.yaml").read_text()
     (other.path / "config.yaml").write_text(
-        config.replace("name: planted_linear", "name: ../../../escaped")
+        config.replace("name: planted_linear", "name: ../../escaped")
     )
     other.update_status(files=file_records(other.path))
     before = {path for path in Path().rglob("*") if "report" not in path.parts}
     report.write_sweep(find_runs(Path("runs")), Path("runs"))
     assert {path for path in Path().rglob("*") if "report" not in path.parts} == before
     assert not json.loads((other.path / "status.json").read_text()).get("error")
+
+
+@pytest.mark.parametrize("state", ["interrupted", "failed", "finished"])
+def test_nothing_is_written_through_a_link(run: Run, state: str):
+    Path("thesis.txt").write_text("mine")
+    names = ("config.yaml", "log.txt", "metrics.jsonl", "advice.yaml", "report/table.md")
+    for name in names:
+        (run.path / name).unlink(missing_ok=True)
+        (run.path / name).symlink_to(Path("thesis.txt").absolute())
+    run.update_status(state=state)
+    with record_run(run, {"name": "new"}, overwrite=state == "finished"):
+        logging.getLogger("lora_lab").warning("a line")
+        assert "a line" in (run.path / "log.txt").read_text()
+        assert not [name for name in names if (run.path / name).is_symlink()]
+    assert Path("thesis.txt").read_text() == "mine"
+
+
+def test_no_report_is_written_through_a_link(run: Run, monkeypatch: pytest.MonkeyPatch):
+    Path("thesis.png").write_text("mine")
+    (run.path / "report/loss.png").unlink()
+    (run.path / "report/loss.png").symlink_to(Path("thesis.png").absolute())
+    save(Figure(), run.path / "report/loss")
+    assert Path("thesis.png").read_text() == "mine"
+    assert not (run.path / "report/loss.png").is_symlink()
+    Path("thesis").mkdir()
+    for folder in (run.path, run.path.parent):
+        shutil.rmtree(folder / "report", ignore_errors=True)
+        (folder / "report").symlink_to(Path("thesis").absolute())
+        assert command(monkeypatch, "report", str(folder)) == 2
+    assert not list(Path("thesis").iterdir())

@@ -44,20 +44,22 @@ def report(path: Path, to: Path | None) -> None:
     from lora_lab.runs import is_run
 
     if path.is_dir() and not is_run(path) and (runs := _runs(path)):
-        sweep = report.write_sweep(runs, path, to or _writable(path) / "report")
+        sweep = report.write_sweep(runs, path, to or _report_folder(path))
         report.show_sweep(sweep, _console())
         return
     run = _find(path)
     run.check()
-    directory = report.write_run(run, to or _writable(run.path) / "report")
+    directory = report.write_run(run, to or _report_folder(run.path))
     report.show_run(run, _console(), directory)
 
 
-def _writable(folder: Path) -> Path:
-    """The folder. Raises ValueError where it is read-only."""
+def _report_folder(folder: Path) -> Path:
+    """The report/ in a folder. Raises ValueError where it is a link, or the folder is read-only."""
+    if (folder / "report").is_symlink():
+        raise ValueError(f"{folder / 'report'} is a link: --to DIR writes the report elsewhere")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written to: --to DIR writes the report elsewhere")
-    return folder
+    return folder / "report"
 
 
 def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_run: bool) -> None:
@@ -97,7 +99,7 @@ def analyze(
     settings = {"keep": keep, "truncation": truncation}
     settings = {key: value for key, value in settings.items() if value is not None}
     run, results = analyze.analyze_again(runs[0], _console(), trust, bases, to, **settings)
-    report.write_run(run)
+    report.write_run(run, _report_folder(run.path))
     report.show_run(run, _console())
     if results.advice is not None:
         _print(f"advice   lora-lab train … {results.advice.overrides}")

@@ -100,7 +100,9 @@ def legend_label(label: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure to `path` with the endings .png and .pdf."""
+    """Writes a figure to `path` with the endings .png and .pdf, in the place of files or links."""
+    for suffix in (".png", ".pdf"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
     figure.savefig(path.with_suffix(".png"))
     # The layout was computed for the PNG. The PDF keeps it, and the work is done once.
     figure.set_layout_engine("none")

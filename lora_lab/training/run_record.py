@@ -163,7 +163,9 @@ def _clear(path: Path, status: dict[str, Any], is_kept: bool, continues: bool) -
         with suppress(FileNotFoundError):  # a damaged run may have lost it
             shutil.copy(path / "status.json", path / PREVIOUS)
     write_status(path, status)
-    files = written_files(path, (CHECKPOINTS, "log.txt") if continues else ())
+    has_log = not (path / "log.txt").is_symlink()  # what a link leads to is no log of this run
+    stays = (CHECKPOINTS, *(["log.txt"] if has_log else [])) if continues else ()
+    files = written_files(path, stays)
     for file in files if is_kept else ():
         previous = path / PREVIOUS / file.relative_to(path)
         previous.parent.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def sent(elsewhere: None) -> Path:
     """The stored runs and their base in a folder beside the current one."""
     shutil.copytree(STORED, SENT)
+    (SENT / "bases").mkdir()
     for name in (LORA, FULL):
         run = Run(RUNS / name)
         run.update_status(files=file_records(run.path))
@@ -102,9 +103,9 @@ def test_a_copy_has_the_analysis_and_nothing_else(sent: Path, monkeypatch: pytes
     (run.path / "notes.md").write_text("mine")
     (run.path / "log.txt").symlink_to(Path("secret").absolute())
     Path("secret").write_text("secret")
-    before = contents(sent)
+    before = contents(run.path)
     assert command(monkeypatch, "analyze", str(run.path), "--to=copies") == 0
-    assert contents(sent) == before
+    assert contents(run.path) == before
     copy = Run(Path("copies") / LORA)
     assert copy.check()["state"] == "finished"
     assert copy.rows()[:-1] == run.rows()
