@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
@@ -226,7 +225,7 @@ def _terminal_table(rows: Rows, numeric: bool) -> Table:
         justify = "right" if numeric and i > 0 else "left"
         table.add_column(heading, justify=justify, overflow="fold")
     for row in rows[1:]:
-        table.add_row(*map(escape, row), style="bold red" if row[-1] == BEYOND else None)
+        table.add_row(*row, style="bold red" if row[-1] == BEYOND else None)
     return table
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Column, Table
 
 from lora_lab.report.cells import stop_cause
@@ -22,7 +21,7 @@ def simple_table(
     """A table for the terminal without a frame, with a rule below the column titles."""
     table = Table(*columns, box=box.SIMPLE, pad_edge=False, show_header=show_header)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     return table
 
 
@@ -37,7 +36,7 @@ def site_table(sites: Iterable[Any]) -> Table:
     for site in sites[:MAX_SITES]:
         weight, recipe = " × ".join(map(str, site.shape)), site.recipe
         settings = (str(recipe.r), f"{recipe.alpha:g}", recipe.init, f"{recipe.dropout:g}")
-        table.add_row(escape(site.name), weight, *settings, f"{site.trainable_parameters:,}")
+        table.add_row(site.name, weight, *settings, f"{site.trainable_parameters:,}")
     if len(sites) > MAX_SITES:
         table.add_row(f"… and {len(sites) - MAX_SITES} more")
     table.add_section()
@@ -68,7 +67,7 @@ def runs_table(runs: Iterable[Run], state: str | None = None, sort: str = "name"
         experiment, run_hash = run.path.absolute().parent.name, run.path.name.rpartition("-")[2]
         cell, seed = status.get("cell", "–"), str(status.get("seed", "–"))
         numbers = (format_number(loss), format_seconds(status.get("seconds")))
-        names = map(escape, (experiment, str(cell), seed, *numbers, run_hash))
+        names = (experiment, str(cell), seed, *numbers, run_hash)
         table.add_row(status["state"], *names)
     return table
 
@@ -102,5 +101,5 @@ def job_table(jobs: Sequence[tuple[list[str], Path | None, str, str]]) -> Table:
         shown_cause = "" if state in ("finished", "running") else cause
         shown_state = state if state != "none" else "not begun"
         cells = (point, format_number(loss), seconds, shown_cause)
-        table.add_row(shown_state, *map(escape, cells))
+        table.add_row(shown_state, *cells)
     return table

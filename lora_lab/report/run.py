@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column
 
 from lora_lab.report import page
@@ -42,7 +41,7 @@ def show_run(run: Run, console: Console, directory: Path | None = None) -> None:
     """Prints a run's tables, and where its figures and files are; `directory` is its report's."""
     tables = run_tables(run)
     for rows in [tables[title] for title in ("curves", "theory") if title in tables]:
-        columns = [Column(escape(title), justify="right") for title in rows[0]]
+        columns = [Column(title, justify="right") for title in rows[0]]
         console.print(simple_table(columns, rows[1:]))
     console.print(simple_table([], tables["facts"][1:], show_header=False))
     if "theory" in tables:

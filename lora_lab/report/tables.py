@@ -132,7 +132,7 @@ def latex(rows: Rows) -> str:
 
 def terminal_table(title: str, rows: Rows) -> Table:
     """A table for the terminal: marked cells bold, columns of numbers to the right."""
-    shown = Table(title=escape(title), box=box.SIMPLE, pad_edge=False, title_justify="left")
+    shown = Table(title=title, box=box.SIMPLE, pad_edge=False, title_justify="left")
     for i, heading in enumerate(rows[0]):
         right = i > 0 and is_numeric(row[i] for row in rows[1:])
         shown.add_column(Text(heading), justify="right" if right else "left")
