@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import TENSOR_NAMES, Adapter
+from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
@@ -70,9 +71,10 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
 
     Tensors are named by site (`fc1.A`), and those that are trained in full by their key in the base
     (`head.weight`). The JSON has the base's hash and how the adapter of each site was built. Raises
-    AdapterError where there is no such adapter.
+    AdapterError, and writes nothing, where there is no such adapter, or a change is not finite.
     """
-    adapters = require_attached(model, name)
+    adapters, parameters = require_attached(model, name), also_trained(model, name)
+    require_finite(model, {**adapters, **parameters})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -80,7 +82,7 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
         for site, adapter in adapters.items()
         for key, tensor in adapter.tensors().items()
     }
-    in_full = {key: p.value.detach() for key, p in also_trained(model, name).items()}
+    in_full = {key: p.value.detach() for key, p in parameters.items()}
     sites = {
         site: {"kind": a.kind, "shape": list(a.shape), "scale": a.scale, **asdict(a.recipe)}
         for site, a in adapters.items()

@@ -2,6 +2,7 @@
 
 import copy
 import glob
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.finite import raise_reasons, reason_not_finite, require_finite
 from lora_lab.adapters.inject import detach, place_adapters, restore_weight
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.targets import Target, find_sites
@@ -34,30 +36,43 @@ def merge(model: nn.Module) -> None:
 
     What is trained in full takes the place of the base's values. Sums are computed in float32 (or
     wider) whatever the weight's dtype. A copy of each weight is kept for `unmerge`. Raises
-    AdapterError if an adapter is merged already, or none is active.
+    AdapterError, and changes no weight, if an adapter is merged already, none is active, or a sum
+    is not finite in the weight's dtype.
     """
     slots.require_unmerged(model)
-    for site, adapter in slots.require_attached(model, None).items():
-        weight = adapter.weight_of(slots.layer_of(model, site, adapter))
-        delta = adapter.delta(weight)
+    reasons = {}
+    changes = {**slots.require_attached(model, None), **slots.also_trained(model)}
+    for site, change in changes.items():
+        weight = change.weight_of(slots.layer_of(model, site, change))
+        if isinstance(change, FullParameter):
+            values = change.value
+        else:
+            delta = change.delta(weight)
+            values = weight.to(delta.dtype) + delta
+        if reason := reason_not_finite(weight, values):
+            reasons[site] = reason
+            continue
         before = weight.detach().clone()
-        weight.copy_(weight.to(delta.dtype) + delta)
-        adapter.weight_before_merge = before
-    for key, parameter in slots.also_trained(model).items():
-        weight = parameter.weight_of(slots.layer_of(model, key, parameter))
-        parameter.weight_before_merge = weight.detach().clone()
-        weight.copy_(parameter.value)
+        weight.copy_(values)
+        change.weight_before_merge = before
+    if reasons:
+        _restore_weights(model)
+        raise_reasons(reasons)
     _update_tied(model)
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Undoes `merge`, bit for bit. Raises AdapterError if no adapter is merged."""
-    if not (merged_by_site := slots.merged_adapters(model)):
+    if not slots.merged_adapters(model):
         raise AdapterError("no adapter is merged")
-    for site, adapter in merged_by_site.items():
-        restore_weight(slots.layer_of(model, site, adapter), adapter)
+    _restore_weights(model)
     _update_tied(model)
+
+
+def _restore_weights(model: nn.Module) -> None:
+    for site, change in slots.merged_adapters(model).items():
+        restore_weight(slots.layer_of(model, site, change), change)
 
 
 def _update_tied(model: nn.Module) -> None:
@@ -84,10 +99,14 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
 
     Its factors are the others' side by side, so its rank is the sum of theirs; its scale is 1. What
     they train in full is combined alike: W + Σ weights[other] · (value − W). Raises AdapterError
-    for a name that does not exist, and for DoRA, whose ΔW is no product.
+    for a name that does not exist, for DoRA, whose ΔW is no product, and for a share or a sum that
+    is not finite.
     """
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError(f"weights={weights!r}: must be {{adapter's name: share}}")
+    for other, share in weights.items():
+        if not math.isfinite(share):
+            raise AdapterError(f"the share of '{other}' is {share}: must be a finite number")
     shares: dict[str, list[tuple[float, Adapter]]] = {}
     for other, share in weights.items():
         for site, adapter in slots.require_attached(model, other).items():
@@ -109,7 +128,10 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
         layer = model.get_submodule(site.layer)
         adapter = type(first)(layer, site.parameter, site.rows, recipe)
         adapters[site] = adapter.fill({"A": A.clone(), "B": B})
-    place_adapters(model, adapters, name, _combine_in_full(model, weights))
+    also_trained = _combine_in_full(model, weights)
+    by_name = {site.name: adapter for site, adapter in adapters.items()}
+    require_finite(model, {**by_name, **also_trained})
+    place_adapters(model, adapters, name, also_trained)
 
 
 def _combine_in_full(model: nn.Module, weights: Mapping[str, float]) -> dict[str, FullParameter]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_lab.adapters import peft_trained_in_full
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.files import base_state_dict
+from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.linear import TransposedLinearAdapter
 from lora_lab.adapters.peft_tensors import alpha_for_scale, from_peft, tensor_keys, to_peft
@@ -64,10 +65,11 @@ def save_peft(
     AutoPeftModel classes read; with the first PEFT also trains heads in full by itself. Where there
     is an adapter in such a head the task type is left out, and PeftModel reads the folder.
 
-    Raises AdapterError, and writes nothing, where there is no such adapter, or with the reason for
-    each site that PEFT would compute differently.
+    Raises AdapterError, and writes nothing, where there is no such adapter, a change is not finite,
+    or with the reason for each site that PEFT would compute differently.
     """
     adapters, in_full = require_attached(model, name), also_trained(model, name)
+    require_finite(model, {**adapters, **in_full})
     if peft_trained_in_full.heads_of_task([*adapters], task_type):
         task_type = None
     extra = peft_trained_in_full.to_peft(
