@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import TENSOR_NAMES, Adapter
@@ -21,6 +22,7 @@ from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import also_trained, merged_adapters, parameter_key, require_attached
 from lora_lab.adapters.targets import Target, find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
+from lora_lab.runs import write_atomic
 
 
 def is_adapter_key(key: str) -> bool:
@@ -75,8 +77,6 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
     """
     adapters, parameters = require_attached(model, name), also_trained(model, name)
     require_finite(model, {**adapters, **parameters})
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{site}.{key}" if site else key: tensor.contiguous()
         for site, adapter in adapters.items()
@@ -95,8 +95,23 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
             key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             for key, value in in_full.items()
         }
-    save_file(tensors | in_full, directory / "adapter.safetensors", {"format": "lora_lab"})
-    (directory / "adapter.json").write_text(json.dumps(description, indent=2) + "\n")
+    content = serialize(tensors | in_full, {"format": "lora_lab"})
+    description["sha256"] = hashlib.sha256(content).hexdigest()
+    write_pair(Path(directory), content, description, ("adapter.safetensors", "adapter.json"))
+
+
+def write_pair(
+    directory: Path, tensors: bytes, description: dict[str, Any], names: tuple[str, str]
+) -> None:
+    """Writes tensors and the JSON that describes them, under these two names in `directory`.
+
+    The JSON is the last: until it is written, `directory` holds no adapter that could be read, or
+    tensors that are not those of its older JSON, which is an error on reading.
+    """
+    text = json.dumps(description, indent=2) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / names[0], tensors)
+    write_atomic(directory / names[1], text)
 
 
 def load(model: nn.Module, directory: str | Path, name: str = "default") -> None:
@@ -104,8 +119,8 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
 
     What trains in full takes its values from the files, so that the model's may be others: a new
     head, which each model draws for itself. Raises AdapterError, and changes nothing, where the
-    files are missing or do not fit: another base (by the hash of its other weights), a layer that
-    does not exist, a wrong kind or shape, missing or unknown tensors.
+    files are missing, are not of one save, or do not fit: another base (by the hash of its other
+    weights), a layer that does not exist, a wrong kind or shape, missing or unknown tensors.
     """
     description, tensors = _read(Path(directory))
     sites, in_full = description["sites"], description.get("also_trained", {})
@@ -181,21 +196,39 @@ def _build_in_full(
 
 def base_hash(directory: str | Path) -> str:
     """The `weights_hash` of the base on which the adapter of `directory` was trained."""
-    return _read(Path(directory))[0]["base"]
+    return _read_description(Path(directory))["base"]
 
 
 def _without(state: dict[str, Tensor], keys: Collection[str]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key not in keys}
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What adapter.json says, and the tensors. Raises AdapterError."""
+def _read_description(directory: Path) -> dict[str, Any]:
+    """What adapter.json says. Raises AdapterError."""
     try:
         description = json.loads((directory / "adapter.json").read_text())
         _ = description["base"], description["sites"]
-        return description, load_file(directory / "adapter.safetensors")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        return description
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What adapter.json says, and the tensors. Raises AdapterError."""
+    description, path = _read_description(directory), directory / "adapter.safetensors"
+    try:
+        tensors = load_file(path)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
+    # Folders of earlier versions have no checksum.
+    if description.get("sha256", sha256) != sha256:
+        raise AdapterError(
+            f"adapter.safetensors in {directory} has not the SHA-256 that adapter.json gives: it "
+            "was changed, or one of the two is from another save; save again"
+        )
+    return description, tensors
 
 
 def _check_fit(adapter: Adapter, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:

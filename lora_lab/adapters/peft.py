@@ -8,13 +8,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from lora_lab.adapters import peft_trained_in_full
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.files import base_state_dict
+from lora_lab.adapters.files import base_state_dict, write_pair
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.linear import TransposedLinearAdapter
@@ -24,6 +25,15 @@ from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.sites import Site, candidate_sites
 from lora_lab.adapters.slots import also_trained, layer_of, require_attached
 from lora_lab.adapters.targets import Target, TargetError, find_sites
+
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+"""PEFT's names of the two files."""
+
+SCALE_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+"""Keys of PEFT's config that say what its tensors are multiplied by.
+
+`save_peft` also writes them into the metadata of the tensors, which PEFT does not read.
+"""
 
 NO_TARGETS = "dummy-target-modules"
 """PEFT's word for a LoRA on no layer, where only other parameters train."""
@@ -51,7 +61,7 @@ def save_peft(
     name: str | None = None,
     *,
     task_type: str | None = None,
-    base_model: str | None = None,
+    base_model: str | Path | None = None,
 ) -> None:
     """Writes the adapter `name`, or the active one, as PEFT's folder.
 
@@ -86,11 +96,13 @@ def save_peft(
         for part, tensor in site_tensors.items():
             tensors[f"{PREFIX}{site}.{keys[part]}"] = tensor.contiguous()
     config = _peft_config(adapters, ranks, alphas, rslora) | extra.config
-    config |= {"task_type": task_type, "base_model_name_or_path": base_model}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors | extra.tensors, directory / "adapter_model.safetensors", {"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config |= {"task_type": task_type, "base_model_name_or_path": base_model and str(base_model)}
+    metadata = {
+        "format": "pt",
+        "lora_lab.scale": json.dumps({key: config[key] for key in SCALE_KEYS}),
+    }
+    content = serialize(tensors | extra.tensors, metadata)
+    write_pair(Path(directory), content, config, FILES)
 
 
 def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors: list[str]) -> None:
@@ -141,8 +153,8 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     All other parameters are frozen, but those of modules_to_save and the biases that `bias` names.
     The tensors' keys say which layers are adapted. Gives the sites.
 
-    Raises AdapterError, and changes nothing, where the files are missing, where the config asks for
-    more than LoRA, rsLoRA or DoRA, or with all keys and layers that do not fit.
+    Raises AdapterError, and changes nothing, where the files are missing or not of one save, where
+    the config asks for more than LoRA, rsLoRA or DoRA, or with all keys and layers that do not fit.
     """
     config, tensors = _read(Path(directory))
     tensors_by_layer, others = _split_by_layer(tensors)
@@ -206,8 +218,10 @@ def _reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A folder's adapter_config.json, with PEFT's defaults, and its tensors by PEFT's keys."""
     try:
-        config = json.loads((directory / "adapter_config.json").read_text())
-        tensors = load_file(directory / "adapter_model.safetensors")
+        config = json.loads((directory / FILES[1]).read_text())
+        tensors = load_file(directory / FILES[0])
+        with safe_open(directory / FILES[0], "pt") as file:
+            scale = json.loads((file.metadata() or {}).get("lora_lab.scale", "{}"))
         kind, init = config.get("peft_type"), config.get("init_lora_weights")
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise AdapterError(f"no PEFT adapter can be read from {directory}: {error}") from error
@@ -215,6 +229,12 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         f"{key}={value!r}: there is nothing like it here"
         for key, value in config.items()
         if key not in LOADABLE_KEYS.split() and value
+    ]
+    errors += [
+        f"{key}={config.get(key)!r} in {FILES[1]}, but {value!r} where {FILES[0]} was written: the "
+        "two are not of one save"
+        for key, value in scale.items()
+        if config.get(key) != value
     ]
     if kind != "LORA":
         errors.append(f"peft_type={kind!r}: must be LORA")

@@ -6,6 +6,7 @@ safetensors and json.
 Run: make test ARGS=tests/adapters/test_files.py
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lab import adapters
+from lora_lab.adapters import files
 from tests.adapters.cases import CASES, Case, every_case, move
 
 
@@ -102,6 +104,10 @@ def edit(tmp_path: Path, **changes: torch.Tensor | None) -> None:
     tensors = {**load_file(tmp_path / "adapter.safetensors"), **changes}
     remaining = {k: v for k, v in tensors.items() if v is not None}
     save_file(remaining, tmp_path / "adapter.safetensors")
+    path = tmp_path / "adapter.json"
+    about = json.loads(path.read_text())
+    del about["sha256"]  # as in folders of earlier versions
+    path.write_text(json.dumps(about))
 
 
 @pytest.mark.parametrize(
@@ -154,3 +160,60 @@ def test_a_change_of_the_padding_token_is_refused(tmp_path: Path):
     adapters.detach(model)
     with pytest.raises(adapters.AdapterError, match="'0': A changes the padding token 1"):
         adapters.load(model, tmp_path)
+
+
+SAVES = {"ours": (adapters.save, adapters.load), "peft": (adapters.save_peft, adapters.load_peft)}
+
+
+@pytest.mark.parametrize("kept", ["json", "safetensors"])
+@pytest.mark.parametrize("format", SAVES)
+def test_two_files_of_different_saves_are_refused(format: str, kept: str, tmp_path: Path):
+    """One of the files is of a save with alpha 1, the other of the next one, with alpha 8."""
+    save, load = SAVES[format]
+    for alpha in (1, 8):
+        model: Any = nn.Sequential(nn.Linear(4, 3))
+        model[0].weight.data.fill_(1)
+        model[0].bias.data.fill_(0)
+        adapters.attach(model, r=2, alpha=alpha)
+        adapters.attached(model)["0"].B.data.fill_(alpha)
+        older = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        save(model, tmp_path)
+    adapters.detach(model)
+    load(model, tmp_path)
+    assert adapters.attached(model)["0"].scale == 4
+    adapters.detach(model)
+    for path, content in older.items():
+        if path.suffix == f".{kept}":
+            path.write_bytes(content)
+    with pytest.raises(adapters.AdapterError, match=r"another save|lora_alpha=.* not of one save"):
+        load(model, tmp_path)
+    assert not adapters.attached(model)
+
+
+@pytest.mark.parametrize("format", SAVES)
+def test_a_save_that_ends_between_its_files_leaves_none_that_can_be_read(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save, load = SAVES[format]
+    model = CASES[0].build()
+    write = files.write_atomic
+
+    def write_tensors(path: Path, content: Any) -> None:
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_atomic", write_tensors)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    adapters.detach(model)
+    with pytest.raises(adapters.AdapterError, match="can be read from"):
+        load(model, tmp_path)
+
+
+def test_the_checksum_is_that_of_the_file(tmp_path: Path):
+    saved(tmp_path)
+    content = (tmp_path / "adapter.safetensors").read_bytes()
+    about = json.loads((tmp_path / "adapter.json").read_text())
+    assert about["sha256"] == hashlib.sha256(content).hexdigest()
