@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_lab.adapters.adapter import Adapter
@@ -13,6 +14,10 @@ from lora_lab.adapters.watch import KINDS_ON_READING
 
 Change = Adapter | FullParameter
 """What a slot holds: a low-rank adapter, or a parameter that is trained in full."""
+
+
+MERGED = "is_merged"
+"""A slot's key in the state dict of a merged model: there, the layer's weight has ΔW in it."""
 
 
 # A layer `fc1` with two adapters, and an nn.MultiheadAttention `attn` with one, are these modules:
@@ -44,11 +49,27 @@ class Slot(nn.ModuleDict):
             return adapters
         return [a for a in adapters if a.kind == FullParameter.kind]
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether one of the adapters is merged into the layer's weight."""
+        adapters = [module for module in self.modules() if isinstance(module, Change)]
+        return any(adapter.weight_before_merge is not None for adapter in adapters)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_merged:
+            destination[prefix + MERGED] = torch.tensor(True)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
         errors: list[str] = args[-1]
-        adapters = [module for module in self.modules() if isinstance(module, Change)]
-        if any(adapter.weight_before_merge is not None for adapter in adapters):
+        if self.is_merged:
             errors.append(f"{prefix}: merged, and unmerge would undo what is loaded; unmerge first")
+        if state_dict.pop(prefix + MERGED, None) is not None:
+            errors.append(
+                f"{prefix}: the state dict was taken while the adapter was merged, so its weight "
+                "already has the change, which would count twice; take it after unmerge, or load "
+                "its base's keys alone (those without `lora`) into a model without adapters"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

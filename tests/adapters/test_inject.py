@@ -347,6 +347,67 @@ def test_loading_a_base_into_a_merged_model_is_an_error():
         model.load_state_dict(state, strict=False)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["low-rank", "in full", "tied"])
+def test_a_state_dict_taken_while_merged_is_not_loaded_under_adapters(kind: str, strict: bool):
+    """It would have ΔW in the weight and in the adapter. One taken after unmerge is loaded."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        if kind == "tied":
+            model[1].weight = model[0].weight
+        how: Any = {"also_train": "0.bias"} if kind == "in full" else {}
+        adapters.attach(model, {"0": Target(match="0", tied=kind == "tied")}, r=2, alpha=2, **how)
+        return model
+
+    model, x = build(), torch.ones(1, 4)
+    adapters.attached(model)["0"].B.data.fill_(1)
+    y = model(x)
+    adapters.merge(model)
+    merged = copy.deepcopy(model.state_dict())
+    adapters.unmerge(model)
+    fresh = build()
+    with pytest.raises(RuntimeError, match="taken while the adapter was merged"):
+        fresh.load_state_dict(merged, strict=strict)
+    fresh.load_state_dict(model.state_dict(), strict=strict)
+    assert torch.equal(fresh(x), y)
+    # Without adapters the merged weights are what they are.
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(plain(x), y)
+
+
+def test_an_adapter_can_have_the_name_of_its_slot(tmp_path: Path):
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.ones(1, 4)
+    base = model(x)
+    adapters.attach(model, r=1, alpha=1, name="lora")
+    adapters.attached(model)["0"].B.data.fill_(1)
+    y = model(x)
+    adapters.save(model, tmp_path)
+    adapters.attach(model, r=1, alpha=1, name="two")
+    assert adapters.names(model) == ["lora", "two"]
+    assert torch.equal(model(x), base)
+    adapters.switch(model, "lora")
+    assert torch.equal(model(x), y)
+    adapters.detach(model, "lora")
+    adapters.load(model, tmp_path, name="lora")
+    assert torch.equal(model(x), y)
+    adapters.detach(model)
+    assert torch.equal(model(x), base)
+    assert model.state_dict().keys() == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("kind", ["module", "parameter", "buffer"])
+def test_a_models_own_lora_is_refused(kind: str):
+    model: Any = nn.Sequential(nn.Linear(4, 3))
+    own = {"module": nn.Identity, "parameter": nn.Parameter, "buffer": nn.Buffer}
+    model[0].lora = own[kind]()
+    with pytest.raises(adapters.AdapterError, match=r"own '0\.lora' has the name of an adapter"):
+        adapters.attach(model, r=1, alpha=1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_dora_of_a_row_of_zeros_is_no_nan():
     layer = nn.Linear(4, 5)
     layer.weight.data[1] = 0
