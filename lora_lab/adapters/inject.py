@@ -128,8 +128,12 @@ def _check_placeable(
         shown = ", ".join(site or "the model itself" for site in taken)
         raise AdapterError(f"adapter '{name}' sits on {shown}: detach it, or take another name")
     for path, module in model.named_modules():
-        if path.rpartition(".")[2] == "lora" and not isinstance(module, Slot):
-            raise AdapterError(f"the model's module '{path}' has the name of an adapter")
+        if isinstance(module, Slot):
+            continue  # of an adapter that is itself named `lora`
+        children = {**module._modules, **module._parameters, **module._buffers}
+        if not isinstance(children.get("lora"), Slot | None):
+            key = ".".join(filter(None, [path, "lora"]))
+            raise AdapterError(f"the model's own '{key}' has the name of an adapter")
 
 
 def freeze_base(model: nn.Module) -> None:
