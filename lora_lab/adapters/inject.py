@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.recipe import AdapterError, Recipe
+from lora_lab.adapters.recipe import AdapterError, Recipe, python_scalar
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import Change, Slot
 from lora_lab.adapters.targets import Target, find_sites
@@ -56,6 +56,8 @@ def attach(
     Code that reads the weight of a Linear, Conv or Embedding without calling the layer, as
     F.linear(x, embed.weight), reads the base's.
     """
+    if type(seed := python_scalar(seed)) is not int:
+        raise AdapterError(f"seed={seed!r}: must be an integer")
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     recipe = Recipe(r, alpha, dropout, init, scaling, trains, dora)
     keys = select(model, also_train)

@@ -13,7 +13,7 @@ from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.finite import raise_reasons, reason_not_finite, require_finite
 from lora_lab.adapters.inject import detach, place_adapters, restore_weight
-from lora_lab.adapters.recipe import AdapterError
+from lora_lab.adapters.recipe import AdapterError, python_scalar
 from lora_lab.adapters.targets import Target, find_sites
 from lora_lab.adapters.trained_in_full import FullParameter
 
@@ -104,9 +104,10 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     """
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError(f"weights={weights!r}: must be {{adapter's name: share}}")
+    weights = {other: python_scalar(share) for other, share in weights.items()}
     for other, share in weights.items():
-        if not math.isfinite(share):
-            raise AdapterError(f"the share of '{other}' is {share}: must be a finite number")
+        if not (isinstance(share, int | float) and math.isfinite(share)):
+            raise AdapterError(f"the share of '{other}' is {share!r}: must be a finite number")
     shares: dict[str, list[tuple[float, Adapter]]] = {}
     for other, share in weights.items():
         for site, adapter in slots.require_attached(model, other).items():

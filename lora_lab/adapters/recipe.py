@@ -1,7 +1,8 @@
 """How an adapter is built: its rank, scale, init and what of it trains."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.scaling import SCALINGS
@@ -20,6 +21,12 @@ class AdapterError(ValueError):
     """An adapter that cannot be built, loaded, merged or switched as requested."""
 
 
+def python_scalar(value: Any) -> Any:
+    """The Python number of a scalar of numpy or torch; anything else as it is."""
+    is_scalar = hasattr(value, "item") and math.prod(value.shape) == 1
+    return value.item() if is_scalar else value
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How an adapter is built: all choices but the place where it sits.
@@ -36,10 +43,20 @@ class Recipe:
     trains: str = "both"
     dora: bool = False
 
+    def __post_init__(self):
+        """Makes Python's numbers of those of numpy and torch, which no JSON file can hold."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, python_scalar(getattr(self, field.name)))
+
     def check(self) -> None:
         """Raises AdapterError for a choice that does not exist or does not go with another."""
         if type(self.r) is not int or self.r < 1:
             raise AdapterError(f"r={self.r!r}: must be an integer of at least 1")
+        for name in ("alpha", "dropout"):
+            if type(value := getattr(self, name)) not in (int, float):
+                raise AdapterError(f"{name}={value!r}: must be a number")
+        if type(self.dora) is not bool:
+            raise AdapterError(f"dora={self.dora!r}: must be True or False")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise AdapterError(f"alpha={self.alpha}: must be more than 0")
         for name, table in (("init", INITS), ("scaling", SCALINGS), ("trains", TRAINS)):

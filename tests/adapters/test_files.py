@@ -8,16 +8,19 @@ Run: make test ARGS=tests/adapters/test_files.py
 
 import hashlib
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lab import adapters
-from lora_lab.adapters import files
+from lora_lab.adapters import Target, files
 from tests.adapters.cases import CASES, Case, every_case, move
 
 
@@ -217,3 +220,70 @@ def test_the_checksum_is_that_of_the_file(tmp_path: Path):
     content = (tmp_path / "adapter.safetensors").read_bytes()
     about = json.loads((tmp_path / "adapter.json").read_text())
     assert about["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As outside of tests, where jaxtyping raises no error before ours."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+SCALARS = {
+    "numpy": (np.int64, np.float64, np.bool_),
+    "numpy32": (np.int32, np.float32, np.bool_),
+    "array": (np.array, np.array, np.array),
+    "torch": (torch.tensor, torch.tensor, torch.tensor),
+    "torch-of-one": (lambda n: torch.tensor([n]),) * 3,
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("integer", "number", "flag"), SCALARS.values(), ids=SCALARS)
+def test_settings_that_are_scalars_of_numpy_or_torch_are_pythons(
+    integer: Any, number: Any, flag: Any, tmp_path: Path
+):
+    def build(integer: Any, number: Any, flag: Any, folder: Path) -> nn.Sequential:
+        model = seeded_layers()
+        targets = {
+            "rest": Target(match="[01]"),
+            "last": Target(match="2", r=integer(1), alpha=number(4.0), dropout=number(0.5)),
+        }
+        settings: dict[str, Any] = {"r": integer(3), "alpha": number(8.0), "dropout": number(0.25)}
+        settings |= {"dora": flag(False), "seed": integer(3)}
+        patterns: dict[str, Any] = {
+            "rank_pattern": {"0": integer(2)},
+            "alpha_pattern": {"0": integer(5)},
+        }
+        adapters.attach(model, targets, **settings, **patterns)
+        adapters.save(model, folder)
+        adapters.save_peft(model, folder / "peft", base_model=Path("base"))
+        return model
+
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    build(integer, number, flag, ours)
+    build(int, float, bool, theirs)
+    for name in ("adapter.json", "adapter.safetensors", "peft/adapter_config.json"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def seeded_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"alpha": "16"}, {"alpha": None}, {"alpha": torch.ones(2)}, {"alpha": True}),
+        *({"alpha": Decimal(16)}, {"dropout": "0.1"}, {"dropout": np.ones(2)}),
+        *({"r": np.float32(2)}, {"r": np.ones(2, int)}, {"dora": 1}, {"dora": "no"}),
+        *({"seed": 1.5}, {"seed": "1"}, {"seed": torch.ones(2)}),
+    ],
+)
+def test_settings_that_are_no_numbers_are_refused_at_once(setting: dict[str, Any]):
+    model = seeded_layers()
+    (key,) = setting
+    with pytest.raises(adapters.AdapterError, match=f"^{key}="):
+        adapters.attach(model, **{"r": 2, "alpha": 2, **setting})
+    assert not adapters.names(model)
