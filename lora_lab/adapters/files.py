@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,49 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         part = weight if adapter.rows is None else weight[slice(*adapter.rows)]
         part.copy_(adapter.weight_before_merge)
         # The names that a tied weight also has
-        shared = state[key].data_ptr()
-        state |= {other: weight for other, value in state.items() if value.data_ptr() == shared}
+        merged = state[key]
+        state |= {other: weight for other, value in state.items() if _is_same(value, merged)}
     return state
 
 
-def weights_hash(state: dict[str, Tensor]) -> str:
-    """The SHA-256 of a state dict: names, dtypes, shapes and all bytes, in the order of names."""
+def _is_same(value: Any, weight: Tensor) -> bool:
+    """Whether what a state dict holds, which may be sparse or no tensor, is this weight."""
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    return is_dense and value.data_ptr() == weight.data_ptr()
+
+
+def weights_hash(state: dict[str, Any]) -> str:
+    """The SHA-256 of a state dict: names, dtypes, shapes and all bytes, in the order of names.
+
+    What is no tensor, as some modules give by `get_extra_state`, is left out.
+    """
     digest = hashlib.sha256()
-    for key, tensor in sorted(state.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+    for key, tensor in sorted(state.items(), key=itemgetter(0)):
+        if not isinstance(tensor, Tensor):
+            continue
+        parts = _dense_parts(tensor.detach().cpu())
+        shape = [tuple(p.shape) for p in parts] if tensor.is_nested else tuple(tensor.shape)
+        digest.update(f"{key} {tensor.dtype} {shape}\n".encode())
+        for part in parts:
+            flat = part.resolve_conj().resolve_neg().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _dense_parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a sparse, nested or quantized tensor is made of, or itself."""
+    if tensor.is_nested:
+        return [*tensor.unbind()]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor if tensor.layout == torch.strided else tensor.to_dense()]
 
 
 def save(model: nn.Module, directory: str | Path, name: str | None = None) -> None:

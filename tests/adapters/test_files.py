@@ -8,6 +8,7 @@ Run: make test ARGS=tests/adapters/test_files.py
 
 import hashlib
 import json
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Target, files
@@ -287,3 +288,60 @@ def test_settings_that_are_no_numbers_are_refused_at_once(setting: dict[str, Any
     with pytest.raises(adapters.AdapterError, match=f"^{key}="):
         adapters.attach(model, **{"r": 2, "alpha": 2, **setting})
     assert not adapters.names(model)
+
+
+EYE = torch.eye(4)
+BUFFERS: dict[str, Callable[[float], Tensor]] = {
+    "coo": lambda n: (n * EYE).to_sparse(),
+    "csr": lambda n: (n * EYE).to_sparse_csr(),
+    "csc": lambda n: (n * EYE).to_sparse_csc(),
+    "bsr": lambda n: (n * EYE).to_sparse_bsr((2, 2)),
+    "bsc": lambda n: (n * EYE).to_sparse_bsc((2, 2)),
+    "quantized": lambda n: torch.quantize_per_tensor(n * EYE, 0.5, 1, torch.qint8),
+    "quantized by row": lambda n: torch.quantize_per_channel(
+        EYE, n * torch.ones(4), torch.zeros(4), 0, torch.qint8
+    ),
+    "nested": lambda n: torch.nested.nested_tensor([n * torch.ones(2), torch.ones(3)]),
+    "jagged": lambda n: torch.nested.nested_tensor(
+        [n * torch.ones(2), torch.ones(3)], layout=torch.jagged
+    ),
+    "conjugate": lambda n: (n * 1j * torch.ones(3)).conj(),
+    "negative": lambda n: (n * 1j * torch.ones(3)).conj().imag,
+    "float8": lambda n: (n * EYE).to(torch.float8_e4m3fn),
+    "expanded": lambda n: torch.tensor(n).expand(4),
+    "empty": lambda n: torch.empty(int(n), 0),
+}
+
+
+class Odd(nn.Module):
+    """A layer beside a buffer, and a state that is no tensor, as layers in float8 have."""
+
+    def __init__(self, buffer: Tensor):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("odd", buffer)
+
+    def get_extra_state(self) -> Any:
+        return {"amax": 1.0}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, that these kinds of tensors are not finished
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_a_base_with_any_kind_of_buffer_is_known_by_it(kind: str, tmp_path: Path):
+    build = BUFFERS[kind]
+    model, same, other = Odd(build(1.0)), Odd(build(1.0)), Odd(build(2.0))
+    adapters.attach(model, r=2, alpha=2)
+    adapters.save(model, tmp_path / "unmerged")
+    adapters.save_peft(model, tmp_path / "peft")
+    adapters.merge(model)
+    adapters.save(model, tmp_path / "merged")
+    adapters.unmerge(model)
+    about = [(tmp_path / name / "adapter.json").read_text() for name in ("unmerged", "merged")]
+    assert about[0] == about[1]
+    adapters.load(same, tmp_path / "merged")
+    with pytest.raises(adapters.AdapterError, match="belongs to another base"):
+        adapters.load(other, tmp_path / "merged")
