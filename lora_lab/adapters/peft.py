@@ -101,8 +101,21 @@ def save_peft(
         "format": "pt",
         "lora_lab.scale": json.dumps({key: config[key] for key in SCALE_KEYS}),
     }
-    content = serialize(tensors | extra.tensors, metadata)
+    content = _with_sorted_metadata(serialize(tensors | extra.tensors, metadata))
     write_pair(Path(directory), content, config, FILES)
+
+
+# safetensors writes several keys of metadata in an order that is another each time, and the same
+# adapter shall be the same file. A file is: 8 bytes, which give the header's length; the header in
+# JSON, padded with spaces to a multiple of 8; the tensors' bytes.
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """The content of a file of safetensors with its metadata in the order of the keys."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, content[end:]])
 
 
 def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors: list[str]) -> None:

@@ -17,6 +17,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -214,6 +215,19 @@ def test_a_save_that_ends_between_its_files_leaves_none_that_can_be_read(
     adapters.detach(model)
     with pytest.raises(adapters.AdapterError, match="can be read from"):
         load(model, tmp_path)
+
+
+def test_one_adapter_is_one_file(tmp_path: Path):
+    """The order of PEFT's metadata is by chance in safetensors: 20 times one of two orders."""
+    model = CASES[0].build()
+    contents = set()
+    for _ in range(20):
+        adapters.save_peft(model, tmp_path)
+        contents.add((tmp_path / "adapter_model.safetensors").read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+        assert len(file.keys()) == 2
 
 
 def test_the_checksum_is_that_of_the_file(tmp_path: Path):
