@@ -23,7 +23,13 @@ def visible(text: str) -> str:
 
 
 class VisibleConsole(Console):
-    """A console that writes out the control characters of what it is given; its own stay."""
+    """A console that writes out the control characters of what it is given; its own stay.
+
+    No markup: a name such as `out [v1]` is printed as it is.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings, markup=False)
 
     def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
         """The segments of what is printed."""
@@ -37,10 +43,9 @@ for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(errors="replace")
 
-# No markup: a name such as `out [v1]` is printed as it is. In a pipe or a file paths are not broken
-# to fit 80 columns.
-console = VisibleConsole(width=None if sys.stdout.isatty() else 200, markup=False)
-error_console = VisibleConsole(stderr=True, markup=False)
+# In a pipe or a file, paths are not broken to fit 80 columns.
+console = VisibleConsole(width=None if sys.stdout.isatty() else 200)
+error_console = VisibleConsole(stderr=True)
 
 
 def print_error(kind: str, message: str, suffix: str = "", to: Console = error_console) -> None:

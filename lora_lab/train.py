@@ -120,9 +120,9 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
     # Lightning and wandb take seconds to import: after the first checks, not before.
     with frozen_imports():
         from lora_lab import report
-        from lora_lab.training import devices, plan, published
+        from lora_lab.training import devices, plan
     silence_lightning()
-    run_plan = published.with_published(plan.plan(cfg), _experiment())
+    run_plan = _with_published(plan.plan(cfg))
     if devices.is_worker():
         return devices.run_worker(run_plan, console)
     run = Run(run_plan.path)
@@ -177,11 +177,11 @@ def _write_report(run: Run, draw: bool) -> None:
 def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
     """Trains the runs of a pack together. Raises RunFailedError if any of them failed."""
     from lora_lab.packing.runs import run_pack
-    from lora_lab.training import plan, published, run_record
+    from lora_lab.training import plan, run_record
 
     silence_lightning()
     plans = [plan.plan(compose.compose_config(o)) if isinstance(o, list) else o for o in pack]
-    plans = [published.with_published(run_plan, _experiment()) for run_plan in plans]
+    plans = [_with_published(run_plan) for run_plan in plans]
     try:
         errors = run_pack(plans, console)
         for i, error in enumerate(errors):
@@ -208,9 +208,13 @@ def _run_pack(pack: "Sequence[list[str] | Plan]") -> None:
         raise RunFailedError(f"{len(messages)} of {len(plans)} runs of the pack; {messages[0]}")
 
 
-def _experiment() -> str:
-    """The name of the experiment that the command chooses."""
-    return HydraConfig.get().runtime.choices["experiment"]
+def _with_published(run_plan: "Plan") -> "Plan":
+    """The plan with those of a paper's rows that can be compared, where its experiment has some."""
+    if run_plan.cfg.published is None:
+        return run_plan
+    from lora_lab.training.published import with_published
+
+    return with_published(run_plan, HydraConfig.get().runtime.choices["experiment"])
 
 
 def _end_on_hangup() -> None:

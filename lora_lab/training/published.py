@@ -15,8 +15,7 @@ def with_published(plan: Plan, experiment: str) -> Plan:
     is measured of ΔW (`spectra`).
     """
     cfg = plan.cfg
-    if cfg.published is None:
-        return plan
+    assert cfg.published is not None
     paper = compose.published_config(experiment, cfg)
     base = cfg.published.base if bases.key(cfg) == bases.key(paper) else {}
     adapted = cfg.published.adapted if cfg.identity() == paper.identity() else {}
