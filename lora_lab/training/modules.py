@@ -243,9 +243,9 @@ class BaseModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The configured optimizer, with its learning rate scheduled over all steps of training."""
         arguments = self.optimizer.arguments
-        is_mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
-        if is_mixed and self.trainer.gradient_clip_val and arguments.get("fused"):
-            arguments["fused"] = False  # Lightning clips no gradients of a fused optimizer then
+        if arguments.get("fused") and self.trainer.gradient_clip_val:
+            # Lightning clips no gradients of a fused optimizer in mixed precision.
+            arguments["fused"] = not isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = self.optimizer.callee(self.optimizer_groups(), **arguments)
         if self.optimizer.schedule == "constant" and not self.optimizer.warmup:
             return optimizer
