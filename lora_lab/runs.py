@@ -105,8 +105,8 @@ class Run:
             with suppress(Timeout, OSError), FileLock(self.path / "lock", timeout=0):
                 status["state"] = "interrupted"
         elif status["state"] == "finished":
-            found = self.known_fault or fault(self.path, status)
-            return status | _damaged(found) if found else status
+            problem = self.known_fault or fault(self.path, status)
+            return status | _damaged(problem) if problem else status
         return status
 
     @property
@@ -126,11 +126,11 @@ class Run:
         one of `in_full`: for whoever reads them.
         """
         status = self.status
-        found = status["error"] if status["state"] == "damaged" else ""
+        problem = status["error"] if status["state"] == "damaged" else ""
         if status["state"] == "finished":
-            found = fault(self.path, status, in_full)
-        if found:
-            raise DamagedRunError(f"{self.path} is damaged: {found}")
+            problem = fault(self.path, status, in_full)
+        if problem:
+            raise DamagedRunError(f"{self.path} is damaged: {problem}")
         return status
 
     def check_finished(self, use: str) -> None:
@@ -184,9 +184,9 @@ class Run:
         )
 
 
-def _damaged(found: str) -> dict[str, Any]:
+def _damaged(problem: str) -> dict[str, Any]:
     """The status of a damaged run, or what is different in it."""
-    return {"state": "damaged", "error": found}
+    return {"state": "damaged", "error": problem}
 
 
 def write_status(folder: Path, status: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ Change = Adapter | FullParameter
 
 
 MERGED = "is_merged"
-"""A slot's key in the state dict of a merged model: there, the layer's weight has ΔW in it."""
+"""The key in a state dict by which a slot says that its adapter is merged into the weight."""
 
 
 # A layer `fc1` with two adapters, and an nn.MultiheadAttention `attn` with one, are these modules:

@@ -239,7 +239,7 @@ def parameters_of(
     try:
         parameters = dict(inspect.signature(callee).parameters)
     except ValueError as error:  # some that are written in C
-        raise ConfigError(f"{_name_of(callee)}: its arguments cannot be told: {error}") from None
+        raise ConfigError(f"{_name_of(callee)}: its arguments cannot be read: {error}") from None
     if not inspect.isclass(callee):
         return parameters, get_type_hints(callee, include_extras=True)
     hints = get_type_hints(callee.__init__, include_extras=True)

@@ -28,5 +28,5 @@ def checked_config(run: Run) -> Run:
         return run
     if identity.startswith(name_hash):
         return run
-    told = f"its hash is {identity[:10]}, the directory's name has {name_hash}"
-    return replace(run, known_fault=f"config.yaml was changed after the run: {told}")
+    hashes = f"its hash is {identity[:10]}, the directory's name has {name_hash}"
+    return replace(run, known_fault=f"config.yaml was changed after the run: {hashes}")

@@ -24,32 +24,32 @@ Three = Sequence[float] | None
 class Pixels:
     """The transforms of an image into a tensor (3, height, width), as a model takes it.
 
-    `whole` takes an image (PIL, RGB) as it is. `scaled` takes one, as a tensor of bytes, that has
-    its height and width already: it changes its numbers alone. `resample` says how the pixels of
+    `preprocess` takes an image (PIL, RGB) as it is. `normalize` takes a tensor of bytes that has
+    its height and width already, and changes its numbers alone. `resample` says how the pixels of
     another size are computed: torchvision's word, or PIL's number.
     """
 
-    whole: Callable[[Any], Tensor]
-    scaled: Callable[[Any], Tensor]
+    preprocess: Callable[[Any], Tensor]
+    normalize: Callable[[Any], Tensor]
     resample: str | int = "bilinear"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each image's tensor: (3, height, width)."""
-        return tuple(self.whole(_image(64, 48)).shape)
+        return tuple(self.preprocess(_image(64, 48)).shape)
 
     def transform(self, augment: str) -> Callable[[Any], Tensor]:
         """The transform of an image that is augmented as data.augment says."""
         from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
 
         if augment == "none":
-            return self.whole
-        cut = [self.whole]
+            return self.preprocess
+        cut = [self.preprocess]
         if augment == "crop_flip":
             word = isinstance(self.resample, str)
             resample = v2.InterpolationMode(self.resample) if word else self.resample
             part = v2.RandomResizedCrop(self.shape[1:], interpolation=resample)
-            cut = [v2.ToImage(), part, self.scaled]
+            cut = [v2.ToImage(), part, self.normalize]
         return v2.Compose([*cut, v2.RandomHorizontalFlip()])
 
 
@@ -72,7 +72,7 @@ def pixels(processor: str | None, size: int | None, mean: Three, std: Three) -> 
 
 
 def _stored(processor: str) -> tuple[str | None, dict[str, Any]]:
-    """The library whose image processor lies there, if any, and what timm's config.json says."""
+    """The library of the image processor at a path, if any, and timm's config.json."""
     from transformers import ImageProcessingMixin
 
     if Path(processor).is_file():
@@ -94,11 +94,13 @@ def _stored(processor: str) -> tuple[str | None, dict[str, Any]]:
 def _of_torchvision(size: int, mean: Sequence[float], std: Sequence[float]) -> Pixels:
     from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
 
-    scaled = _scaled(mean, std)
-    return Pixels(v2.Compose([v2.ToImage(), v2.Resize(size), v2.CenterCrop(size), scaled]), scaled)
+    normalize = _normalize(mean, std)
+    return Pixels(
+        v2.Compose([v2.ToImage(), v2.Resize(size), v2.CenterCrop(size), normalize]), normalize
+    )
 
 
-def _scaled(mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Tensor]:
+def _normalize(mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Tensor]:
     """The transform of bytes into numbers from 0 to 1, normalized by mean and std."""
     from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
 
@@ -116,8 +118,8 @@ def _of_timm(
 
     given = {"mean": mean, "std": std, "input_size": size and (3, size, size)}
     config = data.resolve_data_config(given, pretrained_cfg=stored)
-    scaled = _scaled(config["mean"], config["std"])
-    return Pixels(data.create_transform(**config), scaled, config["interpolation"])
+    normalize = _normalize(config["mean"], config["std"])
+    return Pixels(data.create_transform(**config), normalize, config["interpolation"])
 
 
 def _of_transformers(processor: str, size: int | None, mean: Three, std: Three) -> Pixels:
@@ -134,9 +136,9 @@ def _of_transformers(processor: str, size: int | None, mean: Three, std: Three) 
     except (ValueError, OSError, ImportError, KeyError) as error:
         raise ValueError(f"processor={processor}: {first_line(error)}") from None
     uncut = {**settings, "do_resize": False, "do_center_crop": False}
-    whole, scaled = (partial(_processed, process, one) for one in (settings, uncut))
+    preprocess, normalize = (partial(_processed, process, one) for one in (settings, uncut))
     resample = process.to_dict().get("resample")
-    return Pixels(whole, scaled, "bilinear" if resample is None else resample)
+    return Pixels(preprocess, normalize, "bilinear" if resample is None else resample)
 
 
 def _processed(process: Any, settings: dict[str, Any], image: Any) -> Tensor:

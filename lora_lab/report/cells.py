@@ -93,8 +93,8 @@ def read_run(run: Run, in_full: tuple[str, ...] = ()) -> RunResult:
     finished run whatever their size (`Run.check`). The state is `damaged` where they differ.
     """
     status, config, metrics = run.status, {}, {}
-    if status["state"] == "finished" and (found := fault(run.path, status, in_full)):
-        status |= {"state": "damaged", "error": found}
+    if status["state"] == "finished" and (problem := fault(run.path, status, in_full)):
+        status |= {"state": "damaged", "error": problem}
     with suppress(OSError, DamagedRunError):
         if not status.get("error", "").startswith("config.yaml"):
             config = run.config if isinstance(run.config.get("adapter"), dict) else {}

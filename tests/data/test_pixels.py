@@ -102,7 +102,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 def test_pixels_are_those_of_the_processor(name: str, settings: dict[str, Any]):
     process = processor(name, settings)
     made = pixels("model", None, None, None)
-    assert_same(made.whole, lambda image: process(image, return_tensors="pt").pixel_values[0])
+    assert_same(made.preprocess, lambda image: process(image, return_tensors="pt").pixel_values[0])
 
 
 WITH_TORCHVISION = """
@@ -125,7 +125,7 @@ def test_pixels_are_those_of_the_processor_with_torchvision():
 @pytest.mark.parametrize("settings", OF_TIMM.values(), ids=OF_TIMM)
 def test_pixels_are_those_of_timm(settings: dict[str, Any]):
     expected = timm_transform(settings)
-    assert_same(pixels("model", None, None, None).whole, expected)
+    assert_same(pixels("model", None, None, None).preprocess, expected)
 
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
@@ -153,14 +153,14 @@ def test_size_mean_and_std_replace_those_of_the_processor(
     process = processor("DeiTImageProcessor", {**crop, **settings, "do_normalize": True})
     processor("DeiTImageProcessor", {**crop, "do_normalize": "mean" not in given})
     made = pixels("model", **{"size": None, "mean": None, "std": None, **given})
-    assert_same(made.whole, lambda image: process(image, return_tensors="pt").pixel_values[0])
+    assert_same(made.preprocess, lambda image: process(image, return_tensors="pt").pixel_values[0])
 
 
 def test_size_mean_and_std_replace_those_of_timm():
     expected = timm_transform(
         {"crop_pct": 0.8, "mean": [0.5] * 3}, input_size=(3, 20, 20), mean=MEAN, std=STD
     )
-    assert_same(pixels("model", 20, MEAN, STD).whole, expected)
+    assert_same(pixels("model", 20, MEAN, STD).preprocess, expected)
 
 
 @pytest.mark.parametrize("case", [*PROCESSORS, *OF_TIMM, "none"])
@@ -175,7 +175,7 @@ def test_a_random_part_is_scaled_as_the_image(case: str):
     made = pixels(None if case == "none" else "model", None, None, None)
     image = Image.new("RGB", (30, 30), (200, 100, 50))
     for augment in ("flip", "crop_flip"):
-        torch.testing.assert_close(made.transform(augment)(image), made.whole(image))
+        torch.testing.assert_close(made.transform(augment)(image), made.preprocess(image))
 
 
 @pytest.mark.parametrize("library", ["transformers", "timm"])
@@ -228,7 +228,7 @@ def test_images_are_upright(orientation: int):
     Path("rows.jsonl").write_text(
         "".join(json.dumps({"image": f, "label": f.split("/")[1]}) + "\n" for f in files)
     )
-    expected = pixels(None, 10, None, None).whole(numbers)
+    expected = pixels(None, 10, None, None).preprocess(numbers)
     for train in ("photos", "rows.parquet", "rows.jsonl"):
         data = Images("adapt", train=train, val=train, size=10, batch_size=2, seed=0)
         data.setup("fit")
