@@ -2,20 +2,17 @@
 
 One run: `main` → Hydra composes the config → `run_job` → the config is checked → the run.
 
-A multirun (-m): `main` checks all jobs first (sweeps/multirun.py) → Hydra → the sweeper → the
+A multirun (-m): `main` checks all jobs first (sweeps/command.py) → Hydra → the sweeper → the
 launcher → `run_job` for each job or pack of jobs. Hydra's basic launcher calls it in this process,
 the launchers of sweeps/launchers in others.
 """
 
-import gc
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.config import compose
-from lora_lab.config.command_line import MULTIRUN, check_single
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, print_labelled, show_log, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, interruption_code
+from lora_lab.imports import frozen_imports
 from lora_lab.runs import Run, RunBusyError, RunFailedError, RunFinishedError
-from lora_lab.sweeps.launchers import fork_server
+from lora_lab.sweeps import command
 
 if TYPE_CHECKING:
     from lora_lab.sweeps.multirun import Job
@@ -52,7 +49,7 @@ def main(jobs: "list[Job] | None" = None) -> None:
     show_log()
     _end_on_hangup()
     try:
-        jobs = _plan_command(jobs)
+        jobs = command.plan_command(jobs)
         has_config_error = any(job.error for job in jobs)
         fail_fast = "sweep.fail_fast=true" in map(str.lower, sys.argv)
         try:
@@ -60,7 +57,7 @@ def main(jobs: "list[Job] | None" = None) -> None:
                 entry(run_job)()
         finally:
             if jobs:
-                _finish_multirun(jobs)
+                command.finish(jobs)
         if has_config_error:
             sys.exit(CONFIG_ERROR)
     except (ConfigError, RunFailedError) as error:
@@ -221,95 +218,6 @@ def _end_on_hangup() -> None:
     """A closed terminal (SIGHUP) ends a run as SIGTERM does, unless nohup has it ignored."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-
-
-def _plan_command(jobs: "list[Job] | None") -> "list[Job]":
-    """Checks the command line, and all jobs of a multirun, which it announces.
-
-    [] for a single run, whose config is checked once Hydra has composed it. `jobs` that are given
-    are checked. Exits where the command line is wrong.
-    """
-    try:
-        sys.argv[1:] = arguments = compose.hydra_arguments(sys.argv[1:])
-        fork_server.start(arguments)
-        if any(argument.lstrip("+~").startswith("hydra") for argument in arguments):
-            check_launcher(arguments)
-        if not set(MULTIRUN) & set(arguments):
-            check_single(arguments)
-        points = compose.sweep_points(arguments) if jobs is None else []
-    except ConfigError as error:
-        print_error("config error", str(error))
-        sys.exit(CONFIG_ERROR)
-    if jobs is not None or not set(MULTIRUN) & set(arguments):
-        return jobs or []
-    with frozen_imports():
-        from lora_lab.sweeps import multirun, sweeper
-
-    silence_lightning()
-    jobs = multirun.plan_jobs(points)
-    if jobs:
-        announce_multirun(jobs)
-        sweeper.use_search(sweeper.JobList(jobs))
-        sys.argv.append("hydra/sweeper=points")
-    return jobs
-
-
-def check_launcher(arguments: Sequence[str]) -> None:
-    """Makes our launchers known to Hydra. Raises ConfigError for a wrong one, or its settings."""
-    from lora_lab.sweeps.launchers.register import register
-    from lora_lab.sweeps.launchers.settings import check_hydra_settings
-
-    register()
-    check_hydra_settings(arguments)
-
-
-def announce_multirun(jobs: "list[Job]", total: int = 0) -> None:
-    """Prints in one line how many runs the multirun has, in which states, and each config error.
-
-    `total` is the number of its runs, where `jobs` are not all of them yet.
-    """
-    from lora_lab.sweeps import multirun
-
-    multirun.set_jobs(jobs, total)
-    states = Counter(job.state for job in jobs)
-    counts = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
-    suffix = f" ({counts})" if counts else ""
-    print_labelled("multirun", f"{max(total, len(jobs))} runs{suffix}")
-    for cause, n in Counter(job.error for job in jobs if job.error).items():
-        print_error("config error", cause, f" ({n} of the runs)" if n > 1 else "")
-
-
-def _finish_multirun(jobs: "list[Job]") -> None:
-    """Prints the table of all jobs, with the cause of each failure, and where output is left."""
-    from lora_lab import report
-    from lora_lab.sweeps import multirun
-
-    rows = [(job.overrides, job.path, job.state, job.cause) for job in jobs]
-    console.print(report.job_table(rows))
-    if lacking := sum(job.rows_lost for job in jobs):
-        hint = "each log.txt says what; metrics.jsonl has all"
-        print_error("W&B", f"lacks rows of {lacking} of the {len(jobs)} runs: {hint}", to=console)
-    if folder := multirun.close():
-        console.print("output of jobs that were lost:", folder, soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def frozen_imports() -> Iterator[None]:
-    """Within it modules are imported fast, and the garbage collector never looks at them again.
-
-    An import makes very many objects that all stay. Collecting in between finds nothing, and each
-    later collection, the last one at exit, would go through all of them.
-    """
-    module_count = len(sys.modules)
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-    # Only after a real import. In a later job of this process nothing new is imported, and freezing
-    # again would keep what the jobs before it left to be collected.
-    if len(sys.modules) > module_count:
-        gc.freeze()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config.command_line import check_count
 from lora_lab.config.schema import ConfigError, TrainedBase, content_hash, nearest
 from lora_lab.console import silence_lightning
-from lora_lab.sweeps import sweeper
+from lora_lab.sweeps import command, sweeper
 from lora_lab.sweeps.multirun import Job, plan_jobs
 from lora_lab.sweeps.search import BayesSearch, random_points, startup_points
 from lora_lab.sweeps.sweep_file import Sweep, read_sweep
@@ -38,7 +38,7 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
     try:
         sweep = read_sweep(path, overrides)
         if sweep.hydra_overrides:
-            train.check_launcher(sweep.hydra_overrides)
+            command.check_launcher(sweep.hydra_overrides)
         total = _run_count(sweep, count)
         silence_lightning()
         points = [sweep.overrides_at(values) for values in _known_points(sweep, total, seed)]
@@ -62,7 +62,7 @@ def run(path: Path, overrides: Sequence[str], count: int | None, seed: int, dry:
     if sweep.method == "bayes":
         return _run_bayes(path, sweep, total, seed, plans[0])
     search = sweeper.JobList(jobs[len(checked) :])
-    train.announce_multirun(search.jobs)
+    command.announce(search.jobs)
     sweeper.use_search(search)
     train.main(search.jobs)
 
@@ -83,7 +83,7 @@ def _run_bayes(path: Path, sweep: Sweep, total: int, seed: int, first: Plan) -> 
             if first.cfg.overwrite:
                 file.unlink(missing_ok=True)
             search = BayesSearch(sweep, total, seed, file)
-            train.announce_multirun(search.jobs, total)
+            command.announce(search.jobs, total)
             sweeper.use_search(search)
             try:
                 train.main(search.jobs)
