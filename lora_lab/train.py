@@ -145,11 +145,13 @@ def _train(run_plan: "Plan", run: Run) -> None:
     """Trains a run in this process, or in one for each of its devices; not if it is finished."""
     from lora_lab.tracking import tracking
     from lora_lab.training import devices
+    from lora_lab.training.source_code import other_versions
 
     try:
         devices.train(run_plan, HydraConfig.get().overrides.task, console)
     except RunFinishedError:
-        hint = "overwrite=true repeats it"
+        versions = other_versions(run)
+        hint = f"trained with {versions}; " * bool(versions) + "overwrite=true repeats it"
         console.print(f"Finished before, not repeated ({hint}): {run.path}", soft_wrap=True)
         if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent waits for a run of this process
             tracking.copy_to_wandb(run_plan.cfg, run)

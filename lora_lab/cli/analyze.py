@@ -19,12 +19,14 @@ from torch import Tensor
 
 from lora_lab.analysis import findings, spectra
 from lora_lab.analysis.updates import Updates
-from lora_lab.config.schema import Spectra
+from lora_lab.config.schema import Config, Spectra
+from lora_lab.data import Data
 from lora_lab.report import SubspacePair
 from lora_lab.runs import Run
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.restore import restore
+from lora_lab.training.source_code import code_changes, other_versions
 from lora_lab.training.written_files import written_files
 
 COMPARISONS = "analysis"
@@ -58,6 +60,7 @@ def analyze_again(
     updates = Updates(restored.model, restored.base, restored.plan.sites)
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = restored.plan.single_device_trainer(None, [])
+    _check_loss(trainer, module, data, cfg, run)
     losses = partial(cut_losses, trainer, module, data, updates)
     settings = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
     with TemporaryDirectory() as scratch:  # no folder is made for SVDs where bases are not kept
@@ -70,6 +73,21 @@ def analyze_again(
     written = _copy(run, to) if to else run
     written.replace_files({**files, "metrics.jsonl": rows})
     return written, results
+
+
+def _check_loss(trainer: pl.Trainer, module: BaseModule, data: Data, cfg: Config, run: Run) -> None:
+    """Raises ValueError where the restored model's validation loss is not the run's.
+
+    It may differ by rounding, as on another device: by 1 % of it and 0.1 % of that at the start.
+    """
+    (result,) = trainer.validate(module, data, verbose=False)
+    new, losses = result["val/loss"], [row["val/loss"] for row in run.rows() if "val/loss" in row]
+    if losses and not abs(new - losses[-1]) <= 0.01 * abs(losses[-1]) + 0.001 * abs(losses[0]):
+        changes = "; ".join(filter(None, (code_changes(cfg, run), other_versions(run))))
+        raise ValueError(
+            f"{run.path}: its model has val/loss {new:.6g} here, and {losses[-1]:.6g} in the run: "
+            f"code, data or libraries are not those of its training ({changes or 'unknown which'})"
+        )
 
 
 def _copy(run: Run, to: Path) -> Run:

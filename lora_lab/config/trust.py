@@ -23,13 +23,9 @@ def check_trusted(cfg: Config, folder: Path) -> None:
     not need. Not Python's library, what lora_lab depends on, a module in the run directory, or the
     code that lies beside a model's weights (`model.remote_code`).
     """
-    components: dict[str, Component] = {"data": cfg.data, "model": cfg.model}
-    components["optimizer"] = cfg.optimizer
-    if isinstance(cfg.base, TrainedBase):
-        components["base.optimizer"] = cfg.base.optimizer
     settings = [
         f"{key}._target_={component.target}"
-        for key, component in components.items()
+        for key, component in components_of(cfg).items()
         if not _is_trusted(component, folder)
     ]
     if cfg.model.arguments.get("remote_code"):
@@ -39,6 +35,14 @@ def check_trusted(cfg: Config, folder: Path) -> None:
             f"{folder / 'config.yaml'} would run code that is neither lora_lab's nor in your "
             f"import path: {', '.join(settings)}; --trust runs it"
         )
+
+
+def components_of(cfg: Config) -> dict[str, Component]:
+    """What the config names by a `_target_`: key → component."""
+    components = {"data": cfg.data, "model": cfg.model, "optimizer": cfg.optimizer}
+    if isinstance(cfg.base, TrainedBase):
+        components["base.optimizer"] = cfg.base.optimizer
+    return components
 
 
 def _is_trusted(component: Component, folder: Path) -> bool:

@@ -7,11 +7,9 @@ import json
 import logging
 import platform
 import shutil
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,12 @@ from torch import Tensor, nn
 
 from lora_lab import seeding
 from lora_lab.config.schema import CheckpointBase, Config, ConfigError, content_hash
+from lora_lab.config.trust import components_of
 from lora_lab.data import module as data
 from lora_lab.data import planted
 from lora_lab.runs import write_atomic
 from lora_lab.training import gradient_mean, modules, tasks
+from lora_lab.training.source_code import code_of, is_ours, without_docstrings
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,9 @@ def key(cfg: Config) -> str:
     It is of the config's base, data, model and trainer (without devices and the run's length), of
     torch's and Python's versions, and of the code that decides the base's numbers: the files of the
     model's and the data's class, and this package's data contract, planted data, LightningModules,
-    tasks and seeding. Code is hashed as its syntax tree, so that comments, docstrings and layout do
-    not change the key. A renamed function does change it.
+    tasks and seeding, and what the user's own code imports of the user's. Code is hashed as its
+    syntax tree, so that comments, docstrings and layout do not change the key. A renamed function
+    does change it.
     """
     trainer = cfg.trainer.identifying_settings()
     for name in ("max_epochs", *NOT_FOR_BASES):
@@ -68,28 +69,17 @@ def key(cfg: Config) -> str:
     # A callee whose module is not known is hashed by its own source.
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
     parts = (*callees, data, planted, modules, gradient_mean, tasks, seeding)
-    code = [syntax(inspect.getsource(part)) for part in parts]
+    trees = [without_docstrings(inspect.getsource(part)) for part in parts]
+    code = [ast.dump(tree) for tree in trees]
+    components = [c for key, c in components_of(cfg).items() if key != "optimizer"]
+    hashed = {part.__name__ for part in parts}
+    if more := {n: c for n, c in code_of(components).items() if not is_ours(n) and n not in hashed}:
+        code.append(str(more))
     nodes = [cfg.base.model_dump(by_alias=True)]
     nodes += [node.identifying_settings() for node in (cfg.data, cfg.model)]
     # Python's version too: the bytes experiments learn the source text of Python's library, and
     # ast.dump's format differs between versions.
     return content_hash([*nodes, trainer, code, torch.__version__, platform.python_version()])
-
-
-@lru_cache(maxsize=64)
-def syntax(source: str) -> str:
-    """The syntax tree of Python source as text, without docstrings, comments and layout."""
-    return ast.dump(_WithoutDocstrings().visit(ast.parse(textwrap.dedent(source))))
-
-
-class _WithoutDocstrings(ast.NodeTransformer):
-    """Removes string literals that are statements: docstrings, also those under attributes."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        """None, which removes the statement, for a string."""
-        value = node.value
-        is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
-        return None if is_text else node
 
 
 def path(cfg: Config) -> Path:

@@ -14,6 +14,7 @@ from lora_lab import report
 from lora_lab.config.components import PretrainedBase
 from lora_lab.config.schema import Lora, TrainedBase
 from lora_lab.config.stored_config import checked_config
+from lora_lab.config.trust import components_of
 from lora_lab.data import Data
 from lora_lab.runs import Run, process_rank
 from lora_lab.seeding import generator
@@ -26,6 +27,7 @@ from lora_lab.training.finish import finish_run
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.plan import Plan
 from lora_lab.training.run_record import record_run
+from lora_lab.training.source_code import code_of
 from lora_lab.training.trial import Trial, build_trial
 
 
@@ -77,6 +79,7 @@ def _record(plan: Plan, last: ExitStack) -> AbstractContextManager[Run]:
     cfg = plan.cfg
     # The thread count is recorded because it changes the order of floating-point sums.
     about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
+    about["code"] = code_of(components_of(cfg).values())
     run = checked_config(Run(plan.path))
     return record_run(run, cfg.to_dict(), overwrite=cfg.overwrite, last=last, **about)
 

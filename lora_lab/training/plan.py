@@ -30,11 +30,13 @@ from lora_lab.config.schema import (
     TrainedBase,
 )
 from lora_lab.data import Data, Phase
+from lora_lab.runs import Run
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, fit_checks, part_checks, pretrained_base
 from lora_lab.training.loop import TrainingLoop, Unprofiled, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
+from lora_lab.training.source_code import check_same_code
 from lora_lab.training.trainer_checks import check_trainer
 
 log = logging.getLogger(__name__)
@@ -208,7 +210,10 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
             if not is_stored:
                 fit_checks.check_class_order(cfg, data, model, new_parameters)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
-    return Plan(cfg, sites, processes, tuple(new_parameters), tuple(also_trained))
+    run_plan = Plan(cfg, sites, processes, tuple(new_parameters), tuple(also_trained))
+    if not is_stored:
+        check_same_code(cfg, Run(run_plan.path))
+    return run_plan
 
 
 def _also_trained(cfg: Config, model: nn.Module) -> list[str]:

@@ -39,6 +39,7 @@ from lora_lab.training.written_files import (
 log = logging.getLogger(__name__)
 
 PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
+PACKAGES += ("transformers", "timm")
 """Packages whose versions env.json names."""
 
 RESERVE = ".reserve"
@@ -264,15 +265,20 @@ def _seconds_spent(path: Path, before: dict[str, Any]) -> float:
     return before.get("spent", 0.0) + max(0.0, last_write - before.get("started", last_write))
 
 
+def package_versions() -> dict[str, str | None]:
+    """The versions of PACKAGES; None for one that is not installed."""
+    installed = {name: next(iter(distributions(name=name)), None) for name in PACKAGES}
+    return {name: package and package.version for name, package in installed.items()}
+
+
 def environment() -> dict[str, Any]:
     """The content of env.json: the machine, package versions and git commit of a run."""
-    installed = {name: next(iter(distributions(name=name)), None) for name in PACKAGES}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.machine(),
         "cpus": os.cpu_count(),
-        "packages": {name: package and package.version for name, package in installed.items()},
+        "packages": package_versions(),
         "git": _git("rev-parse", "HEAD"),
         "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
