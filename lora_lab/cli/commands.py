@@ -16,6 +16,7 @@ from lora_lab.sweeps.launchers import fork_server
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_lab.report.epochs import At
     from lora_lab.runs import Run
 
 
@@ -35,22 +36,23 @@ def train(arguments: list[str]) -> None:
     train.main()
 
 
-def report(path: Path, to: Path | None) -> None:
+def report(path: Path, to: Path | None, at: "At") -> None:
     """Writes the report of a run, or of all runs in a folder, and prints its tables.
 
-    It is written to report/ in that folder, or to the folder `to`.
+    It is written to report/ in that folder, or to the folder `to`. Validation metrics are at the
+    epoch `at`: the last, or each at its best.
     """
     from lora_lab import report
     from lora_lab.runs import is_run
 
     if path.is_dir() and not is_run(path) and (runs := _runs(path)):
-        sweep = report.write_sweep(runs, path, to or _report_folder(path))
+        sweep = report.write_sweep(runs, path, to or _report_folder(path), at)
         report.show_sweep(sweep, _console())
         return
     run = _find(path)
     run.check()
-    directory = report.write_run(run, to or _report_folder(run.path))
-    report.show_run(run, _console(), directory)
+    directory = report.write_run(run, to or _report_folder(run.path), at=at)
+    report.show_run(run, _console(), directory, at)
 
 
 def _report_folder(folder: Path) -> Path:
@@ -210,12 +212,12 @@ def _checked(run: "Run") -> "Run":
     return checked_config(run)
 
 
-def ls(root: Path, state: str | None, sort: str) -> None:
-    """Prints a table of the runs in a folder."""
+def ls(root: Path, state: str | None, sort: str, metric: str) -> None:
+    """Prints a table of the runs in a folder, with the last value of one metric."""
     runs = _runs(root)
     from lora_lab import report
 
-    _console().print(report.runs_table(runs, state, sort))
+    _console().print(report.runs_table(runs, state, sort, metric))
     if state in (None, "damaged"):
         _print_damaged(runs)
 
@@ -228,19 +230,21 @@ def _print_damaged(runs: "list[Run]") -> None:
         _console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def best(root: Path, metric: str, goal: str | None, shown: int) -> None:
-    """Prints, of each experiment in a folder, its best cells, its best run and its command."""
+def best(root: Path, metric: str, goal: str | None, shown: int, at: "At") -> None:
+    """Prints, of each experiment in a folder, its best cells, its best run and its command.
+
+    They are compared at the epoch `at`: the last, or the metric's best of each run.
+    """
     if not (runs := _runs(root)):
         raise ValueError(f"there are no runs in {root}")
     from lora_lab import report
     from lora_lab.config import compose
 
     _print_damaged(runs)
-    for best_cells in report.best_by_experiment(runs, metric, goal):
-        title = f"{best_cells.experiment}: {best_cells.goal} {metric}"
-        _console().print(report.terminal_table(title, best_cells.rows(shown)))
+    for best_cells in report.best_by_experiment(runs, metric, goal, at):
+        _console().print(report.terminal_table(best_cells.title, best_cells.rows(shown)))
         result = best_cells.best_result
-        _print(f"best run  {result.run.path} ({metric} {result.metrics[metric]:.5g})")
+        _print(f"best run  {result.run.path} ({best_cells.best_value})")
         command = compose.train_command(result.config, best_cells.varied_keys)
         _print(f"command   {command or f'lora-lab reproduce {result.run.path}'}\n")
 

@@ -20,6 +20,7 @@ examples:
   lora-lab report runs/shift                  all its runs: tables, figures and a page, even while
                                               they go on
   lora-lab best runs/digits --metric val/accuracy    its best cells, and the command that repeats
+  lora-lab best runs/digits --at best         the same, each run at its best epoch
   lora-lab diff RUN RUN                       what differs of their configs and results
   lora-lab analyze RUN                        its ΔW again: truncation, advice, against the base
   lora-lab analyze RUN RUN                    how the directions of their ΔW compare
@@ -31,10 +32,16 @@ examples:
   lora-lab ls --state failed                  those that failed
 """
 
+AT = """With --at last a val/ metric is that of the last epoch (with select=best: of the selected
+one, which is the run's result). With --at best each val/ metric is at its own best epoch after the
+first step, by its name the least or the largest. That epoch is chosen by looking at the value
+itself, so that it is optimistic: what a model does on other data a test split tells (data.test).
+All other metrics are at the end."""
+
 # argparse wraps the next four texts to the width of the terminal.
-REPORT = """Of a run: its tables and figures again. Of a folder: every metric as mean ± standard
+REPORT = f"""Of a run: its tables and figures again. Of a folder: every metric as mean ± standard
 deviation by cell, the best marked, figures, and what is not finished; as Markdown, CSV, LaTeX, PNG,
-PDF and one page, report/index.html. Runs may go on meanwhile."""
+PDF and one page, report/index.html. Runs may go on meanwhile. {AT}"""
 
 REPRODUCE = """Runs a finished run again from its stored config, in a new directory, and prints the
 stored numbers beside the new, with what differs of the environment. The same environment gives the
@@ -46,8 +53,9 @@ cell with seeds averaged, against r and parameters, the truncation of ΔW, its e
 singular values, which settings matter. Each call makes new ones. Without a login it prints what it
 would make, and exits with 0 as --dry-run does."""
 
-BEST = """The best cells of each experiment, mean ± standard deviation over their seeds, and the
-best run with the command that repeats it."""
+BEST = f"""The best cells of each experiment, mean ± standard deviation over their seeds, and the
+best run with the command that repeats it. `best epoch` tells whether the last was the best: 3 of 10
+was not. {AT}"""
 
 SWEEP = """\
 Runs a W&B sweep file here, with no account. `wandb sweep FILE` and `wandb agent ID` run the same

@@ -71,6 +71,7 @@ def _report(commands: Any) -> None:
     add = _add(commands, do.report, "write a run's tables, figures and page, or many runs'", REPORT)
     add("path", type=path, help="a run directory, the start of its hash, or a folder")
     add("--to", type=path, default=None, help="where it is written (report/ in that folder)")
+    _add_at(add)
 
 
 def _sweep(commands: Any) -> None:
@@ -131,19 +132,26 @@ def _ls(commands: Any) -> None:
     add("root", type=path, nargs="?", default="runs", help="where (runs)")
     add("--state", choices=STATES, help="those alone that are so")
     add("--sort", choices=("name", "loss", "time", "started"), default="name")
+    add("--metric", default="val/loss", help="shown at the end, in the loss's place (val/loss)")
 
 
 def _best(commands: Any) -> None:
     add = _add(commands, do.best, "the best cells and the best run of a folder", BEST)
     add("root", type=path, nargs="?", default="runs", help="where (runs)")
-    add("--metric", default="val/loss", help="its last value (val/loss)")
+    add("--metric", default="val/loss", help="what they are ranked by (val/loss)")
     add("--goal", choices=("minimize", "maximize"), help="as the metric's name says")
     add("--shown", type=count, default=10, help="cells that are shown (10)")
+    _add_at(add)
 
 
 def _diff(commands: Any) -> None:
     add = _add(commands, do.diff, "what differs between two runs")
     add("paths", type=path, nargs=2, help="run directories, or starts of hashes")
+
+
+def _add_at(add: Callable[..., Action]) -> None:
+    """Adds the epoch that the values of validation metrics are of."""
+    add("--at", choices=("last", "best"), default="last", help="epoch of a val/ metric (last)")
 
 
 def _add_foreign(add: Callable[..., Action]) -> None:

@@ -6,7 +6,7 @@ a run once; tables and figures take `RunResult`s and `Cell`s.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +14,11 @@ from statistics import mean
 from typing import Any
 
 from lora_lab.report.cell_statistics import Statistics, statistics_of
+from lora_lab.report.epochs import At, BestValue, best_values, epoch_text, goal_of
 from lora_lab.report.theory import TheoryCheck, check_against_theory
 from lora_lab.run_files import DamagedRunError, fault
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY, Run
 
-LOWER_IS_BETTER = ("loss", "perplexity", "error")
-"""Endings of the names of metrics that are to be minimized."""
-HIGHER_IS_BETTER = ("accuracy", "f1", "auroc", "r2", "matthews", "pearson", "spearman")
-"""Endings of the names of metrics that are to be maximized."""
 MAX_TEXT_LENGTH = 40
 """Characters of a setting's value in a table; a longer one is cut and ends with …."""
 
@@ -35,8 +32,20 @@ class RunResult:
     """status.json, with `state` set to damaged where a file is not as it was."""
     config: dict[str, Any]
     """The resolved config; {} where it cannot be read or was changed."""
-    metrics: dict[str, float]
+    last: dict[str, float]
     """The last value of each metric in metrics.jsonl, without step and epoch."""
+    best: dict[str, BestValue]
+    """The best value of each validation metric, and its epoch (epochs.py)."""
+    epochs: float
+    """The epoch of its last validation."""
+    at: At = "last"
+    """The epoch that the validation metrics in `metrics` are of; all others are the last."""
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The value of each metric: its last, or at=best its best where it has one."""
+        best = self.best if self.at == "best" else {}
+        return self.last | {metric: value for metric, (value, _) in best.items()}
 
     @property
     def state(self) -> str:
@@ -86,22 +95,29 @@ class RunResult:
         return [self.metrics[key] for key in keys]
 
 
-def read_run(run: Run, in_full: tuple[str, ...] = ()) -> RunResult:
-    """Reads a run's directory as it is now.
+def read_run(
+    run: Run,
+    in_full: tuple[str, ...] = (),
+    at: At = "last",
+    goals: Mapping[str, str] | None = None,
+) -> RunResult:
+    """Reads a run's directory as it is now, for its metrics at the epoch `at`.
 
     `in_full` are beginnings of names: the content of these files is compared with the records of a
     finished run whatever their size (`Run.check`). The state is `damaged` where they differ.
+    `goals` are as in `best_values`.
     """
-    status, config, metrics = run.status, {}, {}
+    status, config, rows = run.status, {}, []
     if status["state"] == "finished" and (problem := fault(run.path, status, in_full)):
         status |= {"state": "damaged", "error": problem}
     with suppress(OSError, DamagedRunError):
         if not status.get("error", "").startswith("config.yaml"):
             config = run.config if isinstance(run.config.get("adapter"), dict) else {}
-        for row in run.rows():
-            metrics |= row
-    metrics = {key: value for key, value in metrics.items() if key not in ("step", "epoch")}
-    return RunResult(run, status, config, metrics)
+        rows = run.rows()
+    last = {key: value for row in rows for key, value in row.items()}
+    last = {key: value for key, value in last.items() if key not in ("step", "epoch")}
+    epochs = max((row.get("epoch", 0) for row in rows if "val/loss" in row), default=0)
+    return RunResult(run, status, config, last, best_values(rows, goals), epochs, at)
 
 
 def stop_cause(status: dict[str, Any]) -> str:
@@ -143,9 +159,9 @@ class Cell:
 
     @cached_property
     def metrics(self) -> dict[str, Statistics]:
-        """Statistics of each metric's final value, over the finished runs that logged it."""
+        """Statistics of each metric's value, over the finished runs that logged it."""
         keys = dict.fromkeys(key for result in self.finished for key in result.metrics)
-        return {key: s for key in keys if (s := statistics_of(self.final_values(key)))}
+        return {key: s for key in keys if (s := statistics_of(self.values(key)))}
 
     def value_of(self, key: str) -> Any:
         """The value of a key of `swept_keys`; None where the cell has no such setting.
@@ -167,8 +183,8 @@ class Cell:
         values = [self.value_of(key) for key in keys]
         return [self.name, *("" if value is None else full_text(value) for value in values)]
 
-    def final_values(self, metric: str) -> list[float]:
-        """The metric's last value in each finished run that logged it."""
+    def values(self, metric: str) -> list[float]:
+        """The metric's value in each finished run that logged it."""
         return [result.metrics[metric] for result in self.finished if metric in result.metrics]
 
     @cached_property
@@ -263,14 +279,6 @@ def cell_label(cell: Cell, keys: dict[str, str]) -> str:
     return ", ".join(parts) or cell.name
 
 
-def goal_of(metric: str) -> str | None:
-    """`minimize` or `maximize`, by the ending of a metric's name; None where it tells neither."""
-    ending = metric.lower().rpartition("/")[2]
-    if ending.endswith(LOWER_IS_BETTER):
-        return "minimize"
-    return "maximize" if ending.endswith(HIGHER_IS_BETTER) else None
-
-
 def ranked_cells(cells: Sequence[Cell], metric: str, goal: str | None = None) -> list[Cell]:
     """The cells by their mean of a metric, the best first; those without a finite mean left out.
 
@@ -283,6 +291,12 @@ def ranked_cells(cells: Sequence[Cell], metric: str, goal: str | None = None) ->
     return sorted(ranked, key=lambda cell: sign * cell.metrics[metric].mean)
 
 
-def val_metrics(cells: Sequence[Cell]) -> list[str]:
-    """The names of the validation metrics (`val/…`) that any of the cells has."""
-    return list(dict.fromkeys(k for cell in cells for k in cell.metrics if k.startswith("val/")))
+def metrics_below(prefix: str, cells: Sequence[Cell]) -> list[str]:
+    """The names of the metrics below a prefix, as `val/`, that any of the cells has."""
+    return list(dict.fromkeys(k for cell in cells for k in cell.metrics if k.startswith(prefix)))
+
+
+def epoch_of(metric: str, results: Sequence[RunResult]) -> str:
+    """Where in training the metric's values in these runs are taken, as `at its best epoch`."""
+    at = results[0].at if results else "last"
+    return epoch_text(metric, at, [result.config.get("select", "last") for result in results])

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_lab.report.cells import Cell, short_text, stop_cause, swept_keys
+from lora_lab.report.cells import Cell, epoch_of, short_text, stop_cause, swept_keys
 from lora_lab.report.sections import ExperimentReport, SweepReport
 from lora_lab.report.tables import Rows, format_number, is_marked, is_numeric, unmarked
 from lora_lab.report.theory import GAP_NOTE
@@ -140,7 +140,8 @@ def _runs_table(sweep: SweepReport, to: Path) -> PageTable:
         duration = "–" if seconds is None else f"{seconds:.1f}"
         directory = {"text": "directory", "link": f"{_link(path, to)}/"}
         rows.append([name, result.state, seed, loss, duration, directory])
-    return PageTable("runs", rows, "A run's name leads to its own report.")
+    where = f"val/loss {epoch_of('val/loss', sweep.results)}"
+    return PageTable("runs", rows, f"A run's name leads to its own report. {where}.")
 
 
 def _link(path: Path, to: Path) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 from rich import box
 from rich.table import Column, Table
 
+from lora_lab.report.best import check_metric
 from lora_lab.report.cells import stop_cause
+from lora_lab.report.epochs import goal_of
 from lora_lab.report.tables import format_number, format_seconds
 from lora_lab.runs import Run
 
@@ -45,28 +47,38 @@ def site_table(sites: Iterable[Any]) -> Table:
     return table
 
 
-def runs_table(runs: Iterable[Run], state: str | None = None, sort: str = "name") -> Table:
-    """The table of `lora-lab ls`: the runs in a state, or all.
+def runs_table(
+    runs: Iterable[Run], state: str | None = None, sort: str = "name", metric: str = "val/loss"
+) -> Table:
+    """The table of `lora-lab ls`: the runs in a state, or all, with a metric's last value.
 
-    `sort` is name, loss, time or started; runs that lack that value come last.
+    `sort` is name, loss (the metric, the best first), time or started; runs that lack that value
+    come last. Raises ValueError for a metric that no finished run has.
     """
-    listed = []
+    listed, finished = [], []
+    sign = -1 if goal_of(metric) == "maximize" else 1
     for run in runs:
         status = run.status
-        loss = run.last("val/loss") if status["state"] == "finished" else None
+        value = None
+        if status["state"] == "finished":
+            value = run.last(metric)
+            finished.append(run)
         if state in (None, status["state"]):
             # All have the same value where the sort is by name, so that they stay in that order.
-            values = {"name": 0, "loss": loss, "time": status.get("seconds")}
-            listed.append((values.get(sort, status.get(sort)), run, status, loss))
+            order = None if value is None else sign * value
+            values = {"name": 0, "loss": order, "time": status.get("seconds")}
+            listed.append((values.get(sort, status.get(sort)), run, status, value))
+    if finished and all(run.last(metric) is None for run in finished):
+        check_metric(metric, [{key for row in run.rows() for key in row} for run in finished])
     # None and nan come last; a nan is the number that differs from itself.
     listed.sort(key=lambda item: (item[0] is None or item[0] != item[0], item[0] or 0))
     texts = [Column(name, overflow="fold") for name in ("status", "experiment", "cell")]
-    names = ("seed", "final loss", "time", "hash")
+    names = ("seed", f"final {metric.removeprefix('val/')}", "time", "hash")
     table = simple_table([*texts, *(Column(n, justify="right", no_wrap=True) for n in names)])
-    for _, run, status, loss in listed:
+    for _, run, status, value in listed:
         experiment, run_hash = run.path.absolute().parent.name, run.path.name.rpartition("-")[2]
         cell, seed = status.get("cell", "–"), str(status.get("seed", "–"))
-        numbers = (format_number(loss), format_seconds(status.get("seconds")))
+        numbers = (format_number(value), format_seconds(status.get("seconds")))
         names = (experiment, str(cell), seed, *numbers, run_hash)
         table.add_row(status["state"], *names)
     return table

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_lab.report import plotting, rank_series
-from lora_lab.report.cells import RunResult
+from lora_lab.report.cells import RunResult, epoch_of
 from lora_lab.report.theory import TheoryCheck
 
 
@@ -42,7 +42,8 @@ def metric_by_rank(results: Sequence[RunResult], metric: str) -> Figure | None:
             label = f"{label}, {plotting.legend_label(name)}" if name else label
             lines[label] = axes.axhline(level, color=color, linewidth=1.1, linestyle=":")
             values.append(level)
-    axes.set(xlabel="r", ylabel=plotting.metric_label(metric), title=results[0].experiment)
+    label = f"{plotting.metric_label(metric)} {epoch_of(metric, results)}"
+    axes.set(xlabel="r", ylabel=label, title=results[0].experiment)
     plotting.rank_axis(axes, {r for r, _ in points})
     # A loss of zero comes out as rounding error, which would stretch a log axis over many decades.
     if metric.endswith("loss") and min(values) > 1e-6 * max(values):
@@ -63,15 +64,20 @@ def _draw_series(
     lines = {"trained at r, mean": _draw_runs_and_means(axes, by_rank, i)}
     points = [(r, value) for r, values in by_rank.items() for value in values]
     losses, largest = rank_series.truncation_losses(runs) if metric == "val/loss" else ({}, 0)
+    # ΔW, which is cut, and what theory says are of the training's end.
+    suffix = ", at the end" if runs[0].at == "best" else ""
     # k = 0, with nothing left of ΔW, has no place on a log axis.
     if cut := {k: mean(at_rank) for k, at_rank in sorted(losses.items()) if k}:
         label = f"cut from r = {largest}" if is_only else "cut from the largest r"
+        label += suffix
         color, _ = plotting.series_style(i)
         (lines[label],) = axes.plot(list(cut), list(cut.values()), "--", color=color, linewidth=1)
         points += cut.items()
     theory = {(run.rank, c.theory) for run in runs for c in run.theory_checks if c.metric == metric}
     if theory:
-        (lines["theory"],) = axes.plot(*zip(*sorted(theory), strict=True), "k+", markersize=9)
+        (lines[f"theory{suffix}"],) = axes.plot(
+            *zip(*sorted(theory), strict=True), "k+", markersize=9
+        )
     return lines, points
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Column
 
 from lora_lab.report import page
+from lora_lab.report.epochs import At
 from lora_lab.report.printed_tables import simple_table
 from lora_lab.report.run_figures import write_figures
 from lora_lab.report.run_tables import run_tables, singular_values_by_site
@@ -15,15 +16,15 @@ from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic
 
 
-def write_run(run: Run, to: Path | None = None, draw: bool = True) -> Path:
+def write_run(run: Run, to: Path | None = None, draw: bool = True, at: At = "last") -> Path:
     """Writes a run's report and returns its folder: table.md, CSV files, index.html, figures.
 
     The folder is `to`, or the run's report/. Without `draw` no figures are made, which takes most
-    of the time.
+    of the time. `at` is the epoch that the loss among its facts is of.
     """
     directory = to or run.path / "report"
     directory.mkdir(parents=True, exist_ok=True)
-    tables = run_tables(run)
+    tables = run_tables(run, at)
     figures = write_figures(run, singular_values_by_site(run), directory) if draw else []
     theory = [markdown(tables["theory"], "r"), GAP_NOTE] if "theory" in tables else []
     heading = markdown_text(f"# {run.config['name']}: {run.path.name}")
@@ -37,9 +38,12 @@ def write_run(run: Run, to: Path | None = None, draw: bool = True) -> Path:
     return directory
 
 
-def show_run(run: Run, console: Console, directory: Path | None = None) -> None:
-    """Prints a run's tables, and where its figures and files are; `directory` is its report's."""
-    tables = run_tables(run)
+def show_run(run: Run, console: Console, directory: Path | None = None, at: At = "last") -> None:
+    """Prints a run's tables, and where its figures and files are.
+
+    `directory` is its report's, `at` as in `write_run`.
+    """
+    tables = run_tables(run, at)
     for rows in [tables[title] for title in ("curves", "theory") if title in tables]:
         columns = [Column(title, justify="right") for title in rows[0]]
         console.print(simple_table(columns, rows[1:]))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lora_lab.report.cells import goal_of
+from lora_lab.report.epochs import At, best_values, epoch_text
 from lora_lab.report.plotting import MAX_PANELS
 from lora_lab.report.run_figures import largest_updates
 from lora_lab.report.tables import Rows, format_number
@@ -16,13 +16,13 @@ TARGET_KEYS = ("r", "alpha", "dropout", "init")
 """The settings of the adapter that a target may set for its sites."""
 
 
-def run_tables(run: Run) -> dict[str, Rows]:
+def run_tables(run: Run, at: At = "last") -> dict[str, Rows]:
     """Makes a run's tables, by title, from the files in its directory alone.
 
     `facts` has (fact, value) rows, `curves` the validation metrics by epoch. `theory` is left out
-    where the run has none.
+    where the run has none. `at` is the epoch of the loss among the facts.
     """
-    tables = {"facts": _facts(run), "curves": _curves(run)}
+    tables = {"facts": _facts(run, at), "curves": _curves(run)}
     if checks := check_against_theory(run):
         rows = [[check.metric, *check_row([check])] for check in checks]
         tables["theory"] = [CHECK_COLUMNS, *rows]
@@ -59,10 +59,11 @@ def _curves(run: Run) -> Rows:
     return [["epoch", *columns], *body]
 
 
-def _facts(run: Run) -> Rows:
+def _facts(run: Run, at: At) -> Rows:
     """(fact, value) rows, titles included: adapter, losses, sizes, ΔW, advice on ranks, seeds."""
     config = run.config
-    facts = [["fact", "value"], *_adapter_facts(config), *_loss_facts(run), *_size_facts(run)]
+    facts = [["fact", "value"], *_adapter_facts(config), *_loss_facts(run, at)]
+    facts += _size_facts(run)
     seeds = f"{config['seed']}, {config['data'].get('seed', '–')}"
     return [*facts, *_update_facts(run), *_advice_facts(run), ["seed, data seed", seeds]]
 
@@ -84,15 +85,26 @@ def _adapter_facts(config: dict[str, Any]) -> Rows:
     return [["adapter", ", ".join(parts)]]
 
 
-def _loss_facts(run: Run) -> Rows:
-    """The validation loss before and after adaptation, and that of the merged model."""
+def _loss_facts(run: Run, at: At) -> Rows:
+    """The validation loss before and after adaptation, that of the merged model, and the test."""
     facts, loss = [], run.curve("val/loss")
     if loss:
         facts.append(["loss on the new data before adaptation", format_number(loss[min(loss)])])
     if len(loss) > 1:
-        facts.append(["loss on the new data after adaptation", format_number(run.last("val/loss"))])
+        best = best_values(run.rows()).get("val/loss") if at == "best" else None
+        where = epoch_text("val/loss", at, [run.config.get("select", "last")])
+        value = format_number(best.value if best else run.last("val/loss"))
+        facts.append([f"loss on the new data after adaptation, {where}", value])
     if (merged := run.last("merged/val/loss")) is not None:
         facts.append(["loss of the merged model", format_number(merged)])
+    tested = dict.fromkeys(key for row in run.rows() for key in row if key.startswith("test/"))
+    facts += [
+        [
+            f"test {key.removeprefix('test/')}, looked at once, at the end",
+            format_number(run.last(key)),
+        ]
+        for key in tested
+    ]
     return [*facts, *_best_facts(run)]
 
 
@@ -100,16 +112,13 @@ def _best_facts(run: Run) -> Rows:
     """The best value of each validation metric, where the last is another one."""
     facts = []
     selects = str(run.config.get("select", "last")).removeprefix("best ")
-    for key in dict.fromkeys(key for row in run.rows() for key in row if key.startswith("val/")):
-        curve = {epoch: value for epoch, value in run.curve(key).items() if epoch}
-        sign = -1 if goal_of(key) == "maximize" else 1
-        if len(curve) < 2 or goal_of(key) is None:
-            continue
-        epoch = min(curve, key=lambda epoch: sign * curve[epoch])
-        last = format_number(curve[max(curve)])
-        if key == selects or curve[epoch] != curve[max(curve)]:
+    for key, best in best_values(run.rows()).items():
+        curve = run.curve(key)
+        last = curve[max(curve)]
+        if len([epoch for epoch in curve if epoch]) > 1 and (key == selects or best.value != last):
             chosen = ", whose weights are the result" if key == selects else ""
-            value = f"{format_number(curve[epoch])} after epoch {epoch:g}{chosen}; last {last}"
+            value = f"{format_number(best.value)} after epoch {best.epoch:g}{chosen}"
+            value += f"; last {format_number(last)}"
             facts.append([f"best {key.removeprefix('val/')}", value])
     return facts
 

@@ -6,10 +6,11 @@ hold all digits and one number in each cell.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_lab.report.cell_statistics import Statistics, statistics_of
-from lora_lab.report.cells import Cell, RunResult, cells_of, ranked_cells, swept_keys, val_metrics
+from lora_lab.report.cells import Cell, RunResult, cells_of, metrics_below, ranked_cells, swept_keys
 from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.report.theory import CHECK_COLUMNS, TheoryCheck, check_row
@@ -18,15 +19,18 @@ from lora_lab.runs import PLANNED_FILE, is_run, planned_runs
 
 
 def cells_table(cells: Sequence[Cell]) -> Rows:
-    """The main table: each cell's swept settings and final metrics, as mean ± deviation.
+    """The main table: each cell's swept settings and metrics, as mean ± deviation.
 
-    The best mean of each validation metric is marked. `n` is the number of finished runs.
+    The best mean of each validation metric is marked; none of a test's, which is not to choose by.
+    Titles of values at a metric's best epoch begin with `best`. `n` is the number of finished runs.
     """
     keys = swept_keys(cells)
-    metrics = [*val_metrics(cells), "train/loss"]
+    metrics = _shown_metrics(cells)
     measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
-    rows = [[*(keys.values() or ["cell"]), "n", "trainable", *metrics, *measures]]
-    best = {metric: _best_cells(cells, metric) for metric in metrics[:-1]}
+    is_best = any(result.at == "best" for cell in cells for result in cell.results)
+    titles = [f"best {m}" if is_best and m.startswith("val/") else m for m in metrics]
+    rows = [[*(keys.values() or ["cell"]), "n", "trainable", *titles, *measures]]
+    best = {metric: _best_cells(cells, metric) for metric in metrics_below("val/", cells)}
     for cell in cells:
         finished, total = len(cell.finished), len(cell.results)
         trainable = cell.metrics.get("parameters/trainable")
@@ -40,6 +44,11 @@ def cells_table(cells: Sequence[Cell]) -> Rows:
     return rows
 
 
+def _shown_metrics(cells: Sequence[Cell]) -> list[str]:
+    """The metrics of the main table: those of the validation and of the test, and train/loss."""
+    return [*metrics_below("val/", cells), *metrics_below("test/", cells), "train/loss"]
+
+
 def _best_cells(cells: Sequence[Cell], metric: str) -> set[str]:
     """The names of the cells with the best mean of a metric; none where one cell alone has it."""
     ranked = ranked_cells(cells, metric)
@@ -49,16 +58,19 @@ def _best_cells(cells: Sequence[Cell], metric: str) -> set[str]:
 
 
 def cells_table_in_full(cells: Sequence[Cell]) -> Rows:
-    """The main table for programs: all digits, mean and deviation in separate columns."""
+    """The main table for programs: all digits, mean and deviation in separate columns.
+
+    `val/ at` says at which epoch the validation metrics are: last or best. All else is at the end.
+    """
     keys = swept_keys(cells)
-    metrics = [*val_metrics(cells), "train/loss"]
+    metrics = _shown_metrics(cells)
     measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
-    head = ["cell", *keys.values(), "n", "runs", "trainable"]
+    head = ["cell", *keys.values(), "n", "runs", "trainable", "val/ at"]
     rows = [[*head, *(f"{m}{suffix}" for m in (*metrics, *measures) for suffix in ("", " std"))]]
     for cell in cells:
         trainable = cell.metrics.get("parameters/trainable")
         row = [*cell.full_texts(keys), str(len(cell.finished)), str(len(cell.results))]
-        row.append(repr(trainable.mean) if trainable else "")
+        row += [repr(trainable.mean) if trainable else "", cell.results[0].at]
         for metric in metrics:
             row += _mean_std_in_full(cell.metrics.get(metric))
         for measure in measures:
@@ -86,13 +98,18 @@ def identical_seeds_note(cells: Sequence[Cell]) -> str:
 
 
 def all_metrics_table(cells: Sequence[Cell]) -> Rows:
-    """Statistics of each final metric of each cell, one row for each pair, to all digits."""
+    """Statistics of each metric of each cell, one row for each pair, to all digits.
+
+    `at` is best for values at the metric's best epoch, else last.
+    """
     keys = swept_keys(cells)
-    rows = [["cell", *keys, "metric", "n", "mean", "std", "min", "max"]]
+    rows = [["cell", *keys, "metric", "at", "n", "mean", "std", "min", "max"]]
     for cell in cells:
         for metric, s in cell.metrics.items():
             values = [_in_full(value) for value in (s.mean, s.std, s.minimum, s.maximum)]
-            rows.append([*cell.full_texts(keys), metric, str(s.n), *values])
+            is_best = any(r.at == "best" and metric in r.best for r in cell.finished)
+            at = "best" if is_best else "last"
+            rows.append([*cell.full_texts(keys), metric, at, str(s.n), *values])
     return rows
 
 
@@ -130,13 +147,15 @@ def theory_by_run_table(cells: Sequence[Cell]) -> Rows:
 def truncation_table(finished: Sequence[RunResult], in_full: bool = False) -> Rows:
     """The validation loss at rank k, once trained at r = k and once cut to rank k after training.
 
-    The cut ΔW is that of the runs with the largest r. Rows are of each series of runs that differ
-    in r and seeds alone. `in_full` gives all digits, with the deviation in a separate column.
+    The cut ΔW is that of the runs with the largest r, and all losses are those at the end. Rows are
+    of each series of runs that differ in r and seeds alone. `in_full` gives all digits, with the
+    deviation in a separate column.
     """
     ways = ("trained at r = k", "cut from the largest r")
     titles = [[way, f"{way} std", f"{way} n"] if in_full else [way, "n"] for way in ways]
     rows = [["series", "k", *titles[0], *titles[1]]]
-    for name, results in lora_runs_by_series(finished).items():
+    at_the_end = [replace(result, at="last") for result in finished]
+    for name, results in lora_runs_by_series(at_the_end).items():
         trained, (cut, _) = values_by_rank(results, "val/loss"), truncation_losses(results)
         if len(trained) > 1 and cut:
             for k in sorted({*trained, *cut}):

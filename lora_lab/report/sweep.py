@@ -9,7 +9,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lora_lab.report import page, rank_figures, summary
-from lora_lab.report.cells import Cell, RunResult, cells_of, goal_of, read_run, val_metrics
+from lora_lab.report.cells import (
+    Cell,
+    RunResult,
+    cells_of,
+    epoch_of,
+    metrics_below,
+    read_run,
+)
+from lora_lab.report.epochs import OPTIMISTIC, At, goal_of
 from lora_lab.report.plotting import metric_label, save
 from lora_lab.report.rank_series import differing_seeds
 from lora_lab.report.run import figures_line
@@ -26,14 +34,16 @@ Figures = dict[str, tuple[str, Figure | None]]
 """File name → caption and figure; the figure is None where the runs have nothing to show in it."""
 
 
-def write_sweep(runs: Sequence[Run], directory: Path, to: Path | None = None) -> SweepReport:
+def write_sweep(
+    runs: Sequence[Run], directory: Path, to: Path | None = None, at: At = "last"
+) -> SweepReport:
     """Writes report.md, index.html, and for each experiment its tables (CSV and LaTeX) and figures
     (PNG and PDF).
 
     They go to the folder `to`, or to report/ in the runs' `directory`. Several experiments have a
-    folder each in it. The runs may still be running.
+    folder each in it. The runs may still be running. Validation metrics are at the epoch `at`.
     """
-    results = [read_run(run, in_full=("spectra.npz",)) for run in runs]
+    results = [read_run(run, in_full=("spectra.npz",), at=at) for run in runs]
     to = to or directory / "report"
     earlier = _earlier_figures(to)
     names = list(dict.fromkeys(r.experiment for r in results if r.config))
@@ -91,7 +101,8 @@ def _write_experiment(
         "theory": summary.theory_table(cells),
         "truncation": summary.truncation_table(finished),
     }
-    _write_table(tables["cells"], to, "cells", summary.cells_table_in_full(cells))
+    in_full = summary.cells_table_in_full(cells)
+    _write_table(tables["cells"], to, "cells", in_full, f"val/ {epoch_of('val/', results)}")
     _write_table(tables["theory"], to, "theory", summary.theory_by_run_table(cells))
     truncation = summary.truncation_table(finished, in_full=True)
     _write_table(tables["truncation"], to, "truncation", truncation)
@@ -108,21 +119,33 @@ def _write_experiment(
 def _notes(cells: Sequence[Cell], finished: Sequence[RunResult]) -> dict[str, str]:
     """The note below each table, by the table's title."""
     kinds = differing_seeds(finished)
+    results = [result for cell in cells for result in cell.results]
     return {
-        "cells": f"Mean ± standard deviation (n − 1) over the n finished runs of a cell, at the "
-        f"end; bold: the best mean. {summary.identical_seeds_note(cells)}".strip(),
-        "theory": f"{GAP_NOTE}. Run by run in theory.csv.",
-        "truncation": "Validation loss with ΔW cut to rank k"
+        "cells": "Mean ± standard deviation (n − 1) over the n finished runs of a cell, "
+        f"{_where(results)}, all else at the end; bold: the best mean of a validation. "
+        f"{summary.identical_seeds_note(cells)}".strip(),
+        "theory": f"{GAP_NOTE}. All at the end. Run by run in theory.csv.",
+        "truncation": "Validation loss at the end, with ΔW cut to rank k"
         + (f", mean ± standard deviation over {kinds}." if kinds else "."),
     }
 
 
-def _write_table(rows: Rows, to: Path, file: str, in_full: Rows | None = None) -> None:
+def _where(results: Sequence[RunResult]) -> str:
+    """At which epoch the validation metrics of these runs are, for a note."""
+    optimistic = f" ({OPTIMISTIC})" if any(r.at == "best" for r in results) else ""
+    return f"each val/ metric {epoch_of('val/', results)}{optimistic}"
+
+
+def _write_table(
+    rows: Rows, to: Path, file: str, in_full: Rows | None = None, comment: str = ""
+) -> None:
     """Writes a table as LaTeX and as CSV, the CSV from `in_full` where that is given.
 
-    A table without rows removes the files of an earlier report.
+    `comment` stands in the LaTeX file's first line. A table without rows removes the files of an
+    earlier report.
     """
-    for suffix, content in ((".csv", csv_of(in_full or rows)), (".tex", latex(rows))):
+    tex = f"% {comment}\n{latex(rows)}" if comment else latex(rows)
+    for suffix, content in ((".csv", csv_of(in_full or rows)), (".tex", tex)):
         if len(rows) > 1:
             write_atomic(to / f"{file}{suffix}", content)
         else:
@@ -142,24 +165,27 @@ def _write_figures(figures: Figures, to: Path) -> dict[str, str]:
 def _figures(all_cells: Sequence[Cell], finished: Sequence[RunResult]) -> Figures:
     """Draws the figures of one experiment."""
     cells = [cell for cell in all_cells if cell.finished]
-    metrics = [m for m in val_metrics(cells) if goal_of(m)]
+    metrics = [m for m in metrics_below("val/", cells) if goal_of(m)]
     kinds = differing_seeds(finished)
     of_each = f"each run, and the mean of each r{f' over {kinds}' if kinds else ''}."
     figures: Figures = {}
     for metric in metrics:
-        caption = f"{metric_label(metric).capitalize()} against r: {of_each}"
+        where = epoch_of(metric, finished)
+        caption = f"{metric_label(metric).capitalize()} {where}, against r: {of_each}"
         figures[f"rank{_suffix(metric)}"] = caption, rank_figures.metric_by_rank(finished, metric)
     for metric in metrics:
-        caption = f"Trained parameters against {metric_label(metric)}: mean ± standard deviation of"
-        caption += " each cell, and the front."
+        where = f"{metric_label(metric)} {epoch_of(metric, finished)}"
+        caption = f"Trained parameters against {where}: mean ± standard deviation of each cell,"
+        caption += " and the front."
         figures[f"tradeoff{_suffix(metric)}"] = caption, metric_by_parameters(cells, metric)
-    caption = "What theory says, and what was measured."
+    caption = "What theory says, and what was measured at the end."
     figures["theory"] = caption, rank_figures.theory_by_rank(finished)
     caption = f"Effective and stable rank of ΔW against r: {of_each}"
     figures["measures"] = caption, rank_figures.update_ranks_by_rank(finished)
     caption = "Singular values of ΔW by r: the mean of the runs of each r."
     figures["spectra"] = caption, rank_figures.spectra_by_rank(finished)
-    caption = "What was swept, and what came of it: the mean of each cell."
+    caption = "What was swept, and what came of it: the mean of each cell"
+    caption += f", each val/ metric {epoch_of('val/', finished)}."
     figures["swept"] = caption, metrics_by_swept_keys(all_cells, metrics)
     return figures
 

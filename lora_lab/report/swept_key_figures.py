@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lora_lab.report.cells import Cell, goal_of, short_text, sort_key, swept_keys
+from lora_lab.report.cells import Cell, epoch_of, goal_of, short_text, sort_key, swept_keys
 from lora_lab.report.plotting import graded_colors, log_scale, metric_label, panels
 
 MAX_LABELS = 16
@@ -49,6 +49,12 @@ def metrics_by_swept_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figu
             cells = [*cells, *(cell for cell in full if second in cell.settings)]
         return _heat_map(cells, keys, metrics)
     return _parallel_axes(cells, keys, metrics[0])
+
+
+def _label(metric: str, cells: Sequence[Cell]) -> str:
+    """A metric's name, and at which epoch its values are."""
+    results = [result for cell in cells for result in cell.results]
+    return f"{metric_label(metric)} {epoch_of(metric, results)}"
 
 
 def _level(cell: Cell, key: str) -> str:
@@ -94,7 +100,7 @@ def _scatter(cells: list[Cell], keys: dict[str, str], x_key: str, metrics: list[
             log_scale(panel, min(x_values), max(x_values), "x")
         if metric.endswith("loss") and 0 < 10 * min(values) < max(values) < np.inf:
             log_scale(panel, min(values), max(values))
-        panel.set(xlabel=keys[x_key], ylabel=metric_label(metric))
+        panel.set(xlabel=keys[x_key], ylabel=_label(metric, cells))
         if unfinished := sum(not cell.finished for cell in cells):
             panel.set_title(f"dotted: {unfinished} not finished", fontsize=9)
         panel.grid(alpha=0.3)
@@ -130,7 +136,7 @@ def _heat_map(cells: Sequence[Cell], keys: dict[str, str], metrics: Sequence[str
         rotation = 45 if max(map(len, columns)) > 7 else 0
         panel.set_xticks(range(len(columns)), columns, rotation=rotation)
         panel.set_yticks(range(len(rows)), rows)
-        panel.set(xlabel=names[0], ylabel=names[1], title=f"{metric_label(metric)}, mean")
+        panel.set(xlabel=names[0], ylabel=names[1], title=f"{_label(metric, cells)}, mean")
     return figure
 
 
@@ -207,7 +213,7 @@ def _parallel_axes(cells: Sequence[Cell], keys: dict[str, str], metric: str) -> 
     axes.set(xlim=(-0.15, len(heights) - 0.75), ylim=(-0.06, 1.06), yticks=[])
     axes.set_title(f"{cells[0].results[0].experiment}: {len(cells)} cells")
     axes.spines[:].set_visible(False)
-    figure.colorbar(ScalarMappable(norm, colors), ax=axes, label=f"{metric_label(metric)}, mean")
+    figure.colorbar(ScalarMappable(norm, colors), ax=axes, label=f"{_label(metric, cells)}, mean")
     return figure
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lora_lab.report.cells import Cell, cell_label, goal_of, swept_keys
+from lora_lab.report.cells import Cell, cell_label, epoch_of, goal_of, swept_keys
 from lora_lab.report.plotting import COLORS, log_scale, metric_label, panels
 
 COST = "parameters/trainable"
@@ -65,7 +65,9 @@ def metric_by_parameters(cells: Sequence[Cell], metric: str) -> Figure | None:
     if frozen:
         axes.axhline(frozen[0], color="gray", linewidth=1.1, linestyle=":", label="no adapter")
     title = cells[0].results[0].experiment
-    axes.set(xlabel="trained parameters", ylabel=metric_label(metric), title=title)
+    results = [result for cell in cells for result in cell.results]
+    label = f"{metric_label(metric)} {epoch_of(metric, results)}"
+    axes.set(xlabel="trained parameters", ylabel=label, title=title)
     values = [*frozen, *(value for _, value in points)]
     lowest = min(*frozen, *(v - e for (_, v), e in zip(points, errors, strict=True)), max(values))
     # A log axis has no place for an error bar that reaches below 0, and would be stretched over

@@ -56,7 +56,8 @@ def test_best_against_a_plain_computation(runs: list[Run], metric: str, given: s
         value for values in cells.values() for value in values
     )
     head, first, *_ = best_cells.rows(3)
-    assert head == ["r", "lr", "n", metric, "min", "max"]
+    epochs = ["best epoch"] if metric.startswith("val/") else []
+    assert head == ["r", "lr", "n", metric, "min", "max", *epochs]
     assert first[2] == "3"
     values = cells[best_cells.cells[0].name]
     assert first[3] == format_mean_std(mean(values), stdev(values))
