@@ -141,8 +141,11 @@ def _where(bad: Sequence[list[str]], points: Sequence[list[str]]) -> str:
 def logged_metrics(plan: Plan) -> set[str]:
     """The names of all metrics that a run logs, but for theory/ (which a data set adds)."""
     cfg, data = plan.cfg, plan.data("adapt")
-    validation = {"val/loss", *(f"val/{n}" for n in metric_names(data.task, data.metrics))}
+    measured = ["loss", *metric_names(data.task, data.metrics)]
+    validation = {f"val/{name}" for name in measured}
     names = {*validation, "parameters/trainable", "parameters/base"}
+    if data.has_test:
+        names |= {f"test/{name}" for name in measured}
     if isinstance(cfg.base, TrainedBase):
         names |= {f"base/{name}" for name in {*validation, "train/loss"}}
     if cfg.adapter.method == "none":

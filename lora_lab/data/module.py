@@ -49,6 +49,8 @@ class Data(pl.LightningDataModule, ABC):
         self.phase, self.batch_size, self.seed, self.steps = phase, batch_size, seed, steps
         self.train: Rows = None
         self.val: Rows = None
+        self.test: Rows = None
+        """Rows that a run looks at once, at its end; None where there are none."""
 
     @property
     @abstractmethod
@@ -69,6 +71,15 @@ class Data(pl.LightningDataModule, ABC):
     def draw(self) -> tuple[Rows, Rows]:
         """Draws the training and the validation set of this phase from the seed."""
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there are rows that a run's result is tested on, which `draw_test` gives then."""
+        return False
+
+    def draw_test(self) -> Rows:
+        """Draws the rows of the test, which are of the `adapt` phase."""
+        raise NotImplementedError
+
     def check_base(self) -> None:
         """Raises ValueError where there are no rows for the `base` phase; here there are."""
 
@@ -85,6 +96,7 @@ class Data(pl.LightningDataModule, ABC):
         """Draws the data, the first time that it is called. Lightning's hook."""
         if self.train is None:
             self.train, self.val = self.draw()
+            self.test = self.draw_test() if self.has_test and self.phase == "adapt" else None
             self.check_batch(len(self.train))
 
     def check_batch(self, rows: int) -> None:
@@ -113,6 +125,11 @@ class Data(pl.LightningDataModule, ABC):
         """The validation set in its order, `eval_rows` at a time."""
         assert self.val is not None
         return self.eval_dataloader(self.val)
+
+    def test_dataloader(self) -> DataLoader:
+        """The rows of the test in their order, `eval_rows` at a time."""
+        assert self.test is not None
+        return self.eval_dataloader(self.test)
 
     def eval_dataloader(self, rows: Rows) -> DataLoader:
         """A set in its order, `eval_rows` at a time."""

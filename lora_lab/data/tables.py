@@ -7,7 +7,6 @@ from typing import Annotated
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lora_lab.config.schema import Seed
 from lora_lab.data import parts
@@ -22,7 +21,8 @@ class TableData(Data):
     """Rows of sources (files, folders, hub ids), in the phase that adapts, and in that of the base.
 
     The `adapt` phase trains on `train` and validates on `val`, or, where that is None, on the share
-    `val_share` of the rows of `train`, drawn by `seed`. The `base` phase has the rows of `base`,
+    `val_share` of the rows of `train`, drawn by `seed`. A run's result is tested on all rows of
+    `test`, once. The `base` phase has the rows of `base`,
     what the base knew, in the same shares; it can be drawn only where `base` is given. `limit` and
     `val_limit` are the most rows of training and validation. `revision` and `subset` are those of
     hub ids. A subclass takes these arguments as **table and passes them on.
@@ -100,11 +100,15 @@ class TableData(Data):
         (train, train_numbers), (val, val_numbers) = self.chosen()
         return self.rows(train, train_numbers, "train"), self.rows(val, val_numbers, "val")
 
-    def test_dataloader(self) -> DataLoader:
-        """The rows of `test` in their order. Lightning's hook; no run calls it."""
-        if (test := self.sources.get("test")) is None:
-            raise ValueError("test=null: there are no rows to test on")
-        return self.eval_dataloader(self.rows(test, torch.arange(row_count(test)), "test"))
+    @property
+    def has_test(self) -> bool:
+        """Whether `test` is given."""
+        return "test" in self.sources
+
+    def draw_test(self) -> Rows:
+        """All rows of `test`."""
+        test = self.sources["test"]
+        return self.rows(test, torch.arange(row_count(test)), "test")
 
 
 def row_count(source: Source) -> int:

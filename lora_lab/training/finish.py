@@ -1,4 +1,4 @@
-"""What follows a run's last step: which weights are the result, the merge check, ΔW's analysis."""
+"""What follows a run's last step: the result's weights, test, merge check and analysis of ΔW."""
 
 import logging
 from functools import partial
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def finish_run(trial: Trial, console: Console) -> None:
-    """What follows the last step: saves the result, checks that ΔW merges, and analyzes ΔW.
+    """What follows the last step: tests and saves the result, checks that ΔW merges, analyzes ΔW.
 
     Where several processes trained the run, the first does this on one device.
     """
@@ -39,7 +39,8 @@ def finish_run(trial: Trial, console: Console) -> None:
     if not cfg.trains:
         base_size = adapters.count(module.model).frozen
         tracking.log({"parameters/trainable": 0, "parameters/base": base_size}, 0)
-        return
+        if trial.data.test is None:
+            return
     change = {}
     if isinstance(module.model, FSDPModule):
         model = _gather(plan, module)
@@ -51,7 +52,12 @@ def finish_run(trial: Trial, console: Console) -> None:
         torch.distributed.destroy_process_group()
     if process_rank():
         return
-    _select(trial)
+    if cfg.trains:
+        _select(trial)
+    if trial.data.test is not None:
+        plan.single_device_trainer(tracking, [], **change).test(module, trial.data, verbose=False)
+    if not cfg.trains:
+        return
     unlogged_trainer = plan.single_device_trainer(None, [], **change)
     _save_trained(plan.single_device_trainer(tracking, [], **change), trial)
     updates, arrays = spectra_callback.updates, spectra_callback.arrays()

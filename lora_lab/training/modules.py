@@ -220,17 +220,27 @@ class BaseModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the loss and metrics as means over all targets, with step and epoch."""
+        self._log_evaluation("val")
+
+    # A test is computed as a validation is.
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the same of the test, as `test/…`."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
         loss = self._sum(self._val_losses).sum() / self._sum(self._val_counts).sum()
-        self.check_val_loss(loss)
+        self.check_val_loss(loss, split)
         row = {"loss": loss, **self.metrics_of_loss(loss), **dict(self.metrics.items())}
-        self.log_dict({f"{self.prefix}val/{name}": value for name, value in row.items()})
+        self.log_dict({f"{self.prefix}{split}/{name}": value for name, value in row.items()})
         self.log_dict(self.step_and_epoch())
 
-    def check_val_loss(self, loss: Tensor) -> None:
-        """Raises DivergedError if a validation loss is infinite or NaN."""
+    def check_val_loss(self, loss: Tensor, split: str = "val") -> None:
+        """Raises DivergedError if the loss of a validation, or of the test, is infinite or NaN."""
         if not loss.isfinite():
             raise DivergedError(
-                f"{self.prefix}val/loss is {loss.item()} after epoch {self.epochs_done:g}, "
+                f"{self.prefix}{split}/loss is {loss.item()} after epoch {self.epochs_done:g}, "
                 f"step {self.global_step} of the run"
                 + ("" if self.global_step else ": the base or the data holds it, no step was taken")
             )

@@ -204,10 +204,10 @@ def test_files_that_no_split_names_are_told(caplog: pytest.LogCaptureFixture):
 
 
 def test_the_test_split():
-    (inputs, _), *_ = ready(test="train.jsonl").test_dataloader()
+    ((inputs, _),) = ready(test="train.jsonl", limit=3, val_limit=1).test_dataloader()
     assert inputs["input_ids"].tolist() == padded([[row["text"]] for row in ROWS])["input_ids"]
-    with pytest.raises(ValueError, match=r"^test=null"):
-        text_data().test_dataloader()
+    base = ready(phase="base", base="train.jsonl", val_share=0.5, test="train.jsonl")
+    assert base.test is ready().test is None
 
 
 def test_texts_are_tokenized_once(monkeypatch: pytest.MonkeyPatch):
@@ -256,6 +256,7 @@ def jsonl(*rows: Any) -> dict[str, str]:
 
 GOOD, BAD = {"text": "good film", "label": "good"}, {"text": "bad film", "label": "bad"}
 AS_TRAIN, AS_VAL = {"train": "bad.jsonl", "val": None}, {"val": "bad.jsonl"}
+AS_TEST = {"test": "bad.jsonl"}
 CSV = {"train": "bad.csv", "val": None}
 BAD_INPUTS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "missing file": (
@@ -376,6 +377,23 @@ BAD_INPUTS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         AS_VAL,
         r"val=bad.jsonl, line 2: .* of training .*: good",
     ),
+    "new in the test": (
+        jsonl(BAD, {**GOOD, "label": "god"}),
+        AS_TEST,
+        r"^test=bad.jsonl, line 2: .* of training .*: good",
+    ),
+    "no label in the test": (
+        jsonl({"text": "film"}),
+        AS_TEST,
+        r"^label=label: test=bad.jsonl has no such column \(it has text\)",
+    ),
+    "no text in the test": (
+        jsonl({"label": "good"}),
+        AS_TEST,
+        r"^text=text: test=bad.jsonl has no",
+    ),
+    "empty test": ({"bad.jsonl": ""}, AS_TEST, r"^test=bad.jsonl: bad.jsonl is empty"),
+    "no test split": ({"x/train.csv": "a"}, {"test": "x"}, r"^test=x: has no split test"),
     "integers beside sorted labels": (
         jsonl({**GOOD, "label": 0}, {**BAD, "label": 1}),
         AS_VAL,
