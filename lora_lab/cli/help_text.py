@@ -113,6 +113,7 @@ settings:
   model.path=FOLDER      a folder or hub id of model=pretrained, with base=pretrained
   model.head=HEAD        classification | language | masked | seq2seq | tokens | image
   data.train=FILE        of data=text, words, language, images: a file, folder or hub id; data.val
+                         data.test, on which the result is tested once, at its end
   data.text=COLUMN       data.label=COLUMN; words: data.words data.labels, columns of lists;
                          language: data.prompt data.completion | data.messages
   also_train=[head]      globs on what trains in full beside the adapters; bias: every bias

@@ -96,10 +96,7 @@ class RunResult:
 
 
 def read_run(
-    run: Run,
-    in_full: tuple[str, ...] = (),
-    at: At = "last",
-    goals: Mapping[str, str] | None = None,
+    run: Run, in_full: tuple[str, ...] = (), at: At = "last", goals: Mapping[str, str] | None = None
 ) -> RunResult:
     """Reads a run's directory as it is now, for its metrics at the epoch `at`.
 

@@ -69,7 +69,9 @@ def runs_table(
             values = {"name": 0, "loss": order, "time": status.get("seconds")}
             listed.append((values.get(sort, status.get(sort)), run, status, value))
     if finished and all(run.last(metric) is None for run in finished):
-        check_metric(metric, [{key for row in run.rows() for key in row} for run in finished])
+        check_metric(
+            metric, [dict.fromkeys(k for row in run.rows() for k in row) for run in finished]
+        )
     # None and nan come last; a nan is the number that differs from itself.
     listed.sort(key=lambda item: (item[0] is None or item[0] != item[0], item[0] or 0))
     texts = [Column(name, overflow="fold") for name in ("status", "experiment", "cell")]

@@ -120,20 +120,16 @@ def _notes(cells: Sequence[Cell], finished: Sequence[RunResult]) -> dict[str, st
     """The note below each table, by the table's title."""
     kinds = differing_seeds(finished)
     results = [result for cell in cells for result in cell.results]
+    more = [OPTIMISTIC] if results[0].at == "best" else []
+    more += [note] if (note := summary.identical_seeds_note(cells)) else []
     return {
-        "cells": "Mean ± standard deviation (n − 1) over the n finished runs of a cell, "
-        f"{_where(results)}, all else at the end; bold: the best mean of a validation. "
-        f"{summary.identical_seeds_note(cells)}".strip(),
+        "cells": "Mean ± standard deviation (n − 1) over the n finished runs of a cell, each val/ "
+        f"metric {epoch_of('val/', results)}, all else at the end; bold: the best mean of a "
+        + " ".join(["validation.", *more]),
         "theory": f"{GAP_NOTE}. All at the end. Run by run in theory.csv.",
         "truncation": "Validation loss at the end, with ΔW cut to rank k"
         + (f", mean ± standard deviation over {kinds}." if kinds else "."),
     }
-
-
-def _where(results: Sequence[RunResult]) -> str:
-    """At which epoch the validation metrics of these runs are, for a note."""
-    optimistic = f" ({OPTIMISTIC})" if any(r.at == "best" for r in results) else ""
-    return f"each val/ metric {epoch_of('val/', results)}{optimistic}"
 
 
 def _write_table(
