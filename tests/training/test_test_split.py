@@ -18,8 +18,11 @@ from lightning.pytorch import Trainer
 from torch.nn.functional import cross_entropy
 
 from lora_lab import train
+from lora_lab.cli.sweep import logged_metrics
+from lora_lab.config.checks import parse_config
 from lora_lab.runs import Run
 from lora_lab.training import finish
+from lora_lab.training.plan import plan
 from tests.conftest import command, only_run
 from tests.text_files import IDS, save_rows, save_tokenizer
 from tests.tiny_models import tiny_model
@@ -110,6 +113,8 @@ def test_the_result_is_tested_once_on_all_rows(case: str):
         assert run.last("best/epoch") != 3, "the last weights would be the result"
     expected = by_a_plain_loop(run)
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    names = logged_metrics(plan(parse_config(dict(run.config))))
+    assert {name for name in names if name.startswith("test/")} == {*expected}
     # All else is what it is without a test.
     assert [other for other in run.rows() if other != row] == without.rows()
     folder = "adapter" if case not in ("full", "none") else "model"
