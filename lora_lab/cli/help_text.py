@@ -34,7 +34,7 @@ examples:
 
 AT = """With --at last a val/ metric is that of the last epoch (with select=best: of the selected
 one, which is the run's result). With --at best each val/ metric is at its own best epoch after the
-first step, by its name the least or the largest. That epoch is chosen by looking at the value
+first step, the least or the largest as its name says. That epoch is chosen by looking at the value
 itself, so that it is optimistic: what a model does on other data a test split tells (data.test).
 All other metrics are at the end."""
 
