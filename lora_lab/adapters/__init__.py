@@ -19,20 +19,15 @@ from lora_lab.adapters.recipe import TRAINS, AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import KINDS, Site, adapter_class
 from lora_lab.adapters.slots import also_trained, attached, disabled, names, switch
-from lora_lab.adapters.targets import (
-    GROUPS,
-    PatternError,
-    RankError,
-    Target,
-    TargetError,
-    find_sites,
-)
+from lora_lab.adapters.target import GROUPS, PatternError, RankError, Target, TargetError
+from lora_lab.adapters.targets import OVER_RANK, find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
 
 __all__ = [
     "GROUPS",
     "INITS",
     "KINDS",
+    "OVER_RANK",
     "SCALINGS",
     "TRAINS",
     "Adapter",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.factored import ByStack, FactoredAdapter
-from lora_lab.adapters.watch import base_class
+from lora_lab.adapters.watch import keeps_forward
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -23,8 +23,11 @@ class ConvAdapter(FactoredAdapter):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Exactly Conv1d, Conv2d and Conv3d: a subclass may have another forward."""
-        return base_class(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        """Conv1d, Conv2d and Conv3d, and subclasses that keep their forward."""
+        return any(
+            keeps_forward(layer, Kind, "forward", "_conv_forward")
+            for Kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        )
 
     def align_with_output(self, values: Tensor) -> Tensor:
         """One value a channel, before the positions: (out,) → (out, 1, 1) of a Conv2d."""

@@ -12,7 +12,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.factored import Hidden, Output
 from lora_lab.adapters.linear import LinearAdapter
 from lora_lab.adapters.recipe import AdapterError
-from lora_lab.adapters.watch import base_class
+from lora_lab.adapters.watch import keeps_forward
 
 
 class EmbeddingAdapter(LinearAdapter):
@@ -41,8 +41,8 @@ class EmbeddingAdapter(LinearAdapter):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Exactly nn.Embedding: a subclass may have another forward."""
-        return base_class(layer) is nn.Embedding
+        """nn.Embedding, and subclasses that keep its forward."""
+        return keeps_forward(layer, nn.Embedding, "forward")
 
     @staticmethod
     def weight_to_matrix(weight: Float[Tensor, "tokens features"]) -> Tensor:

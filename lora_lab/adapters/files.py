@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import also_trained, merged_adapters, parameter_key, require_attached
-from lora_lab.adapters.targets import Target, find_sites
+from lora_lab.adapters.target import Target
+from lora_lab.adapters.targets import find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
+from lora_lab.adapters.weight import WeightAdapter
 from lora_lab.runs import write_atomic
 
 
@@ -186,12 +188,17 @@ def _build(
     model: nn.Module, path: str, description: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[Site, Adapter]:
     """The site named `path` and its adapter, as the JSON describes it and with these tensors."""
-    target = Target(description["kind"], glob.escape(path), tied=True)
+    kind = description["kind"]
+    target = Target("all" if kind == WeightAdapter.kind else kind, glob.escape(path), tied=True)
     (site,) = find_sites(model, {path: target})
     recipe = Recipe(**{key: description[key] for key in Recipe.__dataclass_fields__})
     recipe.check()
     layer = model.get_submodule(site.layer)
-    adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
+    fitting_class = adapter_class(layer)
+    if kind == WeightAdapter.kind:
+        # So it is stored of a subclass of nn.Linear by a version that took no subclass for linear.
+        site, fitting_class = replace(site, kind=kind, name=path), WeightAdapter
+    adapter = fitting_class(layer, site.parameter, site.rows, recipe)
     adapter.scale = description["scale"]  # stored, not computed again from alpha and r
     # A tensor read from a file may lie in memory at an address of another alignment, where kernels
     # sum in another order. A copy is aligned as any new tensor.

@@ -1,5 +1,6 @@
 """Putting adapters on a model, and taking them off."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,13 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.recipe import AdapterError, Recipe, python_scalar
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import Change, Slot
-from lora_lab.adapters.targets import Target, find_sites
+from lora_lab.adapters.target import Target
+from lora_lab.adapters.targets import sites_and_notes
 from lora_lab.adapters.trained_in_full import FullParameter, select
 from lora_lab.adapters.watch import KINDS_ON_READING, unwatch, watch
 from lora_lab.seeding import generator
+
+log = logging.getLogger(__name__)
 
 
 def attach(
@@ -22,7 +26,7 @@ def attach(
     targets: Mapping[str, Target] | str = "linear",
     *,
     r: int,
-    alpha: float,
+    alpha: float | None = None,
     dropout: float = 0.0,
     init: str = "kaiming",
     scaling: str = "alpha/r",
@@ -31,6 +35,7 @@ def attach(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     also_train: str | Sequence[str] = (),
+    over_rank: str = "clip",
     seed: int = 0,
     name: str = "default",
 ) -> list[Site]:
@@ -38,16 +43,19 @@ def attach(
 
     Args:
         targets: {label: Target}, or one of GROUPS, as "linear", "attention" or "all".
-        r, alpha, dropout, init, scaling, trains, dora: see Recipe.
+        r, alpha, dropout, init, scaling, trains, dora: see Recipe; alpha None is r, a scale of 1.
         rank_pattern, alpha_pattern: {glob on names: r or alpha} for single sites.
         also_train: globs on the names of parameters, or of modules, that train in full beside the
             adapters; `bias` is each bias. Their weights take no adapter.
+        over_rank: what becomes of r over a weight's rank: "clip" (the weight's rank, and the same
+            scale), "error" or "allow".
         seed: Each site's factors are drawn from a generator of that site, seeded by (seed, site,
             r): what else is targeted never changes them.
         name: A second call with another name puts another adapter beside the first.
 
-    Returns the adapted sites. Raises what `find_sites` and `trained_in_full.select` raise, and
-    AdapterError where a layer already has an adapter of that name.
+    Returns the adapted sites, and logs what is clipped and which tied weights are left out. Raises
+    what `find_sites` and `trained_in_full.select` raise, and AdapterError where a layer already has
+    an adapter of that name.
 
     Layers keep their object, weight and state-dict key. Norms with running statistics are held in
     eval mode while they are frozen.
@@ -59,9 +67,11 @@ def attach(
     if type(seed := python_scalar(seed)) is not int:
         raise AdapterError(f"seed={seed!r}: must be an integer")
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
-    recipe = Recipe(r, alpha, dropout, init, scaling, trains, dora)
+    recipe = Recipe(r, r if alpha is None else alpha, dropout, init, scaling, trains, dora)
     keys = select(model, also_train)
-    sites = find_sites(model, targets, recipe, rank_pattern, alpha_pattern, keys)
+    sites, notes = sites_and_notes(
+        model, targets, recipe, rank_pattern, alpha_pattern, keys, over_rank
+    )
     adapters = {}
     for site in sites:
         assert site.recipe is not None
@@ -73,6 +83,8 @@ def attach(
         layer, _, parameter = key.rpartition(".")
         also_trained[key] = FullParameter(model.get_submodule(layer), parameter)
     place_adapters(model, adapters, name, also_trained)
+    for note in notes:
+        log.warning(note)
     return sites
 
 

@@ -14,7 +14,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.finite import raise_reasons, reason_not_finite, require_finite
 from lora_lab.adapters.inject import detach, place_adapters, restore_weight
 from lora_lab.adapters.recipe import AdapterError, python_scalar
-from lora_lab.adapters.targets import Target, find_sites
+from lora_lab.adapters.target import Target
+from lora_lab.adapters.targets import find_sites
 from lora_lab.adapters.trained_in_full import FullParameter
 
 

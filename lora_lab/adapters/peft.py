@@ -24,7 +24,8 @@ from lora_lab.adapters.peft_trained_in_full import PREFIX
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.sites import Site, candidate_sites
 from lora_lab.adapters.slots import also_trained, layer_of, require_attached
-from lora_lab.adapters.targets import Target, TargetError, find_sites
+from lora_lab.adapters.target import Target, TargetError
+from lora_lab.adapters.targets import find_sites
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 """PEFT's names of the two files."""
@@ -213,6 +214,8 @@ def _split_by_layer(
 
 def _reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
     """Why PEFT computes this layer differently, or not at all; None where it is the same."""
+    if kind == "weight" and isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d):
+        return f"{type(layer).__name__} computes otherwise than the layer that PEFT takes it for"
     if kind == "weight":
         return f"PEFT cannot adapt this weight of {type(layer).__name__} wherever it is read"
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):

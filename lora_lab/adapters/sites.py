@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_lab.adapters.adapter import Adapter, Rows
+from lora_lab.adapters.attention import attention_names, is_position_table
 from lora_lab.adapters.conv import ConvAdapter
 from lora_lab.adapters.embedding import EmbeddingAdapter
 from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter
@@ -67,23 +68,20 @@ def adapter_class(layer: nn.Module) -> type[Adapter]:
 
 def candidate_sites(model: nn.Module) -> Iterator[Site]:
     """All weights of `model` on which an adapter could sit, in the model's order."""
-    attention_modules: list[str] = []
+    attention_modules = attention_names(model)
     for name, layer in model.named_modules():
         path = name.split(".")
         if "lora" in path or "parametrizations" in path:
             continue
         if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             continue  # a child `lora` would be one more of its layers
-        if isinstance(layer, nn.MultiheadAttention):
-            attention_modules.append(name)
-        attention = any(name == a or name.startswith(f"{a}.") for a in attention_modules) or any(
-            "attn" in part.lower() or "attention" in part.lower() for part in path
-        )
+        in_attention = any(".".join(path[:i]) in attention_modules for i in range(1 + len(path)))
         kind = adapter_class(layer).kind
         if kind != "weight":
             if _is_adaptable(weight := getattr(layer, "weight", None)):
                 out, rest = weight.flatten(1).shape
                 shape = (rest, out) if TransposedLinearAdapter.fits(layer) else (out, rest)
+                attention = in_attention and not is_position_table(name, kind)
                 yield Site(name, kind, shape, None, name, attention=attention)
             continue
         for parameter, weight in layer._parameters.items():
@@ -93,6 +91,7 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
             for block, rows in row_blocks(layer, parameter, out).items():
                 shape = (out if rows is None else rows[1] - rows[0], rest)
                 site = f"{name}.{block}" if name else block
+                attention = in_attention and not is_position_table(site, kind)
                 yield Site(site, kind, shape, None, name, parameter, rows, attention)
 
 

@@ -1,64 +1,41 @@
 """Which weights get an adapter: targets pick sites, and each site gets its recipe."""
 
-import difflib
-import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
+from lora_lab.adapters.init import INITS
 from lora_lab.adapters.memory import Span, memory_span, overlaps, parameters_in_memory
 from lora_lab.adapters.recipe import AdapterError, Recipe
-from lora_lab.adapters.sites import ADAPTERS, KINDS, Site, adapter_class, candidate_sites
+from lora_lab.adapters.scaling import SCALINGS
+from lora_lab.adapters.sites import ADAPTERS, Site, adapter_class, candidate_sites
+from lora_lab.adapters.target import (
+    GROUPS,
+    PatternError,
+    RankError,
+    Target,
+    TargetError,
+    as_list,
+    fits,
+)
+from lora_lab.adapters.target_messages import (
+    in_one,
+    nearest,
+    note_tied,
+    reason_none_picked,
+    reason_tied,
+)
 
-GROUPS = (*KINDS, "attention", "all")
-"""What a target's `kind` can be: a kind of site, whatever belongs to attention, or all sites."""
+OVER_RANK = ("error", "clip", "allow")
+"""What becomes of a rank over that of the weight: refused, the weight's rank at the same scale, or
+taken as it is (which trains more numbers than ΔW can use)."""
+
+AT_MOST_FULL_RANK = ("orthogonal", *(name for name, init in INITS.items() if init.from_weight))
+"""Inits that draw no more directions than the weight has."""
 
 Patterns = Mapping[str, Mapping[str, float]]
 """Values for single sites: {"r" or "alpha": {glob on names: value}}."""
-
-
-class TargetError(AdapterError):
-    """A target that picks no weight, or not those that its writer can have meant."""
-
-
-class PatternError(TargetError):
-    """A pattern of ranks or alphas with a glob that fits no site."""
-
-
-class RankError(AdapterError):
-    """A rank that exceeds what the weight can have."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A rule that picks sites: those of `kind` (one of GROUPS) whose name fits a glob of `match`.
-
-    A name is that of a layer (`encoder.fc1`), of a parameter (`attn.in_proj_weight`) or of one of
-    its blocks (`attn.in_proj_weight_q`). Names that fit a glob of `exclude` are left out. r, alpha,
-    dropout and init, where given, replace the recipe's at these sites. With `tied` a weight that
-    several layers share is adapted, once for all of them; else it is an error.
-    """
-
-    kind: str = "all"
-    match: str | Sequence[str] = "*"
-    exclude: str | Sequence[str] = ()
-    r: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    init: str | None = None
-    tied: bool = False
-
-    def picks(self, site: Site) -> bool:
-        """Whether the rule picks `site`."""
-        of_kind = self.kind in ("all", site.kind) or (self.kind == "attention" and site.attention)
-        return of_kind and _fits(site, self.match) and not _fits(site, self.exclude)
-
-    def recipe(self, recipe: Recipe) -> Recipe:
-        """`recipe` with what this target sets instead."""
-        settings = {key: getattr(self, key) for key in ("r", "alpha", "dropout", "init")}
-        return replace(recipe, **{key: v for key, v in settings.items() if v is not None})
 
 
 def find_sites(
@@ -68,17 +45,37 @@ def find_sites(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     trained_in_full: Collection[str] = (),
+    over_rank: str = "error",
 ) -> list[Site]:
     """The sites that `targets` pick in `model`, in the model's order.
 
     Works on a model on the meta device: no weight is read. With `recipe` each site gets a recipe:
     what its target sets goes before `recipe`, and the patterns ({glob: value}, the first that fits)
-    go before both. Sites whose parameter's key is in `trained_in_full` are left out.
+    go before both. Sites whose parameter's key is in `trained_in_full` are left out, and weights
+    that are tied to others, unless their target names them or has `tied`. `over_rank` is one of
+    OVER_RANK.
 
     Raises TargetError when a target or a pattern picks nothing, when two targets pick one site,
-    when a picked weight is tied to another layer's or is no parameter; RankError when r exceeds a
-    site's rank; AdapterError for an invalid recipe.
+    when a picked weight is named and tied to another layer's, or is no parameter; RankError when r
+    exceeds a site's rank; AdapterError for an invalid recipe. The error names all such sites.
     """
+    return sites_and_notes(
+        model, targets, recipe, rank_pattern, alpha_pattern, trained_in_full, over_rank
+    )[0]
+
+
+def sites_and_notes(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    recipe: Recipe | None,
+    rank_pattern: Mapping[str, int] | None,
+    alpha_pattern: Mapping[str, float] | None,
+    trained_in_full: Collection[str],
+    over_rank: str,
+) -> tuple[list[Site], list[str]]:
+    """The sites as `find_sites` gives them; and in words what is left out or clipped."""
+    if over_rank not in OVER_RANK:
+        raise AdapterError(f"over_rank={over_rank!r}: must be one of {', '.join(OVER_RANK)}")
     _check_targets(targets)
     candidates = list(candidate_sites(model))
     label_by_site = _pick(model, targets, candidates, trained_in_full)
@@ -88,26 +85,37 @@ def find_sites(
         _check_globs([*(pattern or {})], picked, f"{name}:", PatternError)
     names_by_span = parameters_in_memory(model)
     sites: list[Site] = []
+    notes: list[tuple[Site, str]] = []
+    errors: list[tuple[Site, AdapterError]] = []
     tied: list[tuple[Site, list[str]]] = []
     taken: set[object] = set()
     for site in picked:
         layer, target = model.get_submodule(site.layer), targets[label_by_site[site.name]]
-        span, tied_to = _check_weight(site, layer, names_by_span)
-        if tied_to and not target.tied:
-            tied.append((site, names_by_span[span]))
+        try:
+            span, tied_to = _check_weight(site, layer, names_by_span)
+            if tied_to and not target.tied:
+                tied.append((site, names_by_span[span]))
+                continue
+            if (span, site.rows) in taken:
+                continue  # tied on purpose, and adapted with the first layer that has it
+            taken.add((span, site.rows))
+            if recipe is not None:
+                site = replace(site, recipe=_site_recipe(site, target.recipe(recipe), patterns))
+                site, note = _check_recipe(site, layer, over_rank)
+                notes += [(site, note)] if note else []
+                if tied_to and site.recipe is not None:
+                    site.recipe.check_shared(site.name)
+        except AdapterError as error:
+            errors.append((site, error))
             continue
-        if (span, site.rows) in taken:
-            continue  # tied on purpose, and adapted with the first layer that has it
-        taken.add((span, site.rows))
-        if recipe is not None:
-            site = replace(site, recipe=_site_recipe(site, target.recipe(recipe), patterns))
-            _check_recipe(site, layer)
-            if tied_to and site.recipe is not None:
-                site.recipe.check_shared(site.name)
         sites.append(replace(site, tied_to=tied_to))
-    if tied:
-        raise TargetError(_reason_tied(tied, targets, label_by_site))
-    return sites
+    named = [(site, names) for site, names in tied if targets[label_by_site[site.name]].names(site)]
+    if named or (tied and not sites and not errors):
+        raise TargetError(reason_tied(named or tied, targets, label_by_site))
+    if errors:
+        raise type(errors[0][1])(in_one([(site, str(error)) for site, error in errors]))
+    left_out = [note_tied(tied, targets, label_by_site)] if tied else []
+    return sites, [*left_out, *([in_one(notes)] if notes else [])]
 
 
 def _check_targets(targets: Mapping[str, Target]) -> None:
@@ -134,7 +142,7 @@ def _pick(
             )
         picked = [site for site in sites if target.picks(site)]
         if not picked:
-            raise TargetError(_reason_none_picked(label, target, model, sites))
+            raise TargetError(reason_none_picked(label, target, model, sites))
         names = [site.name for site in picked if site.key not in trained_in_full]
         if not names:
             shown = ", ".join(site.name for site in picked[:3])
@@ -142,7 +150,9 @@ def _pick(
                 f"target '{label}' picks only what trains in full (also_train): {shown}; "
                 "leave the target out, or take this from also_train"
             )
-        _check_globs([*_globs(target.match), *_globs(target.exclude)], sites, f"target '{label}':")
+        _check_globs(
+            [*as_list(target.match), *as_list(target.exclude)], sites, f"target '{label}':"
+        )
         for name in names:
             if name in label_by_site:
                 raise TargetError(
@@ -157,8 +167,8 @@ def _check_globs(
     globs: Sequence[str], sites: Sequence[Site], where: str, error: type[TargetError] = TargetError
 ) -> None:
     for glob in globs:
-        if not any(_fits(site, glob) for site in sites):
-            raise error(f"{where} '{glob}' fits no site; nearest: {_nearest(glob, sites)}")
+        if not any(fits(site, glob) for site in sites):
+            raise error(f"{where} '{glob}' fits no site; nearest: {nearest(glob, sites)}")
 
 
 def _check_weight(
@@ -187,111 +197,38 @@ def _check_weight(
     return span, tuple(name for name in names if name != site.key)
 
 
-def _reason_tied(
-    tied: Sequence[tuple[Site, list[str]]],
-    targets: Mapping[str, Target],
-    label_by_site: Mapping[str, str],
-) -> str:
-    """Names the picked sites that are `tied` (with all names of each weight), and the way out."""
-    weights = "; ".join(f"'{site.name}' is tied ({' = '.join(names)})" for site, names in tied)
-    labels = [label_by_site[site.name] for site, _ in tied]
-    exclude, adapt_once = [], []
-    for label in dict.fromkeys(labels):
-        names = [site.name for site, _ in tied if label_by_site[site.name] == label]
-        picks_others = len(names) < list(label_by_site.values()).count(label)
-        if picks_others:
-            exclude += _setting(
-                label, targets[label], "exclude", [*_globs(targets[label].exclude), *names]
-            )
-        adapt_once += _setting(label, targets[label], "tied", ["true"])
-    ways = [f"{' '.join(adapt_once)} adapts it once for all of them"]
-    if exclude:
-        ways.insert(0, f"{' '.join(exclude)} leaves it out")
-    return (
-        f"the weight of {weights}: an adapter would change one use of it and not the other; "
-        f"{', '.join(ways)}"
-    )
-
-
-def _setting(label: str, target: Target, key: str, values: Sequence[str]) -> list[str]:
-    """What sets a target's `key`, as it is written on a command line.
-
-    A target that is only a glob has the glob as its label, with which no key can be written: it
-    gets a label first.
-    """
-    before = []
-    if not label.isidentifier():
-        before = ["target=all", f"target.all.match={_list(_globs(target.match))}"]
-        label = "all"
-    return [shlex.quote(word) for word in (*before, f"target.{label}.{key}={_list(values)}")]
-
-
-def _list(values: Sequence[str]) -> str:
-    """One value, or several in brackets."""
-    return values[0] if len(values) == 1 else f"[{','.join(values)}]"
-
-
 def _site_recipe(site: Site, recipe: Recipe, patterns: Patterns) -> Recipe:
     """`recipe` with r and alpha of the first patterns that fit the site."""
     for key, globs in patterns.items():
-        values = [value for glob, value in globs.items() if _fits(site, glob)]
+        values = [value for glob, value in globs.items() if fits(site, glob)]
         recipe = replace(recipe, **{key: values[0]}) if values else recipe
     return recipe
 
 
-def _check_recipe(site: Site, layer: nn.Module) -> None:
-    recipe = site.recipe
+def _check_recipe(site: Site, layer: nn.Module, over_rank: str) -> tuple[Site, str]:
+    """The site with a recipe that its weight can have, and what is said where r was clipped."""
+    recipe, most, note = site.recipe, min(site.shape), ""
     assert recipe is not None
     recipe.check()
-    if recipe.r > min(site.shape):
-        out, rest = site.shape
-        raise RankError(
-            f"r={recipe.r} exceeds the rank of '{site.name}' (weight {out} × {rest}): "
-            f"at most {min(site.shape)}"
-        )
     if recipe.dora and not adapter_class(layer).takes_dora:
         able = ", ".join(dict.fromkeys(A.kind for A in ADAPTERS if A.takes_dora))
         raise AdapterError(
             f"dora=true: '{site.name}' is of kind {site.kind}, DoRA is for {able}; "
             "leave it out of the target, or by its exclude"
         )
+    if recipe.r > most:
+        where = f"r={recipe.r} exceeds the rank of '{site.name}' (weight {_times(site.shape)})"
+        if over_rank == "error":
+            raise RankError(f"{where}: at most {most}; over_rank=clip takes that")
+        if over_rank == "allow" and recipe.init in AT_MOST_FULL_RANK:
+            raise RankError(f"{where}: init={recipe.init} has at most {most} directions")
+        if over_rank == "clip":
+            scale = SCALINGS[recipe.scaling]
+            alpha = recipe.alpha * scale(1, recipe.r) / scale(1, most)  # the same scale
+            site = replace(site, recipe=replace(recipe, r=most, alpha=alpha))
+            note = f"{where}, where r is {most}"
+    return site, note
 
 
-def _fits(site: Site, globs: str | Sequence[str]) -> bool:
-    names = {site.name, site.layer, site.key}
-    return any(fnmatchcase(name, glob) for name in names for glob in _globs(globs))
-
-
-def _globs(globs: str | Sequence[str]) -> Sequence[str]:
-    return [globs] if isinstance(globs, str) else globs
-
-
-def _nearest(glob: str, sites: Iterable[Site]) -> str:
-    names = [site.name for site in sites]
-    return ", ".join(difflib.get_close_matches(glob, names, n=3, cutoff=0.0))
-
-
-def _reason_none_picked(label: str, target: Target, model: nn.Module, sites: Sequence[Site]) -> str:
-    globs = list(_globs(target.match))
-    noun = "weight" if target.kind in ("all", "weight") else f"{target.kind} weight"
-    of_kind = [site for site in sites if replace(target, match="*", exclude=()).picks(site)]
-    if not of_kind:
-        return f"target '{label}' picks nothing: the model has no {noun}"
-    if any(_fits(site, globs) for site in of_kind):
-        return f"target '{label}' picks nothing: its exclude leaves out all that its match picks"
-    of_other_kinds = [site for site in sites if _fits(site, globs)]
-    if of_other_kinds:
-        shown = ", ".join(f"{site.name} ({site.kind})" for site in of_other_kinds[:3])
-        return f"target '{label}' picks no {noun}, only {shown}"
-    layers = {n: m for n, m in model.named_modules() if n and any(fnmatchcase(n, g) for g in globs)}
-    if layers and globs != ["*"]:
-        shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in list(layers.items())[:3])
-        return f"target '{label}' picks no {noun}, only {shown}"
-    shown = ", ".join(f"'{glob}'" for glob in globs)
-    last_names = [*dict.fromkeys(site.name.rpartition(".")[2] for site in of_kind)]
-    few = ", ".join(last_names[:6]) + (", …" if last_names[6:] else "")
-    subject = "" if globs == [label] else f": {shown} fits none"
-    return (
-        f"target '{label}' picks no {noun}{subject}; nearest names: "
-        f"{_nearest(globs[0], of_kind)}; last names of its {noun}s: {few}"
-    )
+def _times(shape: tuple[int, int]) -> str:
+    return " × ".join(map(str, shape))

@@ -35,6 +35,18 @@ def base_class(layer: nn.Module) -> type[nn.Module]:
     return _class_and_watched(layer)[0]
 
 
+def keeps_forward(layer: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
+    """Whether a layer is of a `kind`, or of a subclass with the same methods and parameters."""
+    Layer = base_class(layer)
+    if Layer is kind:
+        return True
+    is_same = isinstance(layer, kind) and all(
+        getattr(Layer, name) is getattr(kind, name) for name in methods
+    )
+    parts = {*layer._parameters, *layer._buffers, *layer._modules}
+    return is_same and parts <= {"weight", "bias", "lora"}
+
+
 def _class_and_watched(layer: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
     """The layer's class before `watch`, and the parameters that are watched now."""
     return getattr(type(layer), "_watches", (type(layer), ()))

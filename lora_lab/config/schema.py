@@ -1,7 +1,5 @@
 """The schema of a config: the keys that can be set, their types, and the hash of a run."""
 
-import hashlib
-import json
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from lora_lab.adapters import GROUPS, INITS, SCALINGS, TRAINS
+from lora_lab.adapters import GROUPS, INITS, OVER_RANK, SCALINGS, TRAINS
 from lora_lab.config.components import CheckpointBase as CheckpointBase
 from lora_lab.config.components import Component as Component
 from lora_lab.config.components import (
@@ -28,6 +26,7 @@ from lora_lab.config.components import Seed as Seed
 from lora_lab.config.errors import ConfigError as ConfigError
 from lora_lab.config.errors import nearest as nearest
 from lora_lab.config.errors import one_of
+from lora_lab.config.hashes import content_hash as content_hash
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY
 
 Alpha = PositiveNumber
@@ -40,7 +39,7 @@ class Lora(Node):
 
     `rank_pattern` and `alpha_pattern` are {glob on site names: value}; the first glob that matches
     a site decides. `lr_ratio` is the learning rate of the factor that starts at zero divided by
-    that of the other one (LoRA+).
+    that of the other one (LoRA+). `over_rank` is what becomes of an r over a weight's rank.
     """
 
     method: Literal["lora"]
@@ -54,6 +53,7 @@ class Lora(Node):
     lr_ratio: PositiveNumber
     rank_pattern: dict[str, PositiveInt] | None
     alpha_pattern: dict[str, Alpha] | None
+    over_rank: Annotated[str, one_of(OVER_RANK)] = "error"
 
 
 class Full(Node):
@@ -248,6 +248,8 @@ class Config(Node):
         for key in LEFT_OUT_AT_DEFAULT:
             if config.get(key) == Config.model_fields[key].default:
                 del config[key]
+        if config["adapter"].get("over_rank") == "error":
+            del config["adapter"]["over_rank"]  # which configs of earlier versions lack
         for pattern in ("rank_pattern", "alpha_pattern"):
             if globs := config["adapter"].get(pattern):
                 # The first glob that matches decides, so their order is part of the identity; a
@@ -280,20 +282,3 @@ class Config(Node):
         name = "-".join(filter(None, [trained, rate, data]))
         # The cut keeps the directory's name, which seed and hash follow, under 255 bytes.
         return "".join(c if c.isalnum() or c in "-+._" else "_" for c in name)[:120]
-
-
-def content_hash(content: Any) -> str:
-    """The SHA-256 of nested dicts, lists and numbers, whatever the order of a dict's keys.
-
-    A float with an integral value counts as the int, so that lr=1 and lr=1.0 are one run.
-    """
-    return hashlib.sha256(json.dumps(_as_ints(content), sort_keys=True).encode()).hexdigest()
-
-
-def _as_ints(content: Any) -> Any:
-    """The content with each float of integral value as an int: 1.0 as 1."""
-    if isinstance(content, dict):
-        return {key: _as_ints(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_as_ints(value) for value in content]
-    return int(content) if isinstance(content, float) and content.is_integer() else content

@@ -272,9 +272,10 @@ def _targets(cfg: Config) -> dict[str, Target]:
 
 
 def _recipe(adapter: Lora) -> tuple[Recipe, dict[str, Any]]:
-    """The settings of all sites' adapters, and the patterns of sites with another r or alpha."""
-    patterns = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
-    return Recipe(**adapter.model_dump(exclude={"method", "lr_ratio", *patterns})), patterns
+    """The settings of all sites' adapters, and how those of single sites differ."""
+    names = ("rank_pattern", "alpha_pattern", "over_rank")
+    of_sites = {name: getattr(adapter, name) for name in names}
+    return Recipe(**adapter.model_dump(exclude={"method", "lr_ratio", *of_sites})), of_sites
 
 
 def _call(key: str, cfg: Config, kind: type, **arguments: Any) -> Any:

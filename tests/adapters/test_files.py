@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Target, files
+from lora_lab.adapters.linear import LinearAdapter
 from tests.adapters.cases import CASES, Case, every_case, move
 
 
@@ -290,7 +291,7 @@ def seeded_layers() -> nn.Sequential:
 @pytest.mark.parametrize(
     "setting",
     [
-        *({"alpha": "16"}, {"alpha": None}, {"alpha": torch.ones(2)}, {"alpha": True}),
+        *({"alpha": "16"}, {"alpha": torch.ones(2)}, {"alpha": True}),
         *({"alpha": Decimal(16)}, {"dropout": "0.1"}, {"dropout": np.ones(2)}),
         *({"r": np.float32(2)}, {"r": np.ones(2, int)}, {"dora": 1}, {"dora": "no"}),
         *({"seed": 1.5}, {"seed": "1"}, {"seed": torch.ones(2)}),
@@ -302,6 +303,26 @@ def test_settings_that_are_no_numbers_are_refused_at_once(setting: dict[str, Any
     with pytest.raises(adapters.AdapterError, match=f"^{key}="):
         adapters.attach(model, **{"r": 2, "alpha": 2, **setting})
     assert not adapters.names(model)
+
+
+class OfAnotherName(nn.Linear):
+    pass
+
+
+def test_an_adapter_of_before_subclasses_were_known_is_loaded(tmp_path: Path, monkeypatch):
+    """There a subclass of nn.Linear had its adapter where the weight is read."""
+    model, other = (nn.Sequential(OfAnotherName(5, 4)) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    with monkeypatch.context() as before:
+        before.setattr(LinearAdapter, "fits", classmethod(lambda _, layer: False))
+        (site,) = adapters.attach(model, "all", r=2, alpha=2)
+        assert site.name == "0.weight"
+        nn.init.normal_(adapters.attached(model)["0.weight"].B)
+        adapters.save(model, tmp_path / "adapter")
+        x = torch.randn(3, 5)
+        expected = model(x)
+    adapters.load(other, tmp_path / "adapter")
+    assert torch.equal(other(x), expected)
 
 
 EYE = torch.eye(4)

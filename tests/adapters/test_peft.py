@@ -463,7 +463,7 @@ DIFFERS_IN_PEFT: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
     ),
     "grouped-dora": (lambda: nn.Conv2d(4, 6, 3, groups=2), True, "groups=2 with DoRA"),
     "padding-dora": (padded, True, "padding_idx=2 with DoRA"),
-    "subclass": (lambda: Squared(4, 6), False, "this weight of Squared"),
+    "subclass": (lambda: Squared(4, 6), False, "Squared computes otherwise"),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3), False, "this weight of ConvTranspose2d"),
     "attention": (lambda: nn.MultiheadAttention(4, 2), False, "this weight of MultiheadAttention"),
     "lstm": (lambda: nn.LSTM(4, 4), False, "this weight of LSTM"),

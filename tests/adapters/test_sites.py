@@ -81,19 +81,89 @@ def test_two_targets_on_one_layer_are_an_error():
         adapters.find_sites(model(), targets)
 
 
-def test_a_tied_weight_is_an_error():
+def tied_model() -> Any:
     tied = model()
     tied.fc2.weight = tied.fc1.weight = nn.Parameter(torch.randn(8, 8))
+    return tied
+
+
+def test_a_tied_weight_is_left_out_and_this_is_said(caplog: pytest.LogCaptureFixture):
+    sites = adapters.attach(tied_model(), "linear", r=2)
+    assert [site.name for site in sites] == ["head"]
+    weights = "fc1.weight = fc2.weight"
+    assert f"left out, as its weight is tied: 'fc1' ({weights}), 'fc2' ({weights});" in caplog.text
+    assert "target.linear.tied=true adapts it once" in caplog.text
+
+
+@pytest.mark.parametrize("match", ["fc1", "fc?"])
+def test_a_target_that_names_a_tied_weight_or_has_no_other_is_an_error(match: str):
     with pytest.raises(TargetError, match=r"fc1\.weight = fc2\.weight"):
-        adapters.find_sites(tied, {"linear": Target("linear")})
+        adapters.find_sites(tied_model(), {"linear": Target("linear", match)})
+
+
+OVER = {"one": Target(match="head"), "two": Target(match="fc*")}
 
 
 @pytest.mark.parametrize("r", [4, 100])
 def test_a_rank_over_the_weights_is_an_error(r: int):
-    rule = f"r={r} exceeds the rank of 'head' (weight 3 × 8): at most 3"
+    rule = f"r={r} exceeds the rank of 'head' (weight 3 × 8): at most 3; over_rank=clip takes that"
     with pytest.raises(RankError) as error:
-        adapters.attach(model(), {"head": Target(match="head")}, r=r, alpha=1)
+        adapters.find_sites(model(), {"head": Target(match="head")}, Recipe(r, 1))
     assert str(error.value) == rule
+
+
+def test_an_error_names_all_sites():
+    with pytest.raises(RankError) as error:
+        adapters.find_sites(model(), OVER, Recipe(9, 1))
+    assert [
+        part.partition(":")[0] for part in str(error.value).split("; ") if "exceeds" in part
+    ] == [
+        "r=9 exceeds the rank of 'fc1' (weight 8 × 6)",
+        "r=9 exceeds the rank of 'fc2' (weight 8 × 8)",
+        "r=9 exceeds the rank of 'head' (weight 3 × 8)",
+    ]
+    alike = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    with pytest.raises(RankError, match=r"rank of '0', '1', '2' and 3 more \(weight 4 × 4\)"):
+        adapters.find_sites(alike, {"all": Target(match="?")}, Recipe(9, 1))
+
+
+@pytest.mark.parametrize("scaling", adapters.SCALINGS)
+def test_a_clipped_rank_keeps_the_scale(scaling: str, caplog: pytest.LogCaptureFixture):
+    clipped = model()
+    sites = adapters.attach(clipped, OVER, r=16, alpha=8, scaling=scaling)
+    assert [site.recipe.r for site in sites if site.recipe] == [6, 8, 3]
+    scales = {adapter.scale for adapter in adapters.attached(clipped).values()}
+    assert [*scales] == pytest.approx([adapters.SCALINGS[scaling](8, 16)] * len(scales))
+    assert "r=16 exceeds the rank of 'head' (weight 3 × 8), where r is 3" in caplog.text
+
+
+def test_a_rank_over_the_weights_may_be_allowed():
+    allowed = model()
+    adapters.attach(allowed, OVER, r=16, alpha=8, over_rank="allow")
+    shapes = {n: (*a.A.shape, *a.B.shape) for n, a in adapters.attached(allowed).items()}
+    assert shapes == {"fc1": (16, 6, 8, 16), "fc2": (16, 8, 8, 16), "head": (16, 8, 3, 16)}
+    x = torch.randn(5, 6)
+    for adapter in adapters.attached(allowed).values():
+        nn.init.normal_(adapter.B)
+    adapted = allowed(x)
+    adapters.merge(allowed)
+    torch.testing.assert_close(allowed(x), adapted)
+    for init in ("pissa", "olora", "svd", "orthogonal"):
+        with pytest.raises(RankError, match="has at most"):
+            adapters.attach(model(), OVER, r=16, alpha=8, init=init, over_rank="allow")
+    with pytest.raises(adapters.AdapterError, match="over_rank='cut': must be one of"):
+        adapters.attach(model(), r=2, over_rank="cut")
+
+
+def test_parameters_of_one_row_are_picked_by_name_only():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.fc = nn.Parameter(torch.zeros(1, 1, 8)), nn.Linear(8, 8)
+
+    names = [site.name for site in adapters.find_sites(Tokens(), {"all": Target()})]
+    assert names == ["fc"]
+    assert adapters.find_sites(Tokens(), {"one": Target(match="token")})[0].shape == (1, 8)
 
 
 @pytest.mark.parametrize("r", [0, -2])
@@ -105,7 +175,7 @@ def test_no_rank_is_an_error(r: int):
 def test_an_error_leaves_the_model_untouched():
     untouched = model()
     with pytest.raises(RankError):
-        adapters.attach(untouched, r=5, alpha=1)
+        adapters.attach(untouched, r=5, alpha=1, over_rank="error")
     assert not adapters.attached(untouched)
     assert all(p.requires_grad for p in untouched.parameters())
 
@@ -136,12 +206,12 @@ def test_a_subclass_with_its_own_forward_is_no_plain_linear():
         adapters.find_sites(subclass, {"linear": Target("linear")})
 
 
-def test_weights_tied_by_their_storage_are_an_error():
+def test_weights_tied_by_their_storage_are_found():
     tied = model()
     tied.fc2 = nn.Linear(6, 8)
     tied.fc2.weight = nn.Parameter(tied.fc1.weight.data)
     with pytest.raises(TargetError, match=r"fc1\.weight = fc2\.weight"):
-        adapters.find_sites(tied, {"linear": Target("linear")})
+        adapters.find_sites(tied, {"linear": Target("linear", "fc2")})
 
 
 def test_a_merged_model_takes_no_further_adapter():
@@ -288,7 +358,9 @@ def test_a_recipe_that_cannot_be_is_an_error(how: dict, says: str):
 
 
 def test_dora_is_not_for_every_kind():
-    says = r"'0\.weight_ih_l0_i' is of kind weight, DoRA is for linear, conv, embedding"
+    says = (
+        r"'0\.weight_ih_l0_i', .* and 5 more is of kind weight, DoRA is for linear, conv, embedding"
+    )
     with pytest.raises(adapters.AdapterError, match=says):
         adapters.attach(nn.Sequential(nn.LSTM(3, 3)), "all", r=1, alpha=1, dora=True)
 
@@ -343,3 +415,146 @@ for call in (
     assert len(lines) == 4, done.stderr
     assert all("must be one of linear, conv" in line for line in lines[:2])
     assert all("must be {adapter's name: share}" in line for line in lines[2:])
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+class Written(nn.Linear):
+    """As FalconLinear."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        hidden = input @ self.weight.T
+        return hidden if self.bias is None else hidden + self.bias
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Noisy(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + self.training * torch.randn(self.weight.shape[0])
+
+
+class Gated(nn.Linear):
+    """A plain map only as long as its gate is 1."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.gate = nn.Parameter(torch.ones(1))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.gate
+
+
+class Table(nn.Embedding):
+    pass
+
+
+class ScaledTable(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 3
+
+
+class Filter(nn.Conv1d):
+    pass
+
+
+class Standardized(nn.Conv1d):
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (Renamed(6, 4), "linear"),
+        (Written(6, 4), "linear"),
+        (Written(6, 4, bias=False), "linear"),
+        (Doubled(6, 4), "weight"),
+        (Noisy(6, 4), "weight"),
+        (Gated(6, 4), "weight"),
+        (Table(6, 4), "embedding"),
+        (ScaledTable(6, 4), "weight"),
+        (Filter(6, 4, 2), "conv"),
+        (Standardized(6, 4, 2), "weight"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
+)
+def test_a_subclass_is_of_its_kind_where_it_keeps_the_meaning(layer: nn.Module, kind: str):
+    """Whatever its kind, the adapted layer computes what the merged one does."""
+    stream = torch.random.get_rng_state()
+    model = nn.Sequential(layer).double()
+    (site,) = adapters.attach(model, "all", r=2, alpha=2)
+    assert site.kind == kind
+    assert torch.equal(stream, torch.random.get_rng_state())
+    (adapter,) = adapters.attached(model).values()
+    for factor in (adapter.A, adapter.B):
+        nn.init.normal_(factor)
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    if isinstance(layer, nn.Embedding):
+        x = torch.tensor([0, 5, 2])
+    elif isinstance(layer, nn.Linear):
+        x = x.mT
+    for train in (True, False):
+        model.train(train)
+        with torch.random.fork_rng():
+            adapted = model(x)
+        adapters.merge(model)
+        with torch.random.fork_rng():
+            torch.testing.assert_close(model(x), adapted)
+        adapters.unmerge(model)
+
+
+class Attention(nn.Module):
+    """As in diffusers."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_out = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4), nn.Dropout()])
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn1, self.ff = Attention(), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+
+
+class CrossAttnDownBlock2D(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attentions, self.time = nn.ModuleList([TransformerBlock()]), nn.Linear(4, 4)
+
+
+class SelfAttention(nn.Module):
+    """As in BERT, with a table of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.positions = nn.Linear(4, 4), nn.Embedding(4, 4)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(5, 2))
+
+
+class BertLike(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": SelfAttention()})
+        self.temporal = SelfAttention()
+        self.c_attn, self.mlp = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("block", "names"),
+    [
+        (CrossAttnDownBlock2D, ["attentions.0.attn1.to_q", "attentions.0.attn1.to_out.0"]),
+        (BertLike, ["attention.self.query", "temporal.query", "c_attn"]),
+    ],
+)
+def test_attention_is_what_a_module_is_and_not_where_it_lies(
+    block: type[nn.Module], names: list[str]
+):
+    sites = adapters.find_sites(nn.Sequential(block()), {"attention": Target("attention")})
+    assert [site.name.removeprefix("0.") for site in sites] == names

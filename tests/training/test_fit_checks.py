@@ -246,22 +246,13 @@ BAD = {
         "model.dropout=2: must be at least 0 and less than 1",
     ),
     "tied": (
-        GPT + "target=linear",
+        GPT + "target=linear target.linear.match=lm_head",
         "'lm_head' is tied (transformer.wte.weight = lm_head.weight): an adapter would change one "
-        "use of it and not the other; target.linear.exclude=lm_head leaves it out, "
-        "target.linear.tied=true adapts it",
+        "use of it and not the other; target.linear.tied=true adapts it",
     ),
-    "tied, RoBERTa": (
-        MASKED + "model.path=rob target=linear",
-        "target.linear.exclude=lm_head.decoder leaves it out",
-    ),
-    "tied twice": (
-        GPT + "target=all",
-        "'target.all.exclude=[transformer.wte,lm_head]' leaves it out",
-    ),
-    "tied by a glob": (
-        GPT + "target=*",
-        "; target=all 'target.all.match=*' 'target.all.exclude=[transformer.wte,lm_head]' leaves",
+    "tied, among others": (
+        GPT + "target=linear target.linear.match=[lm_head,*c_attn]",
+        "target.linear.exclude=lm_head leaves it out",
     ),
     "glob": (
         TEXT + "target.attention.match=*.qeury",
