@@ -148,7 +148,8 @@ def _train(run_plan: "Plan", run: Run) -> None:
     from lora_lab.training.source_code import other_versions
 
     try:
-        devices.train(run_plan, HydraConfig.get().overrides.task, console)
+        command = ("-m", "lora_lab.train", *HydraConfig.get().overrides.task)
+        devices.train(run_plan, command, console)
     except RunFinishedError:
         versions = other_versions(run)
         hint = f"trained with {versions}; " * bool(versions) + "overwrite=true repeats it"

@@ -119,7 +119,13 @@ def export(path: Path, directory: Path, format: str, trust: bool, bases: Path | 
 
 
 def reproduce(
-    path: Path, to: Path, tolerance: float, fresh: bool, trust: bool, bases: Path | None
+    path: Path,
+    to: Path,
+    tolerance: float,
+    fresh: bool,
+    devices: int | None,
+    trust: bool,
+    bases: Path | None,
 ) -> None:
     """Runs a finished run again and prints its numbers beside the stored ones.
 
@@ -133,7 +139,7 @@ def reproduce(
 
     silence_lightning()
     try:
-        reproduction = reproduce.reproduce_run(run, to, _console(), fresh, trust, bases)
+        reproduction = reproduce.reproduce_run(run, to, _console(), fresh, trust, bases, devices)
         is_same = reproduce.print_comparison(reproduction, tolerance, _console())
         sys.exit(FINISHED if is_same else FAILED)
     except RunFailedError as error:

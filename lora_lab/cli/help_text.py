@@ -45,7 +45,10 @@ PDF and one page, report/index.html. Runs may go on meanwhile. {AT}"""
 
 REPRODUCE = """Runs a finished run again from its stored config, in a new directory, and prints the
 stored numbers beside the new, with what differs of the environment. The same environment gives the
-same bits; another machine, version or number of threads does not, and needs a --tolerance, as 1e-5.
+same bits; another machine, version, number of threads or of devices does not, and needs a
+--tolerance, as 1e-5. The devices are as many as the run had, of the same kind; one where this
+machine lacks those, and a line says so. Another line says where the last measurements of the stored
+run move by more than the two runs differ.
 Exits with 0: within the tolerance, 1: beyond it or failed, 2: no run to be reproduced."""
 
 DASHBOARD = """Makes a saved workspace view and a report in a W&B project that has runs: losses by

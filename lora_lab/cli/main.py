@@ -116,6 +116,8 @@ def _reproduce(commands: Any) -> None:
     add("--to", type=path, default="reproduced", help="where its directory is made (reproduced)")
     add("--tolerance", type=tolerance, default=0.0, help="of each stored value, as 1e-6 (0)")
     add("--fresh", action="store_true", help="train the base again too, in the new directory")
+    number = "how many it is trained on (as-stored: those that the run had)"
+    add("--devices", type=devices, default="as-stored", metavar="N", help=number)
     _add_foreign(add)
 
 
@@ -172,6 +174,15 @@ def count(text: str) -> int:
     if (value := int(text)) < 1:
         raise ArgumentTypeError(f"{text} must be at least 1")
     return value
+
+
+def devices(text: str) -> int | None:
+    """The value of --devices: a number of at least 1; None for `as-stored`."""
+    if text == "as-stored":
+        return None
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text} must be as-stored, or a number of at least 1")
+    return count(text)
 
 
 def share(text: str) -> float:

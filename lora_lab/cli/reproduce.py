@@ -1,61 +1,41 @@
 """`lora-lab reproduce`: runs a finished run again and compares each number with the stored one."""
 
-import json
-import math
 import sys
-from contextlib import suppress
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 from lora_lab import adapters
+from lora_lab.cli.comparison import (
+    WEIGHTS,
+    Comparison,
+    comparisons,
+    differing_settings,
+    environment,
+)
+from lora_lab.cli.settled import movement_line
+from lora_lab.cli.stored_devices import on_devices
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
 from lora_lab.config.trust import check_trusted
 from lora_lab.console import show_log
 from lora_lab.exit_codes import interruption_code
-from lora_lab.report.cells import flatten_config
-from lora_lab.report.run_tables import singular_values_by_site
 from lora_lab.report.tables import Rows, markdown, markdown_text
 from lora_lab.runs import Run, RunFailedError, write_atomic
-from lora_lab.training import bases, experiment, part_checks
-from lora_lab.training.plan import Plan, on_one_device, plan
+from lora_lab.training import bases, devices, part_checks
+from lora_lab.training.plan import Plan, plan
 from lora_lab.training.stored_paths import with_paths_from_here
 
 REPORT = "reproduction.md"
 """The comparison's file in the new directory. A directory that has it may be overwritten."""
 
-CHANGED_SETTINGS = ("runs_dir", "bases_dir", "overwrite", "figures", "tracking.mode")
-"""Settings that a reproduction changes, and that are not compared therefore."""
-
 BEYOND = "≠"
 """Marks a value that differs by more than the tolerance."""
-
-WEIGHTS = ("adapter/adapter.safetensors", "model/model.safetensors")
-"""The file of a run's trained parameters: its adapter, or its model after full fine-tuning."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A number or an array of the stored run beside that of the new run.
-
-    `stored` and `new` are the number, or the array's entry of largest magnitude; None where a run
-    does not have it. `absolute` is the largest difference between entries, `relative` is that
-    divided by the largest magnitude stored. Both are infinite where one is missing or the shapes
-    differ.
-    """
-
-    name: str
-    stored: float | None
-    new: float | None
-    absolute: float
-    relative: float
 
 
 @dataclass(frozen=True)
@@ -66,11 +46,8 @@ class Reproduction:
     new: Run
     base: str
     """A text: where the base of the new run came from, and the hashes of both runs' bases."""
-
-    def comparisons(self) -> list[Comparison]:
-        """Each metric's last value, each site's singular values over time, each trained tensor."""
-        stored, new = _numbers(self.stored), _numbers(self.new)
-        return [_compare(name, stored.get(name), new.get(name)) for name in {**stored, **new}]
+    devices: str
+    """A line: the devices of both runs."""
 
     def identical_files(self) -> dict[str, bool]:
         """For each file that holds numbers, whether it is the same bit for bit in both runs."""
@@ -84,17 +61,6 @@ class Reproduction:
                 identical[name] = stored.read_bytes() == new.read_bytes()
         return identical
 
-    def differing_settings(self) -> Rows:
-        """Rows of (name, stored, new) for what differs in the environment and the settings."""
-        rows: Rows = []
-        for read in (_environment, _settings):
-            stored, new = read(self.stored), read(self.new)
-            for name in {**stored, **new}:
-                texts = [str(values.get(name, "–")) for values in (stored, new)]
-                if texts[0] != texts[1]:
-                    rows.append([name, *texts])
-        return rows
-
 
 def reproduce_run(
     run: Run,
@@ -103,29 +69,33 @@ def reproduce_run(
     fresh: bool = False,
     trust: bool = False,
     bases_dir: Path | None = None,
+    device_count: int | None = None,
 ) -> Reproduction:
     """Runs a finished run again in a new directory below `to`; the stored run is only read.
 
-    The new run is untracked and on one device, whatever the stored one was trained on. Its base is
-    taken from bases/ as for any run; with `fresh` it is trained again, in the new directory. Raises
-    ValueError where the run is damaged or not finished, its config is not valid (any more), the
-    file of its base has changed or the new directory is another run's; RunFailedError where the new
-    run fails.
+    The new run is untracked, and on the devices of the stored one, or on `device_count` of them
+    (`on_devices` says which where this machine lacks those). Its base is taken from bases/ as for
+    any run; with `fresh` it is trained again, in the new directory. Raises ValueError where the run
+    is damaged or not finished, its config is not valid (any more), the file of its base has
+    changed, `device_count` devices are not here or the new directory is another run's;
+    RunFailedError where the new run fails.
     """
-    new_plan = _new_plan(run, to, fresh, trust, bases_dir)
+    new_plan, devices_line = _new_plan(run, to, fresh, trust, bases_dir, device_count)
     base_file = bases.path(new_plan.cfg)
     modified_before = _modified_ns(base_file)
     where = f"reproducing {run.path} in {new_plan.path}"
-    console.print(where, soft_wrap=True, highlight=False, markup=False)
+    for line in (where, devices_line):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     show_log(console)
     try:
-        new = experiment.run(new_plan, console)
+        _train(new_plan, console)
     except (KeyboardInterrupt, SystemExit) as stop:
         console.print("interrupted: the same command begins again")
         sys.exit(interruption_code(stop))
     except Exception as error:
         where = f"the traceback is in {new_plan.path / 'log.txt'}"
         raise RunFailedError(f"{type(error).__name__}: {error}\n{where}") from error
+    new = Run(new_plan.path)
     if isinstance(new_plan.cfg.base, CheckpointBase):
         base = f"loaded from {new_plan.cfg.base.path}, the file that the stored run had"
     else:
@@ -134,11 +104,27 @@ def reproduce_run(
     if isinstance(new_plan.cfg.adapter, Lora):
         stored_hash, new_hash = (adapters.base_hash(r.path / "adapter")[:10] for r in (run, new))
         base += f"; its weights' hash: stored {stored_hash}, new {new_hash}"
-    return Reproduction(run, new, base)
+    return Reproduction(run, new, base, devices_line)
 
 
-def _new_plan(run: Run, to: Path, fresh: bool, trust: bool, bases_dir: Path | None) -> Plan:
-    """The plan of the new run. Raises ValueError as `reproduce_run` does."""
+def _train(new_plan: Plan, console: Console) -> None:
+    """Trains the new run in this process, or in one for each device, which read its config."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.yaml")
+        config.write_text(yaml.safe_dump(new_plan.cfg.to_dict(), sort_keys=False))
+        command = ("-m", "lora_lab.cli.reproduce_process", str(config))
+        devices.train(new_plan, command, console)
+
+
+def _new_plan(
+    run: Run,
+    to: Path,
+    fresh: bool,
+    trust: bool,
+    bases_dir: Path | None,
+    device_count: int | None,
+) -> tuple[Plan, str]:
+    """The plan of the new run, and a line on its devices. Raises ValueError as `reproduce_run`."""
     run.check_finished("reproduced")
     cfg = parse_config(dict(run.config))
     if not trust:
@@ -148,7 +134,8 @@ def _new_plan(run: Run, to: Path, fresh: bool, trust: bool, bases_dir: Path | No
     changes = {"runs_dir": str(to), "overwrite": True, "figures": False, "tracking": tracking}
     part_checks.check_directory("runs_dir", to)
     part_checks.check_directory("bases_dir", to if fresh else Path(cfg.bases_dir))
-    new_plan = plan(on_one_device(cfg.model_copy(update=changes)), is_stored=True)
+    new_cfg, devices_line = on_devices(cfg.model_copy(update=changes), run, device_count)
+    new_plan = plan(new_cfg, is_stored=True)
     if isinstance(cfg.base, CheckpointBase) and new_plan.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     path = new_plan.path
@@ -159,7 +146,7 @@ def _new_plan(run: Run, to: Path, fresh: bool, trust: bool, bases_dir: Path | No
     if fresh:
         cfg = new_plan.cfg.model_copy(update={"bases_dir": str(path / "bases")})
         new_plan = replace(new_plan, cfg=cfg)
-    return new_plan
+    return new_plan, devices_line
 
 
 def _modified_ns(file: Path) -> int | None:
@@ -174,14 +161,20 @@ def print_comparison(reproduction: Reproduction, tolerance: float, console: Cons
     relative to itself. A metric that only the stored run has counts as a difference. One that only
     the new run has does not: a newer version may log more.
     """
-    comparisons = reproduction.comparisons()
-    beyond = [c for c in comparisons if c.stored is not None and c.relative > tolerance]
+    stored, new = reproduction.stored, reproduction.new
+    compared = comparisons(stored, new)
+    beyond = [c for c in compared if c.stored is not None and c.relative > tolerance]
     values: Rows = [["", "stored", "new", "absolute", "relative", "beyond"]]
-    values += [_row(c, c in beyond) for c in comparisons]
-    settings: Rows = [["differs", "stored", "new"], *reproduction.differing_settings()]
-    lines = [f"base: {reproduction.base}"]
+    values += [_row(c, c in beyond) for c in compared]
+    settings: Rows = [["differs", "stored", "new"], *differing_settings(stored, new)]
+    lines = [f"base: {reproduction.base}", reproduction.devices]
+    if runs_in_pack := stored.status.get("packed"):
+        beside = f"in a pack of {runs_in_pack}, the new one alone"
+        lines.append(f"pack: stored {beside}: equal up to rounding (dropout's masks are others)")
     lines += ["environment and settings: the same"] if len(settings) == 1 else []
-    lines += [*_code_and_files(reproduction), _verdict(comparisons, beyond, tolerance)]
+    lines += _code_and_files(reproduction)
+    lines += [line] if (line := movement_line(stored, compared)) else []
+    lines.append(_verdict(compared, beyond, tolerance))
     for rows in (values, settings):
         if len(rows) > 1:
             console.print(_terminal_table(rows, numeric=rows is values))
@@ -197,7 +190,7 @@ def print_comparison(reproduction: Reproduction, tolerance: float, console: Cons
 def _code_and_files(reproduction: Reproduction) -> list[str]:
     """Lines on uncommitted changes of the code, and on the files that are and are not identical."""
     lines = []
-    if any(_environment(r).get("git_changes") for r in (reproduction.stored, reproduction.new)):
+    if any(environment(r).get("git_changes") for r in (reproduction.stored, reproduction.new)):
         lines.append("code: with uncommitted changes, so that a commit does not tell it")
     files = reproduction.identical_files()
     for wanted, text in ((True, "bit for bit equal"), (False, "not equal bit for bit")):
@@ -206,16 +199,16 @@ def _code_and_files(reproduction: Reproduction) -> list[str]:
     return lines
 
 
-def _verdict(comparisons: list[Comparison], beyond: list[Comparison], tolerance: float) -> str:
+def _verdict(compared: list[Comparison], beyond: list[Comparison], tolerance: float) -> str:
     """The last line: whether the run is reproduced, and the largest difference."""
     if beyond:
         largest = max(beyond, key=lambda comparison: comparison.relative)
-        differing = f"{len(beyond)} of {len(comparisons)} values differ"
+        differing = f"{len(beyond)} of {len(compared)} values differ"
         most = f"{largest.name} ({largest.relative:.3g} of what is stored)"
         return f"NOT REPRODUCED: {differing} by more than --tolerance {tolerance:g}, most {most}"
-    largest_gap = max(c.relative for c in comparisons if c.stored is not None)
+    largest_gap = max(c.relative for c in compared if c.stored is not None)
     how = f"none differs by more than {largest_gap:.3g} of what is stored"
-    return f"reproduced: {len(comparisons)} values, {how if largest_gap else 'all equal'}"
+    return f"reproduced: {len(compared)} values, {how if largest_gap else 'all equal'}"
 
 
 def _terminal_table(rows: Rows, numeric: bool) -> Table:
@@ -236,49 +229,3 @@ def _row(comparison: Comparison, is_beyond: bool) -> list[str]:
     gaps = (comparison.absolute, comparison.relative)
     gap_texts = ["–" if None in numbers else f"{gap:.3g}" for gap in gaps]
     return [comparison.name, *values, *gap_texts, BEYOND if is_beyond else ""]
-
-
-def _compare(name: str, stored: np.ndarray | None, new: np.ndarray | None) -> Comparison:
-    """Compares two arrays of one shape; entries that are both NaN count as equal."""
-    numbers = [None if a is None else float(a.flat[np.abs(a).argmax()]) for a in (stored, new)]
-    if stored is None or new is None or stored.shape != new.shape:
-        return Comparison(name, numbers[0], numbers[1], math.inf, math.inf)
-    is_same = (stored == new) | (np.isnan(stored) & np.isnan(new))
-    with np.errstate(invalid="ignore"):
-        gaps = np.nan_to_num(np.where(is_same, 0, np.abs(new - stored)), nan=math.inf)
-    absolute, scale = float(gaps.max()), float(np.abs(stored).max())
-    relative = (absolute / scale if scale else math.inf) if absolute else 0.0
-    return Comparison(name, numbers[0], numbers[1], absolute, relative)
-
-
-def _numbers(run: Run) -> dict[str, np.ndarray]:
-    """The numbers that are compared, by name.
-
-    Each metric's last value (1,), each site's singular values (times, k), each trained tensor.
-    """
-    last: dict[str, Any] = {}
-    for row in run.rows():
-        last |= row
-    numbers = {k: np.array([float(last[k])]) for k in last if k not in ("step", "epoch")}
-    numbers |= {
-        f"{site}: singular values": S for site, S in singular_values_by_site(run).items() if S.size
-    }
-    for file in WEIGHTS:
-        if (run.path / file).exists():
-            for key, tensor in load_file(run.path / file).items():
-                numbers[f"{file.partition('/')[0]}: {key}"] = tensor.double().numpy()
-    return numbers
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    """The machine, versions, host and threads that a run had, by dotted key."""
-    path = run.path / "env.json"
-    environment = {}
-    with suppress(FileNotFoundError, ValueError):  # it has no number of the run
-        environment = flatten_config(json.loads(path.read_text()))
-    return environment | {key: run.status.get(key, "–") for key in ("host", "threads")}
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """The settings of a run by dotted key, without those that a reproduction changes."""
-    return {k: v for k, v in flatten_config(run.config).items() if k not in CHANGED_SETTINGS}

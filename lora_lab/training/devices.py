@@ -21,7 +21,7 @@ from lora_lab.runs import Run, RunBusyError, RunFinishedError, process_rank
 from lora_lab.training import experiment
 from lora_lab.training.plan import Plan
 from lora_lab.training.run_record import can_continue, lock, status_in_full, wait_until_free
-from lora_lab.training.written_files import remove_checkpoints
+from lora_lab.training.written_files import remove_bases, remove_checkpoints
 
 PR_SET_PDEATHSIG = 1
 """Linux prctl option: the signal a process gets when its parent ends (linux/prctl.h)."""
@@ -35,30 +35,31 @@ def is_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def train(plan: Plan, overrides: Sequence[str], console: Console) -> None:
+def train(plan: Plan, command: Sequence[str], console: Console) -> None:
     """Trains a planned run here, or with a process for each of its devices.
 
     Where another command trains it, waits for that one, and goes on with what it has not finished.
-    `overrides`: the command's settings. Raises RunFinishedError where the run is finished, by now
-    or before, and as `experiment.run` and `launch` do.
+    `command`: arguments of Python by which each of several processes begins. Raises
+    RunFinishedError where the run is finished, by now or before, and as `experiment.run` and
+    `launch` do.
     """
     try:
         if plan.processes > 1:
-            launch(plan, overrides)
+            launch(plan, command)
         else:
             experiment.run(plan, console)
     except RunBusyError as busy:
         console.print(f"waiting: {busy}", soft_wrap=True)
         wait_until_free(Run(plan.path))
-        train(plan, overrides, console)
+        train(plan, command, console)
 
 
-def launch(plan: Plan, overrides: Sequence[str]) -> None:
+def launch(plan: Plan, command: Sequence[str]) -> None:
     """Trains a planned run in a new process for each device, and waits for them.
 
-    `overrides`: the command's settings, given to each process. If one dies, the others are ended
-    and the run fails: RuntimeError says which process, and how it ended. Raises RunFinishedError
-    and RunBusyError as `experiment.run` does.
+    `command`: arguments of Python by which each process begins, to come to `run_worker`. If one
+    dies, the others are ended and the run fails: RuntimeError says which process, and how it ended.
+    Raises RunFinishedError and RunBusyError as `experiment.run` does.
     """
     run, count = Run(plan.path), plan.processes
     run.path.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,9 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
         if status["state"] == "finished" and not plan.cfg.overwrite:
             raise RunFinishedError(str(run.path))
         if not can_continue(status) or plan.cfg.overwrite:
-            # Removed before the processes start: each of them looks for a checkpoint.
+            # Removed before the processes start: each of them looks for a checkpoint and the base.
             remove_checkpoints(run.path)
+            remove_bases(run.path)
     # What torch would log of a failed process is raised below as one RuntimeError.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -86,7 +88,7 @@ def launch(plan: Plan, overrides: Sequence[str]) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "lora_lab.train", *overrides)
+            elastic_launch(config, sys.executable)(*command)
         except SignalException as stop:
             if stop.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None

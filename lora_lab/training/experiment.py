@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,10 @@ def open_run(plan: Plan) -> Iterator[Tracking]:
 def _record(plan: Plan, last: ExitStack) -> AbstractContextManager[Run]:
     """`record_run` for a plan."""
     cfg = plan.cfg
-    # The thread count is recorded because it changes the order of floating-point sums.
+    # Threads and devices are recorded because they change the order of floating-point sums.
     about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
     about["code"] = code_of(components_of(cfg).values())
+    about["devices"] = asdict(plan.devices)
     run = checked_config(Run(plan.path))
     return record_run(run, cfg.to_dict(), overwrite=cfg.overwrite, last=last, **about)
 

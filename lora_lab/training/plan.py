@@ -37,7 +37,7 @@ from lora_lab.training.loop import TrainingLoop, Unprofiled, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
 from lora_lab.training.source_code import check_same_code
-from lora_lab.training.trainer_checks import check_trainer
+from lora_lab.training.trainer_checks import Devices, check_trainer
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,16 @@ class Plan:
 
     cfg: Config
     sites: list[Site]
-    processes: int = 1
-    """Number of processes that train the run, each on its device."""
+    devices: Devices
     new_parameters: tuple[str, ...] = ()
     """Names of the parameters that the pretrained base's files do not hold, as a new head's."""
     also_trained: tuple[str, ...] = ()
     """Names of the parameters that train in full beside the adapters."""
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that train the run, each on its device."""
+        return self.devices.processes
 
     @property
     def path(self) -> Path:
@@ -180,7 +184,8 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     sizes = _sizes(cfg, data)
     resolve_component("model", cfg.model, nn.Module, list(sizes))
     part_checks.check_optimizer("optimizer", cfg.optimizer)
-    processes = check_trainer(cfg)
+    devices = check_trainer(cfg)
+    processes = devices.processes
     if processes > 1 and (data.batch_size or 0) % processes:
         raise ConfigError(
             f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes "
@@ -210,7 +215,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
             if not is_stored:
                 fit_checks.check_class_order(cfg, data, model, new_parameters)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
-    run_plan = Plan(cfg, sites, processes, tuple(new_parameters), tuple(also_trained))
+    run_plan = Plan(cfg, sites, devices, tuple(new_parameters), tuple(also_trained))
     if not is_stored:
         check_same_code(cfg, Run(run_plan.path))
     return run_plan

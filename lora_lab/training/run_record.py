@@ -104,7 +104,7 @@ def record_run(
         continues = can_continue(before) and not overwrite
         if continues:
             status |= {"tries": before.get("tries", 1) + 1, "spent": _seconds_spent(path, before)}
-            status |= {"wandb": before["wandb"]} if "wandb" in before else {}
+            status |= {key: before[key] for key in ("wandb", "packed") if key in before}
         # First, so that a full disk leaves the directory as it was. Zeros may be stored as a hole.
         write_atomic(path / RESERVE, os.urandom(RESERVED_BYTES))
         _clear(path, status, before["state"] in ("finished", "damaged"), continues)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -55,8 +56,33 @@ With the rule in words, and as a function of a value of the type that Lightning'
 """
 
 
-def check_trainer(cfg: Config) -> int:
-    """The number of processes that the Trainer starts. Raises ConfigError."""
+@dataclass(frozen=True)
+class Devices:
+    """The devices that train a run, by the names of Trainer's arguments; none is `auto` any more.
+
+    A run on one device has the strategy that its config says, which is `auto` by default.
+    """
+
+    accelerator: str
+    """Lightning's name of it, as cpu or cuda."""
+    devices: int
+    """How many each node has."""
+    num_nodes: int
+    strategy: str
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that train the run, each on its device."""
+        return self.devices * self.num_nodes
+
+    def __str__(self) -> str:
+        nodes = f" on {self.num_nodes} nodes" if self.num_nodes > 1 else ""
+        how = f" ({self.strategy})" if self.strategy != "auto" else ""
+        return f"{self.processes} × {self.accelerator}{nodes}{how}"
+
+
+def check_trainer(cfg: Config) -> Devices:
+    """The devices that the Trainer trains on. Raises ConfigError."""
     arguments = cfg.trainer.model_dump()
     if reserved := [name for name in arguments if name in RESERVED_TRAINER_ARGUMENTS]:
         raise ConfigError(f"trainer.{reserved[0]}: a run sets this itself")
@@ -71,10 +97,15 @@ def check_trainer(cfg: Config) -> int:
             f"trainer.num_nodes={nodes}: is started on each node, by `torchrun --nnodes={nodes} "
             f"--nproc-per-node={devices} … -m lora_lab.train …`"
         )
-    if arguments.get("strategy") == "fsdp":
+    strategy = arguments.get("strategy", "auto")
+    if strategy == "fsdp":
         _check_fsdp(cfg)
         arguments["strategy"] = "ddp"  # asks for as many processes
-    return _build(trainer_arguments(arguments)).world_size
+    trainer = _build(trainer_arguments(arguments))
+    if strategy == "auto" and trainer.world_size > 1:
+        strategy = "ddp"  # what Lightning takes
+    name = trainer.accelerator.name()
+    return Devices(name, trainer.num_devices, trainer.num_nodes, strategy)
 
 
 def _check_ranges(arguments: dict[str, Any]) -> None:

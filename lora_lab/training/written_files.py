@@ -69,6 +69,12 @@ def remove_checkpoints(folder: Path) -> None:
     remove_files((folder / CHECKPOINTS).glob("last.*"), folder)
 
 
+def remove_bases(folder: Path) -> None:
+    """Removes the bases that `reproduce --fresh` trained in a run directory."""
+    files = written_files(folder)
+    remove_files([f for f in files if f.relative_to(folder).parts[0] == "bases"], folder)
+
+
 def _folders(file: Path, folder: Path) -> list[Path]:
     """The folders between `folder` and a file in it, the innermost first, relative to `folder`."""
     return list(file.relative_to(folder).parents[:-1])

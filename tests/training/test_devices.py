@@ -80,10 +80,12 @@ def test_two_processes_are_as_one(case: str, trainer: str):
     same(run(*CASES[case], root="one"), two)
 
 
-def test_the_first_process_alone_writes(lab: Lab):
+def test_the_first_process_alone_writes(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     assert lab("shift", "trainer=ddp", *TWO, tracking="offline") == 0
     two = only_run()
     assert two.finished
+    recorded = {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "strategy": "ddp"}
+    assert two.status["devices"] == recorded
     assert len(list(Path("runs/shift/wandb").glob("offline-run-*"))) == 1
     assert "wandb_rows_lost" not in two.status
     assert lab("shift", "runs_dir=one") == 0
@@ -91,6 +93,12 @@ def test_the_first_process_alone_writes(lab: Lab):
     assert one.path.name == two.path.name  # devices are no part of what a run is
     same(one, two)
     assert lab("shift", "trainer=ddp", *TWO) == 0  # finished before
+    # Two processes again, which give the same bits; the stored run's threads are those of its two.
+    assert command(monkeypatch, "reproduce", str(two.path)) == 0
+    new = only_run("reproduced")
+    assert new.status["devices"] == recorded
+    for file in ("metrics.jsonl", "adapter/adapter.safetensors"):
+        assert (new.path / file).read_bytes() == (two.path / file).read_bytes()
 
 
 def start(*overrides: str) -> subprocess.Popen[str]:
@@ -238,8 +246,9 @@ def test_what_is_made_of_a_finished_run_takes_one_process(
     run = only_run()
     before = run.rows()
     assert command(monkeypatch, "analyze", str(run.path)) == 0
-    assert command(monkeypatch, "reproduce", str(run.path), "--tolerance", "1e-4") == 0
-    assert "trainer.devices" in capsys.readouterr().out
+    arguments = ("--tolerance", "1e-4", "--devices", "1")
+    assert command(monkeypatch, "reproduce", str(run.path), *arguments) == 0
+    assert "devices: stored 2 × cpu (ddp); new 1 × cpu, by --devices" in capsys.readouterr().out
     again = only_run("reproduced")
     for key in ("val/loss", "merged/val/loss", "spectra/linear/sigma_1"):
         assert again.last(key) == pytest.approx(before[-1].get(key, run.last(key)), rel=1e-5)
