@@ -183,7 +183,7 @@ def test_differences_of_environment_and_settings_are_shown(
     del env["processor"]
     (run.path / "env.json").write_text(json.dumps(env))
     assert run.status["threads"] == torch.get_num_threads()
-    run.update_status(threads=1000)
+    run.update_status(threads=1000, devices=None, packed=4)
     config = run.config
     for key in ("sweep", "figures"):
         del config[key]
@@ -199,6 +199,9 @@ def test_differences_of_environment_and_settings_are_shown(
     assert any(line[:2] == ["cpus", "1000"] for line in printed_rows)
     assert ["threads", "1000", str(torch.get_num_threads())] in printed_rows
     assert any(line[:2] == ["processor", "–"] for line in printed_rows)
+    assert ["devices", "–", "1", "×", "cpu"] in printed_rows
+    assert "devices: stored not recorded, by its config accelerator=auto devices=1; new 1" in output
+    assert "pack: stored in a pack of 4, the new one alone: equal up to rounding" in output
     assert "environment and settings: the same" not in output
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from lora_lab.data.module import Batches
+from lora_lab.run_files import file_records
 from lora_lab.runs import Run, find_runs
 from tests.conftest import SMALL, Lab, command, only_run
 from tests.training.test_resume import assert_equal
@@ -252,3 +254,49 @@ def test_what_is_made_of_a_finished_run_takes_one_process(
     again = only_run("reproduced")
     for key in ("val/loss", "merged/val/loss", "spectra/linear/sigma_1"):
         assert again.last(key) == pytest.approx(before[-1].get(key, run.last(key)), rel=1e-5)
+
+
+def start_reproduction(run: Run, **settings: dict[str, object]) -> subprocess.Popen[str]:
+    """Starts `lora-lab reproduce` on a run of two processes whose config gets other settings."""
+    config = run.config
+    for key, changes in settings.items():
+        config[key] |= changes
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    run.update_status(files=file_records(run.path))
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora_lab.cli", "reproduce", str(run.path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_reproduction_by_two_processes_is_stopped(lab: Lab, signum: signal.Signals):
+    assert lab("shift", "trainer=ddp", *TWO) == 0
+    process = start_reproduction(only_run(), trainer={"max_epochs": 1000000})
+    until(lambda: any(r.curve("val/loss").get(2) for r in find_runs(Path("reproduced"))))
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[signum.name]
+    assert "interrupted: the same command begins again" in out
+    assert "Traceback" not in out
+    assert only_run("reproduced").status["state"] == "interrupted"
+    until(lambda: not process_ids())
+
+
+@pytest.mark.slow
+def test_a_reproduction_by_two_processes_that_fails(lab: Lab):
+    assert lab("shift", "trainer=ddp", "optimizer=sgd", *TWO) == 0
+    process = start_reproduction(only_run(), optimizer={"lr": 1e30})
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "failed: RuntimeError: DivergedError" in out
+    assert "Traceback" not in out
+    assert only_run("reproduced").status["state"] == "failed"
+    assert only_run().finished
