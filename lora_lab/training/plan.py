@@ -37,7 +37,7 @@ from lora_lab.training.loop import TrainingLoop, Unprofiled, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
 from lora_lab.training.source_code import check_same_code
-from lora_lab.training.trainer_checks import Devices, check_trainer
+from lora_lab.training.trainer_checks import Devices, check_trainer, on_one_device
 
 log = logging.getLogger(__name__)
 
@@ -151,14 +151,6 @@ class Plan:
         )
         trainer.fit_loop.epoch_loop = TrainingLoop(trainer, settings.get("val_check_interval"))
         return trainer
-
-
-def on_one_device(cfg: Config) -> Config:
-    """The config with a trainer on one device; the number of devices does not change a result."""
-    configured = cfg.trainer.model_dump()
-    change = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-    change = {key: value for key, value in change.items() if key in configured}
-    return cfg.model_copy(update={"trainer": cfg.trainer.model_copy(update=change)})
 
 
 def plan(cfg: Config, is_stored: bool = False) -> Plan:

@@ -16,8 +16,9 @@ from lora_lab.config.trust import check_trusted
 from lora_lab.runs import Run
 from lora_lab.training import bases, precision
 from lora_lab.training.base_weights import BaseWeights
-from lora_lab.training.plan import Plan, on_one_device, plan
+from lora_lab.training.plan import Plan, plan
 from lora_lab.training.stored_paths import with_paths_from_here
+from lora_lab.training.trainer_checks import on_one_device
 
 
 @dataclass(frozen=True)

@@ -152,3 +152,11 @@ def _check_fsdp(cfg: Config) -> None:
         raise ConfigError("spectra.first_step=true: not with trainer=fsdp")
     if cfg.trainer.model_dump()["precision"] == "64-true":
         raise ConfigError("trainer.precision=64-true: not with trainer=fsdp")
+
+
+def on_one_device(cfg: Config) -> Config:
+    """The config with a trainer on one device; the number of devices does not change a result."""
+    configured = cfg.trainer.model_dump()
+    change = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    change = {key: value for key, value in change.items() if key in configured}
+    return cfg.model_copy(update={"trainer": cfg.trainer.model_copy(update=change)})
