@@ -192,6 +192,9 @@ def _code_and_files(reproduction: Reproduction) -> list[str]:
     lines = []
     if any(environment(r).get("git_changes") for r in (reproduction.stored, reproduction.new)):
         lines.append("code: with uncommitted changes, so that a commit does not tell it")
+    before, now = (r.status.get("code") or {} for r in (reproduction.stored, reproduction.new))
+    if before and (names := [n for n in {**before, **now} if before.get(n) != now.get(n)]):
+        lines.append(f"code: changed since the stored run: {', '.join(names)}")
     files = reproduction.identical_files()
     for wanted, text in ((True, "bit for bit equal"), (False, "not equal bit for bit")):
         if names := [name for name, is_identical in files.items() if is_identical is wanted]:

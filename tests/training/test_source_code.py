@@ -243,3 +243,12 @@ def test_analyze_refuses_a_model_with_another_loss(
     if change in CHANGED:
         assert "(late changed)" in " ".join(capsys.readouterr().err.split())
         assert (run.path / "spectra.npz").read_bytes() == before
+
+
+def test_reproduce_tells_changed_code(
+    project: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert lab("shift", *USERS) == 0
+    edit(project, *CHANGED["an import in a function"])
+    assert command(monkeypatch, "reproduce", str(only_run().path), "--to", "again") == 1
+    assert "code: changed since the stored run: late" in capsys.readouterr().out
