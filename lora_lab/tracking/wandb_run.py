@@ -17,7 +17,8 @@ from wandb.errors import Error as WandbError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
 from lora_lab.config.schema import Config
-from lora_lab.tracking import record_log
+from lora_lab.tracking import record_log, wandb_service
+from lora_lab.tracking.wandb_service import one_line
 
 log = logging.getLogger(__name__)
 
@@ -199,17 +200,14 @@ class WandbRun(WandbLogger):
         return 0
 
 
-def one_line(error: Exception) -> str:
-    """An error's kind and the first line of its message; of an OSError not the paths."""
-    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{type(error).__name__}: {message}".partition("\n")[0]
-
-
 def start(cfg: Config, directory: Path, run_id: str | None) -> WandbRun | None:
     """Starts a W&B run: on the server where that is asked for and works, else offline, else none.
 
     With the `run_id` of an existing W&B run, that run is written anew from its first row.
     """
+    if problem := wandb_service.start():
+        log.error("W&B HOLDS NOTHING of this run (%s). metrics.jsonl has all", problem)
+        return None
     if "WANDB_SWEEP_ID" not in os.environ:
         os.environ.pop("WANDB_RUN_ID", None)  # left over, it would be the id of all runs
     elif "WANDB_RUN_ID" in os.environ:
@@ -217,7 +215,6 @@ def start(cfg: Config, directory: Path, run_id: str | None) -> WandbRun | None:
     if cfg.tracking.mode == "online" and not Server.has_failed():
         began = time.monotonic()
         try:
-            wandb.setup(wandb.Settings(silent=True))
             # Beside a run of the same pack, `login` always gives False.
             if wandb.run is None and not wandb.login(prompt=False, verify=False):
                 raise WandbError("there is no login: `wandb login` makes one")

@@ -7,6 +7,8 @@ Run: make test ARGS=tests/tracking/test_wandb_faults.py
 """
 
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ import pytest
 import wandb
 
 from lora_lab.runs import Run, RunFinishedError, find_runs
-from lora_lab.tracking import wandb_run
+from lora_lab.tracking import wandb_run, wandb_service
 from lora_lab.tracking.wandb_run import Server, WandbRun
 from lora_lab.training.run_record import RESERVE, record_run
 from tests.conftest import Lab, only_run
@@ -102,6 +104,41 @@ def test_a_server_that_fails_in_mid_run_fails_no_run(
         else:
             assert f"TOOK {len(served.history)} OF {ROWS} ROWS" in run.status["wandb_error"]
             assert run.status["wandb_rows_lost"] == ROWS - len(served.history) > 0
+
+
+def test_a_process_of_wandbs_that_does_not_start_fails_no_run(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """W&B 0.31 waits for ever where its process dies as it starts."""
+    monkeypatch.setattr(wandb, "setup", lambda *_: threading.Event().wait())
+    monkeypatch.setattr(wandb_service, "_problem", "")
+    monkeypatch.setattr(wandb_service, "START_TIMEOUT", 0.1)
+    for seed in (0, 1):
+        assert lab("shift", f"seed={seed}", tracking="offline") == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "W&B HOLDS NOTHING of this run (its process did not start in 0.1 s)" in out
+    assert all(is_complete(run) for run in find_runs(Path("runs")))
+
+
+KILLED = """
+import os, pathlib, signal, time
+from lora_lab.tracking import wandb_run, wandb_service
+assert wandb_service.start() == ""
+run = wandb_run.wandb.init(mode="offline")
+def is_service(folder):
+    return "wandb-core" in (folder / "cmdline").read_text() and \\
+        (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(os.getpid())
+(service,) = filter(is_service, [p for p in pathlib.Path("/proc").glob("[0-9]*") if p.exists()])
+os.kill(int(service.name), signal.SIGKILL)
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_wandbs_shows_no_traceback_at_the_end():
+    command = [sys.executable, "-c", KILLED]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
 
 
 def test_what_is_ours_is_on_disk_before_wandb_is_sent_the_result(
