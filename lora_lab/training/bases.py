@@ -178,9 +178,9 @@ def read(file: Path) -> Base:
             raise ValueError(f"its checksum is not that in {about_file.name}")
         return Base(load(content), about["rows"])
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        reason = (
-            f"{about_file} cannot be read" if isinstance(error, TypeError | KeyError) else error
-        )
+        # A ValueError of JSON, or of bytes that are no text, does not name the file.
+        unreadable = TypeError | KeyError | UnicodeDecodeError | json.JSONDecodeError
+        reason = f"{about_file} cannot be read" if isinstance(error, unreadable) else error
         raise ValueError(f"the base {file} is damaged ({reason})") from None
 
 
