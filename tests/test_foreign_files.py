@@ -180,4 +180,6 @@ def test_no_report_is_written_through_a_link(run: Run, monkeypatch: pytest.Monke
         shutil.rmtree(folder / "report", ignore_errors=True)
         (folder / "report").symlink_to(Path("thesis").absolute())
         assert command(monkeypatch, "report", str(folder)) == 2
+    with pytest.raises(ValueError, match="report is a link"):  # as a training does at its end
+        report.write_run(run)
     assert not list(Path("thesis").iterdir())

@@ -20,9 +20,12 @@ def write_run(run: Run, to: Path | None = None, draw: bool = True, at: At = "las
     """Writes a run's report and returns its folder: table.md, CSV files, index.html, figures.
 
     The folder is `to`, or the run's report/. Without `draw` no figures are made, which takes most
-    of the time. `at` is the epoch that the loss among its facts is of.
+    of the time. `at` is the epoch that the loss among its facts is of. Raises ValueError where the
+    run's report/ is a link to another folder.
     """
     directory = to or run.path / "report"
+    if to is None and directory.is_symlink():
+        raise ValueError(f"{directory} is a link, and a run writes into no other folder")
     directory.mkdir(parents=True, exist_ok=True)
     tables = run_tables(run, at)
     figures = write_figures(run, singular_values_by_site(run), directory) if draw else []
