@@ -3,6 +3,7 @@
 config.yaml, env.json, status.json, metrics.jsonl and log.txt are what every run has.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -101,8 +102,7 @@ class Run:
         if not isinstance(status, dict) or status.get("state") not in STATES:
             return _damaged("status.json cannot be read: it has no state of a run")
         if status["state"] == "running":
-            # Timeout: its process holds the lock. OSError: the folder is read-only.
-            with suppress(Timeout, OSError), FileLock(self.path / "lock", timeout=0):
+            if not _is_locked(self.path / "lock"):
                 status["state"] = "interrupted"
         elif status["state"] == "finished":
             problem = self.known_fault or fault(self.path, status)
@@ -182,6 +182,24 @@ class Run:
         write_status(
             self.path, {**(json.loads(path.read_text()) if path.exists() else {}), **changes}
         )
+
+
+def _is_locked(file: Path) -> bool:
+    """Whether a process holds a lock. In a read-only folder it is asked for without being made."""
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        try:
+            with file.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+        except BlockingIOError:
+            return True
+        except OSError:  # there is no such file: no process can hold it
+            return file.exists()
 
 
 def _damaged(problem: str) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from lora_lab import runs
 from lora_lab.runs import Run, RunBusyError, RunFinishedError, find_runs, write_atomic
 from lora_lab.training.run_record import record_run
 
@@ -37,6 +39,25 @@ def test_states(tmp_path: Path):
 
 def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path):
     (tmp_path / "status.json").write_text(json.dumps({"state": "running"}))
+    assert Run(tmp_path).status["state"] == "interrupted"
+
+
+def test_a_killed_run_in_a_read_only_folder_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Root may write to each folder: that the lock cannot be made anew is acted."""
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running"}))
+    is_locked = runs._is_locked  # pyright: ignore[reportPrivateUsage]
+
+    class ReadOnly(FileLock):
+        def _acquire(self) -> None:
+            raise OSError("Read-only file system")
+
+    monkeypatch.setattr(runs, "FileLock", ReadOnly)
+    assert Run(tmp_path).status["state"] == "interrupted"
+    with FileLock(tmp_path / "lock"):
+        assert is_locked(tmp_path / "lock")
+        assert Run(tmp_path).status["state"] == "running"
     assert Run(tmp_path).status["state"] == "interrupted"
 
 
