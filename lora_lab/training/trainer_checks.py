@@ -1,6 +1,7 @@
 """Checks of `trainer`: its arguments, the devices that it wants, and what FSDP cannot do."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
             else n != ""
         ),
     ),
+    "max_time": ("more than no time", lambda time: any(map(int, re.findall(r"\d+", str(time))))),
     "max_steps": ("-1, or 1 or more", lambda n: n == -1 or n >= 1),
     "min_steps": ("1 or more", lambda n: n >= 1),
     "min_epochs": ("1 or more", lambda n: n >= 1),

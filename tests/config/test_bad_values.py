@@ -139,7 +139,7 @@ BEYOND = {
     "accelerator": ["tpu", "word"],
     "precision": ["17", "word"],
     "strategy": ["word", "''"],
-    "max_time": ["word", "{hourz:1}"],
+    "max_time": ["word", "{hourz:1}", "0", "00:00:00:00", "{seconds:0}"],
     "max_epochs": ["0", "-2", "-1"],
     "min_epochs": ["-1"],
     "max_steps": ["0", "-2"],
