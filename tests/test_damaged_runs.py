@@ -392,10 +392,20 @@ def test_the_other_runs_of_a_pack_finish(monkeypatch: pytest.MonkeyPatch, stage:
         assert Run(plan.path).check()["state"] == "finished"
 
 
-def test_a_failure_after_the_last_step_keeps_the_checkpoint(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("planted_linear",),
+        ("planted_linear", "checkpoint_every=0"),
+        ("shift", "trainer.max_steps=13", "adapter.dropout=0.3"),
+        ("shift", "early_stopping={metric: val/loss, patience: 1}", "trainer.max_epochs=40"),
+        ("shift", "adapter=full", "select=best val/loss"),
+    ],
+)
+def test_a_failure_after_the_last_step_keeps_what_was_trained(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ):
-    settings = ("planted_linear", "checkpoint_every=0")
+    """Also where training was too short for a checkpoint, and where it ends within an epoch."""
     assert lab(*settings, "runs_dir=alone") == 0
 
     def fail(*args: object) -> None:
@@ -410,6 +420,19 @@ def test_a_failure_after_the_last_step_keeps_the_checkpoint(
         assert lab(*settings) == 0
     assert_equal(only_run(), only_run("alone"))
     assert not (only_run().path / "checkpoints").exists()
+
+
+def test_a_run_ends_though_no_checkpoint_of_its_end_can_be_written(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: object, **named: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", fail)
+    assert lab("planted_linear") == 0
+    assert "no checkpoint of the end of training: No space" in (
+        only_run().path / "log.txt"
+    ).read_text()
 
 
 def test_a_report_that_fails_is_written_by_the_same_command(

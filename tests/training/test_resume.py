@@ -394,12 +394,15 @@ def test_when_checkpoints_are_written_is_no_part_of_a_run(lab: Lab):
 
 
 @pytest.mark.parametrize(
-    ("interval", "cost", "written"), [(0, 9, 4), (1, 0, 4), (2, 0, 2), (3, 0, 1), (1, 0.2, 1)]
+    ("interval", "cost", "written"), [(0, 9, 4), (1, 0, 4), (2, 0, 2), (3, 0, 2), (1, 0.2, 2), (60, 0, 1)]
 )
 def test_checkpoints_come_in_time_and_cost_little(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, interval: float, cost: float, written: int
 ):
-    """An epoch takes a second here, and a checkpoint `cost`: 4 epochs, 20 times its cost apart."""
+    """An epoch takes a second here, and a checkpoint `cost`: 4 epochs, 20 times its cost apart.
+
+    The last is of the end of training, whatever it costs.
+    """
     lab("shift", "seed=1")  # the base
     now, saved = 0.0, 0
     save, end = pl.Trainer.save_checkpoint, BaseModule.on_train_epoch_end

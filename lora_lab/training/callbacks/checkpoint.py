@@ -40,12 +40,13 @@ class Checkpoint(Callback):
     its micro-batches are taken, the validation that comes after it is done, and the rows of both
     are logged; after an epoch's last step the epoch's rows too. An epoch's end is no special case:
     none of the next epoch's batches are done. With `interval` 0 a checkpoint is written at each
-    epoch's end, and only there. The end of training counts as an epoch's end.
+    epoch's end, and only there. The end of training counts as an epoch's end. At the end of a run's
+    training one is written in any case: what follows it can fail, and begins again from there.
 
     It holds how many epochs and batches are done, the optimizer, its schedule, the callbacks'
     state, the sums of the training losses, the random streams, all rows logged so far, and the
     weights: of a model with adapters only theirs, with the hash of the `base` they belong to.
-    Writing takes at most SHARE of the time, unless `interval` is 0.
+    Writing takes at most SHARE of the time, unless `interval` is 0, and but for the last.
 
     `identity` is the hash of all settings that can change the training. This callback comes last in
     the Trainer's list, so that at the end of training the others have done their part.
@@ -194,9 +195,21 @@ class Checkpoint(Callback):
             self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the last epoch if it is due: what follows training can take long too."""
-        self.next_question = 0
-        self._save_if_due(trainer)
+        """Writes the end of a run's training. A base itself is stored right after its training.
+
+        A disk without room for a checkpoint may have room for the result, which is smaller.
+        """
+        if self.kind == "base":
+            self.next_question = 0
+            return self._save_if_due(trainer)
+        if _place(trainer) <= self.saved_place:
+            return
+        try:
+            self._save(trainer)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, where no room is left
+            if trainer.world_size > 1:
+                raise  # the other processes are beyond the checkpoint
+            log.warning("no checkpoint of the end of training: %s", error)
 
     def _save_if_due(self, trainer: Trainer) -> None:
         if not self._is_due(trainer) or (place := _place(trainer)) <= self.saved_place:
@@ -243,11 +256,16 @@ class Checkpoint(Callback):
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        write(part)
-        if trainer is None or trainer.is_global_zero:
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(self.path)
+        is_writer = trainer is None or trainer.is_global_zero
+        try:
+            write(part)
+            if is_writer:
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+                part.replace(self.path)
+        finally:
+            if is_writer:
+                part.unlink(missing_ok=True)  # it is left where the disk is full
 
 
 def _place(trainer: Trainer) -> Place:
