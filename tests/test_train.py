@@ -23,6 +23,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_lab import adapters, train
 from lora_lab.console import print_error, print_labelled
@@ -662,3 +663,24 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]):
         print_error("failed", name)
         shown = capsys.readouterr()
         assert (shown.out, shown.err) == (f"multirun: {name}\n", f"failed: {name}\n")
+
+
+def test_an_adapter_that_is_too_large_to_be_merged_is_stored(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """float16 ends at 65504: the trained factors are made so large that ΔW is beyond it."""
+    merge = adapters.merge
+
+    def merge_into_half(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data * 1000 if "lora" in name else parameter.data.half()
+        merge(model)
+
+    monkeypatch.setattr(adapters, "merge", merge_into_half)
+    assert lab("planted_linear", "spectra.truncation=none", "spectra.against_base=false") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the adapter is stored, and cannot be merged: 'linear': it takes numbers" in shown
+    run = only_run()
+    assert run.check()["state"] == "finished"
+    assert (run.path / "adapter" / "adapter.safetensors").exists()
+    assert run.last("merged/val/loss") is None

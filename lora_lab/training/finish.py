@@ -94,6 +94,7 @@ def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
     cost = adapters.count(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": cost.frozen}
+    saved = save_weights(model, trial.run.path)
     if adapters.names(model):
         _check_merge(trainer, trial)
         costs["bytes/adapter"] = cost.adapter_bytes
@@ -101,7 +102,6 @@ def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
             costs["bytes/also_trained"] = cost.also_trained_bytes
         costs["bytes/optimizer"] = cost.optimizer_bytes
         costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
-    saved = save_weights(model, trial.run.path)
     trial.tracking.store_artifact(saved, saved.name)
     trial.tracking.log(costs, int(trial.module.step_and_epoch()["step"]))
 
@@ -134,10 +134,16 @@ def _select(trial: Trial) -> None:
 def _check_merge(trainer: pl.Trainer, trial: Trial) -> None:
     """Logs the merged model's validation metrics, and checks that unmerging restores the base.
 
-    Raises AdapterError unless each weight of the base is again what it was, bit for bit.
+    ΔW that is too large for the weights' dtype, as float16, merges not: the log says so, and the
+    run goes on without these metrics. Raises AdapterError unless each weight of the base is again
+    what it was, bit for bit.
     """
     module = trial.module
-    adapters.merge(module.model)
+    try:
+        adapters.merge(module.model)
+    except AdapterError as error:
+        log.error("the adapter is stored, and cannot be merged: %s", error)
+        return
     module.prefix = "merged/"
     trainer.validate(module, trial.data, verbose=False)
     adapters.unmerge(module.model)
