@@ -1,8 +1,8 @@
 """The files that a finished run is made of, and what is wrong with one that has changed since.
 
 status.json of a finished run has a record of each (`files`: its bytes, its SHA-256 and, of
-metrics.jsonl its rows) and a checksum of its own fields. report/, log.txt, env.json and W&B's files
-have none. How much is read depends on who asks. Everyone compares sizes and the content of the
+metrics.jsonl its rows) and a checksum of its own fields. report/, log.txt and W&B's files have
+none. env.json has one, which `Run.environment` compares: no number of the run is in it. How much is read depends on who asks. Everyone compares sizes and the content of the
 texts and of files up to SMALL bytes, so that `ls` and reports of a thousand runs stay fast. Whoever
 reads a larger file (analyze, export, reproduce; a report reads spectra.npz) has it hashed first.
 A file that stays as it is (inode, time and size) is hashed once in a process.
@@ -23,6 +23,9 @@ TEXTS = ("config.yaml", "metrics.jsonl", "advice.yaml")
 
 FILES = (*TEXTS, "spectra.npz")
 """The files of a run that lie in its directory itself; one that no record names is a fault."""
+
+ENVIRONMENT = "env.json"
+"""The file that says on which machine and with which versions a run was made."""
 
 FOLDERS = ("adapter", "adapter_last", "model", "model_last")
 """The folders of trained weights."""
@@ -48,7 +51,7 @@ class DamagedRunError(ValueError):
 
 def file_records(folder: Path) -> dict[str, Record]:
     """A record of each file that the run in `folder` is made of, by its name in that folder."""
-    paths = [folder / name for name in FILES]
+    paths = [folder / name for name in (*FILES, ENVIRONMENT)]
     paths += [folder / name / file for name in FOLDERS for file in WEIGHTS]
     files = [path for path in paths if path.is_file()]
     return {file.relative_to(folder).as_posix(): record(file) for file in files}
@@ -86,16 +89,16 @@ def fault(folder: Path, status: Mapping[str, Any], in_full: tuple[str, ...] = ()
     if with_checksum(status)["checksum"] != status.get("checksum"):
         return "status.json was changed"
     records, replacing = status["files"], status.get("replacing", {})
-    for name in dict.fromkeys((*FILES, *records)):
+    for name in dict.fromkeys((*FILES, *(records.keys() - {ENVIRONMENT}))):
         # While a file is being replaced, it may be the old one or the new one.
         wanted = [records.get(name), *([replacing[name]] if name in replacing else [])]
-        faults = [_difference(folder / name, each, name.startswith(in_full)) for each in wanted]
+        faults = [difference(folder / name, each, name.startswith(in_full)) for each in wanted]
         if all(faults):
             return f"{name} {faults[0]}"
     return ""
 
 
-def _difference(file: Path, wanted: Record | None, in_full: bool) -> str:
+def difference(file: Path, wanted: Record | None, in_full: bool) -> str:
     """How a file differs from its record, as `is cut: 3 of 4 rows`; "" where it does not."""
     try:
         size = file.stat().st_size

@@ -4,6 +4,7 @@ config.yaml, env.json, status.json, metrics.jsonl and log.txt are what every run
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,9 +17,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_lab.run_files import (
+    ENVIRONMENT,
     IN_FULL,
     DamagedRunError,
     content_record,
+    difference,
     fault,
     read_config,
     read_rows,
@@ -113,6 +116,18 @@ class Run:
     def finished(self) -> bool:
         """Whether the run ended without an error, and its files are as they were."""
         return self.status["state"] == "finished"
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The content of env.json. `env.json` in it says how the file is not as it was."""
+        file = self.path / ENVIRONMENT
+        recorded = self.status.get("files", {}).get(ENVIRONMENT)
+        problem = difference(file, recorded, in_full=True) if recorded else ""
+        try:
+            content = {**json.loads(file.read_text())}
+        except (OSError, ValueError, TypeError):
+            content, problem = {}, problem or "cannot be read"
+        return {**content, ENVIRONMENT: problem} if problem else content
 
     @property
     def has_report(self) -> bool:
@@ -252,12 +267,23 @@ def planned_runs(folder: Path) -> dict[str, list[str]]:
     """
     file = folder / PLANNED_FILE
     try:
-        planned = {str(name): list(values) for name, values in json.loads(file.read_text()).items()}
+        content = json.loads(file.read_text())
+        checksum = content.pop("sha256", None)  # earlier versions wrote none
+        if checksum not in (None, planned_checksum(content)):
+            raise DamagedRunError(f"{file} was changed after its multirun")
+        planned = {str(name): list(values) for name, values in content.items()}
     except FileNotFoundError:
         return {}
+    except DamagedRunError:
+        raise
     except (ValueError, TypeError, AttributeError):
         raise DamagedRunError(f"{file} cannot be read: no list of planned runs") from None
     return planned
+
+
+def planned_checksum(planned: Mapping[str, list[str]]) -> str:
+    """The SHA-256 of planned.json's content, which is stored in it."""
+    return hashlib.sha256(json.dumps(planned, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

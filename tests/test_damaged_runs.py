@@ -26,7 +26,7 @@ from lora_lab.packing.runs import run_pack
 from lora_lab.report.cells import cells_of, read_run
 from lora_lab.report.summary import unfinished_table
 from lora_lab.run_files import file_records
-from lora_lab.runs import PREVIOUS, Run, find_runs
+from lora_lab.runs import PREVIOUS, Run, find_runs, planned_runs
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.run_record import RunDirectoryError, record_run
 from tests.conftest import Lab, command, only_run
@@ -243,7 +243,24 @@ def test_a_list_of_planned_runs_that_is_cut(
     assert f"damaged {planned} cannot be read" in shown
     assert "2 finished, 1 damaged" in shown
     assert command(monkeypatch, "train", "-m", *SETTINGS) == 0
-    assert list(json.loads(planned.read_text())) == [run.path.name]
+    assert list(planned_runs(planned.parent)) == [run.path.name]
+    planned.write_text(planned.read_text().replace(run.path.name, "r3-of-nobody"))
+    assert command(monkeypatch, "report", "runs") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"damaged {planned} was changed after its multirun" in shown
+    assert "r3-of-nobody" not in shown
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_environment_that_was_changed_is_told_and_damages_no_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
+):
+    (other,) = [other for other in find_runs(Path("runs")) if other.path != run.path]
+    damage(run.path / "env.json", fault)
+    assert run.check()["state"] == "finished"
+    assert command(monkeypatch, "diff", str(run.path), str(other.path)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert any(f"env.json {how}" in shown for how in ("is cut", "was changed", "is missing"))
 
 
 def test_an_analysis_that_is_stopped_while_it_writes_leaves_whole_files(
@@ -430,9 +447,10 @@ def test_a_run_ends_though_no_checkpoint_of_its_end_can_be_written(
 
     monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", fail)
     assert lab("planted_linear") == 0
-    assert "no checkpoint of the end of training: No space" in (
-        only_run().path / "log.txt"
-    ).read_text()
+    assert (
+        "no checkpoint of the end of training: No space"
+        in (only_run().path / "log.txt").read_text()
+    )
 
 
 def test_a_report_that_fails_is_written_by_the_same_command(

@@ -1,8 +1,6 @@
 """The numbers, the environment and the settings of a run beside those of its reproduction."""
 
-import json
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +93,7 @@ def _numbers(run: Run) -> dict[str, np.ndarray]:
 
 def environment(run: Run) -> dict[str, Any]:
     """The machine, versions, host, threads and devices that a run had, by dotted key."""
-    machine = {}
-    with suppress(FileNotFoundError, ValueError):  # it has no number of the run
-        machine = flatten_config(json.loads((run.path / "env.json").read_text()))
+    machine = flatten_config(run.environment)
     machine |= {key: run.status.get(key, "–") for key in ("host", "threads")}
     return machine | {"devices": recorded_devices(run) or "–"}
 

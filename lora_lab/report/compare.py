@@ -1,6 +1,5 @@
 """Two runs side by side: where their configs, results and environments differ."""
 
-import json
 from typing import Any
 
 from lora_lab.report.cells import flatten_config, full_text, read_run
@@ -15,10 +14,11 @@ def difference_tables(first: Run, second: Run) -> dict[str, Rows]:
     the first run's value.
     """
     one, other = read_run(first), read_run(second)
+    environments = [flatten_config(run.environment) for run in (first, second)]
     return {
         "config": _differing_rows("key", flatten_config(one.config), flatten_config(other.config)),
         "results": _differing_results(one.metrics, other.metrics),
-        "environment": _differing_rows("what", _environment(first), _environment(second)),
+        "environment": _differing_rows("what", *environments),
     }
 
 
@@ -42,10 +42,3 @@ def _differing_rows(column: str, first: dict[str, Any], second: dict[str, Any]) 
         if (key in first, first.get(key)) != (key in second, second.get(key)):
             rows.append([key, *(full_text(d[key]) if key in d else "–" for d in (first, second))])
     return rows
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    try:
-        return flatten_config(json.loads((run.path / "env.json").read_text()))
-    except (FileNotFoundError, ValueError):
-        return {}

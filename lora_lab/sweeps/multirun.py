@@ -19,7 +19,14 @@ from lora_lab.config import compose
 from lora_lab.config.schema import Config, ConfigError
 from lora_lab.config.stored_config import checked_config
 from lora_lab.run_files import DamagedRunError
-from lora_lab.runs import PLANNED_FILE, SERVER_FAILED, Run, planned_runs, write_atomic
+from lora_lab.runs import (
+    PLANNED_FILE,
+    SERVER_FAILED,
+    Run,
+    planned_checksum,
+    planned_runs,
+    write_atomic,
+)
 from lora_lab.tracking.wandb_run import Server
 from lora_lab.training.plan import Plan, plan
 
@@ -153,7 +160,8 @@ def record_planned(jobs: list[Job]) -> None:
             except DamagedRunError as error:
                 log.warning("%s: it is written anew, with the runs of this command", error)
                 planned = {}
-            content = {**planned, **overrides}
+            planned |= overrides
+            content = {**planned, "sha256": planned_checksum(planned)}
             write_atomic(folder / PLANNED_FILE, json.dumps(content, indent=1) + "\n")
 
 

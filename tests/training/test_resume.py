@@ -394,7 +394,8 @@ def test_when_checkpoints_are_written_is_no_part_of_a_run(lab: Lab):
 
 
 @pytest.mark.parametrize(
-    ("interval", "cost", "written"), [(0, 9, 4), (1, 0, 4), (2, 0, 2), (3, 0, 2), (1, 0.2, 2), (60, 0, 1)]
+    ("interval", "cost", "written"),
+    [(0, 9, 4), (1, 0, 4), (2, 0, 2), (3, 0, 2), (1, 0.2, 2), (60, 0, 1)],
 )
 def test_checkpoints_come_in_time_and_cost_little(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, interval: float, cost: float, written: int
