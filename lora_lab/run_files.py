@@ -2,10 +2,11 @@
 
 status.json of a finished run has a record of each (`files`: its bytes, its SHA-256 and, of
 metrics.jsonl its rows) and a checksum of its own fields. report/, log.txt and W&B's files have
-none. env.json has one, which `Run.environment` compares: no number of the run is in it. How much is read depends on who asks. Everyone compares sizes and the content of the
-texts and of files up to SMALL bytes, so that `ls` and reports of a thousand runs stay fast. Whoever
-reads a larger file (analyze, export, reproduce; a report reads spectra.npz) has it hashed first.
-A file that stays as it is (inode, time and size) is hashed once in a process.
+none. That of env.json, in which no number of the run is, is compared by `Run.environment` alone.
+How much is read depends on who asks. Everyone compares sizes and the content of the texts and of
+files up to SMALL bytes, so that `ls` and reports of a thousand runs stay fast. Whoever reads a
+larger file (analyze, export, reproduce; a report reads spectra.npz) has it hashed first. A file
+that stays as it is (inode, time and size) is hashed once in a process.
 """
 
 import hashlib
