@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11;
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p; done))
 BIN := .venv/bin
 
-.PHONY: run test test-slow theory check format bench clean
+.PHONY: run test test-slow theory faults check format bench clean
 
 run: .venv/.run
 	$(BIN)/lora-lab train $(ARGS)
@@ -14,6 +14,10 @@ test: .venv/.test
 
 theory: .venv/.test
 	$(BIN)/python -m tests.theory $(ARGS)
+
+# ARGS="--only kills --seed 1": one kind of fault, and the moments of its kills.
+faults: .venv/.test
+	$(BIN)/python -m tests.faults $(ARGS)
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow $(ARGS)
