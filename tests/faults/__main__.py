@@ -53,7 +53,7 @@ KINDS: dict[str, ModuleType] = {
 
 
 def trials_of(kind: str, seed: int, count: int | None) -> list[Trial]:
-    """Brings about the faults of a kind, or `count` of them, in an empty folder."""
+    """Brings about the faults of a kind, or `count` of them; prints what was bad as it comes."""
     module = KINDS[kind]
     folder = Path(tempfile.mkdtemp(prefix="faults-"))  # TemporaryDirectory: forks would remove it
     try:
@@ -62,7 +62,12 @@ def trials_of(kind: str, seed: int, count: int | None) -> list[Trial]:
         if count is not None:
             faults = faults[:count]
         with multiprocessing.get_context("fork").Pool(getattr(module, "WORKERS", 2)) as pool:
-            return pool.map(_call, faults, chunksize=1)
+            trials = []
+            for trial in pool.imap_unordered(_call, faults):
+                trials.append(trial)
+                if not trial.survived:
+                    print(trial.description(), flush=True)
+            return trials
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -83,7 +88,7 @@ def table_of(trials: list[Trial], seconds: dict[str, float]) -> Table:
     table.add_column("fault")
     for name in ("tried", "survived", "lost", "unsaid", "tracebacks"):
         table.add_column(name, justify="right")
-    for fault in [*dict.fromkeys(trial.fault for trial in trials), ""]:
+    for fault in [*sorted({trial.fault for trial in trials}), ""]:
         of_fault = [trial for trial in trials if fault in ("", trial.fault)]
         tried = [trial for trial in of_fault if not trial.skipped]
         counts = [sum(t.tried for t in tried), sum(t.tried for t in tried if t.survived)]
@@ -112,9 +117,6 @@ def main() -> None:
         of_kind = trials_of(kind, given.seed, given.count)
         seconds[kind] = time.monotonic() - began
         print(f"{kind}: {len(of_kind)} tried in {seconds[kind]:.0f} s", flush=True)
-        for trial in of_kind:
-            if not trial.survived:
-                print(trial.description(), flush=True)
         trials += of_kind
     Console(width=100).print(table_of(trials, seconds))
     sys.exit(not all(trial.survived for trial in trials))
