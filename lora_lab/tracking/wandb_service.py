@@ -26,9 +26,6 @@ def start() -> str:
     starting = Thread(target=_set_up, daemon=True)
     starting.start()
     starting.join(START_TIMEOUT)
-    if not _problem:
-        atexit.unregister(_end)
-        atexit.register(_end)  # functions of later registrations are called first: W&B's after it
     return _problem
 
 
@@ -41,8 +38,18 @@ def _set_up() -> None:
         _problem = one_line(error)
 
 
+def note(error: Exception) -> None:
+    """Looks whether an error of the client says that the process is gone.
+
+    Then it is ended here as Python ends: W&B does so too, after it, and would print a traceback.
+    Not where it lives: here it could wait for ever for a server that does not answer.
+    """
+    if isinstance(error, ConnectionError) or type(error).__name__ == "MailboxClosedError":
+        atexit.unregister(_end)
+        atexit.register(_end)
+
+
 def _end() -> None:
-    """Ends it. W&B does so too as Python ends, with a traceback where it was killed."""
     with suppress(Exception):
         wandb.teardown()
 

@@ -124,13 +124,15 @@ KILLED = """
 import os, pathlib, signal, time
 from lora_lab.tracking import wandb_run, wandb_service
 assert wandb_service.start() == ""
-run = wandb_run.wandb.init(mode="offline")
+run = wandb_run.WandbRun(wandb_run.wandb.init(mode="offline"), 4)
 def is_service(folder):
     return "wandb-core" in (folder / "cmdline").read_text() and \\
         (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(os.getpid())
 (service,) = filter(is_service, [p for p in pathlib.Path("/proc").glob("[0-9]*") if p.exists()])
 os.kill(int(service.name), signal.SIGKILL)
 time.sleep(0.5)
+for step in range(3):
+    run.log_metrics({"a": 1.0}, step)
 """
 
 
