@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import print_labelled
+from lora_lab.exit_codes import SIGTERM
 from lora_lab.runs import RunFailedError
 from lora_lab.sweeps import multirun
 from lora_lab.sweeps.multirun import Job
@@ -170,8 +171,8 @@ def _exit_on_signals() -> Iterator[None]:
     ignored stays so.
     """
 
-    def leave(signum: int, _: Any) -> None:
-        sys.exit(128 + signum)
+    def leave(*_: Any) -> None:
+        sys.exit(SIGTERM)
 
     heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
     before = {s: signal.signal(s, leave) for s in heard}
