@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from tests.conftest import SMALL
 
-LIMIT = 120.0
+LIMIT = 300.0
 """Seconds after which a command is killed, and counts as one that does not end."""
 
 MARK = "LORA_LAB_FAULTS"

@@ -18,7 +18,7 @@ from tests.faults.results import compare_with_undisturbed
 from tests.faults.trial import Trial
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
-CODES = {"SIGTERM": (143, -15), "SIGHUP": (143, -1), "SIGINT": (130, -2), "SIGKILL": (-9,)}
+CODES = {"SIGTERM": (143, -15), "SIGHUP": (143, -1, -15), "SIGINT": (130, -2), "SIGKILL": (-9,)}
 """The exit codes that a signal may leave: -N where it came before Python could see to it."""
 
 TRIALS = {"basic": 3, "basic, multirun": 1, "joblib": 1, "packed": 1}
