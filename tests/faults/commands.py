@@ -26,6 +26,9 @@ from tests.conftest import SMALL
 LIMIT = 300.0
 """Seconds after which a command is killed, and counts as one that does not end."""
 
+ROOT = Path(__file__).parents[2]
+"""The folder of the package that is tried: another one may be installed."""
+
 MARK = "LORA_LAB_FAULTS"
 """The variable of the environment by which a command's processes are known."""
 
@@ -186,7 +189,7 @@ def spawn(*arguments: str, folder: Path, environment: Mapping[str, str] | None =
         process = subprocess.Popen(
             [sys.executable, "-m", "lora_lab.cli", *arguments],
             cwd=folder,
-            env={**os.environ, **(environment or {}), MARK: mark},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {}), MARK: mark},
             stdout=file,
             stderr=file,
             start_new_session=True,
