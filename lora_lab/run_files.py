@@ -25,6 +25,9 @@ TEXTS = ("config.yaml", "metrics.jsonl", "advice.yaml")
 FILES = (*TEXTS, "spectra.npz")
 """The files of a run that lie in its directory itself; one that no record names is a fault."""
 
+PLANNED_FILE = "planned.json"
+"""The file in an experiment's folder that lists the runs of its multiruns: name → overrides."""
+
 ENVIRONMENT = "env.json"
 """The file that says on which machine and with which versions a run was made."""
 
@@ -222,3 +225,29 @@ def read_rows(file: Path, is_complete: bool = False) -> list[dict[str, Any]]:
     if is_complete and not rows:
         raise DamagedRunError(f"{file} is cut: it has no rows")
     return rows
+
+
+def planned_runs(folder: Path) -> dict[str, list[str]]:
+    """Name → overrides of each run that multiruns were asked to run in an experiment's folder.
+
+    Raises DamagedRunError, with the file, where it cannot be read.
+    """
+    file = folder / PLANNED_FILE
+    try:
+        content = json.loads(file.read_text())
+        checksum = content.pop("sha256", None)  # earlier versions wrote none
+        if checksum not in (None, planned_checksum(content)):
+            raise DamagedRunError(f"{file} was changed after its multirun")
+        planned = {str(name): list(values) for name, values in content.items()}
+    except FileNotFoundError:
+        return {}
+    except DamagedRunError:
+        raise
+    except (ValueError, TypeError, AttributeError):
+        raise DamagedRunError(f"{file} cannot be read: no list of planned runs") from None
+    return planned
+
+
+def planned_checksum(planned: Mapping[str, list[str]]) -> str:
+    """The SHA-256 of planned.json's content, which is stored in it."""
+    return hashlib.sha256(json.dumps(planned, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,6 @@ config.yaml, env.json, status.json, metrics.jsonl and log.txt are what every run
 """
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -27,9 +26,6 @@ from lora_lab.run_files import (
     read_rows,
     with_checksum,
 )
-
-PLANNED_FILE = "planned.json"
-"""The file in an experiment's folder that lists the runs of its multiruns: name → overrides."""
 
 NOT_IN_IDENTITY = ("published", "runs_dir", "bases_dir", "overwrite", "figures", "sweep")
 NOT_IN_IDENTITY += ("tracking", "checkpoint_every")
@@ -258,32 +254,6 @@ def find_runs(root: Path) -> list[Run]:
             runs.append(Run(Path(folder)))
             subfolders.clear()  # a run directory has no runs in it, but for previous/
     return sorted(runs, key=lambda run: run.path)
-
-
-def planned_runs(folder: Path) -> dict[str, list[str]]:
-    """Name → overrides of each run that multiruns were asked to run in an experiment's folder.
-
-    Raises DamagedRunError, with the file, where it cannot be read.
-    """
-    file = folder / PLANNED_FILE
-    try:
-        content = json.loads(file.read_text())
-        checksum = content.pop("sha256", None)  # earlier versions wrote none
-        if checksum not in (None, planned_checksum(content)):
-            raise DamagedRunError(f"{file} was changed after its multirun")
-        planned = {str(name): list(values) for name, values in content.items()}
-    except FileNotFoundError:
-        return {}
-    except DamagedRunError:
-        raise
-    except (ValueError, TypeError, AttributeError):
-        raise DamagedRunError(f"{file} cannot be read: no list of planned runs") from None
-    return planned
-
-
-def planned_checksum(planned: Mapping[str, list[str]]) -> str:
-    """The SHA-256 of planned.json's content, which is stored in it."""
-    return hashlib.sha256(json.dumps(planned, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -25,8 +25,8 @@ from lora_lab.packing.module import PackedModule
 from lora_lab.packing.runs import run_pack
 from lora_lab.report.cells import cells_of, read_run
 from lora_lab.report.summary import unfinished_table
-from lora_lab.run_files import file_records
-from lora_lab.runs import PREVIOUS, Run, find_runs, planned_runs
+from lora_lab.run_files import file_records, planned_runs
+from lora_lab.runs import PREVIOUS, Run, find_runs
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.run_record import RunDirectoryError, record_run
 from tests.conftest import Lab, command, only_run

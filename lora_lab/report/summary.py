@@ -14,8 +14,8 @@ from lora_lab.report.cells import Cell, RunResult, cells_of, metrics_below, rank
 from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.report.theory import CHECK_COLUMNS, TheoryCheck, check_row
-from lora_lab.run_files import DamagedRunError
-from lora_lab.runs import PLANNED_FILE, is_run, planned_runs
+from lora_lab.run_files import PLANNED_FILE, DamagedRunError, planned_runs
+from lora_lab.runs import is_run
 
 
 def cells_table(cells: Sequence[Cell]) -> Rows:

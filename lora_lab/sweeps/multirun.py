@@ -18,15 +18,8 @@ from filelock import FileLock
 from lora_lab.config import compose
 from lora_lab.config.schema import Config, ConfigError
 from lora_lab.config.stored_config import checked_config
-from lora_lab.run_files import DamagedRunError
-from lora_lab.runs import (
-    PLANNED_FILE,
-    SERVER_FAILED,
-    Run,
-    planned_checksum,
-    planned_runs,
-    write_atomic,
-)
+from lora_lab.run_files import PLANNED_FILE, DamagedRunError, planned_checksum, planned_runs
+from lora_lab.runs import SERVER_FAILED, Run, write_atomic
 from lora_lab.tracking.wandb_run import Server
 from lora_lab.training.plan import Plan, plan
 
