@@ -155,7 +155,7 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
     files are missing, are not of one save, or do not fit: another base (by the hash of its other
     weights), a layer that does not exist, a wrong kind or shape, missing or unknown tensors.
     """
-    description, tensors = _read(Path(directory))
+    description, tensors = read_folder(Path(directory))
     sites, in_full = description["sites"], description.get("also_trained", {})
     # Folders of earlier versions have no `rest_of_base`: all weights must be equal then.
     key = "rest_of_base" if "rest_of_base" in description else "base"
@@ -251,7 +251,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
         raise AdapterError(f"no adapter can be read from {directory}: {error}") from error
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What adapter.json says, and the tensors. Raises AdapterError."""
     description, path = _read_description(directory), directory / "adapter.safetensors"
     try:

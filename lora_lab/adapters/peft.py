@@ -5,6 +5,7 @@ import glob
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,14 @@ def save_peft(
             tensors[f"{PREFIX}{site}.{keys[part]}"] = tensor.contiguous()
     config = _peft_config(adapters, ranks, alphas, rslora) | extra.config
     config |= {"task_type": task_type, "base_model_name_or_path": base_model and str(base_model)}
-    metadata = {
-        "format": "pt",
-        "lora_lab.scale": json.dumps({key: config[key] for key in SCALE_KEYS}),
-    }
-    content = _with_sorted_metadata(serialize(tensors | extra.tensors, metadata))
-    write_pair(Path(directory), content, config, FILES)
+    write_peft(Path(directory), config, tensors | extra.tensors)
+
+
+def write_peft(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes PEFT's folder: the config, and the tensors by PEFT's keys."""
+    scale = json.dumps({key: config[key] for key in SCALE_KEYS})
+    metadata = {"format": "pt", "lora_lab.scale": scale}
+    write_pair(directory, _with_sorted_metadata(serialize(tensors, metadata)), config, FILES)
 
 
 # safetensors writes several keys of metadata in an order that is another each time, and the same
@@ -142,23 +145,34 @@ def _peft_config(
     adapters: dict[str, Adapter], ranks: dict[str, int], alphas: dict[str, float], rslora: bool
 ) -> dict[str, Any]:
     """PEFT's config: the most common r and alpha, and patterns for the other sites."""
-    pairs = Counter((ranks[site], alphas[site]) for site in adapters)
-    (r, alpha), _ = pairs.most_common(1)[0] if pairs else ((1, 1), 0)
     dropouts = {adapter.recipe.dropout for adapter in adapters.values()}
     return {
         "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
+        **ranks_and_alphas(ranks, alphas),
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
-        # A string is matched in full; a list would also match each name that ends so.
-        "target_modules": "|".join(re.escape(site) for site in adapters) or NO_TARGETS,
-        "rank_pattern": {f"^{re.escape(site)}": n for site, n in ranks.items() if n != r},
-        "alpha_pattern": {f"^{re.escape(site)}": a for site, a in alphas.items() if a != alpha},
+        "target_modules": target_modules(adapters),
         "use_rslora": rslora,
         "use_dora": any(adapter.magnitude is not None for adapter in adapters.values()),
         "fan_in_fan_out": any(isinstance(a, TransposedLinearAdapter) for a in adapters.values()),
         "inference_mode": True,
     }
+
+
+def ranks_and_alphas(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    """The keys of PEFT's config that give these ranks and alphas by layer."""
+    pairs = Counter((ranks[site], alphas[site]) for site in ranks)
+    (r, alpha), _ = pairs.most_common(1)[0] if pairs else ((1, 1), 0)
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(site)}": n for site, n in ranks.items() if n != r},
+        "alpha_pattern": {f"^{re.escape(site)}": a for site, a in alphas.items() if a != alpha},
+    }
+
+
+def target_modules(sites: Iterable[str]) -> str:
+    """PEFT's pattern for exactly these layers: a string is matched in full, a list by its ends."""
+    return "|".join(re.escape(site) for site in sites) or NO_TARGETS
 
 
 def load_peft(model: nn.Module, directory: str | Path, name: str = "default") -> list[Site]:
@@ -170,8 +184,8 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     Raises AdapterError, and changes nothing, where the files are missing or not of one save, where
     the config asks for more than LoRA, rsLoRA or DoRA, or with all keys and layers that do not fit.
     """
-    config, tensors = _read(Path(directory))
-    tensors_by_layer, others = _split_by_layer(tensors)
+    config, tensors = read_peft(Path(directory))
+    tensors_by_layer, others = split_by_layer(tensors)
     in_full, errors = peft_trained_in_full.from_peft(model, base_state_dict(model), others, config)
     layers = dict(model.named_modules())
     kinds = {site.name: site.kind for site in candidate_sites(model)}
@@ -198,7 +212,7 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     return list(adapters)
 
 
-def _split_by_layer(
+def split_by_layer(
     tensors: dict[str, Tensor],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """LoRA's tensors by layer and by PEFT's key, and all other tensors by PEFT's key."""
@@ -231,8 +245,11 @@ def _reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
     return None
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A folder's adapter_config.json, with PEFT's defaults, and its tensors by PEFT's keys."""
+def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A folder's adapter_config.json, with PEFT's defaults, and its tensors by PEFT's keys.
+
+    Raises AdapterError where it cannot be read, or is more than LoRA, rsLoRA or DoRA.
+    """
     try:
         config = json.loads((directory / FILES[1]).read_text())
         tensors = load_file(directory / FILES[0])

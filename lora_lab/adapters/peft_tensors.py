@@ -42,6 +42,13 @@ def alpha_for_scale(scale: float, r: int, rslora: bool) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
+def rank_and_scale(config: dict[str, Any], path: str) -> tuple[int, float]:
+    """The rank and the scale of the layer `path`, by PEFT's config."""
+    r = _first_match(config["rank_pattern"], path, config["r"])
+    alpha = _first_match(config["alpha_pattern"], path, config["lora_alpha"])
+    return r, alpha / (math.sqrt(r) if config["use_rslora"] else r)
+
+
 def to_peft(layer: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's A, B and magnitude in PEFT's shapes.
 
@@ -50,12 +57,19 @@ def to_peft(layer: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """
     A, B = (factor.detach() for factor in adapter.factors())
     groups, kernel = _groups_and_kernel(layer)
-    filters = A.reshape(1, len(A), -1, *kernel).expand(groups, -1, -1, *kernel)
-    tensors = {"A": _block_diagonal(filters), "B": B.reshape(*B.shape, *[1] * len(kernel))}
+    tensors = factors_to_peft(A, B, groups, kernel)
     if adapter.magnitude is not None:
         magnitude = adapter.magnitude.detach()
         tensors["magnitude"] = magnitude.view(1, -1, *[1] * len(kernel)) if kernel else magnitude
     return tensors
+
+
+def factors_to_peft(
+    A: Tensor, B: Tensor, groups: int = 1, kernel: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """A (r, in/groups · k…) and B (out, r) in PEFT's shapes."""
+    filters = A.reshape(1, len(A), -1, *kernel).expand(groups, -1, -1, *kernel)
+    return {"A": _block_diagonal(filters), "B": B.reshape(*B.shape, *[1] * len(kernel))}
 
 
 def from_peft(
@@ -65,17 +79,15 @@ def from_peft(
 
     Raises AdapterError where their shapes do not fit, or their product is no ΔW of this layer.
     """
-    r = _first_match(config["rank_pattern"], site.name, config["r"])
-    alpha = _first_match(config["alpha_pattern"], site.name, config["lora_alpha"])
+    r, scale = rank_and_scale(config, site.name)
     rslora, dora = config["use_rslora"], config["use_dora"]
-    scale = alpha / (math.sqrt(r) if rslora else r)
     _check_shapes(site, layer, peft_tensors, r, dora)
     weight = layer.get_parameter(site.parameter)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     parts = {key: part for part, key in tensor_keys(site.kind).items()}
     tensors = {parts[key]: t.to(weight.device, dtype) for key, t in peft_tensors.items()}
     groups, kernel = _groups_and_kernel(layer)
-    tensors["A"], tensors["B"] = _factors(tensors["A"], tensors["B"], groups, kernel)
+    tensors["A"], tensors["B"] = factors_from_peft(tensors["A"], tensors["B"], groups, kernel)
     if dora:
         tensors["magnitude"] = tensors["magnitude"].flatten()
     r = len(tensors["A"])
@@ -102,7 +114,9 @@ def _check_shapes(
         raise AdapterError(f"tensors must be {wanted}, they are {shapes}")
 
 
-def _factors(A: Tensor, B: Tensor, groups: int, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def factors_from_peft(
+    A: Tensor, B: Tensor, groups: int = 1, kernel: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """Our A (r, rest) and B (out, r) for PEFT's A and B.
 
     Groups that have different filters in PEFT's A share an A of rank groups · r here, with a block

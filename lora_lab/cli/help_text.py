@@ -28,6 +28,10 @@ examples:
   lora-lab export RUN DIR --format merged     its model, ΔW in the weights
   lora-lab reproduce RUN                      the run again, every number beside the stored one
   lora-lab dashboard PROJECT                  a workspace and a report of its runs in W&B
+  lora-lab spectra PATH                       ΔW of any adapter: PEFT's, ours, LyCORIS, kohya
+  lora-lab spectra --before A --after B       ΔW of a full fine-tune, from two checkpoints
+  lora-lab cut PATH --energy .95              an adapter at the rank that keeps 95% of ‖ΔW‖²
+  lora-lab extract --before A --after B --rank 32    an adapter of a full fine-tune
   lora-lab ls                                 every run: status, cell, seed, loss, time
   lora-lab ls --state failed                  those that failed
 """
@@ -38,7 +42,7 @@ first step, the least or the largest as its name says. That epoch is chosen by l
 itself, so that it is optimistic: what a model does on other data a test split tells (data.test).
 All other metrics are at the end."""
 
-# argparse wraps the next four texts to the width of the terminal.
+# argparse wraps the next seven texts to the width of the terminal.
 REPORT = f"""Of a run: its tables and figures again. Of a folder: every metric as mean ± standard
 deviation by cell, the best marked, figures, and what is not finished; as Markdown, CSV, LaTeX, PNG,
 PDF and one page, report/index.html. Runs may go on meanwhile. {AT}"""
@@ -59,6 +63,21 @@ would make, and exits with 0 as --dry-run does."""
 BEST = f"""The best cells of each experiment, mean ± standard deviation over their seeds, and the
 best run with the command that repeats it. `best epoch` tells whether the last was the best: 3 of 10
 was not. {AT}"""
+
+SPECTRA = """Singular values of ΔW, site by site, without a model or a run: of a PEFT folder, one of
+ours, a run directory, a file of LyCORIS or kohya (LoRA, LoCon, LoHa, LoKr), or of two checkpoints
+(--before, --after), read tensor by tensor. A table, figures, a page and spectra.npz. Of two or more
+adapters: how far their directions overlap, φ. With --base also the amplification of W's directions
+and the intruder dimensions, which take seconds for a weight of 2048 × 2048."""
+
+CUT = """Writes an adapter at a lower rank, in the format it has: each site's ΔW is cut to its best
+approximation of that rank, computed from the factors. Ranks differ by site with --energy and
+--advice. --scale-intruders F with --base multiplies the intruder dimensions of W + ΔW by F
+(Shuttleworth et al. 2024, as PEFT's reduce_intruder_dimension), and keeps each site's rank."""
+
+EXTRACT = """Writes a full fine-tune as an adapter in the format of PEFT: of each matrix the
+best approximation of W − W₀ of a rank, and what share of ‖W − W₀‖² that holds. What an adapter
+cannot hold (biases, norms) is listed. The checkpoints are read tensor by tensor."""
 
 SWEEP = """\
 Runs a W&B sweep file here, with no account. `wandb sweep FILE` and `wandb agent ID` run the same

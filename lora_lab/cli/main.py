@@ -8,8 +8,21 @@ from typing import Any
 from zipfile import BadZipFile
 
 from lora_lab import __version__
+from lora_lab.cli import adapter_commands
 from lora_lab.cli import commands as do
-from lora_lab.cli.help_text import ABOUT, BEST, DASHBOARD, EPILOG, REPORT, REPRODUCE, SWEEP, SWEEPS
+from lora_lab.cli.help_text import (
+    ABOUT,
+    BEST,
+    CUT,
+    DASHBOARD,
+    EPILOG,
+    EXTRACT,
+    REPORT,
+    REPRODUCE,
+    SPECTRA,
+    SWEEP,
+    SWEEPS,
+)
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged")
@@ -36,7 +49,8 @@ def _run_subcommand() -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="run one experiment, or with -m several", add_help=False)
     # In the order in which --help lists them.
-    for define in (_report, _sweep, _export, _analyze, _reproduce, _dashboard, _ls, _best, _diff):
+    run_commands = (_report, _sweep, _export, _analyze, _reproduce, _dashboard, _ls, _best, _diff)
+    for define in (*run_commands, _spectra, _cut, _extract):
         define(commands)
     # The arguments of train are in Hydra's grammar, which argparse cannot read.
     if sys.argv[1:2] == ["train"]:
@@ -151,6 +165,35 @@ def _diff(commands: Any) -> None:
     add("paths", type=path, nargs=2, help="run directories, or starts of hashes")
 
 
+def _spectra(commands: Any) -> None:
+    add = _add(commands, adapter_commands.spectra, "ΔW of any adapter or fine-tune", SPECTRA)
+    add("paths", type=path, nargs="*", metavar="PATH", help="an adapter; of several φ is shown")
+    add("--before", type=path, default=None, help="safetensors of W, a folder or file")
+    add("--after", type=path, default=None, help="those of W + ΔW")
+    add("--base", type=path, default=None, help="safetensors of W: amplification, intruders")
+    add("--to", type=path, default=Path("spectra"), help="where it is written (spectra)")
+
+
+def _cut(commands: Any) -> None:
+    add = _add(commands, adapter_commands.cut, "write an adapter at a lower rank", CUT)
+    add("path", type=path, help="a run directory, a folder of PEFT or one of ours")
+    add("--rank", type=count, default=None, help="the rank of every site, at most")
+    add("--energy", type=share, default=None, help="share of each site's ‖ΔW‖² to keep")
+    add("--advice", action="store_true", help="the ranks of the run's advice.yaml")
+    add("--scale-intruders", type=factor, default=None, metavar="F", help="0 removes them")
+    add("--base", type=path, default=None, help="safetensors of W, for --scale-intruders")
+    add("--to", type=path, default=Path("cut"), help="where it is written (cut)")
+
+
+def _extract(commands: Any) -> None:
+    add = _add(commands, adapter_commands.extract, "an adapter of a full fine-tune", EXTRACT)
+    add("--before", type=path, required=True, help="safetensors of W₀, a folder or file")
+    add("--after", type=path, required=True, help="those of W")
+    add("--rank", type=count, default=None, help="the rank of every site, at most")
+    add("--energy", type=share, default=None, help="share of each site's ‖W − W₀‖² to keep")
+    add("--to", type=path, default=Path("extracted"), help="where it is written (extracted)")
+
+
 def _add_at(add: Callable[..., Action]) -> None:
     """Adds the epoch that the values of validation metrics are of."""
     add("--at", choices=("last", "best"), default="last", help="epoch of a val/ metric (last)")
@@ -170,7 +213,7 @@ def path(text: str) -> Path:
 
 
 def count(text: str) -> int:
-    """The value of --count and --shown: an integer of at least 1."""
+    """The value of --count, --shown and --rank: an integer of at least 1."""
     if (value := int(text)) < 1:
         raise ArgumentTypeError(f"{text} must be at least 1")
     return value
@@ -186,9 +229,16 @@ def devices(text: str) -> int | None:
 
 
 def share(text: str) -> float:
-    """The value of --keep: a number above 0 and at most 1."""
+    """The value of --keep and --energy: a number above 0 and at most 1."""
     if not 0 < (value := float(text)) <= 1:
         raise ArgumentTypeError(f"{text} must be more than 0 and at most 1")
+    return value
+
+
+def factor(text: str) -> float:
+    """The value of --scale-intruders: at least 0 and below 1."""
+    if not 0 <= (value := float(text)) < 1:
+        raise ArgumentTypeError(f"{text} must be at least 0 and less than 1")
     return value
 
 

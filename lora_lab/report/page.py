@@ -4,7 +4,7 @@ import base64
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -174,6 +174,28 @@ def write_run_page(run: Run, tables: dict[str, Rows], figures: Sequence[str], to
         ],
         tables=[],
     )
+
+
+def write_update_page(
+    title: str,
+    lines: Sequence[str],
+    tables: Mapping[str, Rows],
+    note: str,
+    captions: Mapping[str, str],
+    to: Path,
+) -> Path:
+    """Writes the page on an update's spectra to the folder `to`, and returns its path.
+
+    `captions` are those of its figures, by file name without the suffix.
+    """
+    section = {
+        "name": "",
+        "tables": [PageTable(name, rows, note) for name, rows in tables.items()],
+        "figures": [_figure(to / f"{name}.png", text, to) for name, text in captions.items()],
+        "config_title": "",
+        "config": "",
+    }
+    return _write(to, title=title, lines=lines, counts={}, sections=[section], tables=[])
 
 
 def _figure(path: Path, caption: str, to: Path) -> dict[str, Any]:

@@ -46,19 +46,30 @@ random: its mean at the last i, j for random directions; distance: Grassmann's, 
 """
 
 
-def write_pairs(pairs: Sequence[SubspacePair], directory: Path, console: Console) -> None:
-    """Writes pairs.csv, phi.npz and the figures to `directory`, and prints the table."""
+def write_pairs(
+    pairs: Sequence[SubspacePair],
+    directory: Path,
+    console: Console,
+    noun: str = "run",
+    most_rows: int | None = None,
+) -> None:
+    """Writes pairs.csv, phi.npz and the figures to `directory`, and prints the table.
+
+    `noun` is what the updates are of; of the table `most_rows` rows are printed, None: all.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     runs = dict.fromkeys(run for pair in pairs for run in (pair.first_run, pair.second_run))
-    labels = {run: f"run {i + 1}" for i, run in enumerate(runs)}
+    labels = {run: f"{noun} {i + 1}" for i, run in enumerate(runs)}
     rows = _rows(pairs, labels)
     write_atomic(directory / "pairs.csv", csv_of(rows))
     arrays = {f"{p.first_run}|{p.second_run}|{p.site}|{p.side}": p.phi for p in pairs}
     np.savez_compressed(directory / "phi.npz", allow_pickle=False, **arrays)  # pyright: ignore
-    console.print(EXPLANATION, highlight=False)
+    console.print(EXPLANATION.replace("other run", f"other {noun}"), highlight=False)
     for run, label in labels.items():
         console.print(f"{label}: {run}", highlight=False, soft_wrap=True, markup=False)
-    console.print(simple_table(rows[0], rows[1:]))
+    console.print(simple_table(rows[0], rows[1:][:most_rows]))
+    if most_rows and len(pairs) > most_rows:
+        console.print(f"… and {len(pairs) - most_rows} rows more, in pairs.csv", highlight=False)
     _draw_heat_maps(pairs, labels, directory)
     console.print(f"written  {directory} (pairs.csv, phi.npz, figures)", highlight=False)
 

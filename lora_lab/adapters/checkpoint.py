@@ -1,0 +1,113 @@
+"""The weights of a model in safetensors: one file, or a folder with one or with shards.
+
+One tensor is in memory at a time, so that two checkpoints larger than memory can be compared.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_lab.adapters.recipe import AdapterError
+from lora_lab.adapters.stored import StoredUpdate
+from lora_lab.adapters.weight import BLOCK_NAMES
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Checkpoint:
+    """Reads the tensors of a checkpoint by key.
+
+    `path` is a file of safetensors, or a folder with model.safetensors.index.json and its shards,
+    with model.safetensors, or with one other .safetensors file. Raises AdapterError where there is
+    none or a file is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = _files(path)
+        """Key → the file that has it."""
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key → shape, from the headers of the files."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in dict.fromkeys(self.files.values()):
+            with _open(file) as tensors:
+                for key in tensors.keys():  # noqa: SIM118, the object is no dict
+                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+        if missing := [key for key in self.files if key not in shapes]:
+            raise AdapterError(f"{self.path}: no file has {missing[0]}, which {INDEX} names")
+        return {key: shapes[key] for key in self.files}
+
+    def tensor(self, key: str) -> Tensor:
+        """A copy of one tensor; nothing of the file stays in memory."""
+        # The file is opened anew for each: a file that stays open keeps in memory what was read.
+        with _open(self.files[key]) as tensors:
+            return tensors.get_tensor(key).clone()
+
+    def matrix(self, site: str, update: StoredUpdate) -> Tensor | None:
+        """W of a site as a matrix of ΔW's shape; None where this checkpoint has no such weight."""
+        for key, part, parts in self._places(site):
+            out, *rest = self.shapes[key]
+            if len(rest) == 0 or out % parts:
+                continue
+            weight = self.tensor(key).chunk(parts)[part]
+            matrix = weight.flatten(1)
+            options = (matrix.T, matrix) if update.transposed else (matrix, matrix.T)
+            for option in options[: 2 if weight.dim() == 2 else 1]:
+                if tuple(option.shape) == update.shape:
+                    return option
+        return None
+
+    def _places(self, site: str) -> list[tuple[str, int, int]]:
+        """Keys that can be the site's weight, each with which of how many parts of its rows."""
+        names = [(f"{site}.weight", 0, 1), (site, 0, 1)]
+        for letters in BLOCK_NAMES.values():  # in_proj_weight_q: the first third of in_proj_weight
+            if site[-2:-1] == "_" and site[-1] in letters:
+                names.append((site[:-2], letters.index(site[-1]), len(letters)))
+        places = [place for place in names if place[0] in self.files]
+        # A base that was saved without or with a head has keys with another beginning; kohya's
+        # names have one, and _ for each dot. The one key that ends like the site is its key.
+        for name, part, parts in () if places else names:
+            ends = [
+                key for key in self.files if key.endswith(f".{name}") or name.endswith(f".{key}")
+            ]
+            places += [(ends[0], part, parts)] if len(ends) == 1 else []
+        if not places:
+            flat = {key.removesuffix(".weight").replace(".", "_"): key for key in self.files}
+            ends = [key for key in flat if f"_{site}".endswith(f"_{key}")]
+            places = [(flat[max(ends, key=len)], 0, 1)] if ends else []
+        return places
+
+
+def _files(path: Path) -> dict[str, Path]:
+    index, single = path / INDEX, path / SINGLE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = {key: path / Path(name).name for key, name in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterError(f"{index} cannot be read: {error!r}") from None
+        if missing := sorted({file.name for file in files.values() if not file.is_file()}):
+            raise AdapterError(f"{path} lacks {', '.join(missing)}, which {INDEX} names")
+        return files
+    if path.is_dir():
+        stored = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+        if len(stored) != 1:
+            names = ", ".join(file.name for file in stored[:3]) or "none"
+            raise AdapterError(f"{path} has no {SINGLE} or {INDEX} (.safetensors files: {names})")
+        path = stored[0]
+    elif path.suffix != ".safetensors":
+        raise AdapterError(f"{path} is no .safetensors file: other formats of weights are not read")
+    with _open(path) as tensors:
+        return dict.fromkeys(tensors.keys(), path)
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"no tensors can be read from {path}: {error}") from None

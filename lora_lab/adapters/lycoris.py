@@ -1,0 +1,135 @@
+"""Files of LyCORIS and kohya: LoRA and LoCon, LoHa and LoKr, each as factors of ΔW.
+
+A file has tensors `<layer>.<part>`, as `lora_unet_mid_block_attn.lora_down.weight`. Of each kind
+there is a form for convolutions (Tucker) whose kernel is a tensor of its own, T (r, r, k…).
+
+- LoRA: ΔW = scale · up · down. With lora_mid, T: ΔW[o, i, k…] = scale · Σ up[o, p] T[p, q, k…]
+  down[q, i].
+- LoHa: ΔW = scale · (a₁ b₁) ∘ (a₂ b₂), entry by entry. Its rank is at most r²: with the products of
+  each pair of columns of a₁ and a₂, and of each pair of rows of b₁ and b₂, it is one product.
+- LoKr: ΔW = scale · w₁ ⊗ w₂, Kronecker's product, where w₁ and w₂ are each whole or a product a b.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_lab.adapters.recipe import AdapterError
+
+LORA = {"lora_up.weight", "lora_down.weight", "lora_mid.weight"}
+LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}
+LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
+OF_ALL = {"alpha", "dora_scale"}
+
+NOT_READ = {
+    "diff": "is a full difference, of no low rank; `--before A --after B` compares checkpoints",
+    "diff_b": "is the difference of a bias, and no matrix",
+    "w_norm": "is the difference of a norm's weight, and no matrix",
+    "b_norm": "is the difference of a norm's bias, and no matrix",
+    "oft_blocks": "turns W instead of adding to it",
+    "oft_diag": "turns W instead of adding to it",
+    "on_input": "scales W instead of adding to it",
+    "lora_A.weight": "is of PEFT's format: give its folder, with the config that has the scale",
+    "lora_B.weight": "is of PEFT's format: give its folder, with the config that has the scale",
+}
+"""Ends of keys that are known and not read → why."""
+
+
+def read_lycoris(path: Path) -> dict[str, dict[str, Any]]:
+    """The fields of a `StoredUpdate` for each layer of a file.
+
+    Raises AdapterError where the file is damaged, or with each key that is not read and the reason.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"no tensors can be read from {path}: {error}") from error
+    layers: dict[str, dict[str, Tensor]] = {}
+    errors: list[str] = []
+    for key, tensor in tensors.items():
+        part = next((p for p in LORA | LOHA | LOKR | OF_ALL if key.endswith(f".{p}")), None)
+        if part is None:
+            known = (why for end, why in NOT_READ.items() if key.endswith(f".{end}"))
+            errors.append(f"{key} {next(known, 'is no part of LoRA, LoHa or LoKr')}")
+        else:
+            layers.setdefault(key.removesuffix(f".{part}"), {})[part] = tensor
+    updates = {}
+    for name, parts in layers.items():
+        try:
+            updates[name] = _update(parts)
+        except (AdapterError, RuntimeError) as error:  # shapes that do not go together
+            errors.append(f"{name}: {error}")
+        except KeyError as error:
+            errors.append(f"{name}: there is no {error.args[0]}, only {', '.join(parts)}")
+    if errors:
+        more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise AdapterError(f"{path} cannot be read: {'; '.join(errors[:5])}{more}")
+    return updates
+
+
+def _update(parts: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of one layer's `StoredUpdate`. Raises KeyError for a part that is missing."""
+    update: dict[str, Any]
+    if LOHA & parts.keys():
+        update, r = _loha(parts)
+    elif LOKR & parts.keys():
+        update, r = _lokr(parts)
+    else:
+        up, down, mid = parts["lora_up.weight"], parts["lora_down.weight"], "lora_mid.weight"
+        A = down.flatten(1) if mid not in parts else _tucker(parts[mid], down.flatten(1))
+        update, r = {"A": A, "B": up.flatten(1)}, len(down)
+    # Without alpha, or with 0, alpha is the rank. LoKr without factors has no rank and scale 1.
+    alpha = parts["alpha"].item() if "alpha" in parts else 0
+    update["scale"] = alpha / r if alpha and r else 1.0
+    if update["A"].shape[0] != update["B"].shape[1]:
+        raise AdapterError(
+            f"B {tuple(update['B'].shape)} and A {tuple(update['A'].shape)} do not fit"
+        )
+    if (magnitude := parts.get("dora_scale")) is not None:
+        out = len(update["B"]) * (len(update["outer"]) if "outer" in update else 1)
+        if magnitude.shape[0] != out or magnitude.numel() != out:
+            raise AdapterError(f"dora_scale {tuple(magnitude.shape)} is not over the {out} outputs")
+        update["magnitude"] = magnitude.flatten()
+    return update
+
+
+def _tucker(T: Tensor, down: Tensor) -> Tensor:
+    """A (r, in · k…) of a kernel T (r, r, k…) and the factor `down` (r, in)."""
+    return torch.einsum("pq...,qi->pi...", T, down).flatten(1)
+
+
+def _loha(parts: dict[str, Tensor]) -> tuple[dict[str, Any], int]:
+    """The factors of LoHa's ΔW, of rank r², and r."""
+    factors = []
+    for i in (1, 2):
+        a, b = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"]
+        if f"hada_t{i}" in parts:  # a (r, out), b (r, in)
+            factors.append((_tucker(parts[f"hada_t{i}"], b), a.T))
+        else:  # a (out, r), b (r, in · k…)
+            factors.append((b.flatten(1), a))
+    (A1, B1), (A2, B2) = factors
+    A = (A1[:, None] * A2[None]).flatten(0, 1)  # (r, 1, rest) · (1, r, rest) → (r², rest)
+    B = (B1[:, :, None] * B2[:, None]).flatten(1)  # (out, r, 1) · (out, 1, r) → (out, r²)
+    return {"A": A, "B": B}, len(parts["hada_w1_b"])
+
+
+def _lokr(parts: dict[str, Tensor]) -> tuple[dict[str, Any], int]:
+    """LoKr's w₁ as `outer` and w₂ as factors, and the rank of those that are products, or 0."""
+    r = 0
+    if "lokr_w1" in parts:
+        outer = parts["lokr_w1"]
+    else:
+        outer, r = parts["lokr_w1_a"] @ parts["lokr_w1_b"], len(parts["lokr_w1_b"])
+    if "lokr_w2" in parts:  # (out₂, in₂, k…)
+        B = parts["lokr_w2"].flatten(1)
+        A = torch.eye(B.shape[1], dtype=B.dtype)
+    else:
+        a, b = parts["lokr_w2_a"], parts["lokr_w2_b"]
+        r = len(b)
+        has_kernel = "lokr_t2" in parts  # then a is (r, out₂), else (out₂, r)
+        A, B = (_tucker(parts["lokr_t2"], b), a.T) if has_kernel else (b.flatten(1), a)
+    return {"A": A, "B": B, "outer": outer}, r

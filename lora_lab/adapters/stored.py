@@ -1,0 +1,150 @@
+"""Stored adapters: ΔW of each site as files hold it, read without a model.
+
+PEFT's folders and ours are read here, single files of LyCORIS and kohya in `lycoris`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.files import read_folder
+from lora_lab.adapters.lycoris import read_lycoris
+from lora_lab.adapters.peft import read_peft, split_by_layer
+from lora_lab.adapters.peft_tensors import (
+    EMBEDDING_TENSOR_KEYS,
+    factors_from_peft,
+    rank_and_scale,
+    tensor_keys,
+)
+from lora_lab.adapters.recipe import AdapterError
+
+
+@dataclass(frozen=True)
+class StoredUpdate:
+    """ΔW of one site as a matrix: scale · B A, or scale · outer ⊗ (B A) for LoKr.
+
+    With a `magnitude` (DoRA) the rows of W + ΔW are then scaled to these norms, for which W is
+    needed. `transposed` says that the layer holds W as rest × out, as an embedding does.
+    """
+
+    A: Tensor  # (r, rest)
+    B: Tensor  # (out, r)
+    scale: float = 1.0
+    magnitude: Tensor | None = None  # (out,)
+    outer: Tensor | None = None  # (out₁, rest₁)
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of ΔW as a matrix: out × rest."""
+        out, rest = (1, 1) if self.outer is None else self.outer.shape
+        return out * len(self.B), rest * self.A.shape[1]
+
+    @property
+    def r(self) -> int:
+        """The number of rows of A, or what the factors of LoKr can have as rank."""
+        return len(self.A) * (1 if self.outer is None else min(self.outer.shape))
+
+    def product(self) -> Tensor:
+        """ΔW before DoRA's magnitude, in float64: a dense matrix."""
+        product = self.scale * (self.B.double() @ self.A.double())
+        return product if self.outer is None else torch.kron(self.outer.double(), product)
+
+    def delta(self, W: Tensor) -> Tensor:
+        """ΔW with DoRA's magnitude, for the base's weight as a matrix; dense, in float64."""
+        matrix = self.product()
+        if self.magnitude is None:
+            return matrix
+        W = W.double()
+        norms = torch.linalg.vector_norm(W + matrix, dim=1)
+        gain = torch.where(norms > 0, self.magnitude.double() / norms, 1.0)
+        return gain[:, None] * (W + matrix) - W
+
+
+def read_updates(path: Path) -> dict[str, StoredUpdate]:
+    """ΔW of each site of a PEFT folder, of one of ours, or of a file of LyCORIS or kohya.
+
+    Raises AdapterError where it is none of them, is damaged, or holds what is not read.
+    """
+    if path.is_dir():
+        readers: dict[str, Callable[[Path], dict[str, StoredUpdate]]] = {
+            "adapter.json": _of_our_folder,
+            "adapter_config.json": _of_peft_folder,
+        }
+        read = next((read for file, read in readers.items() if (path / file).is_file()), None)
+        if read is None:
+            raise AdapterError(
+                f"{path} holds no adapter: PEFT's folders have adapter_config.json, ours "
+                "adapter.json; LyCORIS and kohya write one file, which is given itself"
+            )
+        updates = read(path)
+    elif path.suffix == ".safetensors":
+        updates = {site: StoredUpdate(**parts) for site, parts in read_lycoris(path).items()}
+    else:
+        raise AdapterError(f"{path} is no folder and no .safetensors file")
+    if not updates:
+        raise AdapterError(f"{path} holds no low-rank update: only what was trained in full")
+    return updates
+
+
+def _of_peft_folder(directory: Path) -> dict[str, StoredUpdate]:
+    config, tensors = read_peft(directory)
+    by_layer, _ = split_by_layer(tensors)
+    updates, errors = {}, []
+    for site, named in by_layer.items():
+        is_embedding = EMBEDDING_TENSOR_KEYS["A"] in named
+        keys = tensor_keys("embedding" if is_embedding else "linear")
+        if not {keys["A"], keys["B"]} <= {*named} <= {*keys.values()}:
+            errors.append(f"'{site}' has {', '.join(named)}, not {keys['A']} and {keys['B']}")
+            continue
+        A, B, magnitude = named[keys["A"]], named[keys["B"]], named.get(keys["magnitude"])
+        r, scale = rank_and_scale(config, site)
+        groups = r // B.shape[1] if B.dim() > 1 and B.shape[1] else 0
+        if len(A) != r or groups * B.shape[1] != r:
+            shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
+            errors.append(f"'{site}': B and A are {shapes}, and adapter_config.json says r={r}")
+            continue
+        A, B = factors_from_peft(A, B, groups, tuple(A.shape[2:]))
+        magnitude = None if magnitude is None else magnitude.flatten()
+        is_conv1d = bool(config.get("fan_in_fan_out")) and named[keys["A"]].dim() == 2
+        updates[site] = StoredUpdate(A, B, scale, magnitude, transposed=is_embedding or is_conv1d)
+    if errors:
+        raise AdapterError(f"{directory}: {'; '.join(errors)}")
+    return updates
+
+
+def _of_our_folder(directory: Path) -> dict[str, StoredUpdate]:
+    description, tensors = read_folder(directory)
+    updates = {}
+    try:
+        for site, about in description["sites"].items():
+            prefix = f"{site}." if site else ""
+            factors = stored_factors(
+                {name: tensors.get(prefix + name) for name in ("A", "B", "core", "A0", "B0")}
+            )
+            shape = (len(factors[1]), factors[0].shape[1])
+            # The weight's shape tells which way round it lies, but for a square one.
+            transposed = (
+                about["kind"] == "embedding" or tuple(about["shape"]) == shape[::-1] != shape
+            )
+            magnitude = tensors.get(f"{prefix}magnitude")
+            updates[site] = StoredUpdate(*factors, about["scale"], magnitude, transposed=transposed)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"no adapter can be read from {directory}: {error!r}") from None
+    return updates
+
+
+def stored_factors(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """A and B of an adapter's tensors by name; of rank 2r with A0 and B0, as `Adapter.factors`."""
+    A, B = tensors["A"], tensors["B"]
+    assert A is not None
+    assert B is not None
+    if (core := tensors.get("core")) is not None:
+        return A, B @ core
+    A0, B0 = tensors.get("A0"), tensors.get("B0")
+    if A0 is not None and B0 is not None:
+        return torch.cat([A, A0]), torch.cat([B, -B0], 1)
+    return A, B

@@ -1,0 +1,197 @@
+"""The spectra of updates that lie in files: of stored adapters, and of two checkpoints."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.checkpoint import Checkpoint
+from lora_lab.adapters.stored import StoredUpdate
+from lora_lab.analysis import spectra
+from lora_lab.analysis.leading_svd import (
+    first_triples,
+    left_vectors,
+    squared_norm,
+)
+from lora_lab.analysis.spectra import SVD, Spectrum
+from lora_lab.report.update_report import SiteSpectrum
+
+TRIPLES = 64
+"""How many singular triples of each site are kept, at most."""
+
+INTRUDERS_AMONG = 10
+"""How many of the first left singular vectors of W + ΔW are compared with W's for intruders."""
+
+Measured = tuple[SiteSpectrum, SVD]
+"""A site's spectrum, and the first TRIPLES triples of its ΔW."""
+
+
+def measure_adapter(
+    updates: Mapping[str, StoredUpdate], base: Checkpoint | None = None
+) -> Iterator[Measured]:
+    """Measures ΔW of each site of an adapter, from the factors.
+
+    With `base` also how ΔW relates to W (Hu et al. 2021, section 7.3), and how many of the first
+    left singular vectors of W + ΔW are intruders (Shuttleworth et al. 2024). ΔW of a site with a
+    DoRA magnitude is then that with the magnitude. Raises ValueError with the site's name.
+    """
+    for site, update in updates.items():
+        try:
+            W = base.matrix(site, update) if base else None
+            yield _measure_site(site, update, W, has_base=base is not None)
+        except ValueError as error:
+            raise ValueError(f"'{site}': {error}") from None
+
+
+def _measure_site(site: str, update: StoredUpdate, W: Tensor | None, has_base: bool) -> Measured:
+    note = "no such weight in the base" if has_base and W is None else ""
+    if update.magnitude is not None and W is not None:
+        delta = update.delta(W)
+        measures, values, svd, note = measures_of_matrix(delta)
+    else:
+        values, svd = svd_of_update(update)
+        eps = torch.finfo(torch.promote_types(update.A.dtype, torch.float32)).eps
+        measures = Spectrum(values, update.shape, eps).measures()
+        if update.magnitude is not None:
+            note = "; ".join(filter(None, (note, "of s·B·A, without DoRA's magnitude")))
+    if W is not None:
+        measures |= _against_base(W.double(), update, svd)
+    return SiteSpectrum(site, update.shape, update.r, values.numpy(), measures, note), svd
+
+
+def svd_of_update(update: StoredUpdate) -> tuple[Tensor, SVD]:
+    """All singular values of a stored ΔW without its magnitude, and its first triples."""
+    svd = spectra.svd_of_factors(update.A, update.B, update.scale)
+    if update.outer is None:
+        return svd.S, svd.first(TRIPLES)
+    # The triples of C ⊗ M are the products of each triple of C with each of M. With C (2 × 2) of
+    # rank 2 and M of rank 3 these are 6, and the largest is (σ₁ of C) · (σ₁ of M).
+    outer = spectra.svd_of_matrix(update.outer)
+    values, order = (outer.S[:, None] * svd.S).flatten().sort(descending=True)
+    i, j = order[:TRIPLES] // len(svd.S), order[:TRIPLES] % len(svd.S)
+    U = (outer.U[:, None, i] * svd.U[None, :, j]).flatten(0, 1)  # (out₁ · out₂, k)
+    V = (outer.Vh.T[:, None, i] * svd.Vh.T[None, :, j]).flatten(0, 1)
+    return values, SVD(U, values[:TRIPLES], V.T)
+
+
+def measures_of_matrix(delta: Tensor) -> tuple[dict[str, float], Tensor, SVD, str]:
+    """The measures of a dense ΔW, its singular values, its first triples, and how exact these are.
+
+    Of a large one only the first TRIPLES singular values are known, and what follows from them.
+    """
+    shape = (delta.shape[0], delta.shape[1])
+    svd, residual = first_triples(delta, TRIPLES)
+    if residual is None:
+        eps = torch.finfo(torch.promote_types(delta.dtype, torch.float32)).eps
+        measures = Spectrum(svd.S, shape, eps).measures()
+        return measures, svd.S, svd.first(TRIPLES), ""
+    total = squared_norm(delta)
+    measures = {"frobenius": total**0.5, "sigma_1": svd.S[0].item()}
+    measures["stable_rank"] = total / measures["sigma_1"] ** 2 if total else 0.0
+    energy = svd.S.square().cumsum(0)
+    for name, share in (("energy_90", 0.90), ("energy_99", 0.99)):
+        if energy[-1] >= share * total:
+            measures[name] = float((energy < share * total).sum() + 1)
+    return measures, svd.S, svd, f"first {len(svd.S)} σ, each within {residual:.0e} σ₁"
+
+
+def _against_base(W: Tensor, update: StoredUpdate, svd: SVD) -> dict[str, float]:
+    """The measures of ΔW that need W."""
+    adapted = first_triples(W + update.delta(W), INTRUDERS_AMONG)[0].above_rounding()
+    norm_of_delta, norm = torch.linalg.vector_norm(svd.S), torch.linalg.matrix_norm(W)
+    measures = {
+        "relative": (norm_of_delta / norm).item() if norm else float("inf"),
+        "amplification": spectra.amplification(W, svd.above_rounding()),
+        "intruders": spectra.intruders(left_vectors(W), adapted.first(INTRUDERS_AMONG).U),
+    }
+    return {name: float(value) for name, value in measures.items() if value < float("inf")}
+
+
+@dataclass
+class Difference:
+    """What differs between two checkpoints, read tensor by tensor.
+
+    `changed` are the keys of weights of two or more dimensions that may differ; the other lists
+    are filled as `matrices` goes through the files.
+    """
+
+    before: Checkpoint
+    after: Checkpoint
+    equal: list[str] = field(default_factory=list)
+    vectors: dict[str, float] = field(default_factory=dict)
+    """Key of a changed tensor of fewer than two dimensions → the norm of its change."""
+    other_shapes: list[str] = field(default_factory=list)
+    not_numbers: list[str] = field(default_factory=list)
+
+    @property
+    def shared(self) -> list[str]:
+        """The keys that both have, in the order of the first."""
+        return [key for key in self.before.files if key in self.after.files]
+
+    @property
+    def only_before(self) -> list[str]:
+        """The keys that the second lacks."""
+        return [key for key in self.before.files if key not in self.after.files]
+
+    @property
+    def only_after(self) -> list[str]:
+        """The keys that the first lacks."""
+        return [key for key in self.after.files if key not in self.before.files]
+
+    def deltas(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Key → W − W₀ of each changed weight of two or more dimensions, in its shape.
+
+        In float32, or float64 where a weight is: exact enough that equal entries are zero.
+        """
+        for key in keys:
+            old_shape, new_shape = self.before.shapes[key], self.after.shapes[key]
+            if old_shape != new_shape:
+                self.other_shapes.append(f"{key} {old_shape} → {new_shape}")
+                continue
+            old, new = self.before.tensor(key), self.after.tensor(key)
+            if torch.equal(old, new):
+                self.equal.append(key)
+                continue
+            if not (old.is_floating_point() and new.is_floating_point()):
+                self.not_numbers.append(key)
+                continue
+            dtype = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
+            change = new.to(dtype).sub_(old)
+            del old, new  # one of the largest weights is in memory at a time, not three
+            if change.dim() < 2:
+                self.vectors[key] = torch.linalg.vector_norm(change.double()).item()
+            else:
+                yield key, change
+
+    def lines(self) -> list[str]:
+        """What is not among the matrices, a line for each kind."""
+        listed = {
+            "only in the first": self.only_before,
+            "only in the second": self.only_after,
+            "of other shapes": self.other_shapes,
+            "no floating-point numbers, and changed": self.not_numbers,
+            "of one dimension, with the norm of their change": [
+                f"{key} {norm:.4g}" for key, norm in self.vectors.items()
+            ],
+        }
+        lines = [f"equal tensors, left out: {len(self.equal)}"]
+        return lines + [f"{title}: {shortened(keys)}" for title, keys in listed.items() if keys]
+
+
+def shortened(names: list[str], most: int = 6) -> str:
+    """The first of some names, and how many more there are."""
+    more = f", … ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def measure_difference(difference: Difference, keys: Iterable[str]) -> Iterator[Measured]:
+    """Measures W − W₀ of each weight of two or more dimensions that differs."""
+    for key, change in difference.deltas(keys):
+        matrix = change.flatten(1)
+        try:
+            measures, values, svd, note = measures_of_matrix(matrix)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        shape = (matrix.shape[0], matrix.shape[1])
+        yield SiteSpectrum(key, shape, None, values.numpy(), measures, note), svd

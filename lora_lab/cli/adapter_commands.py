@@ -1,0 +1,113 @@
+"""The subcommands on adapters and checkpoints in files: `spectra`, `cut` and `extract`.
+
+As in `commands`, what is heavy is imported after the checks that need nothing heavy.
+"""
+
+from pathlib import Path
+
+
+def spectra(
+    paths: list[Path], before: Path | None, after: Path | None, base: Path | None, to: Path
+) -> None:
+    """Measures ΔW of adapters, or of two checkpoints, writes the report and prints its table."""
+    if bool(before) != bool(after):
+        raise ValueError("--before and --after go together: two checkpoints")
+    if bool(paths) == bool(before):
+        raise ValueError("give paths of adapters, or --before A --after B")
+    if before and base:
+        raise ValueError("--base goes with adapters: --before has W already")
+    for path in (*paths, *filter(None, (before, after, base))):
+        _check_exists(path)
+    for path in paths:
+        check_outside(to, path)
+    from lora_lab.cli import update_spectra
+    from lora_lab.console import console
+
+    if before and after:
+        check_outside(to, before)
+        check_outside(to, after)
+        update_spectra.of_checkpoints(before, after, to, console)
+    elif len(paths) == 1:
+        update_spectra.of_adapter(adapter_path(paths[0]), base, to, console)
+    elif base:
+        raise ValueError("--base goes with one adapter: several are compared with each other")
+    else:
+        update_spectra.of_pairs({str(path): adapter_path(path) for path in paths}, to, console)
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        from lora_lab.config.errors import nearest_path
+
+        raise FileNotFoundError(f"there is no {path}{nearest_path(str(path))}")
+
+
+def check_outside(to: Path, given: Path) -> None:
+    """Raises ValueError where `to` is the given file or folder, or lies in it."""
+    if to.resolve().is_relative_to(given.resolve()):
+        raise ValueError(f"--to {to} lies in {given}, which is only read: give another folder")
+    if to.is_file():
+        raise ValueError(f"--to {to} is a file: give a folder, which is made if need be")
+
+
+def adapter_path(path: Path) -> Path:
+    """The adapter folder of a run directory, or `path` itself. Raises ValueError."""
+    from lora_lab.runs import Run, is_run
+
+    if not is_run(path):
+        return path
+    Run(path).check_finished("read")
+    if not (path / "adapter").is_dir():
+        raise ValueError(f"{path} has no adapter: its weights were trained in full")
+    return path / "adapter"
+
+
+def cut(
+    path: Path,
+    rank: int | None,
+    energy: float | None,
+    advice: bool,
+    scale_intruders: float | None,
+    base: Path | None,
+    to: Path,
+) -> None:
+    """Writes an adapter at a lower rank to the folder `to`, and prints what it keeps by site."""
+    chosen = [rank is not None, energy is not None, advice, scale_intruders is not None]
+    if sum(chosen) != 1:
+        raise ValueError("give one of --rank, --energy, --advice and --scale-intruders")
+    if (scale_intruders is None) != (base is None):
+        raise ValueError("--scale-intruders and --base go together: W + ΔW has the intruders")
+    for given in (path, *filter(None, (base,))):
+        _check_exists(given)
+        check_new_folder(to, given)
+    from lora_lab.cli import update_files
+    from lora_lab.console import console
+
+    folder = adapter_path(path)
+    if advice:
+        ranks = update_files.advised_ranks(path)
+        update_files.cut(folder, ranks, to, console)
+    elif base is not None and scale_intruders is not None:
+        update_files.scale_intruders(folder, scale_intruders, base, to, console)
+    else:
+        update_files.cut(folder, rank if rank is not None else energy, to, console)
+
+
+def extract(before: Path, after: Path, rank: int | None, energy: float | None, to: Path) -> None:
+    """Writes the change of a full fine-tune as an adapter, and prints what it keeps by site."""
+    if (rank is None) == (energy is None):
+        raise ValueError("give one of --rank and --energy")
+    for given in (before, after):
+        _check_exists(given)
+        check_new_folder(to, given)
+    from lora_lab.cli import update_files
+    from lora_lab.console import console
+
+    update_files.extract(before, after, rank if rank is not None else energy, to, console)
+
+
+def check_new_folder(to: Path, given: Path) -> None:
+    """As `check_outside`, and raises ValueError where `to` holds something."""
+    check_outside(to, given)
+    if to.is_dir() and any(to.iterdir()):
+        raise ValueError(f"--to {to} is not empty: give a new folder")
