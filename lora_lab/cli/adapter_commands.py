@@ -72,8 +72,8 @@ def cut(
     to: Path,
 ) -> None:
     """Writes an adapter at a lower rank to the folder `to`, and prints what it keeps by site."""
-    chosen = [rank is not None, energy is not None, advice, scale_intruders is not None]
-    if sum(chosen) != 1:
+    options = (rank, energy, advice or None, scale_intruders)
+    if sum(option is not None for option in options) != 1:
         raise ValueError("give one of --rank, --energy, --advice and --scale-intruders")
     if (scale_intruders is None) != (base is None):
         raise ValueError("--scale-intruders and --base go together: W + ΔW has the intruders")
@@ -84,26 +84,31 @@ def cut(
     from lora_lab.console import console
 
     folder = adapter_path(path)
-    if advice:
-        ranks = update_files.advised_ranks(path)
-        update_files.cut(folder, ranks, to, console)
-    elif base is not None and scale_intruders is not None:
+    if base is not None and scale_intruders is not None:
         update_files.scale_intruders(folder, scale_intruders, base, to, console)
     else:
-        update_files.cut(folder, rank if rank is not None else energy, to, console)
+        how = update_files.advised_ranks(path) if advice else _amount(rank, energy)
+        update_files.cut(folder, how, to, console)
 
 
 def extract(before: Path, after: Path, rank: int | None, energy: float | None, to: Path) -> None:
     """Writes the change of a full fine-tune as an adapter, and prints what it keeps by site."""
-    if (rank is None) == (energy is None):
-        raise ValueError("give one of --rank and --energy")
+    how = _amount(rank, energy)
     for given in (before, after):
         _check_exists(given)
         check_new_folder(to, given)
     from lora_lab.cli import update_files
     from lora_lab.console import console
 
-    update_files.extract(before, after, rank if rank is not None else energy, to, console)
+    update_files.extract(before, after, how, to, console)
+
+
+def _amount(rank: int | None, energy: float | None) -> int | float:
+    """The one of the two that is given: an int or a float. Raises ValueError."""
+    given = [value for value in (rank, energy) if value is not None]
+    if len(given) != 1:
+        raise ValueError("give one of --rank and --energy")
+    return given[0]
 
 
 def check_new_folder(to: Path, given: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from lora_lab.report.page import write_update_page
 from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import MAX_PANELS, panels, save
 from lora_lab.report.printed_tables import simple_table
@@ -53,30 +54,34 @@ def write_pairs(
     noun: str = "run",
     most_rows: int | None = None,
 ) -> None:
-    """Writes pairs.csv, phi.npz and the figures to `directory`, and prints the table.
+    """Writes pairs.csv, phi.npz, the figures and a page to `directory`, and prints the table.
 
     `noun` is what the updates are of; of the table `most_rows` rows are printed, None: all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     runs = dict.fromkeys(run for pair in pairs for run in (pair.first_run, pair.second_run))
     labels = {run: f"{noun} {i + 1}" for i, run in enumerate(runs)}
-    rows = _rows(pairs, labels)
+    rows, explanation = _rows(pairs, labels, noun), EXPLANATION.replace("run", noun)
     write_atomic(directory / "pairs.csv", csv_of(rows))
     arrays = {f"{p.first_run}|{p.second_run}|{p.site}|{p.side}": p.phi for p in pairs}
     np.savez_compressed(directory / "phi.npz", allow_pickle=False, **arrays)  # pyright: ignore
-    console.print(EXPLANATION.replace("other run", f"other {noun}"), highlight=False)
-    for run, label in labels.items():
-        console.print(f"{label}: {run}", highlight=False, soft_wrap=True, markup=False)
+    console.print(explanation, highlight=False)
+    lines = [f"{label}: {run}" for run, label in labels.items()]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(simple_table(rows[0], rows[1:][:most_rows]))
     if most_rows and len(pairs) > most_rows:
         console.print(f"… and {len(pairs) - most_rows} rows more, in pairs.csv", highlight=False)
-    _draw_heat_maps(pairs, labels, directory)
-    console.print(f"written  {directory} (pairs.csv, phi.npz, figures)", highlight=False)
+    captions = _draw_heat_maps(pairs, labels, directory)
+    title = f"φ of the ΔW of {len(runs)} {noun}s"
+    write_update_page(title, lines, {"pairs": rows}, explanation, captions, directory)
+    files = "index.html, pairs.csv, phi.npz, figures"
+    console.print(f"written  {directory} ({files})", highlight=False)
 
 
-def _rows(pairs: Sequence[SubspacePair], labels: dict[str, str]) -> Rows:
+def _rows(pairs: Sequence[SubspacePair], labels: dict[str, str], noun: str) -> Rows:
     """The table of the pairs, its head first; `labels` holds the short name of each run."""
-    rows = [["runs", "site", "side", "φ(1, 1)", "φ(i, j)", "i, j", "random", "distance"]]
+    rows = [[f"{noun}s", "site", "side", "φ(1, 1)", "φ(i, j)", "i, j", "random", "distance"]]
     for pair in pairs:
         i, j = pair.phi.shape
         runs = f"{labels[pair.first_run]}, {labels[pair.second_run]}"
@@ -86,8 +91,14 @@ def _rows(pairs: Sequence[SubspacePair], labels: dict[str, str]) -> Rows:
     return rows
 
 
-def _draw_heat_maps(pairs: Sequence[SubspacePair], labels: dict[str, str], directory: Path) -> None:
-    """Writes a figure for each side, with a heat map of φ for each of its first 12 pairs."""
+def _draw_heat_maps(
+    pairs: Sequence[SubspacePair], labels: dict[str, str], directory: Path
+) -> dict[str, str]:
+    """Writes a figure for each side, with a heat map of φ for each of its first 12 pairs.
+
+    Returns their captions by file name.
+    """
+    captions = {}
     for side in dict.fromkeys(pair.side for pair in pairs):
         pairs_of_side = [pair for pair in pairs if pair.side == side][:MAX_PANELS]
         figure, axes = panels(len(pairs_of_side), width=4.5)
@@ -97,3 +108,5 @@ def _draw_heat_maps(pairs: Sequence[SubspacePair], labels: dict[str, str], direc
             panel.set_title(f"{pair.site}: {first}, {second}", fontsize=10)
             panel.set(xlabel=f"first j of {second}", ylabel=f"first i of {first}")
         save(figure, directory / f"phi_{side}")
+        captions[f"phi_{side}"] = f"φ of the directions of: {side}."
+    return captions

@@ -1,0 +1,155 @@
+"""`lora-lab cut` and `lora-lab extract`: adapters at a lower rank, or of a full fine-tune."""
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from lora_lab import report
+from lora_lab.adapters.checkpoint import Checkpoint
+from lora_lab.adapters.stored import StoredUpdate, read_updates
+from lora_lab.analysis import cut as cutting
+from lora_lab.analysis.cut import CutSite
+from lora_lab.analysis.extract import Extracted
+from lora_lab.analysis.extract import extract as extract_adapter
+from lora_lab.analysis.spectra import Spectrum
+from lora_lab.analysis.stored_spectra import Difference, shortened
+from lora_lab.models.transformers_config import quiet
+from lora_lab.report.tables import Rows, csv_of
+from lora_lab.runs import write_atomic
+
+SHOWN = 24
+"""Sites that are printed; the file sites.csv has all."""
+
+
+def advised_ranks(run: Path) -> dict[str, int]:
+    """The ranks by a glob on sites in a run's advice.yaml. Raises ValueError where it has none."""
+    path = run / "advice.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"--advice: {run} has no advice.yaml; only a run has one, whose ΔW gains something, "
+            "with spectra.truncation=sites"
+        )
+    try:
+        return dict(yaml.safe_load(path.read_text())["adapter"]["rank_pattern"])
+    except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from None
+
+
+def cut(folder: Path, how: int | float | Mapping[str, int], to: Path, console: Console) -> None:
+    """Cuts each site to a rank (int), to a share of ‖B A‖² (float), or to the rank of its glob."""
+
+    def rank(site: str, spectrum: Spectrum) -> int:
+        if isinstance(how, int):
+            return how
+        if isinstance(how, float):
+            return spectrum.energy_rank(how)
+        fits = (k for pattern, k in how.items() if fnmatchcase(site, pattern))
+        return next(fits, len(spectrum.singular_values))
+
+    if isinstance(how, int):
+        most = max(update.r for update in read_updates(folder).values())
+        if how >= most:
+            raise ValueError(
+                f"--rank {how}: must be less than the adapter's rank, which is {most} at most"
+            )
+    sites = cutting.cut_folder(folder, to, lambda site, u: cutting.cut_update(site, u, rank))
+    _report_cut(folder, to, sites, console)
+
+
+def scale_intruders(folder: Path, factor: float, base: Path, to: Path, console: Console) -> None:
+    """Scales the intruder dimensions of each site's W + ΔW."""
+    weights = Checkpoint(base)
+
+    def scaled(site: str, update: StoredUpdate) -> CutSite:
+        if update.magnitude is not None:
+            raise ValueError(f"--scale-intruders: '{site}' has DoRA's magnitude, which B A lacks")
+        if (W := weights.matrix(site, update)) is None:
+            raise ValueError(f"--base {base} has no weight of the shape of '{site}'")
+        return cutting.scale_intruders(site, update, W, factor)
+
+    sites = cutting.cut_folder(folder, to, scaled)
+    _report_cut(folder, to, sites, console)
+
+
+def _report_cut(folder: Path, to: Path, sites: Mapping[str, CutSite], console: Console) -> None:
+    has_intruders = any(site.intruders for site in sites.values())
+    rows: Rows = [["site", "rank", "kept", *["intruders"] * has_intruders]]
+    for name, site in sites.items():
+        rank = f"{site.r} → {site.k}" if site.k < site.r else str(site.r)
+        rows.append([name, rank, f"{site.kept:.3%}", *[str(site.intruders)] * has_intruders])
+    before, after = (_tensor_bytes(path) for path in (folder, to))
+    lines = [f"bytes    {before:,} → {after:,} ({after / before:.1%})"]
+    if any(
+        site.update is not None and site.update.magnitude is not None for site in sites.values()
+    ):
+        lines.append("kept is of s·B·A; DoRA's magnitudes stay as they are")
+    _show("kept: the share of ‖ΔW‖²", rows, lines, to, console)
+
+
+def _tensor_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("adapter*.safetensors"))
+
+
+def extract(before: Path, after: Path, how: int | float, to: Path, console: Console) -> None:
+    """Writes W − W₀ as PEFT's folder: cut to a rank (int), or to a share of ‖W − W₀‖² (float)."""
+    difference = Difference(Checkpoint(before), Checkpoint(after))
+    keys, model = difference.shared, _model_of(before) or _model_of(after)
+    hidden = not console.is_terminal
+    tracked = track(keys, "extract", console=console, transient=True, disable=hidden)
+    asked: dict[str, Any] = {"rank" if isinstance(how, int) else "energy": how}
+    result = extract_adapter(difference, tracked, to, model, **asked)
+    _report_extracted(result, difference, model is not None, to, console)
+
+
+def _model_of(folder: Path) -> nn.Module | None:
+    """The model that the config.json of a folder names, on the meta device; None without one."""
+    try:
+        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+        import transformers
+
+        with quiet(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            return getattr(transformers, name)(config)
+    # No transformers, or a model of another library: the layers are told by their names.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
+
+
+def _report_extracted(
+    result: Extracted, difference: Difference, has_model: bool, to: Path, console: Console
+) -> None:
+    rows: Rows = [["site", "shape", "rank", "kept"]]
+    for site in result.sites:
+        shape = " × ".join(map(str, site.shape))
+        rows.append([site.site, shape, str(site.k), f"{site.kept:.2%}"])
+    share = result.held_energy / result.energy
+    lines = [f"kept     {share:.2%} of ‖W − W₀‖² over all tensors that both have"]
+    if residuals := [site.residual for site in result.sites if site.residual is not None]:
+        lines.append(
+            f"{len(residuals)} large matrices by subspace iteration: each σ within "
+            f"{max(residuals):.0e} σ₁ of one of W − W₀; the shares are exact"
+        )
+    if not has_model:
+        lines.append("without a config.json of transformers, layers are told by their names")
+    lines += [f"not held {key}: {reason}" for key, reason in list(result.not_held.items())[:6]]
+    if len(result.not_held) > 6:
+        lines.append(f"not held {shortened([*result.not_held])}")
+    _show("kept: the share of ‖W − W₀‖²", rows, [*lines, *difference.lines()], to, console)
+
+
+def _show(title: str, rows: Rows, lines: list[str], to: Path, console: Console) -> None:
+    """Writes the table beside the adapter, and prints its first rows and `lines`."""
+    write_atomic(to / "sites.csv", csv_of(rows))
+    console.print(report.terminal_table(title, rows[: SHOWN + 1]))
+    if len(rows) > SHOWN + 1:
+        console.print(f"… and {len(rows) - SHOWN - 1} sites more, in sites.csv", highlight=False)
+    for line in (*lines, f"written  {to}"):
+        console.print(line, highlight=False, soft_wrap=True)
