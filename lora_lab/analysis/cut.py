@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from lora_lab.adapters import INITS, AdapterError
+from lora_lab.adapters import INITS
 from lora_lab.adapters.files import read_folder, write_pair
 from lora_lab.adapters.peft import ranks_and_alphas, read_peft, split_by_layer, write_peft
 from lora_lab.adapters.peft_tensors import (
@@ -103,10 +103,6 @@ def cut_folder(
     What trains in full and DoRA's magnitudes stay. Returns the sites. Raises AdapterError where the
     folder cannot be read.
     """
-    if not directory.is_dir():
-        raise AdapterError(
-            f"{directory} is no folder of PEFT or of lora_lab, which alone can be cut"
-        )
     sites = {site: cut(site, update) for site, update in read_updates(directory).items()}
     write = _write_ours if (directory / "adapter.json").is_file() else _write_peft
     cuts = {site: c.update for site, c in sites.items() if c.update is not None}

@@ -159,14 +159,19 @@ Factors = tuple[Tensor, Tensor, float]
 """A (r, rest), B (out, r) and the scale of ΔW = scale · B A."""
 
 
-def spectra_of_sites(sites: Mapping[str, Factors]) -> dict[str, Spectrum]:
-    """The spectrum of each site; sites of one shape are stacked and decomposed in one call."""
+def spectra_of_sites(sites: Mapping[str, Factors | Tensor]) -> dict[str, Spectrum]:
+    """The spectrum of ΔW of each site, given by its factors or as a dense weight's change.
+
+    Factors of one shape are stacked and decomposed in one call.
+    """
     # One batched QR is much faster than a loop: 12 attention layers of the same shape are one
     # group, A (12, r, rest) and B (12, out, r).
     groups: dict[object, list[str]] = {}
-    for site, (A, B, _) in sites.items():
+    dense = {site: update for site, update in sites.items() if isinstance(update, Tensor)}
+    for site in (site for site in sites if site not in dense):
+        A, B, _ = sites[site]
         groups.setdefault((A.shape, B.shape, A.dtype, A.device), []).append(site)
-    spectra: dict[str, Spectrum] = {}
+    spectra = {site: spectrum_of_matrix(delta.flatten(1)) for site, delta in dense.items()}
     for names in groups.values():
         A, B = (torch.stack([sites[name][i] for name in names]) for i in (0, 1))  # pyright: ignore
         try:

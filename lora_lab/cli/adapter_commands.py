@@ -80,6 +80,8 @@ def cut(
     for given in (path, *filter(None, (base,))):
         _check_exists(given)
         check_new_folder(to, given)
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder of PEFT or ours, which alone can be cut")
     from lora_lab.cli import update_files
     from lora_lab.console import console
 
