@@ -42,6 +42,7 @@ bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks.packing
 	$(BIN)/python -m tests.benchmarks.pretrained
 	$(BIN)/python -m tests.benchmarks.memory
+	$(BIN)/python -m tests.benchmarks.files
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -4,6 +4,7 @@ One tensor is in memory at a time, so that two checkpoints larger than memory ca
 """
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.stored import StoredUpdate
 from lora_lab.adapters.weight import BLOCK_NAMES
+
+KOHYA_NAME = re.compile(r"(lora|lycoris)_((?:[a-z]+\d?_)?(.+))")
+"""The name of a layer in kohya's files: lora_unet_NAME, lora_te1_NAME, lycoris_NAME."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -51,8 +55,7 @@ class Checkpoint:
     def matrix(self, site: str, update: StoredUpdate) -> Tensor | None:
         """W of a site as a matrix of ΔW's shape; None where this checkpoint has no such weight."""
         for key, part, parts in self._places(site):
-            out, *rest = self.shapes[key]
-            if len(rest) == 0 or out % parts:
+            if len(self.shapes[key]) < 2 or self.shapes[key][0] % parts:
                 continue
             weight = self.tensor(key).chunk(parts)[part]
             matrix = weight.flatten(1)
@@ -69,18 +72,22 @@ class Checkpoint:
             if site[-2:-1] == "_" and site[-1] in letters:
                 names.append((site[:-2], letters.index(site[-1]), len(letters)))
         places = [place for place in names if place[0] in self.files]
-        # A base that was saved without or with a head has keys with another beginning; kohya's
-        # names have one, and _ for each dot. The one key that ends like the site is its key.
-        for name, part, parts in () if places else names:
-            ends = [
-                key for key in self.files if key.endswith(f".{name}") or name.endswith(f".{key}")
-            ]
+        if places:
+            return places
+        # A base that was saved without or with a head has keys with another first word.
+        for name, part, parts in names:
+            ends = [key for key in self.files if _differs_in_first_word(key, name)]
             places += [(ends[0], part, parts)] if len(ends) == 1 else []
-        if not places:
+        # kohya's names have a word or two before the layer's, and _ for each dot of its name.
+        if layer := KOHYA_NAME.fullmatch(site):
             flat = {key.removesuffix(".weight").replace(".", "_"): key for key in self.files}
-            ends = [key for key in flat if f"_{site}".endswith(f"_{key}")]
-            places = [(flat[max(ends, key=len)], 0, 1)] if ends else []
+            places += [(flat[name], 0, 1) for name in (layer[3], layer[2]) if name in flat]
         return places
+
+
+def _differs_in_first_word(one: str, other: str) -> bool:
+    """Whether one of two names is the other with one word and a dot before it."""
+    return one.partition(".")[2] == other or other.partition(".")[2] == one
 
 
 def _files(path: Path) -> dict[str, Path]:

@@ -159,7 +159,9 @@ class Difference:
             dtype = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
             change = new.to(dtype).sub_(old)
             del old, new  # one of the largest weights is in memory at a time, not three
-            if change.dim() < 2:
+            if not change.any():  # the same numbers in another dtype
+                self.equal.append(key)
+            elif change.dim() < 2:
                 self.vectors[key] = torch.linalg.vector_norm(change.double()).item()
             else:
                 yield key, change

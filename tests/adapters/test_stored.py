@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
 from lora_lab.adapters.checkpoint import Checkpoint
-from lora_lab.adapters.stored import read_updates
+from lora_lab.adapters.stored import StoredUpdate, read_updates
 from tests.adapters.cases import Case, cases_where
 
 LAYERS: dict[str, Any] = {
@@ -233,6 +233,24 @@ def test_a_block_of_rows_is_found_in_its_parameter():
         assert W is not None
         assert torch.equal(W, weight[8 * i : 8 * (i + 1)])
     assert base.matrix("attn.out_proj.weight", updates["attn.out_proj.weight"]) is None
+
+
+@pytest.mark.parametrize(
+    ("site", "key", "has_weight"),
+    [
+        ("encoder.fc", "bert.encoder.fc.weight", True),
+        ("bert.encoder.fc", "encoder.fc.weight", True),
+        ("block.0.fc", "fc.weight", False),
+        ("lora_te1_encoder_fc", "encoder.fc.weight", True),
+        ("lycoris_encoder_fc", "encoder.fc.weight", True),
+        ("lora_unet_encoder_fc", "fc.weight", False),
+    ],
+)
+def test_which_weight_of_a_base_is_a_sites(site: str, key: str, has_weight: bool):
+    save_file({key: torch.ones(3, 4)}, "base.safetensors")
+    update = StoredUpdate(torch.ones(2, 4), torch.ones(3, 2))
+    W = Checkpoint(Path("base.safetensors")).matrix(site, update)
+    assert (W is not None) == has_weight
 
 
 def test_a_checkpoint_is_a_file_a_folder_or_shards():

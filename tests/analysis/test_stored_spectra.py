@@ -131,15 +131,16 @@ def test_left_vectors_are_those_of_the_svd(shape: tuple[int, int]):
 
 def test_the_difference_of_two_checkpoints(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(leading_svd, "EXACT_UP_TO", 40)
-    large, small = planted(90, 120, 2.0 ** -torch.arange(20.0)), planted(6, 8, torch.ones(2))
+    large, small = planted(90, 120, 3 * 2.0 ** -torch.arange(20.0)), planted(6, 8, torch.ones(2))
     before = {
         **{"large": randn(90, 120), "small": randn(2, 3, 8).bfloat16(), "same": randn(3, 3)},
         **{"bias": torch.zeros(3), "shape": randn(2, 2), "old": randn(2, 2)},
-        "count": torch.zeros(2, 2, dtype=torch.long),
+        **{"count": torch.zeros(2, 2, dtype=torch.long), "cast": torch.ones(2, 2).bfloat16()},
     }
     after = before | {"bias": torch.full((3,), 2.0), "shape": randn(2, 3), "new": randn(2, 2)}
     after |= {"large": before["large"].double() + large, "count": before["count"] + 1}
     after["small"] = (before["small"].double() + small.view(2, 3, 8)).bfloat16()
+    after["cast"] = before["cast"].float()
     del after["old"]
     save_file(before, "before.safetensors")
     save_file(after, "after.safetensors")
@@ -152,11 +153,15 @@ def test_the_difference_of_two_checkpoints(monkeypatch: pytest.MonkeyPatch):
     expected = np.linalg.svd(changed.numpy().reshape(2, 24), compute_uv=False)
     np.testing.assert_allclose(sites["small"].singular_values, expected, rtol=1e-6)
     assert sites["large"].note.startswith("first 64 σ, each within")
-    np.testing.assert_allclose(sites["large"].singular_values[:9], 2.0 ** -np.arange(9), rtol=1e-4)
-    np.testing.assert_allclose(sites["large"].measures["frobenius"], (4 / 3) ** 0.5, rtol=1e-5)
+    np.testing.assert_allclose(
+        sites["large"].singular_values[:9], 3 * 2.0 ** -np.arange(9), rtol=1e-4
+    )
+    np.testing.assert_allclose(sites["large"].measures["frobenius"], 12**0.5, rtol=1e-5)
+    np.testing.assert_allclose(sites["large"].measures["stable_rank"], 4 / 3, rtol=1e-5)
+    assert sites["large"].measures["energy_90"] == 2  # 3/4, 15/16, …
     assert "effective_rank" not in sites["large"].measures
     lines = "\n".join(difference.lines())
-    for part in ("left out: 1", "first: old", "second: new", "(2, 2) → (2, 3)", "bias 3.464"):
+    for part in ("left out: 2", "first: old", "second: new", "(2, 2) → (2, 3)", "bias 3.464"):
         assert part in lines
     assert "changed: count" in lines
 
