@@ -60,7 +60,7 @@ def read_lycoris(path: Path) -> dict[str, dict[str, Any]]:
     updates = {}
     for name, parts in layers.items():
         try:
-            updates[name] = _update(parts)
+            updates[name] = update_of_parts(parts)
         except (AdapterError, RuntimeError) as error:  # shapes that do not go together
             errors.append(f"{name}: {error}")
         except KeyError as error:
@@ -71,8 +71,11 @@ def read_lycoris(path: Path) -> dict[str, dict[str, Any]]:
     return updates
 
 
-def _update(parts: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of one layer's `StoredUpdate`. Raises KeyError for a part that is missing."""
+def update_of_parts(parts: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of one layer's `StoredUpdate`, from its tensors by the names of their parts.
+
+    Raises KeyError for a part that is missing, AdapterError where shapes do not fit.
+    """
     update: dict[str, Any]
     if LOHA & parts.keys():
         update, r = _loha(parts)

@@ -3,22 +3,27 @@
 PEFT's folders and ours are read here, single files of LyCORIS and kohya in `lycoris`.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_lab.adapters.files import read_folder
-from lora_lab.adapters.lycoris import read_lycoris
-from lora_lab.adapters.peft import read_peft, split_by_layer
+from lora_lab.adapters.lycoris import LOHA, LOKR, read_lycoris, update_of_parts
+from lora_lab.adapters.peft import FILES, read_peft, split_by_layer
 from lora_lab.adapters.peft_tensors import (
     EMBEDDING_TENSOR_KEYS,
     factors_from_peft,
     rank_and_scale,
     tensor_keys,
 )
+from lora_lab.adapters.peft_trained_in_full import PREFIX
 from lora_lab.adapters.recipe import AdapterError
 
 
@@ -91,6 +96,8 @@ def read_updates(path: Path) -> dict[str, StoredUpdate]:
 
 
 def _of_peft_folder(directory: Path) -> dict[str, StoredUpdate]:
+    if _peft_type(directory) in ("LOHA", "LOKR"):
+        return _of_peft_lycoris(directory)
     config, tensors = read_peft(directory)
     by_layer, _ = split_by_layer(tensors)
     updates, errors = {}, []
@@ -113,6 +120,39 @@ def _of_peft_folder(directory: Path) -> dict[str, StoredUpdate]:
         updates[site] = StoredUpdate(A, B, scale, magnitude, transposed=is_embedding or is_conv1d)
     if errors:
         raise AdapterError(f"{directory}: {'; '.join(errors)}")
+    return updates
+
+
+def _peft_type(directory: Path) -> str | None:
+    try:
+        return json.loads((directory / FILES[1]).read_text()).get("peft_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # `read_peft` says what is wrong
+
+
+def _of_peft_lycoris(directory: Path) -> dict[str, StoredUpdate]:
+    """PEFT's LoHa or LoKr, whose scale is always alpha/r."""
+    config: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    config |= json.loads((directory / FILES[1]).read_text())
+    config["lora_alpha"] = config.get("alpha", 8)
+    try:
+        tensors = load_file(directory / FILES[0])
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"no PEFT adapter can be read from {directory}: {error}") from error
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        site, _, part = key.removeprefix(PREFIX).rpartition(".")
+        if part in LOHA | LOKR:
+            layers.setdefault(site, {})[part] = tensor
+    updates = {}
+    for site, parts in layers.items():
+        if "lokr_w2" in parts and parts["lokr_w2"].dim() == 3:
+            raise AdapterError(f"'{site}': PEFT's LoKr of a conv1d is no Kronecker product")
+        try:
+            fields = update_of_parts(parts)
+        except (AdapterError, KeyError, RuntimeError) as error:
+            raise AdapterError(f"{directory}: '{site}': {error}") from None
+        updates[site] = replace(StoredUpdate(**fields), scale=rank_and_scale(config, site)[1])
     return updates
 
 

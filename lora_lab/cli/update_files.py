@@ -23,6 +23,7 @@ from lora_lab.analysis.spectra import Spectrum
 from lora_lab.analysis.stored_spectra import Difference, shortened
 from lora_lab.models.transformers_config import quiet
 from lora_lab.report.tables import Rows, csv_of
+from lora_lab.report.update_report import natural_order
 from lora_lab.runs import write_atomic
 
 SHOWN = 24
@@ -82,7 +83,7 @@ def scale_intruders(folder: Path, factor: float, base: Path, to: Path, console: 
 def _report_cut(folder: Path, to: Path, sites: Mapping[str, CutSite], console: Console) -> None:
     has_intruders = any(site.intruders for site in sites.values())
     rows: Rows = [["site", "rank", "kept", *["intruders"] * has_intruders]]
-    for name, site in sites.items():
+    for name, site in sorted(sites.items(), key=lambda item: natural_order(item[0])):
         rank = f"{site.r} → {site.k}" if site.k < site.r else str(site.r)
         rows.append([name, rank, f"{site.kept:.3%}", *[str(site.intruders)] * has_intruders])
     before, after = (_tensor_bytes(path) for path in (folder, to))
@@ -127,7 +128,7 @@ def _report_extracted(
     result: Extracted, difference: Difference, has_model: bool, to: Path, console: Console
 ) -> None:
     rows: Rows = [["site", "shape", "rank", "kept"]]
-    for site in result.sites:
+    for site in sorted(result.sites, key=lambda site: natural_order(site.site)):
         shape = " × ".join(map(str, site.shape))
         rows.append([site.site, shape, str(site.k), f"{site.kept:.2%}"])
     share = result.held_energy / result.energy

@@ -24,6 +24,7 @@ from lora_lab.report.subspace_pairs import SubspacePair, write_pairs
 from lora_lab.report.update_report import (
     SiteSpectrum,
     arrays_file,
+    natural_order,
     show_update_report,
     write_update_report,
 )
@@ -89,7 +90,7 @@ def _write_arrays(
             add(f"{site.site}/singular_values", site.singular_values)
             for name, tensor in vars(svd.first(TRIPLES)).items():  # U, S and Vh
                 add(f"{site.site}/{name}", tensor.float().numpy())
-    return sites
+    return sorted(sites, key=lambda site: natural_order(site.site))
 
 
 def _tracked(items: Iterable[T], total: int, console: Console) -> Iterator[T]:

@@ -1,5 +1,6 @@
 """The report on the spectra of an update that was read from files: tables, figures and a page."""
 
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ EXPLANATION = """\
 
 CAPTIONS = {
     "spectrum": "Singular values of ΔW.",
-    "sites": "‖ΔW‖ and the stable rank, site by site in the order of the files.",
+    "sites": "‖ΔW‖ and the stable rank, site by site in the order of their names.",
 }
 
 MAX_SINGULAR_VALUES = 1024
@@ -84,6 +85,11 @@ def arrays_file(path: Path) -> Iterator[Callable[[str, np.ndarray], None]]:
         part.unlink(missing_ok=True)
 
 
+def natural_order(name: str) -> list[str | int]:
+    """The key by which names are sorted with their numbers as numbers: layer 2 before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
 def spectra_rows(sites: Sequence[SiteSpectrum]) -> Rows:
     """The table of the sites, its head first."""
     keys = [key for key in COLUMNS if any(key in site.measures for site in sites)]
@@ -114,7 +120,8 @@ def write_update_report(
     write_atomic(to / "table.md", "\n\n".join(parts) + "\n")
     write_atomic(to / "spectra.csv", csv_of(rows))
     captions = {name: CAPTIONS[name] for name in figures}
-    write_update_page(title, lines, {"spectra": rows}, EXPLANATION, captions, to)
+    tables = {"spectra": rows} if sites else {}
+    write_update_page(title, lines, tables, EXPLANATION, captions, to)
 
 
 def show_update_report(
@@ -122,11 +129,14 @@ def show_update_report(
 ) -> None:
     """Prints the sites whose ΔW is largest, how many more there are, `lines`, and the folder."""
     shown = _largest(sites, MAX_PANELS)
-    console.print(terminal_table(title, spectra_rows(shown)))
+    if shown:
+        console.print(terminal_table(title, spectra_rows(shown)))
+    else:
+        console.print(f"{title}: no matrix changed", highlight=False)
     if len(sites) > len(shown):
         rest = f"… and {len(sites) - len(shown)} sites more, with a smaller ΔW, in spectra.csv"
         console.print(rest, highlight=False)
-    for line in (EXPLANATION, *lines):
+    for line in (*[EXPLANATION] * bool(sites), *lines):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written  {to} (index.html, spectra.npz, figures)", highlight=False)
 
@@ -170,6 +180,7 @@ def _by_site(sites: Sequence[SiteSpectrum]) -> Figure:
             values = [sites[i].measures[key] for i in where]
             panel.plot(where, values, marker, color=color, markersize=4, label=kind)
         panel.set(xlabel="site", ylabel=COLUMNS[key], ylim=(0, None))
+        panel.locator_params(axis="x", integer=True)
         panel.grid(alpha=0.3)
     if is_named:
         axes[0].legend(fontsize=8)

@@ -153,6 +153,9 @@ def test_a_lycoris_file_gives_pefts_update(kind: str, effective: bool, algorithm
     expected = delta.detach().double().flatten(1)
     torch.testing.assert_close(update.product(), expected, rtol=1e-5, atol=1e-5)
     assert update.shape == tuple(expected.shape)
+    model.save_pretrained("peft")
+    of_folder = read_updates(Path("peft"))["inner.site"]
+    torch.testing.assert_close(of_folder.product(), expected, rtol=1e-5, atol=1e-5)
     save_file({"inner.site.weight": layer.weight.detach().clone()}, "base.safetensors")
     W = Checkpoint(Path("base.safetensors")).matrix("lora_unet_inner_site", update)
     assert W is not None

@@ -42,9 +42,10 @@ def lora_lab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
-def llama() -> Any:
+def llama(layers: int = 2) -> Any:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}
+    sizes["num_hidden_layers"] = layers
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = LlamaConfig(**sizes, **heads, vocab_size=20, tie_word_embeddings=False)
     return LlamaForCausalLM(config).eval()
@@ -239,17 +240,19 @@ def test_what_an_adapter_cannot_hold_is_said(lora_lab: Run):
 
 
 def test_spectra_writes_its_report_and_names_few_sites(lora_lab: Run):
-    adapted = peft_folder(llama())
-    llama().save_pretrained("base")
+    adapted = peft_folder(llama(11), target_modules=["q_proj", "up_proj"])
+    llama(11).save_pretrained("base")
     code, printed = lora_lab("spectra", "adapter", "--base", "base")
     assert code == 0, printed
     names = ("table.md", "spectra.csv", "spectra.npz", "spectrum.png", "sites.pdf", "index.html")
     assert all((Path("spectra") / name).exists() for name in names)
-    assert "… and 2 sites more" in printed
+    assert "… and 10 sites more" in printed
     with open("spectra/spectra.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 14
+    assert len(rows) == 22
     assert "amplification" in rows[0]
+    layers = [int(row["site"].split(".")[2]) for row in rows]
+    assert layers == sorted(layers)
     layer = adapted.base_model.model.model.layers[1].mlp.up_proj
     sigma = np.linalg.svd(layer.get_delta_weight("default").detach(), compute_uv=False)
     arrays = np.load("spectra/spectra.npz")
@@ -266,6 +269,30 @@ def test_spectra_writes_its_report_and_names_few_sites(lora_lab: Run):
     assert code == 0, printed
     assert "adapter 1: adapter\nadapter 2: other" in printed
     assert all((Path("pairs") / name).exists() for name in ("pairs.csv", "phi.npz", "index.html"))
+
+
+def test_equal_checkpoints_have_no_spectra(lora_lab: Run):
+    save_file({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}, "base.safetensors")
+    code, printed = lora_lab(
+        "spectra", "--before", "base.safetensors", "--after", "base.safetensors"
+    )
+    assert code == 0, printed
+    assert "no matrix changed\nequal tensors, left out: 2" in printed
+    assert Path("spectra/index.html").exists()
+
+
+def test_a_full_fine_tune_of_ours_is_read_as_two_checkpoints(lab: Lab, lora_lab: Run):
+    assert lab("shift", "adapter=full") == 0
+    run, (base,) = only_run().path, Path("bases").glob("*.safetensors")
+    code, printed = lora_lab("spectra", str(run), "--to", "of_run")
+    assert code == 2
+    assert "has no adapter: its weights were trained in full" in printed
+    given = ["--before", str(base), "--after", str(run / "model")]
+    assert lora_lab("spectra", *given)[0] == 0
+    old, new = load_file(base), load_file(run / "model" / "model.safetensors")
+    sigma = np.linalg.svd(new["linear.weight"] - old["linear.weight"], compute_uv=False)
+    stored = np.load("spectra/spectra.npz")["linear.weight/singular_values"]
+    np.testing.assert_allclose(stored, sigma, rtol=1e-4, atol=1e-6)
 
 
 REFUSED = {
