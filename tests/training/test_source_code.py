@@ -84,6 +84,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     monkeypatch.syspath_prepend(folder)
+    # Bytecode would be taken for that of a file which was edited within the same second.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     forget()
     return folder
 
