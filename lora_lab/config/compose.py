@@ -153,7 +153,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
       YAML file had it. A word with a *, a ? or a dot is a glob, any other the name of an option.
     - Keys of a target, and the globs of a pattern, need not be in the YAML before: they get Hydra's
       ++, which adds a key or changes it.
-    - Any argument of Lightning's Trainer gets ++ too.
+    - Any argument of Lightning's Trainer gets ++ too, also where it is given with one +.
     - The brackets of alpha/sqrt(r) are escaped: Hydra would read a function call.
     - Where a name, a model or a data set is chosen and no experiment, there is none: the run starts
       from the defaults of the groups.
@@ -170,7 +170,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
             for word in re.findall(r"[^\s,\[\]'\"]+", argument.removeprefix("target=")):
                 if re.search(r"[*?.]", word):
                     ConfigStore.instance().store(word, {word: {"match": word}}, group="target")
-    new_key = r"^(target\.|trainer\.|adapter\.(rank|alpha)_pattern)"
+    new_key = r"^\+?(target\.|trainer\.|adapter\.(rank|alpha)_pattern)"
     brackets = r"(?<=/sqrt)\((r)\)(?!['\"])"
     arguments = [re.sub(new_key, r"++\1", argument) for argument in arguments]
     return [re.sub(brackets, r"\(\1\)", argument) for argument in arguments]

@@ -119,7 +119,6 @@ class WandbRun(WandbLogger):
         try:
             yield
         except Exception as error:  # W&B's own, and OSError, ValueError, pydantic's, …
-            wandb_service.note(error)
             self.errors.setdefault(what, one_line(error))
             if self.online and isinstance(error, CommError):
                 Server.fail(time.monotonic() - began)
@@ -161,7 +160,6 @@ class WandbRun(WandbLogger):
         except TimeoutError:
             self._timed_out = True
         except Exception as error:
-            wandb_service.note(error)
             self.errors["end"] = one_line(error)
 
     def _loss(self, taken: int | None) -> str:

@@ -1,8 +1,9 @@
 """W&B's own process (wandb-core), to which its client hands all rows: its start and its end."""
 
-import atexit
-from contextlib import suppress
+import sys
+import traceback
 from threading import Thread
+from typing import Any
 
 import wandb
 
@@ -33,25 +34,29 @@ def _set_up() -> None:
     global _problem
     try:
         wandb.setup(wandb.Settings(silent=True))
+        _mute_end()
         _problem = ""
     except Exception as error:
         _problem = one_line(error)
 
 
-def note(error: Exception) -> None:
-    """Looks whether an error of the client says that the process is gone.
+def _mute_end() -> None:
+    """Keeps W&B's last words off the terminal: as Python ends it tells its process to end.
 
-    Then it is ended here as Python ends: W&B does so too, after it, and would print a traceback.
-    Not where it lives: here it could wait for ever for a server that does not answer.
+    Where that is gone it raises, and Python would print the traceback. What W&B lacks is said.
     """
-    if isinstance(error, ConnectionError) or type(error).__name__ == "MailboxClosedError":
-        atexit.unregister(_end)
-        atexit.register(_end)
+    print_problem = sys.unraisablehook
+    if getattr(print_problem, "is_ours", False):
+        return
 
+    def print_unless_wandbs(problem: Any) -> None:
+        frames = traceback.walk_tb(problem.exc_traceback)
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+        if not any(module.partition(".")[0] == "wandb" for module in modules):
+            print_problem(problem)
 
-def _end() -> None:
-    with suppress(Exception):
-        wandb.teardown()
+    print_unless_wandbs.is_ours = True  # pyright: ignore
+    sys.unraisablehook = print_unless_wandbs
 
 
 def one_line(error: Exception) -> str:

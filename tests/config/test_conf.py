@@ -218,6 +218,13 @@ def test_identity_is_of_what_can_change_the_result():
     assert len({composed(other).identity() for other in others} | {one.identity()}) == 9
 
 
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_an_argument_of_the_trainer_is_set_whether_the_yaml_has_it_or_not(plus: str):
+    words = [f"{plus}trainer.max_steps=5", f"{plus}trainer.limit_train_batches=3"]
+    trainer = composed(*hydra_arguments(words)).trainer.model_dump()
+    assert (trainer["max_steps"], trainer["limit_train_batches"]) == (5, 3)
+
+
 def test_the_order_of_a_pattern_matters_and_its_names_may_be_numbers():
     patterns = ("{li*:2,linear:3}", "{linear:3,li*:2}")
     one, other = (composed(f"++adapter.rank_pattern={pattern}") for pattern in patterns)

@@ -38,7 +38,7 @@ COMMANDS = {
 }
 """Name in the table → the command that is killed."""
 
-TRIALS = {"basic": 12, "basic, multirun": 5, "joblib": 2, "packed": 2, "online": 4}
+TRIALS = {"basic": 8, "basic, multirun": 5, "joblib": 2, "packed": 2, "online": 4}
 """How many sequences of kills there are of each."""
 
 KILLS = {"basic": 3, "basic, multirun": 2, "joblib": 2, "packed": 2, "online": 1}

@@ -121,7 +121,7 @@ def test_a_process_of_wandbs_that_does_not_start_fails_no_run(
 
 
 KILLED = """
-import os, pathlib, signal, time
+import os, pathlib, signal, sys, time
 from lora_lab.tracking import wandb_run, wandb_service
 assert wandb_service.start() == ""
 run = wandb_run.WandbRun(wandb_run.wandb.init(mode="offline"), 4)
@@ -129,16 +129,20 @@ def is_service(folder):
     return "wandb-core" in (folder / "cmdline").read_text() and \\
         (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(os.getpid())
 (service,) = filter(is_service, [p for p in pathlib.Path("/proc").glob("[0-9]*") if p.exists()])
-os.kill(int(service.name), signal.SIGKILL)
-time.sleep(0.5)
-for step in range(3):
+for step in range(6):
+    if sys.argv[1:] == [str(step)]:
+        os.kill(int(service.name), signal.SIGKILL)
+        time.sleep(0.5 * (step % 2))
     run.log_metrics({"a": 1.0}, step)
+if "end" in sys.argv:
+    os.kill(int(service.name), signal.SIGKILL)
 """
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_wandbs_shows_no_traceback_at_the_end():
-    command = [sys.executable, "-c", KILLED]
+@pytest.mark.parametrize("moment", ["0", "1", "4", "5", "end"])
+def test_a_killed_process_of_wandbs_shows_no_traceback_at_the_end(moment: str):
+    command = [sys.executable, "-c", KILLED, moment]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
 
