@@ -179,7 +179,7 @@ def _by_site(sites: Sequence[SiteSpectrum]) -> Figure:
             color, marker = series_style(j if is_named else 0)
             values = [sites[i].measures[key] for i in where]
             panel.plot(where, values, marker, color=color, markersize=4, label=kind)
-        panel.set(xlabel="site", ylabel=COLUMNS[key], ylim=(0, None))
+        panel.set(xlabel="site", ylabel=COLUMNS[key], ylim=(0, 1.06 * panel.get_ylim()[1]))
         panel.locator_params(axis="x", integer=True)
         panel.grid(alpha=0.3)
     if is_named:
