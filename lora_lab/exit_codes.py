@@ -9,6 +9,8 @@
 | 143  | ended by SIGTERM (128 + SIGTERM) or SIGHUP; the same command goes on    |
 """
 
+import signal
+
 FINISHED, FAILED, CONFIG_ERROR, CTRL_C, SIGTERM = 0, 1, 2, 130, 143
 
 
@@ -21,3 +23,9 @@ def interruption_code(stop: BaseException) -> int:
 
     is_sigterm = isinstance(stop, SIGTERMException) or getattr(stop, "code", None) == SIGTERM
     return SIGTERM if is_sigterm else CTRL_C
+
+
+def end_on_hangup() -> None:
+    """A closed terminal (SIGHUP) ends a run as SIGTERM does, unless nohup has it ignored."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))

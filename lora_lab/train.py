@@ -9,7 +9,6 @@ the launchers of sweeps/launchers in others.
 
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,8 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_lab.config import compose
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, print_labelled, show_log, silence_lightning
-from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, interruption_code
-from lora_lab.imports import frozen_imports
+from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, end_on_hangup, interruption_code
 from lora_lab.runs import Run, RunBusyError, RunFailedError, RunFinishedError
 from lora_lab.sweeps import command
 
@@ -47,7 +45,7 @@ def main(jobs: "list[Job] | None" = None) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, to be printed below
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises
     show_log()
-    _end_on_hangup()
+    end_on_hangup()
     try:
         jobs = command.plan_command(jobs)
         has_config_error = any(job.error for job in jobs)
@@ -115,7 +113,7 @@ def _run_one(content: DictConfig, is_single: bool) -> None:
     """Checks a config and runs it. Raises ConfigError before, and RunFailedError after it began."""
     cfg = compose.config_from_hydra(content, HydraConfig.get().overrides.task)
     # Lightning and wandb take seconds to import: after the first checks, not before.
-    with frozen_imports():
+    with command.frozen_imports():
         from lora_lab import report
         from lora_lab.training import devices, plan
     silence_lightning()
@@ -215,12 +213,6 @@ def _with_published(run_plan: "Plan") -> "Plan":
     from lora_lab.training.published import with_published
 
     return with_published(run_plan, HydraConfig.get().runtime.choices["experiment"])
-
-
-def _end_on_hangup() -> None:
-    """A closed terminal (SIGHUP) ends a run as SIGTERM does, unless nohup has it ignored."""
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch import nn
 from lora_lab import adapters, train
 from lora_lab.console import print_error, print_labelled
 from lora_lab.data.shift import Shift
+from lora_lab.exit_codes import end_on_hangup
 from lora_lab.models.linear import Linear
 from lora_lab.runs import Run, find_runs
 from lora_lab.sweeps import multirun
@@ -482,7 +483,7 @@ def test_a_closed_terminal_is_a_sigterm_unless_nohup_has_it_ignored():
     signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     for handler, expected in ((signal.SIG_DFL, [signal.SIGTERM]), (signal.SIG_IGN, [])):
         signal.signal(signal.SIGHUP, handler)
-        train._end_on_hangup()
+        end_on_hangup()
         heard.clear()
         signal.raise_signal(signal.SIGHUP)
         assert heard == expected

@@ -13,7 +13,7 @@ from lora_lab.adapters.recipe import AdapterError, Recipe, python_scalar
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import Change, Slot
 from lora_lab.adapters.target import Target
-from lora_lab.adapters.targets import sites_and_notes
+from lora_lab.adapters.targets import find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
 from lora_lab.adapters.watch import KINDS_ON_READING, unwatch, watch
 from lora_lab.seeding import generator
@@ -69,8 +69,8 @@ def attach(
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     recipe = Recipe(r, r if alpha is None else alpha, dropout, init, scaling, trains, dora)
     keys = select(model, also_train)
-    sites, notes = sites_and_notes(
-        model, targets, recipe, rank_pattern, alpha_pattern, keys, over_rank
+    sites = find_sites(
+        model, targets, recipe, rank_pattern, alpha_pattern, keys, over_rank, note=log.warning
     )
     adapters = {}
     for site in sites:
@@ -83,8 +83,6 @@ def attach(
         layer, _, parameter = key.rpartition(".")
         also_trained[key] = FullParameter(model.get_submodule(layer), parameter)
     place_adapters(model, adapters, name, also_trained)
-    for note in notes:
-        log.warning(note)
     return sites
 
 

@@ -1,7 +1,7 @@
 """Files of LyCORIS and kohya: LoRA and LoCon, LoHa and LoKr, each as factors of ΔW.
 
-A file has tensors `<layer>.<part>`, as `lora_unet_mid_block_attn.lora_down.weight`. Of each kind
-there is a form for convolutions (Tucker) whose kernel is a tensor of its own, T (r, r, k…).
+A file has tensors `<layer>.<part>`, as `lora_unet_mid_block_attn.lora_down.weight`. Each kind
+has a form for convolutions (Tucker), in which a further tensor T (r, r, k…) holds the kernel.
 
 - LoRA: ΔW = scale · up · down. With lora_mid, T: ΔW[o, i, k…] = scale · Σ up[o, p] T[p, q, k…]
   down[q, i].

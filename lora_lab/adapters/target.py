@@ -62,7 +62,7 @@ class Target:
 
 
 def fits(site: Site, globs: str | Sequence[str]) -> bool:
-    """Whether a name of the site (its own, its layer's, its parameter's) fits one of the globs."""
+    """Whether the name of the site, of its layer or of its parameter fits one of the globs."""
     names = {site.name, site.layer, site.key}
     return any(fnmatchcase(name, glob) for name in names for glob in as_list(globs))
 

@@ -1,4 +1,4 @@
-"""What is said of targets that pick nothing, or weights that take no adapter."""
+"""Messages on targets that pick nothing, and on weights that take no adapter."""
 
 import difflib
 import shlex
@@ -49,18 +49,21 @@ def reason_tied(
     tied: Sequence[tuple[Site, list[str]]],
     targets: Mapping[str, Target],
     label_by_site: Mapping[str, str],
+    is_left_out: bool = False,
 ) -> str:
-    """Names the picked sites that are `tied` (with all names of each weight), and the way out."""
+    """Names the picked sites that are `tied` (with all names of each weight), and the way out.
+
+    `is_left_out`: they are left out already, so that this is no way.
+    """
     weights = "; ".join(f"'{site.name}' is tied ({' = '.join(names)})" for site, names in tied)
     labels = [label_by_site[site.name] for site, _ in tied]
     exclude, adapt_once = [], []
     for label in dict.fromkeys(labels):
         names = [site.name for site, _ in tied if label_by_site[site.name] == label]
         picks_others = len(names) < list(label_by_site.values()).count(label)
-        if picks_others:
-            exclude += _setting(
-                label, targets[label], "exclude", [*as_list(targets[label].exclude), *names]
-            )
+        if picks_others and not is_left_out:
+            globs = [*as_list(targets[label].exclude), *names]
+            exclude += _setting(label, targets[label], "exclude", globs)
         adapt_once += _setting(label, targets[label], "tied", ["true"])
     ways = [f"{' '.join(adapt_once)} adapts it once for all of them"]
     if exclude:
@@ -87,21 +90,6 @@ def _setting(label: str, target: Target, key: str, values: Sequence[str]) -> lis
 def _list(values: Sequence[str]) -> str:
     """One value, or several in brackets."""
     return values[0] if len(values) == 1 else f"[{','.join(values)}]"
-
-
-def note_tied(
-    tied: Sequence[tuple[Site, list[str]]],
-    targets: Mapping[str, Target],
-    label_by_site: Mapping[str, str],
-) -> str:
-    """Says that the `tied` sites (with all names of each weight) were left out."""
-    weights = ", ".join(f"'{site.name}' ({' = '.join(names)})" for site, names in tied)
-    labels = dict.fromkeys(label_by_site[site.name] for site, _ in tied)
-    once = [word for label in labels for word in _setting(label, targets[label], "tied", ["true"])]
-    return (
-        f"left out, as its weight is tied: {weights}; {' '.join(once)} adapts it once for all of "
-        "its uses"
-    )
 
 
 def in_one(messages: Sequence[tuple[Site, str]], shown: int = 3) -> str:

@@ -1,6 +1,6 @@
 """Which weights get an adapter: targets pick sites, and each site gets its recipe."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -22,7 +22,6 @@ from lora_lab.adapters.target import (
 from lora_lab.adapters.target_messages import (
     in_one,
     nearest,
-    note_tied,
     reason_none_picked,
     reason_tied,
 )
@@ -46,6 +45,7 @@ def find_sites(
     alpha_pattern: Mapping[str, float] | None = None,
     trained_in_full: Collection[str] = (),
     over_rank: str = "error",
+    note: Callable[[str], object] = lambda text: None,
 ) -> list[Site]:
     """The sites that `targets` pick in `model`, in the model's order.
 
@@ -53,27 +53,13 @@ def find_sites(
     what its target sets goes before `recipe`, and the patterns ({glob: value}, the first that fits)
     go before both. Sites whose parameter's key is in `trained_in_full` are left out, and weights
     that are tied to others, unless their target names them or has `tied`. `over_rank` is one of
-    OVER_RANK.
+    OVER_RANK. `note` is called with a text on the tied weights that are left out, and with one on
+    the ranks that are clipped.
 
     Raises TargetError when a target or a pattern picks nothing, when two targets pick one site,
     when a picked weight is named and tied to another layer's, or is no parameter; RankError when r
     exceeds a site's rank; AdapterError for an invalid recipe. The error names all such sites.
     """
-    return sites_and_notes(
-        model, targets, recipe, rank_pattern, alpha_pattern, trained_in_full, over_rank
-    )[0]
-
-
-def sites_and_notes(
-    model: nn.Module,
-    targets: Mapping[str, Target],
-    recipe: Recipe | None,
-    rank_pattern: Mapping[str, int] | None,
-    alpha_pattern: Mapping[str, float] | None,
-    trained_in_full: Collection[str],
-    over_rank: str,
-) -> tuple[list[Site], list[str]]:
-    """The sites as `find_sites` gives them; and in words what is left out or clipped."""
     if over_rank not in OVER_RANK:
         raise AdapterError(f"over_rank={over_rank!r}: must be one of {', '.join(OVER_RANK)}")
     _check_targets(targets)
@@ -85,7 +71,7 @@ def sites_and_notes(
         _check_globs([*(pattern or {})], picked, f"{name}:", PatternError)
     names_by_span = parameters_in_memory(model)
     sites: list[Site] = []
-    notes: list[tuple[Site, str]] = []
+    clipped: list[tuple[Site, str]] = []
     errors: list[tuple[Site, AdapterError]] = []
     tied: list[tuple[Site, list[str]]] = []
     taken: set[object] = set()
@@ -99,23 +85,24 @@ def sites_and_notes(
             if (span, site.rows) in taken:
                 continue  # tied on purpose, and adapted with the first layer that has it
             taken.add((span, site.rows))
+            site = replace(site, tied_to=tied_to)
             if recipe is not None:
                 site = replace(site, recipe=_site_recipe(site, target.recipe(recipe), patterns))
-                site, note = _check_recipe(site, layer, over_rank)
-                notes += [(site, note)] if note else []
-                if tied_to and site.recipe is not None:
-                    site.recipe.check_shared(site.name)
+                site, clipping = _with_possible_recipe(site, layer, over_rank)
+                clipped += [(site, clipping)] if clipping else []
+            sites.append(site)
         except AdapterError as error:
             errors.append((site, error))
-            continue
-        sites.append(replace(site, tied_to=tied_to))
     named = [(site, names) for site, names in tied if targets[label_by_site[site.name]].names(site)]
     if named or (tied and not sites and not errors):
         raise TargetError(reason_tied(named or tied, targets, label_by_site))
     if errors:
         raise type(errors[0][1])(in_one([(site, str(error)) for site, error in errors]))
-    left_out = [note_tied(tied, targets, label_by_site)] if tied else []
-    return sites, [*left_out, *([in_one(notes)] if notes else [])]
+    if tied:
+        note(f"left out: {reason_tied(tied, targets, label_by_site, is_left_out=True)}")
+    if clipped:
+        note(in_one(clipped))
+    return sites
 
 
 def _check_targets(targets: Mapping[str, Target]) -> None:
@@ -205,11 +192,16 @@ def _site_recipe(site: Site, recipe: Recipe, patterns: Patterns) -> Recipe:
     return recipe
 
 
-def _check_recipe(site: Site, layer: nn.Module, over_rank: str) -> tuple[Site, str]:
-    """The site with a recipe that its weight can have, and what is said where r was clipped."""
-    recipe, most, note = site.recipe, min(site.shape), ""
+def _with_possible_recipe(site: Site, layer: nn.Module, over_rank: str) -> tuple[Site, str]:
+    """The site with a recipe that its weight can have; and a text on r, where it is clipped.
+
+    Raises AdapterError where no such recipe is meant.
+    """
+    recipe, most, clipping = site.recipe, min(site.shape), ""
     assert recipe is not None
     recipe.check()
+    if site.tied_to:
+        recipe.check_shared(site.name)
     if recipe.dora and not adapter_class(layer).takes_dora:
         able = ", ".join(dict.fromkeys(A.kind for A in ADAPTERS if A.takes_dora))
         raise AdapterError(
@@ -226,8 +218,8 @@ def _check_recipe(site: Site, layer: nn.Module, over_rank: str) -> tuple[Site, s
             scale = SCALINGS[recipe.scaling]
             alpha = recipe.alpha * scale(1, recipe.r) / scale(1, most)  # the same scale
             site = replace(site, recipe=replace(recipe, r=most, alpha=alpha))
-            note = f"{where}, where r is {most}"
-    return site, note
+            clipping = f"{where}, where r is {most}"
+    return site, clipping
 
 
 def _times(shape: tuple[int, int]) -> str:

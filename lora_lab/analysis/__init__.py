@@ -1,7 +1,7 @@
 """What was learned: spectra of ΔW, closed forms of theory, and the analysis of a trained ΔW.
 
-On tensors of one's own, `spectra.spectra_of_sites` gives the `Spectrum` of each site, from factors
-(A, B, scale) or from a dense ΔW:
+`spectra.spectra_of_sites` gives the `Spectrum` of any ΔW by site, from factors (A, B, scale) or from
+a dense tensor:
 
     from lora_lab.analysis.spectra import spectra_of_sites
 

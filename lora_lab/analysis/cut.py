@@ -113,7 +113,7 @@ def cut_folder(
 def _write_peft(directory: Path, to: Path, cuts: Mapping[str, StoredUpdate]) -> list[str]:
     """Writes PEFT's folder, and returns the sites that stay as they were though they have a cut.
 
-    PEFT gives each group of a convolution factors of its own, so that the rank of the cut is
+    In a grouped convolution PEFT has a rank for each group, so that the rank of the cut is
     multiplied by the groups: where that saves nothing, the site stays.
     """
     config, tensors = read_peft(directory)

@@ -24,7 +24,7 @@ from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import CheckpointBase, Lora
 from lora_lab.config.trust import check_trusted
 from lora_lab.console import show_log
-from lora_lab.exit_codes import interruption_code
+from lora_lab.exit_codes import end_on_hangup, interruption_code
 from lora_lab.report.tables import Rows, markdown, markdown_text
 from lora_lab.runs import Run, RunFailedError, write_atomic
 from lora_lab.training import bases, devices, part_checks
@@ -80,6 +80,7 @@ def reproduce_run(
     changed, `device_count` devices are not here or the new directory is another run's;
     RunFailedError where the new run fails.
     """
+    end_on_hangup()
     new_plan, devices_line = _new_plan(run, to, fresh, trust, bases_dir, device_count)
     base_file = bases.path(new_plan.cfg)
     modified_before = _modified_ns(base_file)
@@ -135,13 +136,14 @@ def _new_plan(
     part_checks.check_directory("runs_dir", to)
     part_checks.check_directory("bases_dir", to if fresh else Path(cfg.bases_dir))
     new_cfg, devices_line = on_devices(cfg.model_copy(update=changes), run, device_count)
-    new_plan = plan(new_cfg, is_stored=True)
+    new_plan = replace(plan(new_cfg, is_stored=True), is_reproduction=True)
     if isinstance(cfg.base, CheckpointBase) and new_plan.cfg.base != cfg.base:
         raise ValueError(f"{cfg.base.path} is not the file that {run.path.name} was trained on")
     path = new_plan.path
     if path.resolve().is_relative_to(run.path.resolve()):
         raise ValueError(f"--to {to}: the stored run is in that folder; give another one")
-    if Run(path).finished and not (path / REPORT).exists():
+    is_reproduction = (path / REPORT).exists() or Run(path).status.get("is_reproduction", False)
+    if Run(path).finished and not is_reproduction:
         raise ValueError(f"--to {to}: {path} is another run; give another folder")
     if fresh:
         cfg = new_plan.cfg.model_copy(update={"bases_dir": str(path / "bases")})

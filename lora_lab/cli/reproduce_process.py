@@ -4,6 +4,7 @@
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from lora_lab.exit_codes import CTRL_C
@@ -21,7 +22,7 @@ def main(config: Path) -> None:
     silence_lightning()
     show_log()
     cfg = parse_config(yaml.safe_load(config.read_text()))
-    devices.run_worker(plan(cfg, is_stored=True), console)
+    devices.run_worker(replace(plan(cfg, is_stored=True), is_reproduction=True), console)
 
 
 if __name__ == "__main__":

@@ -73,12 +73,12 @@ class Data(pl.LightningDataModule, ABC):
 
     @property
     def has_test(self) -> bool:
-        """Whether there are rows that a run's result is tested on, which `draw_test` gives then."""
+        """Whether `draw_test` gives rows: told before anything is drawn."""
         return False
 
     def draw_test(self) -> Rows:
-        """Draws the rows of the test, which are of the `adapt` phase."""
-        raise NotImplementedError
+        """The rows of the test, which are of the `adapt` phase; None where there are none."""
+        return None
 
     def check_base(self) -> None:
         """Raises ValueError where there are no rows for the `base` phase; here there are."""
@@ -96,7 +96,7 @@ class Data(pl.LightningDataModule, ABC):
         """Draws the data, the first time that it is called. Lightning's hook."""
         if self.train is None:
             self.train, self.val = self.draw()
-            self.test = self.draw_test() if self.has_test and self.phase == "adapt" else None
+            self.test = self.draw_test() if self.phase == "adapt" else None
             self.check_batch(len(self.train))
 
     def check_batch(self, rows: int) -> None:

@@ -1,8 +1,10 @@
 """What a training command prints and checks of a multirun: before its first run, and at its end."""
 
+import gc
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lora_lab.config import compose
@@ -10,7 +12,6 @@ from lora_lab.config.command_line import MULTIRUN, check_single
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, print_labelled, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR
-from lora_lab.imports import frozen_imports
 from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
@@ -85,3 +86,22 @@ def finish(jobs: "list[Job]") -> None:
         print_error("W&B", f"lacks rows of {lacking} of the {len(jobs)} runs: {hint}", to=console)
     if folder := multirun.close():
         console.print("output of jobs that were lost:", folder, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def frozen_imports() -> Iterator[None]:
+    """Within it modules are imported fast, and the garbage collector never looks at them again.
+
+    An import makes very many objects that all stay. Collecting in between finds nothing, and each
+    later collection, the last one at exit, would go through all of them.
+    """
+    module_count = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+    # Only after a real import. In a later job of this process nothing new is imported, and freezing
+    # again would keep what the jobs before it left to be collected.
+    if len(sys.modules) > module_count:
+        gc.freeze()

@@ -82,6 +82,7 @@ def _record(plan: Plan, last: ExitStack) -> AbstractContextManager[Run]:
     about = {"cell": cfg.cell(), "seed": cfg.seed, "threads": torch.get_num_threads()}
     about["code"] = code_of(components_of(cfg).values())
     about["devices"] = asdict(plan.devices)
+    about |= {"is_reproduction": True} if plan.is_reproduction else {}
     run = checked_config(Run(plan.path))
     return record_run(run, cfg.to_dict(), overwrite=cfg.overwrite, last=last, **about)
 

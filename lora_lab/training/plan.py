@@ -53,6 +53,8 @@ class Plan:
     """Names of the parameters that the pretrained base's files do not hold, as a new head's."""
     also_trained: tuple[str, ...] = ()
     """Names of the parameters that train in full beside the adapters."""
+    is_reproduction: bool = False
+    """Whether `lora-lab reproduce` trains it, which alone may overwrite it then."""
 
     @property
     def processes(self) -> int:

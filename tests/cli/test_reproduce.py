@@ -235,6 +235,17 @@ def test_what_cannot_be_reproduced(
     assert not Path("reproduced").exists()
 
 
+def test_a_reproduction_that_ended_before_it_was_compared_is_repeated(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lab("shift")
+    assert reproduce(monkeypatch, capsys, only_run().path)[0] == 0
+    (report,) = Path("reproduced").rglob("reproduction.md")
+    report.unlink()
+    assert reproduce(monkeypatch, capsys, only_run().path)[0] == 0
+    assert report.exists()
+
+
 def test_a_checkpoint_that_changed(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import random
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -13,7 +12,6 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -23,6 +21,7 @@ from lora_lab.adapters.files import is_adapter_key
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.loop import TrainingLoop
 from lora_lab.training.modules import BaseModule
+from lora_lab.training.random_streams import set_streams, streams_of_processes
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ class Checkpoint(Callback):
             "steps": trainer.global_step,
             "loss_totals": pl_module.loss_totals,
             "epoch_totals": pl_module.epoch_totals,
-            "streams": _streams(trainer, pl_module.device),
+            "streams": streams_of_processes(trainer, pl_module.device),
         }
 
     def on_load_checkpoint(
@@ -189,7 +188,7 @@ class Checkpoint(Callback):
     def before_step(self, trainer: Trainer) -> None:
         """Writes a checkpoint if one is due; a resumed training gets its random streams first."""
         if self.streams is not None:
-            _set_streams(self.streams, trainer.lightning_module.device)
+            set_streams(self.streams, trainer.lightning_module.device)
             self.streams = None
         if self.interval or not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
             self._save_if_due(trainer)
@@ -284,27 +283,3 @@ def load_losses(module: BaseModule, checkpoint: dict[str, Any]) -> None:
     content = checkpoint["lora_lab"]
     module.loss_totals = content["loss_totals"]
     module.epoch_totals = content.get("epoch_totals", torch.zeros_like(module.loss_totals))
-
-
-def _streams(trainer: Trainer, device: torch.device) -> list[dict[str, Any]]:
-    """The state of the global random streams, one dict for each process."""
-    kind, keys, *rest = np.random.get_state()
-    streams = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [kind, keys.tolist(), *rest],  # pyright: ignore
-        "python": random.getstate(),
-    }
-    by_process = [streams] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(by_process, streams)
-    return by_process
-
-
-def _set_streams(streams: dict[str, Any], device: torch.device) -> None:
-    """Sets this process's global random streams."""
-    torch.set_rng_state(streams["torch"])
-    if device.type == "cuda" and streams["cuda"] is not None:
-        torch.cuda.set_rng_state(streams["cuda"], device)
-    np.random.set_state(tuple(streams["numpy"]))
-    random.setstate(streams["python"])
