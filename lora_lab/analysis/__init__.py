@@ -1,7 +1,7 @@
 """What was learned: spectra of ΔW, closed forms of theory, and the analysis of a trained ΔW.
 
-`spectra.spectra_of_sites` gives the `Spectrum` of any ΔW by site, from factors (A, B, scale) or from
-a dense tensor:
+`spectra.spectra_of_sites` gives the `Spectrum` of any ΔW by site, from factors (A, B, scale) or a
+dense tensor:
 
     from lora_lab.analysis.spectra import spectra_of_sites
 
