@@ -23,9 +23,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from lora_lab import adapters
 from lora_lab.runs import Run, find_runs
 from lora_lab.training.callbacks import checkpoint
+from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.modules import BaseModule
 from tests import interrupted_train
 from tests.conftest import SMALL, Lab, only_run
@@ -190,6 +193,9 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(
     content = torch.load(last, weights_only=True)
     assert content["lora_lab"].pop("batches_of_epoch") == 0  # it knew of epochs' ends alone
     del content["lora_lab"]["epoch_totals"]
+    base = load_file(next(Path("bases").glob("*.safetensors")))
+    assert content["lora_lab"]["fits"]["base"] != adapters.weights_hash(base)
+    content["lora_lab"]["fits"]["base"] = adapters.weights_hash(base)
     torch.save(content, last)
     taken = steps(monkeypatch)
     assert lab("shift") == 0
@@ -345,6 +351,14 @@ def test_a_checkpoint_that_is_no_good_is_said(
     assert len(taken) == 32
     lab("shift", "runs_dir=alone")
     assert_equal(run, only_run("alone"))
+
+
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path):
+    """Also for a run of a pack, whose checkpoint Lightning does not write."""
+    (tmp_path / "last.part").symlink_to("/dev/full")
+    of_run = Checkpoint(tmp_path, "", 0, SimpleNamespace())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OSError, match="No space left"):
+        of_run.save({"weights": torch.ones(100_000)})
 
 
 def test_a_failed_run_begins_anew(lab: Lab, monkeypatch: pytest.MonkeyPatch):

@@ -122,7 +122,7 @@ def test_the_result_is_tested_once_on_all_rows(case: str):
         assert file.read_bytes() == (run.path / folder / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_test_each_row_once(trainer: str):
     two = [
         *SETTINGS,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from lora_lab import adapters
 from lora_lab.adapters.files import is_adapter_key
+from lora_lab.config.hashes import content_hash
 from lora_lab.tracking.tracking import Tracking
+from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.loop import TrainingLoop
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.random_streams import set_streams, streams_of_processes
@@ -44,7 +47,7 @@ class Checkpoint(Callback):
 
     It holds how many epochs and batches are done, the optimizer, its schedule, the callbacks'
     state, the sums of the training losses, the random streams, all rows logged so far, and the
-    weights: of a model with adapters only theirs, with the hash of the `base` they belong to.
+    weights: of a model with adapters only theirs, with a hash of the `base` they belong to.
     Writing takes at most SHARE of the time, unless `interval` is 0, and but for the last.
 
     `identity` is the hash of all settings that can change the training. This callback comes last in
@@ -78,10 +81,24 @@ class Checkpoint(Callback):
         """What must be equal to go on from a checkpoint, by its name in a warning."""
         return {
             "config": self.identity,
-            "base": adapters.weights_hash(dict(self.base.items())) if self.base else "",
+            "base": self._base_hash(),
             "version of torch": version("torch"),
             "version of lightning": version("lightning"),
         }
+
+    def _base_hash(self) -> str:
+        """A hash of the base before the first step. At the end no process may hold all of it."""
+        if isinstance(self.base, BaseWeights):
+            return content_hash(dict(self.base.digests))
+        return adapters.weights_hash(dict(self.base)) if self.base else ""
+
+    def _differences(self, stored: dict[str, str]) -> list[str]:
+        """The names of the requirements that differ from those `stored` in a checkpoint."""
+        names = [name for name, value in self.requirements.items() if stored.get(name) != value]
+        if "base" in names and self.base:  # earlier versions hashed the weights themselves
+            of_weights = adapters.weights_hash(dict(self.base.items()))
+            return [n for n in names if n != "base" or stored.get(n) != of_weights]
+        return names
 
     def resume_path(self) -> Path | None:
         """The checkpoint to go on from, after logging its rows again; None if none is usable.
@@ -95,8 +112,7 @@ class Checkpoint(Callback):
                 if damaged := file.testzip():
                     raise ValueError(f"{damaged} in it is damaged")
             content = torch.load(self.path, "cpu", weights_only=True)["lora_lab"]
-            stored = content["fits"]
-            if differ := [n for n, value in self.requirements.items() if stored.get(n) != value]:
+            if differ := self._differences(content["fits"]):
                 raise ValueError(f"it is of another {', another '.join(differ)}")
             rows, histograms = json.loads(content["rows"])
             _ = content["loss_totals"]  # earlier versions stored none
@@ -205,7 +221,7 @@ class Checkpoint(Callback):
             return
         try:
             self._save(trainer)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, where no room is left
+        except OSError as error:
             if trainer.world_size > 1:
                 raise  # the other processes are beyond the checkpoint
             log.warning("no checkpoint of the end of training: %s", error)
@@ -245,9 +261,11 @@ class Checkpoint(Callback):
 
     def save(self, content: dict[str, Any]) -> None:
         """Writes `content` as the newest checkpoint."""
-        self._replace(lambda path: torch.save(content, path))
+        buffer = BytesIO()
+        torch.save(content, buffer)  # to a full disk torch raises RuntimeError, Python OSError
+        self._replace(lambda path: path.write_bytes(buffer.getbuffer()))
 
-    def _replace(self, write: Callable[[Path], None], trainer: Trainer | None = None) -> None:
+    def _replace(self, write: Callable[[Path], object], trainer: Trainer | None = None) -> None:
         """Calls `write` with a new file and puts it in the place of the checkpoint.
 
         The file is on the disk (fsync) before it takes the place, so that a complete checkpoint
