@@ -29,6 +29,7 @@ from lora_lab.report.tables import Rows, markdown, markdown_text
 from lora_lab.runs import Run, RunFailedError, write_atomic
 from lora_lab.training import bases, devices, part_checks
 from lora_lab.training.plan import Plan, plan
+from lora_lab.training.source_code import changed_names
 from lora_lab.training.stored_paths import with_paths_from_here
 
 REPORT = "reproduction.md"
@@ -195,7 +196,7 @@ def _code_and_files(reproduction: Reproduction) -> list[str]:
     if any(environment(r).get("git_changes") for r in (reproduction.stored, reproduction.new)):
         lines.append("code: with uncommitted changes, so that a commit does not tell it")
     before, now = (r.status.get("code") or {} for r in (reproduction.stored, reproduction.new))
-    if before and (names := [n for n in {**before, **now} if before.get(n) != now.get(n)]):
+    if before and (names := changed_names(before, now)):
         lines.append(f"code: changed since the stored run: {', '.join(names)}")
     files = reproduction.identical_files()
     for wanted, text in ((True, "bit for bit equal"), (False, "not equal bit for bit")):

@@ -6,8 +6,11 @@ import json
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Collection, Iterator
+import tokenize
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -19,7 +22,10 @@ from lora_lab.runs import Run
 from lora_lab.training.run_record import can_continue, package_versions
 
 INSTALLED = tuple({Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")})
-"""The folders of installed packages."""
+"""The folders of installed packages of this Python."""
+
+INSTALLED_NAMES = ("site-packages", "dist-packages")
+"""Names that folders of installed packages have, also another Python's that PYTHONPATH names."""
 
 NUMERIC = ("lora_lab", "lightning", *LIBRARIES)
 """Packages in which a run's numbers are computed."""
@@ -48,8 +54,13 @@ def code_changes(cfg: Config, run: Run) -> str:
     if not isinstance(before, dict):
         return ""
     now = code_of(components_of(cfg).values())
-    names = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    names = changed_names(before, now)
     return ", ".join(_change(name, before.get(name), now.get(name)) for name in names)
+
+
+def changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The modules and packages that differ between two records of `code_of`, sorted."""
+    return sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
 
 
 def _change(name: str, before: str | None, now: str | None) -> str:
@@ -85,9 +96,9 @@ def code_of(components: Collection[Component]) -> dict[str, str]:
     callees = [component.callee for component in components]
     classes = [c for callee in callees for c in getattr(callee, "__mro__", (callee,))]
     modules = sorted({c.__module__ for c in classes if c not in Data.__mro__})
-    remote = [c.arguments["path"] for c in components if c.arguments.get("remote_code")]
-    files = [file for folder in remote for file in sorted(Path(folder).rglob("*.py"))]
-    return dict(_code_of(tuple(modules))) | {f.name: _syntax_hash(f.read_text()) for f in files}
+    remote = [Path(c.arguments["path"]) for c in components if c.arguments.get("remote_code")]
+    files = {f.relative_to(d).as_posix(): f for d in remote for f in sorted(d.rglob("*.py"))}
+    return dict(_code_of(tuple(modules))) | {name: _syntax_hash(f) for name, f in files.items()}
 
 
 @lru_cache(maxsize=64)
@@ -105,9 +116,8 @@ def _code_of(modules: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         if _is_installed(package) and (names := packages_distributions().get(package)):
             code[package] = version(names[0])
         elif file := _source_file(module):
-            source = file.read_text()
-            code[module] = _syntax_hash(source)
-            imported = set() if is_ours(module) else {*_imports(source, module, file)}
+            code[module] = _syntax_hash(file)
+            imported = set() if is_ours(module) else {*_imports(module, file)}
             new = {name for name in imported - seen if _is_users(name)}
             pending += new
             seen |= new
@@ -128,7 +138,8 @@ def _is_users(module: str) -> bool:
 def _is_installed(package: str) -> bool:
     """Whether a package, other than lora_lab, lies in a folder of installed packages."""
     place = None if is_ours(package) else _place(package)
-    return place is not None and any(map(place.is_relative_to, INSTALLED))
+    others = [Path(entry).resolve() for entry in sys.path if Path(entry).name in INSTALLED_NAMES]
+    return place is not None and any(map(place.is_relative_to, (*INSTALLED, *others)))
 
 
 def _source_file(module: str) -> Path | None:
@@ -140,35 +151,67 @@ def _source_file(module: str) -> Path | None:
 def _place(module: str) -> Path | None:
     """The file of a module, or the folder of a package without __init__.py."""
     try:
-        spec = find_spec(module)
-    except Exception:  # the package above it is imported for this, and may raise anything
+        spec = _spec(module)
+    except (ImportError, ValueError, AttributeError):  # what no file holds, as __main__
         return None
     folders = (spec and spec.submodule_search_locations) or ()
     places = [*filter(None, (spec and spec.origin, *folders))]
     return Path(places[0]).resolve() if places else None
 
 
-def _imports(source: str, module: str, file: Path) -> Iterator[str]:
+def _spec(module: str) -> ModuleSpec | None:
+    """Where a module lies. Of `a.b` find_spec would import `a`: so b is looked for in a's folders.
+
+    It is looked for by its last name, since a folder without __init__.py asks for its parent's
+    module by the full one.
+    """
+    parent, _, name = module.rpartition(".")
+    if not parent or module in sys.modules:
+        return find_spec(module)
+    above = _spec(parent)
+    folders = [*(above.submodule_search_locations or ())] if above else []
+    return PathFinder.find_spec(name, folders) if folders else None
+
+
+def _imports(module: str, file: Path) -> Iterator[str]:
     """The names of all modules that a module may import, anywhere in it, and those above them.
 
-    `from a import b` may mean a module a.b: a name that is none has no file.
+    `from a import b` may mean a module a.b: a name that is none has no file. A relative import that
+    leads out of the package fails where the code runs.
     """
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     names = [module]
-    for node in ast.walk(without_docstrings(source)):
+    for node in ast.walk(without_docstrings(_source(file))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            origin = resolve_name("." * node.level + (node.module or ""), package or None)
-            names += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+            with suppress(ImportError):
+                origin = resolve_name("." * node.level + (node.module or ""), package or None)
+                names += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
     for name in names:
         parts = name.split(".")
         yield from (".".join(parts[:i]) for i in range(1, len(parts) + 1))
 
 
-def _syntax_hash(source: str) -> str:
-    text = ast.unparse(without_docstrings(source))
+def _syntax_hash(file: Path) -> str:
+    status = file.stat()
+    return _syntax_hash_of(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=2**12)
+def _syntax_hash_of(file: Path, modified_ns: int, size: int) -> str:
+    """The hash of a file's syntax; time and size tell the cache that the file is the same."""
+    text = ast.unparse(without_docstrings(_source(file)))
     return HASH + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source(file: Path) -> str:
+    """The text of a Python file, in the encoding that it declares; of no Python, byte by byte."""
+    try:
+        with tokenize.open(file) as stream:
+            return stream.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return file.read_text("latin-1")
 
 
 @lru_cache(maxsize=64)
@@ -179,7 +222,7 @@ def without_docstrings(source: str) -> ast.AST:
     """
     try:
         tree = ast.parse(textwrap.dedent(source))
-    except SyntaxError:
+    except (SyntaxError, ValueError):  # ValueError: of a NUL
         tree = ast.Expression(ast.Constant(source))
     return _WithoutDocstrings().visit(tree)
 

@@ -33,6 +33,8 @@ class Net(base.Base):
     def forward(self, x):
         from late import shift
 
+        if x is None:
+            from lazy.deep.part import GAIN
         return unit.UNIT * FACTOR * self.linear(x) + shift()
 ''',
     "parts/__init__.py": "",
@@ -48,7 +50,18 @@ class Base(nn.Module):
     "parts/bias.py": "BIAS = False\n",
     "parts/size.py": "FACTOR = 1.0\n",
     "loose/unit.py": "UNIT = 1.0\n",
-    "late.py": "def shift():\n    return 0.0\n",
+    "late.py": """try:
+    from .beside import NOTHING
+except ImportError:
+    from latin import NAME
+
+
+def shift():
+    return 0.0
+""",
+    "latin.py": "# coding: latin-1\nNAME = 'M\xfcller'\n",
+    "lazy/__init__.py": "raise RuntimeError('imported')\n",
+    "lazy/deep/part.py": "GAIN = 1.0\n",
     "beside.py": "NOTHING = 1\n",
     "descent.py": "import torch\n\n\nclass Descent(torch.optim.SGD):\n    rate = 1.0\n",
     "rows.py": "from lora_lab.data.shift import Shift\n\n\nclass Rows(Shift):\n    unit = 1.0\n",
@@ -63,6 +76,9 @@ CHANGED = {
     "a folder without __init__.py": ("loose/unit.py", "1.0", "2.0"),
     "a relative import": ("parts/bias.py", "False", "True"),
     "an import in a function": ("late.py", "0.0", "1.0"),
+    "a package that it never imports": ("lazy/__init__.py", "imported", "so it is"),
+    "a module of that package": ("lazy/deep/part.py", "1.0", "2.0"),
+    "text in another encoding": ("latin.py", "M\xfcller", "M\xf6ller"),
     "a package it imports from": ("parts/__init__.py", "", "import math\n"),
     "the optimizer": ("descent.py", "1.0", "2.0"),
     "the data": ("rows.py", "1.0", "2.0"),
@@ -82,7 +98,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "project"
     for name, text in PROJECT.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, "latin-1")
     monkeypatch.syspath_prepend(folder)
     # Bytecode would be taken for that of a file which was edited within the same second.
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -100,9 +116,9 @@ def forget() -> None:
 
 
 def edit(project: Path, name: str, old: str, new: str) -> None:
-    text = (project / name).read_text()
+    text = (project / name).read_text("latin-1")
     assert old in text
-    (project / name).write_text(text.replace(old, new) if old else new)
+    (project / name).write_text(text.replace(old, new) if old else new, "latin-1")
     forget()
 
 
@@ -129,24 +145,32 @@ def test_the_code_of_a_run_is_all_that_its_targets_import(project: Path, change:
     assert (bases.key(users_config()) != before_key) is other_base
 
 
+TEXTS = (b"GAIN = 1", b"GAIN = 2  # more", b"GAIN = 2", b"GAIN = = 2", b"GAIN = '\xff'", b"GAIN\0")
+"""Contents of a file: the second and the third are equal, those from the fourth on no Python."""
+
+
 def test_code_beside_a_models_weights_counts(tmp_path: Path):
     target = "lora_lab.models.pretrained.pretrained"
     model = Component(_target_=target, path=str(tmp_path), remote_code=True)  # pyright: ignore
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "modeling.py").write_text("GAIN = 0")
     codes = []
-    for text in ("GAIN = 1", "GAIN = 2  # more", "GAIN = 2"):
-        (tmp_path / "modeling.py").write_text(text)
-        codes.append(source_code.code_of([model])["modeling.py"])
-    assert codes[0] != codes[1] == codes[2]
+    for text in TEXTS:
+        (tmp_path / "modeling.py").write_bytes(text)
+        codes.append(source_code.code_of([model]))
+    assert len({code["more/modeling.py"] for code in codes}) == 1
+    hashes = [code["modeling.py"] for code in codes]
+    assert hashes[1] == hashes[2]
+    assert len({*hashes}) == len(TEXTS) - 1
 
 
 def test_an_installed_package_counts_by_its_version(tmp_path: Path, monkeypatch):
-    site = tmp_path / "site"
+    site = tmp_path / "of another Python" / "site-packages"
     (site / "shop-1.0.dist-info").mkdir(parents=True)
     metadata = site / "shop-1.0.dist-info" / "METADATA"
     (site / "shop-1.0.dist-info" / "top_level.txt").write_text("shop\n")
     (site / "shop.py").write_text(PROJECT["net.py"])
     monkeypatch.syspath_prepend(site)
-    monkeypatch.setattr(source_code, "INSTALLED", (site.resolve(),))
     codes = []
     for version in ("1.0", "1.1"):
         metadata.write_text(f"Metadata-Version: 2.1\nName: shop\nVersion: {version}\n")
