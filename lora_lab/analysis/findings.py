@@ -10,16 +10,11 @@ from rich.console import Console
 
 from lora_lab.analysis import spectra
 from lora_lab.analysis.advice import Advice, advise
+from lora_lab.analysis.spectra import INTRUDERS_AMONG, TRIPLES
 from lora_lab.analysis.truncation import CutLosses, truncate
 from lora_lab.analysis.updates import Updates
 from lora_lab.analysis.weight_svd import svd_of_weight
 from lora_lab.config.schema import Spectra
-
-TRIPLES = 64
-"""How many singular triples of each site spectra.npz stores, at most."""
-
-INTRUDERS_AMONG = 10
-"""How many of the first left singular vectors of W + ΔW are compared with W's for intruders."""
 
 
 @dataclass
@@ -80,7 +75,7 @@ def _compare_with_base(
         "directions": len(of_delta.S),
         "projection": spectra.projection(W, of_delta),
         "amplification": spectra.amplification(W, of_delta),
-        "intruders": spectra.intruders(of_base.U, of_adapted.U),
+        "intruders": int(spectra.is_intruder(of_base.U, of_adapted.U).sum()),
         "intruders_among": len(of_adapted.S),
     }
     for name, value in metrics.items():

@@ -9,8 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+
+TRIPLES = 64
+"""How many singular triples of each site spectra.npz stores, at most."""
+
+INTRUDERS_AMONG = 10
+"""How many of the first left singular vectors of W + ΔW are compared with W's for intruders."""
 
 
 @dataclass(frozen=True)
@@ -263,18 +269,16 @@ def amplification(W: Float[Tensor, "out rest"], delta: SVD) -> float:
     return norm / norm_in_W if norm_in_W else (math.inf if norm else 0.0)
 
 
-def intruders(
+def is_intruder(
     before: Float64[Tensor, "out n"], after: Float64[Tensor, "out k"], cosine: float = 0.5
-) -> int:
-    """The number of intruder dimensions (Shuttleworth et al. 2024).
+) -> Bool[Tensor, " k"]:
+    """Which columns of `after` are intruder dimensions (Shuttleworth et al. 2024).
 
     An intruder is a left singular vector of W + ΔW (a column of `after`) whose |cos| with each left
     singular vector of W (the columns of `before`) is less than `cosine`.
     """
     _check_directions(before=before, after=after)
-    if not before.shape[1]:
-        return after.shape[1]
-    return int(((before.T @ after).abs().amax(0) < cosine).sum())
+    return ((before.T @ after).abs() < cosine).all(0)
 
 
 def _check_directions(**spans: Tensor) -> None:

@@ -9,22 +9,12 @@ from torch import Tensor
 from lora_lab.adapters.checkpoint import Checkpoint
 from lora_lab.adapters.stored import StoredUpdate
 from lora_lab.analysis import spectra
-from lora_lab.analysis.leading_svd import (
-    first_triples,
-    left_vectors,
-    squared_norm,
-)
-from lora_lab.analysis.spectra import SVD, Spectrum
+from lora_lab.analysis.leading_svd import first_triples, left_vectors, squared_norm
+from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, TRIPLES, Spectrum
 from lora_lab.report.update_report import SiteSpectrum
 
-TRIPLES = 64
-"""How many singular triples of each site are kept, at most."""
-
-INTRUDERS_AMONG = 10
-"""How many of the first left singular vectors of W + ΔW are compared with W's for intruders."""
-
 Measured = tuple[SiteSpectrum, SVD]
-"""A site's spectrum, and the first TRIPLES triples of its ΔW."""
+"""A site's spectrum, and at least the first TRIPLES triples of its ΔW, or all that there are."""
 
 
 def measure_adapter(
@@ -45,47 +35,50 @@ def measure_adapter(
 
 
 def _measure_site(site: str, update: StoredUpdate, W: Tensor | None, has_base: bool) -> Measured:
-    note = "no such weight in the base" if has_base and W is None else ""
+    eps = torch.finfo(torch.promote_types(update.A.dtype, torch.float32)).eps
     if update.magnitude is not None and W is not None:
         delta = update.delta(W)
-        measures, values, svd, note = measures_of_matrix(delta)
+        measures, values, svd, note = measures_of_matrix(delta, eps)
+        U, V = left_vectors(delta), left_vectors(delta.mT)
+        measures |= _against_base(W.double(), delta, U, V)
     else:
-        values, svd = svd_of_update(update)
-        eps = torch.finfo(torch.promote_types(update.A.dtype, torch.float32)).eps
+        values, svd = svd_of_update(update, TRIPLES if W is None else None)
         measures = Spectrum(values, update.shape, eps).measures()
-        if update.magnitude is not None:
-            note = "; ".join(filter(None, (note, "of s·B·A, without DoRA's magnitude")))
-    if W is not None:
-        measures |= _against_base(W.double(), update, svd)
+        notes = ["no such weight in the base"] * (has_base and W is None)
+        notes += ["of s·B·A, without DoRA's magnitude"] * (update.magnitude is not None)
+        note = "; ".join(notes)
+        if W is not None:
+            directions = svd.above_rounding()
+            U, V = directions.U, directions.Vh.mT
+            measures |= _against_base(W.double(), update.product(), U, V)
     return SiteSpectrum(site, update.shape, update.r, values.numpy(), measures, note), svd
 
 
-def svd_of_update(update: StoredUpdate) -> tuple[Tensor, SVD]:
-    """All singular values of a stored ΔW without its magnitude, and its first triples."""
+def svd_of_update(update: StoredUpdate, count: int | None = None) -> tuple[Tensor, SVD]:
+    """All singular values of a stored ΔW without its magnitude, and its first triples, or all."""
     svd = spectra.svd_of_factors(update.A, update.B, update.scale)
     if update.outer is None:
-        return svd.S, svd.first(TRIPLES)
+        return svd.S, svd.first(len(svd.S) if count is None else count)
     # The triples of C ⊗ M are the products of each triple of C with each of M. With C (2 × 2) of
     # rank 2 and M of rank 3 these are 6, and the largest is (σ₁ of C) · (σ₁ of M).
     outer = spectra.svd_of_matrix(update.outer)
     values, order = (outer.S[:, None] * svd.S).flatten().sort(descending=True)
-    i, j = order[:TRIPLES] // len(svd.S), order[:TRIPLES] % len(svd.S)
+    i, j = order[:count] // len(svd.S), order[:count] % len(svd.S)
     U = (outer.U[:, None, i] * svd.U[None, :, j]).flatten(0, 1)  # (out₁ · out₂, k)
     V = (outer.Vh.T[:, None, i] * svd.Vh.T[None, :, j]).flatten(0, 1)
-    return values, SVD(U, values[:TRIPLES], V.T)
+    return values, SVD(U, values[:count], V.T)
 
 
-def measures_of_matrix(delta: Tensor) -> tuple[dict[str, float], Tensor, SVD, str]:
+def measures_of_matrix(delta: Tensor, eps: float) -> tuple[dict[str, float], Tensor, SVD, str]:
     """The measures of a dense ΔW, its singular values, its first triples, and how exact these are.
 
     Of a large one only the first TRIPLES singular values are known, and what follows from them.
+    `eps` is the machine epsilon of the numbers that ΔW was computed from.
     """
     shape = (delta.shape[0], delta.shape[1])
     svd, residual = first_triples(delta, TRIPLES)
     if residual is None:
-        eps = torch.finfo(torch.promote_types(delta.dtype, torch.float32)).eps
-        measures = Spectrum(svd.S, shape, eps).measures()
-        return measures, svd.S, svd.first(TRIPLES), ""
+        return Spectrum(svd.S, shape, eps).measures(), svd.S, svd, ""
     total = squared_norm(delta)
     measures = {"frobenius": total**0.5, "sigma_1": svd.S[0].item()}
     measures["stable_rank"] = total / measures["sigma_1"] ** 2 if total else 0.0
@@ -96,16 +89,21 @@ def measures_of_matrix(delta: Tensor) -> tuple[dict[str, float], Tensor, SVD, st
     return measures, svd.S, svd, f"first {len(svd.S)} σ, each within {residual:.0e} σ₁"
 
 
-def _against_base(W: Tensor, update: StoredUpdate, svd: SVD) -> dict[str, float]:
-    """The measures of ΔW that need W."""
-    adapted = first_triples(W + update.delta(W), INTRUDERS_AMONG)[0].above_rounding()
-    norm_of_delta, norm = torch.linalg.vector_norm(svd.S), torch.linalg.matrix_norm(W)
-    measures = {
-        "relative": (norm_of_delta / norm).item() if norm else float("inf"),
-        "amplification": spectra.amplification(W, svd.above_rounding()),
-        "intruders": spectra.intruders(left_vectors(W), adapted.first(INTRUDERS_AMONG).U),
-    }
-    return {name: float(value) for name, value in measures.items() if value < float("inf")}
+def _against_base(W: Tensor, delta: Tensor, U: Tensor, V: Tensor) -> dict[str, float]:
+    """The measures of ΔW that need W; U and V are all left and right directions of ΔW.
+
+    ‖ΔW‖/‖W‖, and the amplification ‖ΔW‖ / ‖Uᵀ W V‖ (Hu et al. 2021, section 7.3).
+    """
+    adapted = first_triples(W + delta, INTRUDERS_AMONG)[0].above_rounding().first(INTRUDERS_AMONG)
+    measures = {"intruders": float(spectra.is_intruder(left_vectors(W), adapted.U).sum())}
+    norm = torch.linalg.matrix_norm(delta)
+    for name, norm_of_W in (
+        ("relative", torch.linalg.matrix_norm(W)),
+        ("amplification", torch.linalg.matrix_norm(U.mT @ W @ V)),
+    ):
+        if norm_of_W > 0:
+            measures[name] = (norm / norm_of_W).item()
+    return measures
 
 
 @dataclass
@@ -192,7 +190,8 @@ def measure_difference(difference: Difference, keys: Iterable[str]) -> Iterator[
     for key, change in difference.deltas(keys):
         matrix = change.flatten(1)
         try:
-            measures, values, svd, note = measures_of_matrix(matrix)
+            eps = torch.finfo(matrix.dtype).eps
+            measures, values, svd, note = measures_of_matrix(matrix, eps)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
         shape = (matrix.shape[0], matrix.shape[1])

@@ -18,21 +18,21 @@ def spectra(
         raise ValueError("--base goes with adapters: --before has W already")
     for path in (*paths, *filter(None, (before, after, base))):
         _check_exists(path)
-    for path in paths:
         check_outside(to, path)
     from lora_lab.cli import update_spectra
     from lora_lab.console import console
 
     if before and after:
-        check_outside(to, before)
-        check_outside(to, after)
         update_spectra.of_checkpoints(before, after, to, console)
     elif len(paths) == 1:
         update_spectra.of_adapter(adapter_path(paths[0]), base, to, console)
     elif base:
         raise ValueError("--base goes with one adapter: several are compared with each other")
     else:
-        update_spectra.of_pairs({str(path): adapter_path(path) for path in paths}, to, console)
+        folders = [adapter_path(path) for path in paths]
+        if len({folder.resolve() for folder in folders}) < len(folders):
+            raise ValueError("an adapter is compared with itself: give each of them once")
+        update_spectra.of_pairs(dict(zip(map(str, paths), folders, strict=True)), to, console)
 
 
 def _check_exists(path: Path) -> None:

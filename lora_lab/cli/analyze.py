@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Sequence
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_lab.analysis import findings, spectra
+from lora_lab.analysis.subspaces import compare_spans
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Config, Spectra
 from lora_lab.data import Data
@@ -116,17 +116,7 @@ def compare_updates(runs: Sequence[Run]) -> list[SubspacePair]:
     spans = {str(run.path): _spans(run) for run in runs}
     if len(spans) < len(runs):
         raise ValueError("a run is compared with itself: name each of the runs once")
-    pairs: list[SubspacePair] = []
-    for one, other in combinations(spans, 2):
-        shared = [key for key in spans[one] if key in spans[other]]
-        for site, side in shared:
-            U, V = spans[one][site, side], spans[other][site, side]  # (features, directions) each
-            if len(U) == len(V):
-                k = min(U.shape[1], V.shape[1])
-                distance = spectra.grassmann_distance(U[:, :k], V[:, :k])
-                phi = spectra.similarity(U, V).numpy()
-                pairs.append(SubspacePair(one, other, site, side, phi, distance, len(U)))
-    if not pairs:
+    if not (pairs := compare_spans(spans)):
         raise ValueError("the runs share no site: their targets or models differ")
     return pairs
 

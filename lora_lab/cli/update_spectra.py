@@ -1,18 +1,17 @@
 """`lora-lab spectra`: the spectra of ΔW of adapters and checkpoints, read without a model."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from lora_lab.adapters.checkpoint import Checkpoint
 from lora_lab.adapters.stored import read_updates
-from lora_lab.analysis import spectra
+from lora_lab.analysis.spectra import TRIPLES
 from lora_lab.analysis.stored_spectra import (
-    TRIPLES,
     Difference,
     Measured,
     measure_adapter,
@@ -20,7 +19,8 @@ from lora_lab.analysis.stored_spectra import (
     shortened,
     svd_of_update,
 )
-from lora_lab.report.subspace_pairs import SubspacePair, write_pairs
+from lora_lab.analysis.subspaces import compare_spans
+from lora_lab.report.subspace_pairs import write_pairs
 from lora_lab.report.update_report import (
     SiteSpectrum,
     arrays_file,
@@ -56,26 +56,19 @@ def of_checkpoints(before: Path, after: Path, to: Path, console: Console) -> Non
 
 def of_pairs(paths: Mapping[str, Path], to: Path, console: Console) -> None:
     """Writes and prints φ between the ΔW of each two adapters, at each site that both have."""
-    if len({path.resolve() for path in paths.values()}) < 2:
-        raise ValueError("an adapter is compared with itself: give two")
-    svds = {
-        name: {site: svd_of_update(update)[1] for site, update in read_updates(path).items()}
-        for name, path in paths.items()
-    }
-    pairs = []
-    for one, other in combinations(svds, 2):
-        for site in (site for site in svds[one] if site in svds[other]):
-            first, second = (svds[name][site].above_rounding() for name in (one, other))
-            sides = {"input": (first.Vh.T, second.Vh.T), "output": (first.U, second.U)}
-            for side, (U, V) in sides.items():
-                k = min(U.shape[1], V.shape[1])
-                if len(U) == len(V) and k:
-                    distance = spectra.grassmann_distance(U[:, :k], V[:, :k])
-                    phi = spectra.similarity(U, V).numpy()
-                    pairs.append(SubspacePair(one, other, site, side, phi, distance, len(U)))
-    if not pairs:
+    spans: dict[str, dict[tuple[str, str], Tensor]] = {}
+    with_magnitude = []
+    for name, path in paths.items():
+        updates, spans[name] = read_updates(path), {}
+        if any(update.magnitude is not None for update in updates.values()):
+            with_magnitude.append(name)
+        for site, update in updates.items():
+            svd = svd_of_update(update, TRIPLES)[1].above_rounding()
+            spans[name] |= {(site, "input"): svd.Vh.T, (site, "output"): svd.U}
+    if not (pairs := compare_spans(spans)):
         raise ValueError("the adapters share no site with weights of one shape")
-    write_pairs(pairs, to, console, noun="adapter", most_rows=24)
+    lines = [f"{name}: φ is of s·B·A, without DoRA's magnitude" for name in with_magnitude]
+    write_pairs(pairs, to, console, noun="adapter", most_rows=24, notes=lines)
 
 
 def _write_arrays(

@@ -53,10 +53,12 @@ def write_pairs(
     console: Console,
     noun: str = "run",
     most_rows: int | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Writes pairs.csv, phi.npz, the figures and a page to `directory`, and prints the table.
 
-    `noun` is what the updates are of; of the table `most_rows` rows are printed, None: all.
+    `noun` is what the updates are of; of the table `most_rows` rows are printed, None: all. `notes`
+    are lines on what was compared.
     """
     directory.mkdir(parents=True, exist_ok=True)
     runs = dict.fromkeys(run for pair in pairs for run in (pair.first_run, pair.second_run))
@@ -66,7 +68,7 @@ def write_pairs(
     arrays = {f"{p.first_run}|{p.second_run}|{p.site}|{p.side}": p.phi for p in pairs}
     np.savez_compressed(directory / "phi.npz", allow_pickle=False, **arrays)  # pyright: ignore
     console.print(explanation, highlight=False)
-    lines = [f"{label}: {run}" for run, label in labels.items()]
+    lines = [*(f"{label}: {run}" for run, label in labels.items()), *notes]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(simple_table(rows[0], rows[1:][:most_rows]))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
 from lora_lab.analysis.advice import Advice, advise
-from lora_lab.analysis.spectra import intruders, svd_of_factors, svd_of_matrix
+from lora_lab.analysis.spectra import is_intruder, svd_of_factors, svd_of_matrix
 from lora_lab.analysis.truncation import Curve, Truncation, ranks_to_measure
 from lora_lab.data.digits import Digits
 from lora_lab.models.mlp import MLP
@@ -270,7 +270,7 @@ def test_directions_of_rounding_do_not_count():
     torch.manual_seed(0)
     delta = svd_of_factors(torch.randn(4, 16), torch.randn(12, 4))
     after = svd_of_matrix(W + delta.cut(4)).above_rounding()
-    assert intruders(svd_of_matrix(W).above_rounding().U, after.U) == 4
+    assert is_intruder(svd_of_matrix(W).above_rounding().U, after.U).sum() == 4
     W[0, 0] = 1.0
     assert len(svd_of_matrix(W).above_rounding().S) == 1
 

@@ -18,7 +18,7 @@ from lora_lab.analysis.spectra import (
     Spectrum,
     amplification,
     grassmann_distance,
-    intruders,
+    is_intruder,
     principal_angles,
     projection,
     similarity,
@@ -280,10 +280,10 @@ def test_intruders_are_directions_that_w_has_not():
     frame = orthonormal(20, 20)
     before = frame[:, :12]
     same = torch.stack([before[:, 3], -before[:, 0]], 1)
-    assert intruders(before, same) == 0
+    assert is_intruder(before, same).tolist() == [False, False]
     new = torch.stack([frame[:, 15], before[:, 0]], 1)
-    assert intruders(before, new) == 1
+    assert is_intruder(before, new).tolist() == [True, False]
     # Spread over five of W's directions: |cos| = 0.447 with each.
     spread = before[:, :5].sum(1, keepdim=True) / math.sqrt(5)
-    assert intruders(before, spread) == 1
-    assert intruders(before, spread, cosine=0.44) == 0
+    assert is_intruder(before, spread).sum() == 1
+    assert is_intruder(before, spread, cosine=0.44).sum() == 0

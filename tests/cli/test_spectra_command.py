@@ -35,17 +35,35 @@ def test_spectra_writes_its_report_and_names_few_sites(lora_lab: Run):
     arrays = np.load("spectra/spectra.npz")
     stored = arrays["model.layers.1.mlp.up_proj/singular_values"]
     np.testing.assert_allclose(stored, sigma[:4], rtol=1e-5)
-    # Itself, under another path: all directions are shared.
-    Path("copy").symlink_to("adapter")
-    assert lora_lab("spectra", "adapter", "copy")[0] == 2
-    Path("adapter").rename("first")
-    for folder in ("other", "adapter"):
-        peft_folder(llama(), target_modules=["q_proj"])
-        Path("adapter").rename(folder)
-    code, printed = lora_lab("spectra", "adapter", "other", "--to", "pairs")
+
+
+def test_phi_of_three_adapters(lora_lab: Run):
+    directions, kinds = {}, {"a": {}, "al": {"use_dora": True}, "b": {"r": 3}}
+    for name, settings in kinds.items():
+        adapted = peft_folder(llama(), target_modules=["q_proj"], **settings)
+        layer = adapted.base_model.model.model.layers[1].self_attn.q_proj
+        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        U, sigma, Vh = np.linalg.svd(product.detach().double().numpy())
+        r = np.sum(sigma > 1e-6)
+        directions[name] = {"output": U[:, :r], "input": Vh[:r].T}
+        Path("adapter").rename(name)
+    code, printed = lora_lab("spectra", "a", "al", "b", "--to", "pairs")
     assert code == 0, printed
-    assert "adapter 1: adapter\nadapter 2: other" in printed
-    assert all((Path("pairs") / name).exists() for name in ("pairs.csv", "phi.npz", "index.html"))
+    assert "adapter 1: a\nadapter 2: al\nadapter 3: b\nal: φ is of s·B·A, without" in printed
+    assert "φ is of s·B·A" in Path("pairs/index.html").read_text()
+    stored = np.load("pairs/phi.npz")
+    for one, other in (("a", "al"), ("a", "b"), ("al", "b")):
+        for side in ("input", "output"):
+            U, V = directions[one][side], directions[other][side]
+            expected = [
+                [
+                    np.linalg.norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j)
+                    for j in range(1, V.shape[1] + 1)
+                ]
+                for i in range(1, U.shape[1] + 1)
+            ]
+            phi = stored[f"{one}|{other}|model.layers.1.self_attn.q_proj|{side}"]
+            np.testing.assert_allclose(phi, expected, atol=1e-8)
 
 
 def test_equal_checkpoints_have_no_spectra(lora_lab: Run):
@@ -79,6 +97,10 @@ REFUSED = {
     "spectra --before base": "--before and --after go together",
     "spectra --before base --after base --base base": "--base goes with adapters",
     "spectra adapter base --base base": "--base goes with one adapter",
+    "spectra adapter --base base --to base/spectra": "lies in base, which is only read",
+    "spectra --before base --after adapter --to adapter/x": "lies in adapter, which is only read",
+    "spectra adapter adapter/": "an adapter is compared with itself: give each of them once",
+    "spectra adapter base adapter/../adapter": "an adapter is compared with itself",
     "spectra base": "base holds no adapter: PEFT's folders have adapter_config.json",
     "spectra damaged.safetensors": "no tensors can be read from damaged.safetensors",
     "spectra adapter --base adapter/adapter_config.json": "is no .safetensors file",
