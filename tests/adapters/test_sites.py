@@ -16,6 +16,8 @@ from torch import nn
 
 from lora_lab import adapters
 from lora_lab.adapters import RankError, Recipe, Target, TargetError
+from lora_lab.adapters.attention import attention_names
+from lora_lab.adapters.sites import candidate_sites
 from tests.all_layer_kinds import AllLayerKinds
 
 
@@ -560,3 +562,94 @@ def test_attention_is_what_a_module_is_and_not_where_it_lies(
 ):
     sites = adapters.find_sites(nn.Sequential(block()), {"attention": Target("attention")})
     assert [site.name.removeprefix("0.") for site in sites] == names
+
+
+def linear(count: int) -> list[nn.Linear]:
+    return [nn.Linear(4, 4) for _ in range(count)]
+
+
+class Projections(nn.Module):
+    """Attention of which neither class nor name says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = linear(3)
+
+
+class BertLikeAttention(nn.Module):
+    """Attention, and what projects its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.self, self.output = SelfAttention(), nn.Sequential(*linear(1))
+
+
+class AttentionClassifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.head = SelfAttention(), nn.Linear(4, 2)
+
+
+class MultiHeadAttention(nn.Module):
+    """With a module for each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention_heads = nn.ModuleList([SelfAttention(), SelfAttention()])
+        self.out = nn.Linear(4, 4)
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, attn: nn.Module):
+        super().__init__()
+        self.attn, self.mlp = attn, nn.Sequential(*linear(2))
+
+
+class SequentialAttention(nn.Sequential):
+    pass
+
+
+class AttentionList(nn.ModuleList):
+    pass
+
+
+class AttentionDict(nn.ModuleDict):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (SelfAttention(), "query"),
+        (nn.MultiheadAttention(4, 2),
+         "in_proj_weight_q in_proj_weight_k in_proj_weight_v out_proj"),
+        (BertLikeAttention(), "self.query output.0"),
+        (MultiHeadAttention(), "attention_heads.0.query attention_heads.1.query out"),
+        (AttentionClassifier(), "attn.query"),
+        (SequentialAttention(*linear(2)), "0 1"),
+        (AttentionList(linear(2)), "0 1"),
+        (AttentionDict({"q": nn.Linear(4, 4)}), "q"),
+        (nn.Sequential(SequentialAttention(*linear(2)), *linear(1)), "0.0 0.1"),
+        (AttentionList([TransformerBlock()]), "0.attn1.to_q 0.attn1.to_out.0"),
+        (nn.Sequential(SelfAttention(), *linear(1)), "0.query"),
+        (nn.ModuleDict({"attn": nn.Sequential(*linear(2)), "mlp": linear(1)[0]}), "attn.0 attn.1"),
+        (nn.ModuleDict({"attentions": nn.ModuleList([Projections()])}), ""),
+        (nn.ModuleDict({"attn_blocks": nn.ModuleList([TransformerBlock()])}),
+         "attn_blocks.0.attn1.to_q attn_blocks.0.attn1.to_out.0"),
+        (AttentionBlock(SelfAttention()), "attn.query"),
+        (AttentionBlock(BertLikeAttention()), "attn.self.query attn.output.0"),
+        (AttentionBlock(MultiHeadAttention()),
+         "attn.attention_heads.0.query attn.attention_heads.1.query attn.out"),
+        (AttentionBlock(nn.ModuleDict({"q": linear(1)[0], "v": linear(1)[0]})), "attn.q attn.v"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
+)  # fmt: skip
+def test_attention_is_found_at_the_root_and_in_containers(model: nn.Module, names: str):
+    sites = [site for site in candidate_sites(model) if Target("attention").picks(site)]
+    assert [site.name.removesuffix(".weight") for site in sites] == names.split()
+
+
+def test_blocks_that_share_their_attention_are_still_blocks():
+    shared = SelfAttention()
+    model = nn.Sequential(AttentionBlock(shared), AttentionBlock(shared))
+    assert attention_names(model) == {"0.attn", "1.attn"}
