@@ -46,6 +46,8 @@ class Adapter(nn.Module, ABC):
     zero_factor: ClassVar[str] = "B"
     """The factor that starts at zero, where no factor starts from the weight."""
     takes_dora: ClassVar[bool] = True
+    is_transposed: ClassVar[bool] = False
+    """Whether the layer holds its weight as rest × out."""
 
     A: nn.Parameter  # (r, rest)
     B: nn.Parameter  # (out, r)

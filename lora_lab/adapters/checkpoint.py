@@ -15,7 +15,7 @@ from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.stored import StoredUpdate
 from lora_lab.adapters.weight import BLOCK_NAMES
 
-KOHYA_NAME = re.compile(r"(lora|lycoris)_((?:[a-z]+\d?_)?(.+))")
+KOHYA_NAME = re.compile(r"(?:lora|lycoris)_((?:[a-z]+\d?_)?(.+))")
 """The name of a layer in kohya's files: lora_unet_NAME, lora_te1_NAME, lycoris_NAME."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -76,18 +76,35 @@ class Checkpoint:
             return places
         # A base that was saved without or with a head has keys with another first word.
         for name, part, parts in names:
-            ends = [key for key in self.files if _differs_in_first_word(key, name)]
+            ends = list(self._keys_after_first_word.get(name, ()))
+            ends += [end for end in (name.partition(".")[2],) if end in self.files]
             places += [(ends[0], part, parts)] if len(ends) == 1 else []
-        # kohya's names have a word or two before the layer's, and _ for each dot of its name.
+        # kohya's names have a word or two before the layer's, and _ for each dot of its name. What
+        # has more of the name comes first: of lycoris_encoder_fc encoder.fc before fc.
         if layer := KOHYA_NAME.fullmatch(site):
-            flat = {key.removesuffix(".weight").replace(".", "_"): key for key in self.files}
-            places += [(flat[name], 0, 1) for name in (layer[3], layer[2]) if name in flat]
+            keys = (key for name in layer.groups() for key in self._keys_by_flat_name.get(name, ()))
+            places += [(key, 0, 1) for key in keys]
         return places
 
+    @cached_property
+    def _keys_after_first_word(self) -> dict[str, list[str]]:
+        """The part of a key after its first word and dot → the keys that end so."""
+        keys: dict[str, list[str]] = {}
+        for key in self.files:
+            keys.setdefault(key.partition(".")[2], []).append(key)
+        return keys
 
-def _differs_in_first_word(one: str, other: str) -> bool:
-    """Whether one of two names is the other with one word and a dot before it."""
-    return one.partition(".")[2] == other or other.partition(".")[2] == one
+    @cached_property
+    def _keys_by_flat_name(self) -> dict[str, list[str]]:
+        """A layer's name with _ for each dot → the keys that it can be of, the likeliest first.
+
+        These are the weights of layers before parameters of other names, and those with fewer dots
+        in their names before others.
+        """
+        keys: dict[str, list[str]] = {}
+        for key in sorted(self.files, key=lambda k: (not k.endswith(".weight"), k.count("."))):
+            keys.setdefault(key.removesuffix(".weight").replace(".", "_"), []).append(key)
+        return keys
 
 
 def _files(path: Path) -> dict[str, Path]:

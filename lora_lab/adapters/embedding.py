@@ -27,6 +27,7 @@ class EmbeddingAdapter(LinearAdapter):
 
     kind = "embedding"
     zero_factor: ClassVar = "A"
+    is_transposed: ClassVar = True
 
     def __init__(self, layer: nn.Embedding, *args: Any):
         super().__init__(layer, *args)

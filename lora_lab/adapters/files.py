@@ -117,7 +117,10 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
     }
     in_full = {key: p.value.detach() for key, p in parameters.items()}
     sites = {
-        site: {"kind": a.kind, "shape": list(a.shape), "scale": a.scale, **asdict(a.recipe)}
+        site: {
+            **{"kind": a.kind, "shape": list(a.shape), "transposed": a.is_transposed},
+            **{"scale": a.scale, **asdict(a.recipe)},
+        }
         for site, a in adapters.items()
     }
     base = base_state_dict(model)
@@ -128,9 +131,14 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
             key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             for key, value in in_full.items()
         }
-    content = serialize(tensors | in_full, {"format": "lora_lab"})
-    description["sha256"] = hashlib.sha256(content).hexdigest()
-    write_pair(Path(directory), content, description, ("adapter.safetensors", "adapter.json"))
+    write_folder(Path(directory), description, tensors | in_full)
+
+
+def write_folder(directory: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes adapter.safetensors, and adapter.json with the checksum of that file."""
+    content = serialize(tensors, {"format": "lora_lab"})
+    description = description | {"sha256": hashlib.sha256(content).hexdigest()}
+    write_pair(directory, content, description, ("adapter.safetensors", "adapter.json"))
 
 
 def write_pair(

@@ -1,7 +1,7 @@
 """The factored adapters of linear layers."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,8 @@ class _StackedUp(torch.autograd.Function):
 
 class TransposedLinearAdapter(LinearAdapter):
     """LinearAdapter on the `Conv1D` of Hugging Face's GPT-2, whose weight is in × out."""
+
+    is_transposed: ClassVar = True
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:

@@ -166,10 +166,10 @@ def _of_our_folder(directory: Path) -> dict[str, StoredUpdate]:
                 {name: tensors.get(prefix + name) for name in ("A", "B", "core", "A0", "B0")}
             )
             shape = (len(factors[1]), factors[0].shape[1])
-            # The weight's shape tells which way round it lies, but for a square one.
-            transposed = (
-                about["kind"] == "embedding" or tuple(about["shape"]) == shape[::-1] != shape
-            )
+            # Folders of earlier versions tell by the weight's shape which way round it lies: not
+            # of a square one, which is then taken to lie as nn.Linear's.
+            is_reversed = tuple(about["shape"]) == shape[::-1] != shape
+            transposed = about.get("transposed", about["kind"] == "embedding" or is_reversed)
             magnitude = tensors.get(f"{prefix}magnitude")
             updates[site] = StoredUpdate(*factors, about["scale"], magnitude, transposed=transposed)
     except (KeyError, TypeError, AttributeError) as error:

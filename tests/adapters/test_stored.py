@@ -251,13 +251,46 @@ def test_a_block_of_rows_is_found_in_its_parameter():
         ("lora_te1_encoder_fc", "encoder.fc.weight", True),
         ("lycoris_encoder_fc", "encoder.fc.weight", True),
         ("lora_unet_encoder_fc", "fc.weight", False),
+        # Of two, the one that has more of the name, or is a layer's weight, or has fewer dots.
+        ("lycoris_encoder_fc", "encoder.fc.weight fc.weight", True),
+        ("lora_te1_fc", "te1.fc.weight fc.weight", True),
+        ("lora_unet_a_b", "a.b.weight a.b", True),
+        ("lora_unet_a_b_c", "a_b.c.weight a.b.c.weight", True),
+        ("lora_unet_a_b", "a.b.weight a.b_c.weight a.weight", True),
+        # Of two that begin otherwise none can be told to be the one.
+        ("encoder.fc", "bert.encoder.fc.weight other.encoder.fc.weight", False),
     ],
 )
 def test_which_weight_of_a_base_is_a_sites(site: str, key: str, has_weight: bool):
-    save_file({key: torch.ones(3, 4)}, "base.safetensors")
+    keys = key.split()
+    tensors = {other: torch.zeros(3, 4) for other in reversed(keys)}
+    save_file(tensors | {keys[0]: torch.ones(3, 4)}, "base.safetensors")
     update = StoredUpdate(torch.ones(2, 4), torch.ones(3, 2))
     W = Checkpoint(Path("base.safetensors")).matrix(site, update)
     assert (W is not None) == has_weight
+    assert W is None or W.all()
+
+
+def test_our_folder_says_which_way_round_a_square_weight_lies():
+    model = nn.ModuleDict({"gpt2": Conv1D(6, 6), "linear": nn.Linear(6, 6)})
+    adapters.attach(model, r=2, alpha=2)
+    adapters.save(model, "ours")
+    save_file(
+        {k: v.clone() for k, v in adapters.base_state_dict(model).items()}, "base.safetensors"
+    )
+    base, updates = Checkpoint(Path("base.safetensors")), read_updates(Path("ours"))
+    for site, layer in model.items():
+        W = base.matrix(site, updates[site])
+        assert W is not None
+        assert torch.equal(W.double(), matrix(layer.weight, layer))
+    # A folder of an earlier version has not this key, and loads.
+    description = json.loads(Path("ours/adapter.json").read_text())
+    for site in description["sites"].values():
+        del site["transposed"]
+    Path("ours/adapter.json").write_text(json.dumps(description))
+    assert not read_updates(Path("ours"))["gpt2"].transposed
+    adapters.detach(model)
+    adapters.load(model, "ours")
 
 
 def test_a_checkpoint_is_a_file_a_folder_or_shards():
