@@ -4,6 +4,7 @@ One tensor is in memory at a time, so that two checkpoints larger than memory ca
 """
 
 import json
+import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,14 @@ class Checkpoint:
             for option in options[: 2 if weight.dim() == 2 else 1]:
                 if tuple(option.shape) == update.shape:
                     return option
+        return None
+
+    def kernel(self, site: str, update: StoredUpdate) -> tuple[int, ...] | None:
+        """The kernel size of a site's weight of ΔW's shape, () of a matrix; None without one."""
+        for key, _, parts in self._places(site):
+            out, *rest = self.shapes[key] or (0,)
+            if parts == 1 and (out, math.prod(rest)) == update.shape:
+                return tuple(rest[1:])
         return None
 
     def _places(self, site: str) -> list[tuple[str, int, int]]:

@@ -89,16 +89,27 @@ def save_peft(
     )
     _check_savable(model, adapters, extra.errors)
     rslora = all(adapter.recipe.scaling == "alpha/sqrt(r)" for adapter in adapters.values())
+    scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
     tensors, ranks, alphas = {}, {}, {}
     for site, adapter in adapters.items():
         keys = tensor_keys(adapter.kind)
         site_tensors = to_peft(layer_of(model, site, adapter), adapter)
         ranks[site] = len(site_tensors["A"])
-        alphas[site] = alpha_for_scale(adapter.scale, ranks[site], rslora)
+        alphas[site] = alpha_for_scale(adapter.scale, ranks[site], scaling)
         for part, tensor in site_tensors.items():
             tensors[f"{PREFIX}{site}.{keys[part]}"] = tensor.contiguous()
-    config = _peft_config(adapters, ranks, alphas, rslora) | extra.config
-    config |= {"task_type": task_type, "base_model_name_or_path": base_model and str(base_model)}
+    dropouts = {adapter.recipe.dropout for adapter in adapters.values()}
+    config = lora_config(
+        ranks,
+        alphas,
+        lora_dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
+        use_rslora=rslora,
+        use_dora=any(adapter.magnitude is not None for adapter in adapters.values()),
+        fan_in_fan_out=any(isinstance(a, TransposedLinearAdapter) for a in adapters.values()),
+        task_type=task_type,
+        base_model_name_or_path=base_model and str(base_model),
+        **extra.config,
+    )
     write_peft(Path(directory), config, tensors | extra.tensors)
 
 
@@ -106,14 +117,15 @@ def write_peft(directory: Path, config: dict[str, Any], tensors: dict[str, Tenso
     """Writes PEFT's folder: the config, and the tensors by PEFT's keys."""
     scale = json.dumps({key: config[key] for key in SCALE_KEYS})
     metadata = {"format": "pt", "lora_lab.scale": scale}
-    write_pair(directory, _with_sorted_metadata(serialize(tensors, metadata)), config, FILES)
+    write_pair(directory, serialize_sorted(tensors, metadata), config, FILES)
 
 
 # safetensors writes several keys of metadata in an order that is another each time, and the same
 # adapter shall be the same file. A file is: 8 bytes, which give the header's length; the header in
 # JSON, padded with spaces to a multiple of 8; the tensors' bytes.
-def _with_sorted_metadata(content: bytes) -> bytes:
-    """The content of a file of safetensors with its metadata in the order of the keys."""
+def serialize_sorted(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The content of a file of safetensors, with its metadata in the order of the keys."""
+    content = serialize(tensors, metadata)
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -129,7 +141,7 @@ def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors:
     errors = []
     for site, adapter in adapters.items():
         dora = adapter.magnitude is not None
-        reason = _reason_peft_differs(layer_of(model, site, adapter), adapter.kind, dora)
+        reason = reason_peft_differs(layer_of(model, site, adapter), adapter.kind, dora)
         if not site:
             reason = "it is the model itself, and PEFT replaces layers of a model"
         elif id(adapter) in shared:
@@ -141,25 +153,25 @@ def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors:
         raise AdapterError(f"PEFT cannot hold this adapter: {'; '.join(errors)}")
 
 
-def _peft_config(
-    adapters: dict[str, Adapter], ranks: dict[str, int], alphas: dict[str, float], rslora: bool
-) -> dict[str, Any]:
-    """PEFT's config: the most common r and alpha, and patterns for the other sites."""
-    dropouts = {adapter.recipe.dropout for adapter in adapters.values()}
+def lora_config(ranks: dict[str, int], alphas: dict[str, float], **settings: Any) -> dict[str, Any]:
+    """PEFT's config of a LoRA on exactly these layers; `settings` are further keys of it."""
     return {
         "peft_type": "LORA",
         **ranks_and_alphas(ranks, alphas),
-        "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
-        "target_modules": target_modules(adapters),
-        "use_rslora": rslora,
-        "use_dora": any(adapter.magnitude is not None for adapter in adapters.values()),
-        "fan_in_fan_out": any(isinstance(a, TransposedLinearAdapter) for a in adapters.values()),
+        "lora_dropout": 0.0,
+        "target_modules": target_modules(ranks),
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
         "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        **settings,
     }
 
 
 def ranks_and_alphas(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
-    """The keys of PEFT's config that give these ranks and alphas by layer."""
+    """The keys of PEFT's config with these ranks and alphas: the most common, and patterns."""
     pairs = Counter((ranks[site], alphas[site]) for site in ranks)
     (r, alpha), _ = pairs.most_common(1)[0] if pairs else ((1, 1), 0)
     return {
@@ -195,7 +207,7 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
         if path not in layers:
             near = difflib.get_close_matches(path, layers, n=3, cutoff=0.0)
             errors.append(f"there is no layer '{path}'; nearest: {', '.join(near)}")
-        elif reason := _reason_peft_differs(layers[path], kind, config["use_dora"]):
+        elif reason := reason_peft_differs(layers[path], kind, config["use_dora"]):
             errors.append(f"'{path}': {reason}")
         else:
             try:
@@ -226,7 +238,7 @@ def split_by_layer(
     return by_layer, others
 
 
-def _reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
+def reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
     """Why PEFT computes this layer differently, or not at all; None where it is the same."""
     if kind == "weight" and isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d):
         return f"{type(layer).__name__} computes otherwise than the layer that PEFT takes it for"

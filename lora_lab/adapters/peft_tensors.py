@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.recipe import AdapterError, Recipe
+from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import Site, adapter_class
 
 TENSOR_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -30,23 +31,28 @@ def tensor_keys(kind: str) -> dict[str, str]:
     return EMBEDDING_TENSOR_KEYS if kind == "embedding" else TENSOR_KEYS
 
 
-def alpha_for_scale(scale: float, r: int, rslora: bool) -> float:
-    """The alpha with which alpha/r, or with rslora alpha/√r, is `scale`, or the next float to it.
+def alpha_for_scale(scale: float, r: int, scaling: str) -> float:
+    """The alpha with which the scaling, a key of SCALINGS, gives exactly `scale`.
 
-    It is rounded to 9 digits where that gives exactly `scale`.
+    Where no float does, one that gives the next float to it. It has 9 digits where these suffice.
     """
-    divisor = math.sqrt(r) if rslora else r
-    alpha = scale * divisor
-    if round(alpha, 9) / divisor == scale:
-        alpha = round(alpha, 9)
+    scale_of = SCALINGS[scaling]
+    alpha = scale / scale_of(1.0, r)
+    nearby = (round(alpha, 9), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, 2 * alpha))
+    alpha = next((a for a in nearby if scale_of(a, r) == scale), alpha)
     return int(alpha) if alpha == int(alpha) else alpha
+
+
+def peft_scaling(config: dict[str, Any]) -> str:
+    """The key of SCALINGS by which PEFT's config gives the scale."""
+    return "alpha/sqrt(r)" if config["use_rslora"] else "alpha/r"
 
 
 def rank_and_scale(config: dict[str, Any], path: str) -> tuple[int, float]:
     """The rank and the scale of the layer `path`, by PEFT's config."""
     r = _first_match(config["rank_pattern"], path, config["r"])
     alpha = _first_match(config["alpha_pattern"], path, config["lora_alpha"])
-    return r, alpha / (math.sqrt(r) if config["use_rslora"] else r)
+    return r, SCALINGS[peft_scaling(config)](alpha, r)
 
 
 def to_peft(layer: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
@@ -56,7 +62,7 @@ def to_peft(layer: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     1…).
     """
     A, B = (factor.detach() for factor in adapter.factors())
-    groups, kernel = _groups_and_kernel(layer)
+    groups, kernel = groups_and_kernel(layer)
     tensors = factors_to_peft(A, B, groups, kernel)
     if adapter.magnitude is not None:
         magnitude = adapter.magnitude.detach()
@@ -80,20 +86,19 @@ def from_peft(
     Raises AdapterError where their shapes do not fit, or their product is no ΔW of this layer.
     """
     r, scale = rank_and_scale(config, site.name)
-    rslora, dora = config["use_rslora"], config["use_dora"]
+    scaling, dora = peft_scaling(config), config["use_dora"]
     _check_shapes(site, layer, peft_tensors, r, dora)
     weight = layer.get_parameter(site.parameter)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     parts = {key: part for part, key in tensor_keys(site.kind).items()}
     tensors = {parts[key]: t.to(weight.device, dtype) for key, t in peft_tensors.items()}
-    groups, kernel = _groups_and_kernel(layer)
+    groups, kernel = groups_and_kernel(layer)
     tensors["A"], tensors["B"] = factors_from_peft(tensors["A"], tensors["B"], groups, kernel)
     if dora:
         tensors["magnitude"] = tensors["magnitude"].flatten()
     r = len(tensors["A"])
     dropout = 0.0 if site.kind == "embedding" else config["lora_dropout"]  # PEFT's has none
-    scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
-    recipe = Recipe(r, alpha_for_scale(scale, r, rslora), dropout, scaling=scaling, dora=dora)
+    recipe = Recipe(r, alpha_for_scale(scale, r, scaling), dropout, scaling=scaling, dora=dora)
     adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
     adapter.scale = scale
     return replace(site, recipe=recipe), adapter.fill(tensors)
@@ -104,7 +109,7 @@ def _check_shapes(
 ) -> None:
     """Raises AdapterError unless the tensors have PEFT's keys and shapes for this layer."""
     out, rest = site.shape[::-1] if site.kind == "embedding" else site.shape
-    groups, kernel = _groups_and_kernel(layer)
+    groups, kernel = groups_and_kernel(layer)
     ones, keys = [1] * len(kernel), tensor_keys(site.kind)
     inputs = groups * rest // math.prod(kernel)
     wanted = {keys["A"]: [r, inputs, *kernel], keys["B"]: [out, r // groups, *ones]}
@@ -134,7 +139,7 @@ def factors_from_peft(
     return A_blocks.flatten(2).flatten(0, 1), _block_diagonal(B_blocks)
 
 
-def _groups_and_kernel(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
+def groups_and_kernel(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
     """A convolution's groups and kernel size; 1 and () for other layers."""
     is_conv = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return (layer.groups, layer.kernel_size) if is_conv else (1, ())

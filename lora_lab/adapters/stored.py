@@ -4,10 +4,9 @@ PEFT's folders and ours are read here, single files of LyCORIS and kohya in `lyc
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +31,9 @@ class StoredUpdate:
     """ΔW of one site as a matrix: scale · B A, or scale · outer ⊗ (B A) for LoKr.
 
     With a `magnitude` (DoRA) the rows of W + ΔW are then scaled to these norms, for which W is
-    needed. `transposed` says that the layer holds W as rest × out, as an embedding does.
+    needed. `transposed` says that the layer holds W as rest × out, as an embedding does. `kernel`
+    is a convolution's kernel size, and () of other layers; None where the files do not tell which
+    of these it is.
     """
 
     A: Tensor  # (r, rest)
@@ -41,6 +42,7 @@ class StoredUpdate:
     magnitude: Tensor | None = None  # (out,)
     outer: Tensor | None = None  # (out₁, rest₁)
     transposed: bool = False
+    kernel: tuple[int, ...] | None = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,35 +71,53 @@ class StoredUpdate:
         return gain[:, None] * (W + matrix) - W
 
 
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter that was read from files: ΔW of each site, and all that the files hold."""
+
+    path: Path
+    format: Literal["lora_lab", "peft", "kohya"]
+    """Whose folder it is, or whose single file."""
+    tensors_file: Path
+    updates: dict[str, StoredUpdate]
+    about: dict[str, Any]
+    """What the folder's JSON says, or the metadata of a single file."""
+    tensors: dict[str, Tensor]
+
+
 def read_updates(path: Path) -> dict[str, StoredUpdate]:
-    """ΔW of each site of a PEFT folder, of one of ours, or of a file of LyCORIS or kohya.
+    """ΔW of each site of an adapter in files; raises as `read_adapter`."""
+    return read_adapter(path).updates
+
+
+def read_adapter(path: Path) -> StoredAdapter:
+    """The adapter of a PEFT folder, of one of ours, or of a file of LyCORIS or kohya.
 
     Raises AdapterError where it is none of them, is damaged, or holds what is not read.
     """
     if path.is_dir():
-        readers: dict[str, Callable[[Path], dict[str, StoredUpdate]]] = {
-            "adapter.json": _of_our_folder,
-            "adapter_config.json": _of_peft_folder,
-        }
-        read = next((read for file, read in readers.items() if (path / file).is_file()), None)
-        if read is None:
+        if (path / "adapter.json").is_file():
+            adapter = _of_our_folder(path)
+        elif (path / FILES[1]).is_file():
+            is_lycoris = _peft_type(path) in ("LOHA", "LOKR")
+            adapter = _of_peft_lycoris(path) if is_lycoris else _of_peft_folder(path)
+        else:
             raise AdapterError(
                 f"{path} holds no adapter: PEFT's folders have adapter_config.json, ours "
                 "adapter.json; LyCORIS and kohya write one file, which is given itself"
             )
-        updates = read(path)
     elif path.suffix == ".safetensors":
-        updates = {site: StoredUpdate(**parts) for site, parts in read_lycoris(path).items()}
+        fields, metadata, tensors = read_lycoris(path)
+        updates = {site: StoredUpdate(**parts) for site, parts in fields.items()}
+        adapter = StoredAdapter(path, "kohya", path, updates, metadata, tensors)
     else:
         raise AdapterError(f"{path} is no folder and no .safetensors file")
-    if not updates:
+    if not adapter.updates:
         raise AdapterError(f"{path} holds no low-rank update: only what was trained in full")
-    return updates
+    return adapter
 
 
-def _of_peft_folder(directory: Path) -> dict[str, StoredUpdate]:
-    if _peft_type(directory) in ("LOHA", "LOKR"):
-        return _of_peft_lycoris(directory)
+def _of_peft_folder(directory: Path) -> StoredAdapter:
     config, tensors = read_peft(directory)
     by_layer, _ = split_by_layer(tensors)
     updates, errors = {}, []
@@ -114,13 +134,16 @@ def _of_peft_folder(directory: Path) -> dict[str, StoredUpdate]:
             shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
             errors.append(f"'{site}': B and A are {shapes}, and adapter_config.json says r={r}")
             continue
-        A, B = factors_from_peft(A, B, groups, tuple(A.shape[2:]))
+        kernel = tuple(A.shape[2:])
+        factors = factors_from_peft(A, B, groups, kernel)
         magnitude = None if magnitude is None else magnitude.flatten()
-        is_conv1d = bool(config.get("fan_in_fan_out")) and named[keys["A"]].dim() == 2
-        updates[site] = StoredUpdate(A, B, scale, magnitude, transposed=is_embedding or is_conv1d)
+        transposed = is_embedding or (bool(config.get("fan_in_fan_out")) and not kernel)
+        updates[site] = StoredUpdate(
+            *factors, scale, magnitude, transposed=transposed, kernel=kernel
+        )
     if errors:
         raise AdapterError(f"{directory}: {'; '.join(errors)}")
-    return updates
+    return StoredAdapter(directory, "peft", directory / FILES[0], updates, config, tensors)
 
 
 def _peft_type(directory: Path) -> str | None:
@@ -130,7 +153,7 @@ def _peft_type(directory: Path) -> str | None:
         return None  # `read_peft` says what is wrong
 
 
-def _of_peft_lycoris(directory: Path) -> dict[str, StoredUpdate]:
+def _of_peft_lycoris(directory: Path) -> StoredAdapter:
     """PEFT's LoHa or LoKr, whose scale is always alpha/r."""
     config: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     config |= json.loads((directory / FILES[1]).read_text())
@@ -153,10 +176,10 @@ def _of_peft_lycoris(directory: Path) -> dict[str, StoredUpdate]:
         except (AdapterError, KeyError, RuntimeError) as error:
             raise AdapterError(f"{directory}: '{site}': {error}") from None
         updates[site] = replace(StoredUpdate(**fields), scale=rank_and_scale(config, site)[1])
-    return updates
+    return StoredAdapter(directory, "peft", directory / FILES[0], updates, config, tensors)
 
 
-def _of_our_folder(directory: Path) -> dict[str, StoredUpdate]:
+def _of_our_folder(directory: Path) -> StoredAdapter:
     description, tensors = read_folder(directory)
     updates = {}
     try:
@@ -174,7 +197,8 @@ def _of_our_folder(directory: Path) -> dict[str, StoredUpdate]:
             updates[site] = StoredUpdate(*factors, about["scale"], magnitude, transposed=transposed)
     except (KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"no adapter can be read from {directory}: {error!r}") from None
-    return updates
+    file = directory / "adapter.safetensors"
+    return StoredAdapter(directory, "lora_lab", file, updates, description, tensors)
 
 
 def stored_factors(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:

@@ -4,34 +4,21 @@ The scale of a site stays, so that training can go on from the result as it woul
 original. The factors share the singular values evenly: A = √S Vᵀ and B = U √S.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from lora_lab.adapters import INITS
-from lora_lab.adapters.files import read_folder, write_pair
-from lora_lab.adapters.peft import ranks_and_alphas, read_peft, split_by_layer, write_peft
-from lora_lab.adapters.peft_tensors import (
-    EMBEDDING_TENSOR_KEYS,
-    alpha_for_scale,
-    factors_to_peft,
-    rank_and_scale,
-    tensor_keys,
-)
-from lora_lab.adapters.peft_trained_in_full import PREFIX
-from lora_lab.adapters.stored import StoredUpdate, read_updates
+from lora_lab.adapters.rewrite import rewrite
+from lora_lab.adapters.stored import StoredAdapter, StoredUpdate
 from lora_lab.analysis.leading_svd import first_triples, left_vectors
-from lora_lab.analysis.spectra import SVD, Spectrum, svd_of_factors
-from lora_lab.analysis.stored_spectra import INTRUDERS_AMONG
+from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, Spectrum, is_intruder
+from lora_lab.analysis.stored_spectra import svd_of_update
 
 RankRule = Callable[[str, Spectrum], int]
-"""(site, spectrum of its B A) → the rank to which it is cut."""
+"""(site, spectrum of its ΔW without scale and magnitude) → the rank to which it is cut."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +26,49 @@ class CutSite:
     """One site's ΔW at its new rank, or as it was where its rank is not above that."""
 
     r: int
-    """The rank of the factors before: 2r where ΔW is measured from A₀ and B₀."""
+    """The rank of the factors before: 2r where ΔW is measured from A₀ and B₀, r² of LoHa."""
     k: int
     kept: float
     """The share of ‖B A‖²_F that is kept, DoRA's magnitude aside."""
     intruders: int = 0
     update: StoredUpdate | None = None
     """The new factors; None where they are the old ones."""
+    stays: bool = False
+    """Whether it is as it was because the cut saves nothing: see `rewrite`."""
 
 
 def cut_update(site: str, update: StoredUpdate, rule: RankRule) -> CutSite:
-    """ΔW of a site cut to the rank that `rule` says."""
+    """ΔW of a site cut to the rank that `rule` says, or to its numerical rank if that is less."""
     # Without the scale, which the new factors have too.
-    svd = svd_of_factors(update.A, update.B)
-    spectrum = Spectrum(svd.S, update.shape, torch.finfo(torch.float32).eps)
-    k = max(1, rule(site, spectrum))
-    if k >= len(update.A):
-        return CutSite(len(update.A), len(update.A), 1.0)
-    A, B = balanced_factors(svd, k)
-    # Where ΔW has a row or column of zeros, as for a padding token, rounding must not fill it.
-    A = A.masked_fill((update.A == 0).all(0), 0)
-    B = B.masked_fill((update.B == 0).all(1)[:, None], 0)
-    cut = replace(update, A=A.to(update.A.dtype), B=B.to(update.B.dtype))
+    values, svd = svd_of_update(replace(update, scale=1.0))
+    spectrum = Spectrum(values, update.shape, torch.finfo(torch.float32).eps)
+    k = rule(site, spectrum)
+    if k >= update.r and update.outer is None:
+        return CutSite(update.r, update.r, 1.0)
+    k = max(1, min(k, spectrum.numerical_rank))
     total = spectrum.frobenius**2
-    kept = svd.S[:k].square().sum().item() / total if total else 1.0
-    return CutSite(len(update.A), k, kept, update=cut)
+    kept = values[:k].square().sum().item() / total if total else 1.0
+    return CutSite(update.r, k, kept, update=_product(update, svd, k))
+
+
+def _product(update: StoredUpdate, svd: SVD, k: int) -> StoredUpdate:
+    """The first k triples of an update's B A as its factors."""
+    A, B = balanced_factors(svd, k)
+    if update.outer is None:
+        # Where ΔW has a row or column of zeros, as for a padding token, rounding must not fill it.
+        A = A.masked_fill((update.A == 0).all(0), 0)
+        B = B.masked_fill((update.B == 0).all(1)[:, None], 0)
+    return replace(update, A=A.to(update.A.dtype), B=B.to(update.B.dtype), outer=None)
 
 
 def balanced_factors(svd: SVD, k: int) -> tuple[Tensor, Tensor]:
-    """A (k, rest) and B (out, k) whose product is the matrix cut to rank k."""
+    """A (k, rest) and B (out, k) whose product is the matrix cut to rank k.
+
+    Where a singular value is zero the column of B is, and the row of A is the unit vector: were
+    both zero, no gradient would ever reach them.
+    """
     root = svd.S[:k].sqrt()
-    return root[:, None] * svd.Vh[:k], svd.U[:, :k] * root
+    return torch.where(root > 0, root, 1)[:, None] * svd.Vh[:k], svd.U[:, :k] * root
 
 
 def scale_intruders(site: str, update: StoredUpdate, W: Tensor, factor: float) -> CutSite:
@@ -82,84 +81,30 @@ def scale_intruders(site: str, update: StoredUpdate, W: Tensor, factor: float) -
     """
     adapted, _ = first_triples(W.double() + update.product(), INTRUDERS_AMONG)
     adapted = adapted.first(INTRUDERS_AMONG)
-    cosines = (left_vectors(W).T @ adapted.U).abs()  # (directions of W, 10)
-    chosen = (cosines < 0.5).all(0) & (adapted.S > 0)
+    chosen = is_intruder(left_vectors(W), adapted.U) & (adapted.S > 0)
     if not chosen.any():
-        return CutSite(len(update.A), len(update.A), 1.0)
+        return cut_update(site, update, lambda *_: update.r)
+    if update.outer is not None:
+        update = _product(update, svd_of_update(replace(update, scale=1.0))[1], update.r)
     change = (factor - 1) / update.scale * adapted.U[:, chosen] * adapted.S[chosen]
     A = torch.cat([update.A.double(), adapted.Vh[chosen]])
     B = torch.cat([update.B.double(), change], 1)
-    cut = cut_update(site, replace(update, A=A, B=B), lambda *_: len(update.A))
-    assert cut.update is not None
-    new = replace(cut.update, A=cut.update.A.to(update.A), B=cut.update.B.to(update.B))
-    return CutSite(len(update.A), cut.k, cut.kept, int(chosen.sum()), new)
+    values, svd = svd_of_update(replace(update, A=A, B=B, scale=1.0))
+    new = _product(replace(update, A=A, B=B), svd, update.r)
+    new = replace(new, A=new.A.to(update.A), B=new.B.to(update.B))
+    kept = values[: update.r].square().sum() / values.square().sum()
+    return CutSite(update.r, len(new.A), kept.item(), int(chosen.sum()), new)
 
 
-def cut_folder(
-    directory: Path, to: Path, cut: Callable[[str, StoredUpdate], CutSite]
+def cut_adapter(
+    stored: StoredAdapter, to: Path, cut: Callable[[str, StoredUpdate], CutSite]
 ) -> dict[str, CutSite]:
-    """Writes the adapter of a PEFT folder, or of one of ours, with each site as `cut` gives it.
+    """Writes a stored adapter to the folder `to`, with each site as `cut` gives it.
 
-    What trains in full and DoRA's magnitudes stay. Returns the sites. Raises AdapterError where the
-    folder cannot be read.
+    What trains in full and DoRA's magnitudes stay. Returns the sites.
     """
-    sites = {site: cut(site, update) for site, update in read_updates(directory).items()}
-    write = _write_ours if (directory / "adapter.json").is_file() else _write_peft
-    cuts = {site: c.update for site, c in sites.items() if c.update is not None}
-    unchanged = write(directory, to, cuts)
-    return sites | {site: CutSite(sites[site].r, sites[site].r, 1.0) for site in unchanged}
-
-
-def _write_peft(directory: Path, to: Path, cuts: Mapping[str, StoredUpdate]) -> list[str]:
-    """Writes PEFT's folder, and returns the sites that stay as they were though they have a cut.
-
-    In a grouped convolution PEFT has a rank for each group, so that the rank of the cut is
-    multiplied by the groups: where that saves nothing, the site stays.
-    """
-    config, tensors = read_peft(directory)
-    by_layer, _ = split_by_layer(tensors)
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    unchanged: list[str] = []
-    for site, named in by_layer.items():
-        keys = tensor_keys("embedding" if EMBEDDING_TENSOR_KEYS["A"] in named else "linear")
-        old_A, old_B = named[keys["A"]], named[keys["B"]]
-        ranks[site], scale = rank_and_scale(config, site)
-        if (update := cuts.get(site)) is not None:
-            groups, kernel = len(old_A) // old_B.shape[1], tuple(old_A.shape[2:])
-            if groups * len(update.A) > len(old_A) or (groups > 1 and len(update.A) == len(old_A)):
-                unchanged.append(site)
-            else:
-                parts = factors_to_peft(update.A, update.B, groups, kernel)
-                ranks[site] = len(parts["A"])
-                for name, tensor in parts.items():
-                    tensors[f"{PREFIX}{site}.{keys[name]}"] = tensor.contiguous()
-        alphas[site] = alpha_for_scale(scale, ranks[site], config["use_rslora"])
-    write_peft(to, config | ranks_and_alphas(ranks, alphas), tensors)
-    return unchanged
-
-
-def _write_ours(directory: Path, to: Path, cuts: Mapping[str, StoredUpdate]) -> list[str]:
-    """Writes our folder, in which each cut has its place."""
-    description, tensors = read_folder(directory)
-    for site, update in cuts.items():
-        about, prefix = description["sites"][site], f"{site}." if site else ""
-        for name in ("core", "A0", "B0"):
-            tensors.pop(prefix + name, None)
-        tensors |= {f"{prefix}A": update.A.contiguous(), f"{prefix}B": update.B.contiguous()}
-        description["sites"][site] = about | _recipe_of_cut(about, len(update.A))
-    content = serialize(tensors, {"format": "lora_lab"})
-    description["sha256"] = hashlib.sha256(content).hexdigest()
-    write_pair(to, content, description, ("adapter.safetensors", "adapter.json"))
-    return []
-
-
-def _recipe_of_cut(about: Mapping[str, Any], k: int) -> dict[str, Any]:
-    """What changes in a site's recipe: it is a plain product now, of which both factors train."""
-    recipe: dict[str, Any] = {"r": k, "trains": "both"}
-    if about["scaling"] != "alpha":
-        is_sqrt = about["scaling"] == "alpha/sqrt(r)"
-        recipe["alpha"] = alpha_for_scale(about["scale"], k, is_sqrt)
-    if INITS[about["init"]].from_weight:
-        recipe["init"] = "kaiming"
-    return recipe
+    sites = {site: cut(site, update) for site, update in stored.updates.items()}
+    updates = {site: c.update for site, c in sites.items() if c.update is not None}
+    for site in rewrite(stored, updates, to):
+        sites[site] = replace(sites[site], k=sites[site].r, kept=1.0, update=None, stays=True)
+    return sites

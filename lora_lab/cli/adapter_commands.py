@@ -75,22 +75,24 @@ def cut(
     options = (rank, energy, advice or None, scale_intruders)
     if sum(option is not None for option in options) != 1:
         raise ValueError("give one of --rank, --energy, --advice and --scale-intruders")
-    if (scale_intruders is None) != (base is None):
-        raise ValueError("--scale-intruders and --base go together: W + ΔW has the intruders")
+    if scale_intruders is not None and base is None:
+        raise ValueError("--scale-intruders needs --base: W + ΔW has the intruders")
     for given in (path, *filter(None, (base,))):
         _check_exists(given)
         check_new_folder(to, given)
-    if not path.is_dir():
-        raise ValueError(f"{path} is no folder of PEFT or ours, which alone can be cut")
+    from lora_lab.adapters.stored import read_adapter
     from lora_lab.cli import update_files
     from lora_lab.console import console
 
-    folder = adapter_path(path)
+    stored = read_adapter(adapter_path(path))
     if base is not None and scale_intruders is not None:
-        update_files.scale_intruders(folder, scale_intruders, base, to, console)
+        update_files.scale_intruders(stored, scale_intruders, base, to, console)
     else:
-        how = update_files.advised_ranks(path) if advice else _amount(rank, energy)
-        update_files.cut(folder, how, to, console)
+        if base is not None and all(u.kernel is not None for u in stored.updates.values()):
+            raise ValueError("--base goes with --scale-intruders, or with LoHa and LoKr")
+        by_pattern = update_files.advised_ranks(path) if advice else None
+        rule = update_files.rank_rule(stored, rank, energy, by_pattern)
+        update_files.cut(stored, rule, base, to, console)
 
 
 def extract(before: Path, after: Path, rank: int | None, energy: float | None, to: Path) -> None:

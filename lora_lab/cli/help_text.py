@@ -70,10 +70,11 @@ ours, a run directory, a file of LyCORIS or kohya (LoRA, LoCon, LoHa, LoKr), or 
 adapters: how far their directions overlap, φ. With --base also the amplification of W's directions
 and the intruder dimensions, which take seconds for a weight of 2048 × 2048."""
 
-CUT = """Writes an adapter at a lower rank, in the format it has: each site's ΔW is cut to its best
-approximation of that rank, computed from the factors. Ranks differ by site with --energy and
---advice. --scale-intruders F with --base multiplies the intruder dimensions of W + ΔW by F
-(Shuttleworth et al. 2024, as PEFT's reduce_intruder_dimension), and keeps each site's rank."""
+CUT = """Writes an adapter at a lower rank, in the format it has; LoHa and LoKr become LoRA. Each
+site's ΔW is cut to its best approximation of that rank, computed from the factors. The scale stays.
+A site whose ΔW has a lower rank gets that. Ranks differ by site with --energy and --advice.
+--scale-intruders F with --base multiplies the intruder dimensions of W + ΔW by F (Shuttleworth et
+al. 2024, as PEFT's reduce_intruder_dimension), and keeps each site's rank."""
 
 EXTRACT = """Writes a full fine-tune as an adapter in the format of PEFT: of each matrix the
 best approximation of W − W₀ of a rank, and what share of ‖W − W₀‖² that holds. What an adapter

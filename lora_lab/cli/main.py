@@ -176,12 +176,12 @@ def _spectra(commands: Any) -> None:
 
 def _cut(commands: Any) -> None:
     add = _add(commands, adapter_commands.cut, "write an adapter at a lower rank", CUT)
-    add("path", type=path, help="a run directory, a folder of PEFT or one of ours")
+    add("path", type=path, help="a run, a folder of PEFT or ours, a file of LyCORIS or kohya")
     add("--rank", type=count, default=None, help="the rank of every site, at most")
     add("--energy", type=share, default=None, help="share of each site's ‖ΔW‖² to keep")
     add("--advice", action="store_true", help="the ranks of the run's advice.yaml")
     add("--scale-intruders", type=factor, default=None, metavar="F", help="0 removes them")
-    add("--base", type=path, default=None, help="safetensors of W, for --scale-intruders")
+    add("--base", type=path, default=None, help="safetensors of W: intruders, kernels of LoHa")
     add("--to", type=path, default=Path("cut"), help="where it is written (cut)")
 
 
@@ -214,9 +214,7 @@ def path(text: str) -> Path:
 
 def count(text: str) -> int:
     """The value of --count, --shown and --rank: an integer of at least 1."""
-    if (value := int(text)) < 1:
-        raise ArgumentTypeError(f"{text} must be at least 1")
-    return value
+    return _number(text, int, lambda value: value >= 1, "an integer of at least 1")
 
 
 def devices(text: str) -> int | None:
@@ -230,20 +228,25 @@ def devices(text: str) -> int | None:
 
 def share(text: str) -> float:
     """The value of --keep and --energy: a number above 0 and at most 1."""
-    if not 0 < (value := float(text)) <= 1:
-        raise ArgumentTypeError(f"{text} must be more than 0 and at most 1")
-    return value
+    return _number(text, float, lambda value: 0 < value <= 1, "more than 0 and at most 1")
 
 
 def factor(text: str) -> float:
     """The value of --scale-intruders: at least 0 and below 1."""
-    if not 0 <= (value := float(text)) < 1:
-        raise ArgumentTypeError(f"{text} must be at least 0 and less than 1")
-    return value
+    return _number(text, float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
 
 
 def tolerance(text: str) -> float:
     """The value of --tolerance: a finite number of at least 0."""
-    if not 0 <= (value := float(text)) < float("inf"):
-        raise ArgumentTypeError(f"{text} must be at least 0 and finite")
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "at least 0 and finite")
+
+
+def _number(text: str, kind: Any, fits: Callable[[Any], bool], rule: str) -> Any:
+    """The number that a text is. Raises ArgumentTypeError with the rule where it does not fit."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise ArgumentTypeError(f"{text} must be {rule}")
     return value

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from torch import nn
 
 from lora_lab import report
 from lora_lab.adapters.checkpoint import Checkpoint
-from lora_lab.adapters.stored import StoredUpdate, read_updates
+from lora_lab.adapters.stored import StoredAdapter, StoredUpdate
 from lora_lab.analysis import cut as cutting
-from lora_lab.analysis.cut import CutSite
+from lora_lab.analysis.cut import CutSite, RankRule
 from lora_lab.analysis.extract import Extracted
 from lora_lab.analysis.extract import extract as extract_adapter
 from lora_lab.analysis.spectra import Spectrum
@@ -44,28 +45,46 @@ def advised_ranks(run: Path) -> dict[str, int]:
         raise ValueError(f"{path} cannot be read: {error!r}") from None
 
 
-def cut(folder: Path, how: int | float | Mapping[str, int], to: Path, console: Console) -> None:
-    """Cuts each site to a rank (int), to a share of ‖B A‖² (float), or to the rank of its glob."""
+def rank_rule(
+    stored: StoredAdapter,
+    rank: int | None = None,
+    energy: float | None = None,
+    by_pattern: Mapping[str, int] | None = None,
+) -> RankRule:
+    """The rank of each site: `rank`, that which holds `energy` of ‖ΔW‖², or that of its pattern.
 
-    def rank(site: str, spectrum: Spectrum) -> int:
-        if isinstance(how, int):
-            return how
-        if isinstance(how, float):
-            return spectrum.energy_rank(how)
-        fits = (k for pattern, k in how.items() if fnmatchcase(site, pattern))
+    `by_pattern` has ranks by globs on sites; sites that none fits keep their rank. Raises
+    ValueError for a `rank` that no site is cut to.
+    """
+    if rank is not None:
+        most = max(min(update.r, *update.shape) for update in stored.updates.values()) - 1
+        if rank > most:
+            rule = f"must be at least 1 and at most {most}" if most else "nothing can be cut"
+            raise ValueError(f"--rank {rank}: {rule}, since the adapter's rank is {most + 1}")
+        return lambda *_: rank
+    if energy is not None:
+        return lambda _, spectrum: spectrum.energy_rank(energy)
+    assert by_pattern is not None
+
+    def of_pattern(site: str, spectrum: Spectrum) -> int:
+        fits = (k for pattern, k in by_pattern.items() if fnmatchcase(site, pattern))
         return next(fits, len(spectrum.singular_values))
 
-    if isinstance(how, int):
-        most = max(update.r for update in read_updates(folder).values())
-        if how >= most:
-            raise ValueError(
-                f"--rank {how}: must be less than the adapter's rank, which is {most} at most"
-            )
-    sites = cutting.cut_folder(folder, to, lambda site, u: cutting.cut_update(site, u, rank))
-    _report_cut(folder, to, sites, console)
+    return of_pattern
 
 
-def scale_intruders(folder: Path, factor: float, base: Path, to: Path, console: Console) -> None:
+def cut(
+    stored: StoredAdapter, rule: RankRule, base: Path | None, to: Path, console: Console
+) -> None:
+    """Cuts each site to the rank that `rule` says. `base` tells the kernels of LoHa and LoKr."""
+    stored, lines = _with_kernels(stored, base)
+    sites = cutting.cut_adapter(stored, to, lambda site, u: cutting.cut_update(site, u, rule))
+    _report_cut(stored, to, sites, lines, console)
+
+
+def scale_intruders(
+    stored: StoredAdapter, factor: float, base: Path, to: Path, console: Console
+) -> None:
     """Scales the intruder dimensions of each site's W + ΔW."""
     weights = Checkpoint(base)
 
@@ -76,27 +95,51 @@ def scale_intruders(folder: Path, factor: float, base: Path, to: Path, console: 
             raise ValueError(f"--base {base} has no weight of the shape of '{site}'")
         return cutting.scale_intruders(site, update, W, factor)
 
-    sites = cutting.cut_folder(folder, to, scaled)
-    _report_cut(folder, to, sites, console)
+    stored, lines = _with_kernels(stored, base)
+    sites = cutting.cut_adapter(stored, to, scaled)
+    _report_cut(stored, to, sites, lines, console)
 
 
-def _report_cut(folder: Path, to: Path, sites: Mapping[str, CutSite], console: Console) -> None:
+def _with_kernels(stored: StoredAdapter, base: Path | None) -> tuple[StoredAdapter, list[str]]:
+    """The adapter with the kernels that its files lack and a base has, and a line on the others."""
+    unknown = {site: update for site, update in stored.updates.items() if update.kernel is None}
+    weights = Checkpoint(base) if base and unknown else None
+    kernels = {site: weights and weights.kernel(site, update) for site, update in unknown.items()}
+    updates = {site: replace(unknown[site], kernel=kernels[site] or ()) for site in unknown}
+    linear = [site for site, kernel in kernels.items() if kernel is None]
+    lines = [f"taken for linear, no file has their kernel: {shortened(linear)}"] * bool(linear)
+    lines += ["--base tells those that are convolutions"] * (bool(linear) and base is None)
+    return replace(stored, updates=stored.updates | updates), lines
+
+
+def _report_cut(
+    stored: StoredAdapter,
+    to: Path,
+    sites: Mapping[str, CutSite],
+    lines: list[str],
+    console: Console,
+) -> None:
     has_intruders = any(site.intruders for site in sites.values())
     rows: Rows = [["site", "rank", "kept", *["intruders"] * has_intruders]]
     for name, site in sorted(sites.items(), key=lambda item: natural_order(item[0])):
-        rank = f"{site.r} → {site.k}" if site.k < site.r else str(site.r)
+        rank = str(site.r) if site.k == site.r else f"{site.r} → {site.k}"
         rows.append([name, rank, f"{site.kept:.3%}", *[str(site.intruders)] * has_intruders])
-    before, after = (_tensor_bytes(path) for path in (folder, to))
-    lines = [f"bytes    {before:,} → {after:,} ({after / before:.1%})"]
-    if any(
-        site.update is not None and site.update.magnitude is not None for site in sites.values()
+    before, after = (
+        file.stat().st_size for file in (stored.tensors_file, to / stored.tensors_file.name)
+    )
+    lines = [f"bytes    {before:,} → {after:,} ({after / before:.1%})", *lines]
+    for stays, reason in (
+        ([n for n, s in sites.items() if s.stays and s.intruders], "their intruders too, "),
+        ([n for n, s in sites.items() if s.stays and not s.intruders], ""),
     ):
+        if stays:
+            lines.append(
+                f"as they were, {reason}since PEFT has a rank for each group of a convolution, "
+                f"and would take as many numbers or more: {shortened(stays)}"
+            )
+    if any(update.magnitude is not None for update in stored.updates.values()):
         lines.append("kept is of s·B·A; DoRA's magnitudes stay as they are")
     _show("kept: the share of ‖ΔW‖²", rows, lines, to, console)
-
-
-def _tensor_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("adapter*.safetensors"))
 
 
 def extract(before: Path, after: Path, how: int | float, to: Path, console: Console) -> None:

@@ -6,6 +6,8 @@ Run: make test ARGS=tests/adapters/test_stored.py
 """
 
 import json
+import math
+import random
 import warnings
 from itertools import product
 from pathlib import Path
@@ -22,6 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
 from lora_lab.adapters.checkpoint import Checkpoint
+from lora_lab.adapters.peft_tensors import alpha_for_scale
+from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.stored import StoredUpdate, read_updates
 from tests.adapters.cases import Case, cases_where
 
@@ -282,7 +286,7 @@ def test_our_folder_says_which_way_round_a_square_weight_lies():
     for site, layer in model.items():
         W = base.matrix(site, updates[site])
         assert W is not None
-        assert torch.equal(W.double(), matrix(layer.weight, layer))
+        assert torch.equal(W.double(), matrix(layer.get_parameter("weight"), layer))
     # A folder of an earlier version has not this key, and loads.
     description = json.loads(Path("ours/adapter.json").read_text())
     for site in description["sites"].values():
@@ -291,6 +295,26 @@ def test_our_folder_says_which_way_round_a_square_weight_lies():
     assert not read_updates(Path("ours"))["gpt2"].transposed
     adapters.detach(model)
     adapters.load(model, "ours")
+
+
+def test_alpha_gives_exactly_the_scale_of_before():
+    drawn = random.Random(0)
+    exact = 0
+    for _ in range(2000):
+        r, k, before = drawn.randint(2, 300), drawn.randint(1, 300), drawn.uniform(0.1, 64)
+        for scaling, scale_of in SCALINGS.items():
+            scale = scale_of(before, r)
+            alpha = alpha_for_scale(scale, k, scaling)
+            exact += scale_of(alpha, k) == scale
+            assert abs(scale_of(alpha, k) - scale) <= math.ulp(scale)
+            steps = [alpha]
+            for direction in (0, math.inf):  # no other float gives it where this one does not
+                step = alpha
+                for _ in range(4):
+                    steps.append(step := math.nextafter(step, direction))
+            assert scale_of(alpha, k) == scale or scale not in [scale_of(a, k) for a in steps]
+    assert exact > 5000
+    assert alpha_for_scale(SCALINGS["alpha/sqrt(r)"](16, 32), 32, "alpha/sqrt(r)") == 16
 
 
 def test_a_checkpoint_is_a_file_a_folder_or_shards():
