@@ -40,6 +40,9 @@ WEIGHTS = ("adapter.json", "adapter.safetensors", "model.safetensors")
 SMALL = 2**20
 """Bytes of the largest file of arrays whose content is always compared."""
 
+MISSING = "is missing"
+"""What is wrong with a file that there is not."""
+
 IN_FULL = ("",)
 """For `in_full`: the content of all files is compared."""
 
@@ -82,24 +85,25 @@ def with_checksum(status: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fault(folder: Path, status: Mapping[str, Any], in_full: tuple[str, ...] = ()) -> str:
-    """The first file of a finished run that is not as it was, and what is wrong; "" if none is.
+    """A file of a finished run that is not as it was, and what is wrong with it; "" if none is.
 
-    config.yaml comes first. `in_full` are beginnings of names: the content of these files is
-    compared whatever their size. Of a run of an earlier version, which has no records, it is told
-    which file is missing or cannot be read.
+    config.yaml comes first, then a file that is missing. `in_full` are beginnings of names: the
+    content of these files is compared whatever their size. Of a run of an earlier version, which
+    has no records, it is told which file is missing or cannot be read.
     """
     if "files" not in status and "checksum" not in status:
         return _fault_without_records(folder, "spectra.npz".startswith(in_full))
     if with_checksum(status)["checksum"] != status.get("checksum"):
         return "status.json was changed"
-    records, replacing = status["files"], status.get("replacing", {})
-    for name in dict.fromkeys((*FILES, *(records.keys() - {ENVIRONMENT}))):
+    records, replacing, texts = status["files"], status.get("replacing", {}), []
+    for name in dict.fromkeys((*FILES, *(n for n in records if n != ENVIRONMENT))):
         # While a file is being replaced, it may be the old one or the new one.
         wanted = [records.get(name), *([replacing[name]] if name in replacing else [])]
         faults = [difference(folder / name, each, name.startswith(in_full)) for each in wanted]
         if all(faults):
-            return f"{name} {faults[0]}"
-    return ""
+            texts.append(f"{name} {faults[0]}")
+    texts.sort(key=lambda text: (not text.startswith(FILES[0]), not text.endswith(MISSING)))
+    return texts[0] if texts else ""
 
 
 def difference(file: Path, wanted: Record | None, in_full: bool) -> str:
@@ -114,7 +118,7 @@ def difference(file: Path, wanted: Record | None, in_full: bool) -> str:
         is_other = is_compared and _digest_of(file) != wanted["sha256"]
         return "was changed after the run" if size > wanted["bytes"] or is_other else ""
     except FileNotFoundError:
-        return "is missing" if wanted else ""
+        return MISSING if wanted else ""
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from lora_lab.run_files import (
     ENVIRONMENT,
     IN_FULL,
+    MISSING,
     DamagedRunError,
     content_record,
     difference,
@@ -89,17 +90,17 @@ class Run:
         `state` is none, running, interrupted, failed, finished or damaged. A run whose file says
         "running" while no process holds its lock was killed: its state is given as "interrupted".
         One whose file says "finished" is damaged where a file of it is not as it was (run_files.py
-        says how much is read to tell). `error` then names the file and what is wrong with it.
+        says how much is read to tell), and so is one that has lost its status.json, unless it has
+        checkpoints: then it was never finished. `error` names the file and what is wrong with it.
         """
         try:
             status = json.loads((self.path / "status.json").read_text())
         except FileNotFoundError:
-            is_lost = is_run(self.path)
-            return _damaged("status.json is missing") if is_lost else {"state": "none"}
+            return self._lost(MISSING) if is_run(self.path) else {"state": "none"}
         except ValueError:
-            return _damaged("status.json cannot be read: no JSON")
+            return self._lost("cannot be read: no JSON")
         if not isinstance(status, dict) or status.get("state") not in STATES:
-            return _damaged("status.json cannot be read: it has no state of a run")
+            return self._lost("cannot be read: it has no state of a run")
         if status["state"] == "running":
             if not _is_locked(self.path / "lock"):
                 status["state"] = "interrupted"
@@ -107,6 +108,12 @@ class Run:
             problem = self.known_fault or fault(self.path, status)
             return status | _damaged(problem) if problem else status
         return status
+
+    def _lost(self, problem: str) -> dict[str, Any]:
+        """The status where status.json does not tell it. A finished run has no checkpoints."""
+        status = _damaged(f"status.json {problem}")
+        has_checkpoint = any((self.path / CHECKPOINTS).glob("*.ckpt"))
+        return {**status, "state": "interrupted"} if has_checkpoint else status
 
     @property
     def finished(self) -> bool:

@@ -152,6 +152,22 @@ def test_a_damaged_file(
 
 
 @pytest.mark.parametrize(
+    ("faults", "named"),
+    [
+        ({"metrics.jsonl": "flip", "adapter/adapter.json": "missing"}, "adapter/adapter.json is m"),
+        ({"config.yaml": "flip", "spectra.npz": "missing"}, "config.yaml was"),
+        ({"spectra.npz": "cut", "metrics.jsonl": "cut"}, "metrics.jsonl is cut"),
+    ],
+)
+def test_of_several_damaged_files_the_config_is_named_or_one_that_is_missing(
+    run: Run, faults: dict[str, str], named: str
+):
+    for file, fault in faults.items():
+        damage(run.path / file, fault)
+    assert run.status["error"].startswith(named)
+
+
+@pytest.mark.parametrize(
     ("file", "text"), [("config.yaml", "a: [\n"), ("status.json", "[]"), ("status.json", "{}")]
 )
 def test_a_file_of_another_kind(

@@ -90,6 +90,13 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path):
 def test_a_damaged_status_is_a_state(tmp_path: Path):
     (tmp_path / "status.json").write_text("")
     assert Run(tmp_path).status["state"] == "damaged"
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/last.ckpt"):
+        assert Run(tmp_path).status["state"] == "damaged"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert Run(tmp_path).status["state"] == "interrupted", "a finished run has no checkpoint"
+    (tmp_path / "status.json").unlink()
+    assert Run(tmp_path).status == {"state": "interrupted", "error": "status.json is missing"}
 
 
 def test_runs_behind_links_are_listed_once(tmp_path: Path):

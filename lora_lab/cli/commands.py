@@ -245,6 +245,7 @@ def best(root: Path, metric: str, goal: str | None, shown: int, at: "At") -> Non
         raise ValueError(f"there are no runs in {root}")
     from lora_lab import report
     from lora_lab.config import compose
+    from lora_lab.report.epochs import OPTIMISTIC
 
     _print_damaged(runs)
     for best_cells in report.best_by_experiment(runs, metric, goal, at):
@@ -253,6 +254,8 @@ def best(root: Path, metric: str, goal: str | None, shown: int, at: "At") -> Non
         _print(f"best run  {result.run.path} ({best_cells.best_value})")
         command = compose.train_command(result.config, best_cells.varied_keys)
         _print(f"command   {command or f'lora-lab reproduce {result.run.path}'}\n")
+    if metric.startswith("val/"):
+        _print(OPTIMISTIC)
 
 
 def diff(paths: list[Path]) -> None:

@@ -50,7 +50,7 @@ class Data(pl.LightningDataModule, ABC):
         self.train: Rows = None
         self.val: Rows = None
         self.test: Rows = None
-        """Rows that a run looks at once, at its end; None where there are none."""
+        """Rows that a run looks at once, at its end; None until they are drawn."""
 
     @property
     @abstractmethod
@@ -77,8 +77,8 @@ class Data(pl.LightningDataModule, ABC):
         return False
 
     def draw_test(self) -> Rows:
-        """The rows of the test, which are of the `adapt` phase; None where there are none."""
-        return None
+        """Draws the rows of the test, which are of the `adapt` phase, where it `has_test`."""
+        raise NotImplementedError
 
     def check_base(self) -> None:
         """Raises ValueError where there are no rows for the `base` phase; here there are."""
@@ -93,11 +93,17 @@ class Data(pl.LightningDataModule, ABC):
         return {}
 
     def setup(self, stage: str) -> None:
-        """Draws the data, the first time that it is called. Lightning's hook."""
+        """Draws the data, the first time that it is called. Lightning's hook.
+
+        The test is drawn as training begins, which a wrong one ends then and not at its end. Who
+        only validates draws none.
+        """
         if self.train is None:
             self.train, self.val = self.draw()
-            self.test = self.draw_test() if self.phase == "adapt" else None
             self.check_batch(len(self.train))
+        is_tested = self.has_test and self.phase == "adapt" and stage in ("fit", "test")
+        if is_tested and self.test is None:
+            self.test = self.draw_test()
 
     def check_batch(self, rows: int) -> None:
         """Raises ValueError where `rows` training rows are fewer than one batch."""

@@ -106,9 +106,8 @@ class TableData(Data):
         return "test" in self.sources
 
     def draw_test(self) -> Rows:
-        """All rows of `test`, where it is given."""
-        if (test := self.sources.get("test")) is None:
-            return None
+        """All rows of `test`."""
+        test = self.sources["test"]
         return self.rows(test, torch.arange(row_count(test)), "test")
 
 

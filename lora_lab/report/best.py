@@ -35,7 +35,7 @@ class ExperimentBest:
         """The metric of the best run, its value, and the epoch of that."""
         result = self.best_result
         where = epoch_of(self.metric, [result])
-        if result.at == "best" and self.metric in result.best:
+        if result.is_at_best(self.metric):
             where += f", {_best_epochs([result], self.metric)}"
         return f"{self.metric} {result.metrics[self.metric]:.5g} {where}"
 

@@ -48,6 +48,15 @@ class RunResult:
         return self.last | {metric: value for metric, (value, _) in best.items()}
 
     @property
+    def select(self) -> str:
+        """Which validation's weights are the result: the `last` one's, or `best METRIC`."""
+        return self.config.get("select", "last")
+
+    def is_at_best(self, metric: str) -> bool:
+        """Whether the value of a metric in `metrics`, or of one that begins so, is its best."""
+        return self.at == "best" and any(name.startswith(metric) for name in self.best)
+
+    @property
     def state(self) -> str:
         """finished, running, failed, interrupted, none or damaged."""
         return self.status["state"]
@@ -295,5 +304,5 @@ def metrics_below(prefix: str, cells: Sequence[Cell]) -> list[str]:
 
 def epoch_of(metric: str, results: Sequence[RunResult]) -> str:
     """Where in training the metric's values in these runs are taken, as `at its best epoch`."""
-    at = results[0].at if results else "last"
-    return epoch_text(metric, at, [result.config.get("select", "last") for result in results])
+    at = "best" if any(result.is_at_best(metric) for result in results) else "last"
+    return epoch_text(metric, at, [result.select for result in results])

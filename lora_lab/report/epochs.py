@@ -11,8 +11,8 @@ LOWER_IS_BETTER = ("loss", "perplexity", "error")
 HIGHER_IS_BETTER = ("accuracy", "f1", "auroc", "r2", "matthews", "pearson", "spearman")
 """Endings of the names of metrics that are to be maximized."""
 
-OPTIMISTIC = "A best epoch is chosen by its own value, which is therefore optimistic."
-"""What has to be known of values at the best epoch."""
+OPTIMISTIC = "The best of several validations is optimistic: a test split tells what to expect."
+"""What has to be known of the value of a validation that was chosen by its value."""
 
 
 class BestValue(NamedTuple):

@@ -55,23 +55,21 @@ def runs_table(
     `sort` is name, loss (the metric, the best first), time or started; runs that lack that value
     come last. Raises ValueError for a metric that no finished run has.
     """
-    listed, finished = [], []
+    listed, values = [], {}
     sign = -1 if goal_of(metric) == "maximize" else 1
     for run in runs:
         status = run.status
         value = None
         if status["state"] == "finished":
-            value = run.last(metric)
-            finished.append(run)
+            value = values[run] = run.last(metric)
         if state in (None, status["state"]):
             # All have the same value where the sort is by name, so that they stay in that order.
             order = None if value is None else sign * value
-            values = {"name": 0, "loss": order, "time": status.get("seconds")}
-            listed.append((values.get(sort, status.get(sort)), run, status, value))
-    if finished and all(run.last(metric) is None for run in finished):
-        check_metric(
-            metric, [dict.fromkeys(k for row in run.rows() for k in row) for run in finished]
-        )
+            orders = {"name": 0, "loss": order, "time": status.get("seconds")}
+            listed.append((orders.get(sort, status.get(sort)), run, status, value))
+    if values and all(value is None for value in values.values()):
+        logged = [dict.fromkeys(key for row in run.rows() for key in row) for run in values]
+        check_metric(metric, logged)
     # None and nan come last; a nan is the number that differs from itself.
     listed.sort(key=lambda item: (item[0] is None or item[0] != item[0], item[0] or 0))
     texts = [Column(name, overflow="fold") for name in ("status", "experiment", "cell")]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lora_lab.report.epochs import At, best_values, epoch_text
+from lora_lab.report.epochs import OPTIMISTIC, At, best_values, epoch_text
 from lora_lab.report.plotting import MAX_PANELS
 from lora_lab.report.run_figures import largest_updates
 from lora_lab.report.tables import Rows, format_number
@@ -87,16 +87,17 @@ def _adapter_facts(config: dict[str, Any]) -> Rows:
 
 def _loss_facts(run: Run, at: At) -> Rows:
     """The validation loss before and after adaptation, that of the merged model, and the test."""
-    facts, loss = [], run.curve("val/loss")
+    facts, loss, selects = [], run.curve("val/loss"), [run.config.get("select", "last")]
     if loss:
         facts.append(["loss on the new data before adaptation", format_number(loss[min(loss)])])
     if len(loss) > 1:
         best = best_values(run.rows()).get("val/loss") if at == "best" else None
-        where = epoch_text("val/loss", at, [run.config.get("select", "last")])
+        where = epoch_text("val/loss", at if best else "last", selects)
         value = format_number(best.value if best else run.last("val/loss"))
         facts.append([f"loss on the new data after adaptation, {where}", value])
     if (merged := run.last("merged/val/loss")) is not None:
-        facts.append(["loss of the merged model", format_number(merged)])
+        where = epoch_text("val/loss", "last", selects)
+        facts.append([f"loss of the merged model, {where}", format_number(merged)])
     tested = dict.fromkeys(key for row in run.rows() for key in row if key.startswith("test/"))
     facts += [
         [
@@ -120,7 +121,7 @@ def _best_facts(run: Run) -> Rows:
             value = f"{format_number(best.value)} after epoch {best.epoch:g}{chosen}"
             value += f"; last {format_number(last)}"
             facts.append([f"best {key.removeprefix('val/')}", value])
-    return facts
+    return [*facts, ["a best value", OPTIMISTIC]] if facts else []
 
 
 def _size_facts(run: Run) -> Rows:

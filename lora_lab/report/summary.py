@@ -27,8 +27,8 @@ def cells_table(cells: Sequence[Cell]) -> Rows:
     keys = swept_keys(cells)
     metrics = _shown_metrics(cells)
     measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
-    is_best = any(result.at == "best" for cell in cells for result in cell.results)
-    titles = [f"best {m}" if is_best and m.startswith("val/") else m for m in metrics]
+    results = [result for cell in cells for result in cell.finished]
+    titles = [f"best {m}" if any(r.is_at_best(m) for r in results) else m for m in metrics]
     rows = [[*(keys.values() or ["cell"]), "n", "trainable", *titles, *measures]]
     best = {metric: _best_cells(cells, metric) for metric in metrics_below("val/", cells)}
     for cell in cells:
@@ -70,7 +70,8 @@ def cells_table_in_full(cells: Sequence[Cell]) -> Rows:
     for cell in cells:
         trainable = cell.metrics.get("parameters/trainable")
         row = [*cell.full_texts(keys), str(len(cell.finished)), str(len(cell.results))]
-        row += [repr(trainable.mean) if trainable else "", cell.results[0].at]
+        at = "best" if any(result.is_at_best("val/") for result in cell.finished) else "last"
+        row += [repr(trainable.mean) if trainable else "", at]
         for metric in metrics:
             row += _mean_std_in_full(cell.metrics.get(metric))
         for measure in measures:
@@ -107,8 +108,7 @@ def all_metrics_table(cells: Sequence[Cell]) -> Rows:
     for cell in cells:
         for metric, s in cell.metrics.items():
             values = [_in_full(value) for value in (s.mean, s.std, s.minimum, s.maximum)]
-            is_best = any(r.at == "best" and metric in r.best for r in cell.finished)
-            at = "best" if is_best else "last"
+            at = "best" if any(r.is_at_best(metric) for r in cell.finished) else "last"
             rows.append([*cell.full_texts(keys), metric, at, str(s.n), *values])
     return rows
 

@@ -120,7 +120,8 @@ def _notes(cells: Sequence[Cell], finished: Sequence[RunResult]) -> dict[str, st
     """The note below each table, by the table's title."""
     kinds = differing_seeds(finished)
     results = [result for cell in cells for result in cell.results]
-    more = [OPTIMISTIC] if results[0].at == "best" else []
+    is_chosen = any(r.is_at_best("val/") or r.select != "last" for r in results)
+    more = [OPTIMISTIC] if is_chosen else []
     more += [note] if (note := summary.identical_seeds_note(cells)) else []
     return {
         "cells": "Mean ± standard deviation (n − 1) over the n finished runs of a cell, each val/ "

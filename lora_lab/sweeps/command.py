@@ -12,6 +12,7 @@ from lora_lab.config.command_line import MULTIRUN, check_single
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, print_labelled, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR
+from lora_lab.runs import Run
 from lora_lab.sweeps.launchers import fork_server
 
 if TYPE_CHECKING:
@@ -61,14 +62,20 @@ def check_launcher(arguments: Sequence[str]) -> None:
 def announce(jobs: "list[Job]", total: int = 0) -> None:
     """Prints in one line how many runs the multirun has, in which states, and each config error.
 
-    `total` is the number of its runs, where `jobs` are not all of them yet.
+    So it says with which other versions of libraries finished runs were trained. `total` is the
+    number of its runs, where `jobs` are not all of them yet.
     """
     from lora_lab.sweeps import multirun
+    from lora_lab.training.source_code import other_versions
 
     multirun.set_jobs(jobs, total)
-    states = Counter(job.state for job in jobs)
-    counts = ", ".join(f"{n} {state}" for state, n in states.items() if state != "none")
-    suffix = f" ({counts})" if counts else ""
+    states = [(job.path, job.state) for job in jobs]
+    finished = [Run(path) for path, state in states if path and state == "finished"]
+    counts = Counter(state for _, state in states if state != "none")
+    versions = Counter(text for run in finished if (text := other_versions(run)))
+    texts = [f"{n} {state}" for state, n in counts.items()]
+    texts += [f"{n} trained with {text}" for text, n in versions.items()]
+    suffix = f" ({', '.join(texts)})" if texts else ""
     print_labelled("multirun", f"{max(total, len(jobs))} runs{suffix}")
     for cause, n in Counter(job.error for job in jobs if job.error).items():
         print_error("config error", cause, f" ({n} of the runs)" if n > 1 else "")

@@ -6,7 +6,6 @@ from functools import partial
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lora_lab import adapters
@@ -18,8 +17,6 @@ from lora_lab.runs import process_rank
 from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.cuts import cut_losses
-from lora_lab.training.modules import BaseModule
-from lora_lab.training.plan import Plan
 from lora_lab.training.result_files import save_weights
 from lora_lab.training.trial import Trial
 
@@ -32,52 +29,36 @@ def finish_run(trial: Trial, console: Console) -> None:
     Where several processes trained the run, the first does this on one device.
     """
     plan, module, tracking = trial.plan, trial.module, trial.tracking
-    cfg, spectra_callback = plan.cfg, trial.spectra_callback
     if not process_rank():
         # From here on a failure keeps the checkpoint: run_record.can_continue.
         trial.run.update_status(training_ended=True)
-    if not cfg.trains:
-        base_size = adapters.count(module.model).frozen
-        tracking.log({"parameters/trainable": 0, "parameters/base": base_size}, 0)
-        if trial.data.test is None:
-            return
     change = {}
     if isinstance(module.model, FSDPModule):
-        model = _gather(plan, module)
-        if isinstance(trial.base, BaseWeights):
-            trial.base = BaseWeights(model, trial.base.digests)
-        spectra_callback.updates = Updates(model, trial.base, plan.sites)
+        _gather(trial)
         change = {"accelerator": "cpu"}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if process_rank():
         return
-    if cfg.trains:
+    if plan.cfg.trains:
         _select(trial)
-    if trial.data.test is not None:
-        plan.single_device_trainer(tracking, [], **change).test(module, trial.data, verbose=False)
-    if not cfg.trains:
-        return
-    unlogged_trainer = plan.single_device_trainer(None, [], **change)
-    _save_trained(plan.single_device_trainer(tracking, [], **change), trial)
-    updates, arrays = spectra_callback.updates, spectra_callback.arrays()
-    # Written now too, so that the spectra are stored even if the analysis fails.
-    trial.run.replace_files(findings.files(arrays, None))
-    if not plan.sites:
-        return  # nothing but parameters of also_train, which have no ΔW to analyze
-    module.prefix = ""
-    losses = partial(cut_losses, unlogged_trainer, module, trial.data, updates)
-    learned = findings.analyze(updates, losses, cfg.spectra, cfg.bases_dir, console)
-    trial.run.replace_files(findings.files({**arrays, **learned.arrays}, learned.advice))
-    assert module.final_step is not None
-    tracking.log_findings(learned.metrics, learned.arrays, int(module.final_step["step"]))
+    else:
+        base_size = adapters.count(module.model).frozen
+        tracking.log({"parameters/trainable": 0, "parameters/base": base_size}, 0)
+    trainer = partial(plan.single_device_trainer, callbacks=[], **change)
+    if trial.data.has_test:
+        trainer(tracking).test(module, trial.data, verbose=False)
+    if plan.cfg.trains:
+        _save_trained(trainer(tracking), trial)
+        _analyze(trainer(None), trial, console)
 
 
-def _gather(plan: Plan, module: BaseModule) -> nn.Module:
-    """A new model in CPU memory with the weights that FSDP split over the processes.
+def _gather(trial: Trial) -> None:
+    """Puts a new model in CPU memory in the place of the one that FSDP split over the processes.
 
-    It takes the place of the module's model. All processes must call this.
+    All processes must call this.
     """
+    plan, module = trial.plan, trial.module
     state = {key: full_tensor(value).cpu() for key, value in module.model.state_dict().items()}
     model = plan.model()
     if plan.cfg.freezes_base:
@@ -85,7 +66,25 @@ def _gather(plan: Plan, module: BaseModule) -> nn.Module:
     module.model = model
     precision.cast(module, plan.cfg.trainer)
     model.load_state_dict(state)
-    return model
+    if isinstance(trial.base, BaseWeights):
+        trial.base = BaseWeights(model, trial.base.digests)
+    trial.spectra_callback.updates = Updates(model, trial.base, plan.sites)
+
+
+def _analyze(trainer: pl.Trainer, trial: Trial, console: Console) -> None:
+    """Stores the spectra of ΔW, and what is asked of the finished ΔW. `trainer` logs nothing."""
+    plan, run, module = trial.plan, trial.run, trial.module
+    updates, arrays = trial.spectra_callback.updates, trial.spectra_callback.arrays()
+    # Written now too, so that the spectra are stored even if the analysis fails.
+    run.replace_files(findings.files(arrays, None))
+    if not plan.sites:
+        return  # nothing but parameters of also_train, which have no ΔW to analyze
+    module.prefix = ""
+    losses = partial(cut_losses, trainer, module, trial.data, updates)
+    learned = findings.analyze(updates, losses, plan.cfg.spectra, plan.cfg.bases_dir, console)
+    run.replace_files(findings.files({**arrays, **learned.arrays}, learned.advice))
+    assert module.final_step is not None
+    trial.tracking.log_findings(learned.metrics, learned.arrays, int(module.final_step["step"]))
 
 
 def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from subprocess import DEVNULL, SubprocessError, check_output
@@ -265,6 +266,7 @@ def _seconds_spent(path: Path, before: dict[str, Any]) -> float:
     return before.get("spent", 0.0) + max(0.0, last_write - before.get("started", last_write))
 
 
+@cache
 def package_versions() -> dict[str, str | None]:
     """The versions of PACKAGES; None for one that is not installed."""
     installed = {name: next(iter(distributions(name=name)), None) for name in PACKAGES}

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from lora_lab.report import best_by_experiment, rank_figures
-from lora_lab.report.cells import cells_of, read_run
-from lora_lab.report.epochs import best_values, epoch_text
+from lora_lab.report.cells import RunResult, cells_of, epoch_of, read_run
+from lora_lab.report.epochs import OPTIMISTIC, BestValue, best_values, epoch_text
 from lora_lab.report.tables import format_mean_std, format_number
 from lora_lab.report.tradeoff_figure import metric_by_parameters
 from lora_lab.run_files import file_records
@@ -74,6 +74,20 @@ def test_a_goal_that_is_given_goes_before_the_name():
 )
 def test_how_an_epoch_is_told(metric: str, at: Any, selects: list[str], text: str):
     assert epoch_text(metric, at, selects) == text
+
+
+@pytest.mark.parametrize(
+    ("best", "select", "text"),
+    [
+        ({}, "last", "at the last epoch"),  # never trained, or a metric without a goal
+        ({}, "best val/loss", "at the selected epoch"),
+        ({"val/loss": BestValue(1.0, 2)}, "last", "at its best epoch"),
+    ],
+)
+def test_a_last_value_is_not_called_the_best(best: dict[str, BestValue], select: str, text: str):
+    run, status = Run(Path("run")), {"state": "finished"}
+    result = RunResult(run, status, {"select": select}, {"val/loss": 1.0}, best, 2, "best")
+    assert epoch_of("val/loss", [result]) == epoch_of("val/", [result]) == text
 
 
 LOSSES = {  # r, seed → the loss of epochs 1, 2 and 3: r=1 is the best at the end, r=4 before
@@ -135,6 +149,7 @@ def test_best_ranks_at_an_epoch(
     value = min(by_hand(order[0], at))
     epoch = ", 1 of 3" if at == "best" else ""
     assert f"(val/loss {value:.5g} {WHERE[at]}{epoch})" in shown
+    assert OPTIMISTIC in shown
 
 
 def test_best_by_another_goal_is_that_goals_best(runs: list[Run]):
@@ -170,7 +185,7 @@ def test_a_report_at_an_epoch_says_which(
     for text in (shown, markdown, page):
         assert note in text
         assert ("best val/loss" in text) == (at == "best")
-        assert ("chosen by its own value, which is therefore optimistic" in text) == (at == "best")
+        assert (OPTIMISTIC in text) == (at == "best")
     assert (best_r4 in markdown) == (at == "best")
     assert f"![Validation loss {WHERE[at]}, against r:" in markdown
     assert f"val/loss {WHERE[at]}." in page
@@ -203,6 +218,8 @@ def test_a_runs_report_at_an_epoch(
     assert f"{fact} {value:g}" in shown
     assert f'"{fact}",{value:g}' in (run.path / "report" / "facts.csv").read_text()
     assert "test loss, looked at once, at the end 1.1" in shown
+    assert "loss of the merged model, at the last epoch" in shown
     assert "best loss 1.1 after epoch 1; last 4" in shown
+    assert f"a best value {OPTIMISTIC}" in shown
     result = read_run(run)
     assert (result.metrics["val/loss"], result.best["val/loss"]) == (4.0, (1.1, 1))

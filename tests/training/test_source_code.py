@@ -251,6 +251,9 @@ def test_versions_of_libraries_are_told_of_a_finished_run(
     assert lab("shift") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"(trained with torch 1.9.0 (here {torch.__version__}); overwrite=true" in shown
+    assert lab("shift", "-m") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"1 runs (1 finished, 1 trained with torch 1.9.0 (here {torch.__version__}))" in shown
 
 
 @pytest.mark.parametrize("change", ["the model", "an import in a function", "a docstring"])

@@ -113,8 +113,13 @@ def test_the_result_is_tested_once_on_all_rows(case: str):
         assert run.last("best/epoch") != 3, "the last weights would be the result"
     expected = by_a_plain_loop(run)
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    names = logged_metrics(plan(parse_config(dict(run.config))))
+    run_plan = plan(parse_config(dict(run.config)))
+    names = logged_metrics(run_plan)
     assert {name for name in names if name.startswith("test/")} == {*expected}
+    data = run_plan.data("adapt")
+    for stage, rows in (("validate", 0), ("fit", ROWS), ("test", ROWS)):
+        data.setup(stage)
+        assert len(data.test or ()) == rows, "who only validates looks at no test"
     # All else is what it is without a test.
     assert [other for other in run.rows() if other != row] == without.rows()
     folder = "adapter" if case not in ("full", "none") else "model"
