@@ -107,9 +107,9 @@ class Adapter(nn.Module, ABC):
         return weight.flatten(1)
 
     @staticmethod
-    def matrix_to_weight(matrix: Float[Tensor, "out rest"], shape: Sequence[int]) -> Tensor:
-        """The inverse of `weight_to_matrix`: a matrix in the weight's shape."""
-        return matrix.view(*shape)
+    def matrix_to_weight(matrix: Float[Tensor, "*runs out rest"], shape: Sequence[int]) -> Tensor:
+        """The inverse of `weight_to_matrix`: (*runs, out, rest) in the weight's shape."""
+        return matrix.view(*matrix.shape[:-2], *shape)
 
     def draw(self, layer: nn.Module, generator: torch.Generator) -> "Adapter":
         """Sets the factors to what the recipe's init draws for the weight of `layer`."""
@@ -209,13 +209,21 @@ class Adapter(nn.Module, ABC):
         return torch.where(norms > 0, self.magnitude / norms, 1.0)
 
     def delta(self, weight: Tensor) -> Tensor:
-        """ΔW in the weight's shape. `weight` is the base's, which only DoRA reads."""
-        A, B = self.factors()
-        matrix = self.scale * B @ A  # (out, rest)
+        """ΔW in the weight's shape, (*runs, *weight). Only DoRA reads `weight`, the base's."""
+        return self.delta_of(*self.factors(), weight)
+
+    def delta_of(self, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+        """ΔW of these factors, with this adapter's scale and magnitude."""
+        matrix = self.scale * B @ A  # (*runs, out, rest)
         if self.magnitude is not None:
             W = self.weight_to_matrix(weight).to(matrix.dtype)
-            matrix = self.row_gain(weight)[:, None] * (W + matrix) - W
+            matrix = self.row_gain(weight)[..., None] * (W + matrix) - W
         return self.matrix_to_weight(matrix, self.shape)
+
+    def drop_columns(self, A: Tensor) -> Tensor:
+        """A with columns dropped in training, by the recipe's dropout: the same for all rows."""
+        ones = A.new_ones(*A.shape[:-2], 1, A.shape[-1])  # (*runs, 1, rest)
+        return A * self.apply_dropout(ones) if self.recipe.dropout else A
 
     def apply_dropout(self, x: Tensor) -> Tensor:
         """`x` with entries dropped in training, by the recipe's dropout."""

@@ -51,9 +51,11 @@ class EmbeddingAdapter(LinearAdapter):
         return weight.T
 
     @staticmethod
-    def matrix_to_weight(matrix: Float[Tensor, "features tokens"], shape: Sequence[int]) -> Tensor:
+    def matrix_to_weight(
+        matrix: Float[Tensor, "*runs features tokens"], shape: Sequence[int]
+    ) -> Tensor:
         """tokens × features, as the weight."""
-        return matrix.T
+        return matrix.mT
 
     def forward(self, layer: nn.Embedding, input: Int[Tensor, "*batch"], output: Output) -> Output:
         """The vectors with W + ΔW, with the layer's treatment of padding and frequent tokens."""
@@ -73,12 +75,16 @@ class EmbeddingAdapter(LinearAdapter):
             adapted = adapted.masked_fill(is_padding, 0) + output.masked_fill(~is_padding, 0)
         return adapted
 
-    def delta(self, weight: Tensor) -> Tensor:
+    def delta_of(self, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
         """ΔW, tokens × features. The padding token's row is zero, with DoRA too."""
-        delta = super().delta(weight)
+        delta = super().delta_of(A, B, weight)  # (*runs, tokens, features)
         if self.padding is None:
             return delta
-        return delta.index_fill(0, torch.tensor(self.padding, device=delta.device), 0)
+        return delta.index_fill(-2, torch.tensor(self.padding, device=delta.device), 0)
+
+    def drop_columns(self, A: Tensor) -> Tensor:
+        """A with single numbers dropped: a token's column is what is looked up of it."""
+        return self.apply_dropout(A)
 
     def down(
         self, layer: nn.Embedding, input: Int[Tensor, "*batch"], A: Float[Tensor, "r tokens"]

@@ -1,4 +1,4 @@
-"""Adapters that change the output of their layer, so that ΔW is never formed in training."""
+"""Adapters that change the output of their layer, so that a call of it never forms ΔW."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,10 +22,13 @@ Output = Float[Tensor, "*batch out"]
 class FactoredAdapter(Adapter):
     """An adapter that adds scale · B (A x) to the output of its layer, in a forward hook.
 
-    ΔW is never formed in training. The adapter computes in the dtype of the layer's output. A kind
-    of layer says what A and B do to its input: `down` applies A, `up` applies B and adds the
-    output. `down_stacked` and `up_stacked` do the same for the runs of a `Pack`. A `layer` is of a
-    type that the class `fits`.
+    ΔW is not formed where the layer is called. The adapter computes in the dtype of the layer's
+    output. A kind of layer says what A and B do to its input: `down` applies A, `up` applies B and
+    adds the output. `down_stacked` and `up_stacked` do the same for the runs of a `Pack`. A `layer`
+    is of a type that the class `fits`.
+
+    Code that reads the layer's weight without a call gets `adapted_weight`, at the cost of forming
+    ΔW.
     """
 
     def forward(self, layer: Any, input: Tensor, output: Tensor) -> Tensor:
@@ -42,6 +45,15 @@ class FactoredAdapter(Adapter):
         linear = adapted if bias is None else adapted - self.align_with_output(bias)
         gain = self.row_gain(self.weight_of(layer)).to(output.dtype)
         return adapted + (self.align_with_output(gain) - 1) * linear
+
+    def adapted_weight(self, weight: Tensor) -> Tensor:
+        """W + ΔW in the dtype of `weight`, which is W: (*runs, *weight).
+
+        In training dropout is on columns of A, with one mask each time the weight is read.
+        """
+        A, B = self.factors()
+        delta = self.delta_of(self.drop_columns(A), B, weight)
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     def align_with_output(self, values: Float[Tensor, "*runs out"]) -> Tensor:
         """One value for each output feature, in a shape that broadcasts over the output."""

@@ -61,8 +61,8 @@ def attach(
     eval mode while they are frozen.
 
     Load the base before attaching DoRA or an init that starts from the weight: they read it here.
-    Code that reads the weight of a Linear, Conv or Embedding without calling the layer, as
-    F.linear(x, embed.weight), reads the base's.
+    Code that reads a weight without calling its layer, as F.linear(x, embed.weight), gets W + ΔW as
+    a new tensor. W itself is in the state dict and among the parameters.
     """
     if type(seed := python_scalar(seed)) is not int:
         raise AdapterError(f"seed={seed!r}: must be an integer")
@@ -171,9 +171,8 @@ def place_on_layer(layer: nn.Module, name: str, site: str, adapter: Any) -> None
     if not isinstance(slot := getattr(layer, "lora", None), Slot):
         layer.lora = slot = Slot()
     on_reading = adapter.kind in KINDS_ON_READING
-    if on_reading:
-        watch(layer, adapter.parameter)
-    elif _adapt_output not in layer._forward_hooks.values():
+    watch(layer, adapter.parameter, is_factored=not on_reading)
+    if not on_reading and _adapt_output not in layer._forward_hooks.values():
         # First of all hooks: the others are meant for the layer's full output.
         layer.register_forward_hook(_adapt_output, with_kwargs=True, prepend=True)
     if name not in slot:

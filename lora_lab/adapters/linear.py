@@ -176,6 +176,6 @@ class TransposedLinearAdapter(LinearAdapter):
         return weight.T
 
     @staticmethod
-    def matrix_to_weight(matrix: Float[Tensor, "out in"], shape: Sequence[int]) -> Tensor:
+    def matrix_to_weight(matrix: Float[Tensor, "*runs out in"], shape: Sequence[int]) -> Tensor:
         """The transpose, in × out as the weight."""
-        return matrix.T
+        return matrix.mT

@@ -18,11 +18,12 @@ from lora_lab.adapters.stacks import FullStack, Stack, group_by_rank
 from lora_lab.adapters.trained_in_full import FullParameter
 from lora_lab.adapters.vmap_rules import (
     adapt_layer,
+    adapted_when_used,
     folded_attention,
     frozen_conv,
     frozen_linear,
 )
-from lora_lab.adapters.watch import KINDS_ON_READING
+from lora_lab.adapters.watch import KINDS_ON_READING, base_class, has_adapters_on_reading
 from lora_lab.adapters.weight import WeightAdapter
 
 RunAdapters = Mapping[str, Adapter]
@@ -70,11 +71,11 @@ class Pack(nn.Module):
                 key, parameter, self._stack_in_full([run[key] for run in in_full], settings)
             )
         for layer in self.base.modules():
-            # Not those with a parameter that changes where it is read, which are of another class
-            # by now (see watch.py): it is each run's, and vmap's rule is right for it.
-            if type(layer) is nn.Linear:
+            if has_adapters_on_reading(layer):
+                continue  # the parameter is each run's, and vmap's rule is right for it
+            if base_class(layer) is nn.Linear:
                 layer.forward = partial(frozen_linear, layer.forward)
-            elif type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            elif base_class(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
                 layer.forward = partial(frozen_conv, layer.forward)
         # As children, they follow the pack's train() and eval(), and are among its parameters().
         self.stacked_adapters = nn.ModuleList(stack.adapter for _, stack in self.stacks)
@@ -149,6 +150,8 @@ class PackedAdapter(nn.Module):
         self.kind, self.parameter, self.stacks = first.kind, first.parameter, stacks
         # A function, since as an attribute the weight would become a parameter of this module.
         self.base_weight: Callable[[], Any] = partial(layer._parameters.get, first.parameter)
+        # Here, since a step is recorded of plain tensors alone.
+        self.lazy_weight = adapted_when_used(self, layer._parameters[first.parameter])
 
     def forward(self, *args: Any) -> Tensor:
         """As the forward of the adapter, for the one run that vmap shows.
@@ -161,6 +164,17 @@ class PackedAdapter(nn.Module):
         if self.kind == FullParameter.kind:
             return self.run_value.to(args[0].dtype)
         return adapt_layer(self, *args)
+
+    def adapted_weight(self, weight: Tensor) -> Tensor:
+        """The weight + ΔW of the one run that vmap shows, of a factored adapter.
+
+        It is formed, for all runs, where something is computed with it.
+        """
+        return self.lazy_weight
+
+    def adapted_weights(self, weight: Tensor) -> Tensor:
+        """The weight + ΔW of all runs: (runs, *weight)."""
+        return torch.cat([stack.adapter.adapted_weight(weight) for stack in self.stacks])
 
     def values_of_runs(self) -> Tensor:
         """`run_value` of all runs: (runs, *weight)."""

@@ -78,7 +78,7 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
         in_attention = any(".".join(path[:i]) in attention_modules for i in range(1 + len(path)))
         kind = adapter_class(layer).kind
         if kind != "weight":
-            if _is_adaptable(weight := getattr(layer, "weight", None)):
+            if _is_adaptable(weight := layer._parameters.get("weight")):
                 out, rest = weight.flatten(1).shape
                 shape = (rest, out) if TransposedLinearAdapter.fits(layer) else (out, rest)
                 attention = in_attention and not is_position_table(name, kind)

@@ -3,7 +3,8 @@
 vmap lets a model that is written for one run be computed for many. A tensor that differs between
 runs is *batched*: the model sees the shape of one run, as (batch 8, in 64), and vmap keeps the
 dimension of runs aside, (runs 3, batch 8, in 64). Each operation has a rule that computes it on the
-tensor with that dimension. Here are rules for adapted layers, frozen linear layers and attention.
+tensor with that dimension. Here are rules for adapted layers, adapted weights that are read without
+a call, frozen layers and attention.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.recipe import AdapterError
+from lora_lab.adapters.watch import ResultOfReading
 
 
 # An autograd.Function can bring its own rule for vmap. For `function(a, b)` with a (3, 8, 64)
@@ -76,6 +79,51 @@ def _adapt_all_runs(runs: int, in_dims: Any, function: Any, *args: Any) -> Tenso
         return packed_adapter.adapt_all_runs(layer, input, output)
 
 
+# A model may ask for a weight only to see its dtype, as T5 does for each layer. So what it gets is
+# a tensor that looks like W, and becomes W + ΔW of all runs where something is computed with it:
+#   wo.weight.dtype            torch.float32, and nothing is formed
+#   F.linear(x, wo.weight)     F.linear(x, w), where w is (out, in) to the model and (runs, out, in)
+#                              to vmap
+# Under vmap also an autograd.Function that gets it asks __torch_function__ first.
+class _AdaptedWhenUsed(ResultOfReading):
+    """A weight in a pack that is read without a call: W to look at, W + ΔW to compute with."""
+
+    packed_adapter: Any
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # pyright: ignore
+        if func in LOOKS:
+            return func(args[0].packed_adapter.base_weight(), *args[1:])
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = tree_map_only(cls, _adapted, (args, kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+LOOKS = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
+}
+"""What can be asked of W + ΔW without forming it."""
+
+
+def adapted_when_used(packed_adapter: Any, weight: Any) -> Tensor:
+    """A weight of a pack's layer that becomes W + ΔW where something is computed with it."""
+    lazy = weight.as_subclass(_AdaptedWhenUsed)
+    lazy.packed_adapter = packed_adapter
+    return lazy
+
+
+def _adapted(lazy: _AdaptedWhenUsed) -> Any:
+    packed = lazy.packed_adapter
+    args = (packed.base_weight(), packed.run_marker, packed)
+    return _WithVmapRule.apply(_outside_of_pack, _adapted_weights_of_all_runs, *args)
+
+
+def _adapted_weights_of_all_runs(runs: int, in_dims: Any, function: Any, *args: Any) -> Tensor:
+    weight, _, packed_adapter = args
+    return packed_adapter.adapted_weights(weight)
+
+
 def frozen_linear(layer_forward: Callable[[Tensor], Tensor], input: Tensor) -> Any:
     """The forward of an nn.Linear whose weight and bias all runs share.
 
@@ -102,7 +150,7 @@ def frozen_conv(layer_forward: Callable[[Tensor], Tensor], input: Tensor) -> Any
 # An input without a batch has the runs in its place.
 def _conv_of_all_runs(runs: int, in_dims: Any, layer_forward: Any, input: Tensor) -> Tensor:
     input, layer = input.movedim(in_dims[0], 0), layer_forward.__self__
-    if input.dim() == layer.weight.dim():
+    if input.dim() == layer._parameters["weight"].dim():
         return layer_forward(input)
     return layer_forward(input.flatten(0, 1)).unflatten(0, input.shape[:2])
 

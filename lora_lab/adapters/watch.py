@@ -1,12 +1,48 @@
-"""Parameters that change where they are read: `layer.weight` gives W + ΔW, whoever asks for it."""
+"""Weights that are adapted where they are read: `layer.weight` is W + ΔW, whoever asks for it."""
 
 from functools import cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapters.recipe import AdapterError
 
 KINDS_ON_READING = ("weight", "parameter")
-"""The kinds of adapters that act where a parameter is read; others act on the layer's output."""
+"""The kinds of adapters that act only where a parameter is read.
+
+A factored adapter acts on the output of its layer, and where the weight is read without a call.
+"""
+
+
+class ResultOfReading(torch.Tensor):
+    """W + ΔW, which is computed anew each time it is read: to change it in place is an error.
+
+    What is computed with it is a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # pyright: ignore
+        name = getattr(func, "__name__", "")
+        is_in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if is_in_place and isinstance(args[0], cls):
+            raise AdapterError(
+                f"{name.strip('_')}: this weight has an adapter. What is read is W + ΔW, computed "
+                "anew each time, so a change in place would be lost. W itself is in "
+                "model.parameters(), and is what is read within adapters.disabled(model)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if func in VIEWS else result
+
+
+IN_PLACE = {"__set__", "__setitem__"} | {
+    f"__i{operation}__" for operation in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")
+}
+"""What changes a tensor in place besides methods that end in an underscore."""
+
+VIEWS: Any = (Tensor.detach, getattr(Tensor.data, "__get__"))  # noqa: B009
+"""What gives a tensor of the same memory, in which a change would be lost too."""
 
 
 # An attribute of one object can be computed only by its class, so the layer's class is swapped at
@@ -17,12 +53,23 @@ KINDS_ON_READING = ("weight", "parameter")
 #   unwatch(layer)           type(layer) is nn.Bilinear again
 # torch's parametrizations swap the class in the same way. But they rename the parameter's key to
 # parametrizations.weight.original, and they refuse to be pickled.
+#
+# A factored adapter on an nn.Linear adds scale · B (A x) to the layer's output, so the layer must
+# compute with W alone when it is called, and yet give W + ΔW to a model that reads its weight, as
+# Mamba's `self.dt_proj.weight @ x`. The subclass has another forward for that, see below.
 
 
-def watch(layer: nn.Module, parameter: str) -> None:
-    """From now on reading `parameter` of `layer` gives it with the adapters that act on it."""
-    unwatched_class, watched = _class_and_watched(layer)
-    layer.__class__ = _watching_class(unwatched_class, tuple(sorted({*watched, parameter})))
+def watch(layer: nn.Module, parameter: str, is_factored: bool = False) -> None:
+    """From now on reading `parameter` of `layer` gives it with the adapters that act on it.
+
+    With `is_factored` the layer itself, when it is called, computes without factored adapters.
+    """
+    unwatched_class, on_reading, factored = _watches(layer)
+    if is_factored:
+        factored = (*{*factored, parameter},)
+    else:
+        on_reading = tuple(sorted({*on_reading, parameter}))
+    layer.__class__ = _watching_class(unwatched_class, on_reading, factored)
 
 
 def unwatch(layer: nn.Module) -> None:
@@ -32,7 +79,7 @@ def unwatch(layer: nn.Module) -> None:
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
     """The layer's class, or the one it had before `watch`."""
-    return _class_and_watched(layer)[0]
+    return _watches(layer)[0]
 
 
 def keeps_forward(layer: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
@@ -47,17 +94,31 @@ def keeps_forward(layer: nn.Module, kind: type[nn.Module], *methods: str) -> boo
     return is_same and parts <= {"weight", "bias", "lora"}
 
 
-def _class_and_watched(layer: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
-    """The layer's class before `watch`, and the parameters that are watched now."""
-    return getattr(type(layer), "_watches", (type(layer), ()))
+def has_adapters_on_reading(layer: nn.Module) -> bool:
+    """Whether a parameter of the layer is of a kind that acts only where it is read."""
+    return bool(_watches(layer)[1])
+
+
+Names = tuple[str, ...]
+
+
+def _watches(layer: nn.Module) -> tuple[type[nn.Module], Names, Names]:
+    """The layer's class before `watch`, and its parameters that are watched now.
+
+    Those of adapters that act on reading alone, and those of factored adapters.
+    """
+    return getattr(type(layer), "_watches", (type(layer), (), ()))
 
 
 # Cached, so that all layers of a class with the same watched parameters share one subclass.
 @cache
 def _watching_class(
-    unwatched_class: type[nn.Module], parameters: tuple[str, ...]
+    unwatched_class: type[nn.Module], on_reading: Names, factored: Names
 ) -> type[nn.Module]:
-    """A subclass of `unwatched_class` in which each of `parameters` reads as the adapted weight."""
+    """A subclass of `unwatched_class` in which the named parameters read as the adapted weights."""
+    if not (on_reading or factored):
+        return unwatched_class
+    class_when_called = _watching_class(unwatched_class, on_reading, ()) if factored else None
 
     def adapted_parameter(name: str) -> property:
         def read(layer: nn.Module) -> Any:
@@ -71,12 +132,27 @@ def _watching_class(
             for adapter in slot.active_adapters():
                 if adapter.parameter == name and adapter.kind in KINDS_ON_READING:
                     weight = adapter(weight)
-            return weight
+                elif adapter.parameter == name and factored:
+                    weight = adapter.adapted_weight(weight)
+            # A step that is compiled, or recorded of a pack, takes plain tensors alone.
+            is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            if is_traced or weight is layer._parameters[name]:
+                return weight
+            return weight.as_subclass(ResultOfReading)
 
         return property(read)
 
+    # `forward` is called on another object of the class that it has without factored adapters. It
+    # shares the layer's __dict__, and so all parameters and attributes, also those that it sets.
+    # Nothing on the layer changes meanwhile, so this holds under torch.compile and in threads.
+    def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert class_when_called is not None
+        layer_when_called = object.__new__(class_when_called)
+        object.__setattr__(layer_when_called, "__dict__", layer.__dict__)
+        return class_when_called.forward(layer_when_called, *args, **kwargs)
+
     # The subclass has no name that pickle could import. So a layer is pickled, and copied, as the
-    # call _blank(unwatched_class, parameters), which builds the subclass again, and its state.
+    # call _blank(unwatched_class, …), which builds the subclass again, and its state.
     def __reduce_ex__(layer: nn.Module, protocol: Any) -> Any:  # noqa: N807
         # An LSTM keeps the weights that it read last. These are results of W + ΔW, which cannot be
         # copied, so it reads them once more while _being_copied makes reading give W.
@@ -86,15 +162,21 @@ def _watching_class(
             state = {k: v for k, v in getstate().items() if k != "_being_copied"}
         finally:
             del layer.__dict__["_being_copied"]
-        return _blank, (unwatched_class, parameters), state
+        return _blank, watches, state
 
-    members = {"_watches": (unwatched_class, parameters), "__reduce_ex__": __reduce_ex__}
+    watches = (unwatched_class, on_reading, factored)
+    members = {"_watches": watches, "__reduce_ex__": __reduce_ex__}
     members |= {key: getattr(unwatched_class, key) for key in ("__module__", "__qualname__")}
-    members |= {name: adapted_parameter(name) for name in parameters}
+    members |= {name: adapted_parameter(name) for name in (*on_reading, *factored)}
+    if factored:
+        members["forward"] = forward
     return type(unwatched_class.__name__, (unwatched_class,), members)
 
 
-def _blank(unwatched_class: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
-    """A layer of the watching subclass without its state, which pickle sets next."""
-    watching_class = _watching_class(unwatched_class, parameters)
+def _blank(unwatched_class: type[nn.Module], on_reading: Names, factored: Names = ()) -> nn.Module:
+    """A layer of the watching subclass without its state, which pickle sets next.
+
+    Layers that were pickled by earlier versions name no factored parameters.
+    """
+    watching_class = _watching_class(unwatched_class, on_reading, factored)
     return watching_class.__new__(watching_class)

@@ -55,11 +55,6 @@ class WeightAdapter(Adapter):
         # F.pad takes the dimensions from the last to the first: none is padded but the rows.
         return F.pad(delta, [0, 0] * (weight.dim() - 1) + [before, after])
 
-    def drop_columns(self, A: Tensor) -> Tensor:
-        """A with columns dropped in training, by the recipe's dropout."""
-        ones = A.new_ones(*A.shape[:-2], 1, A.shape[-1])  # (*runs, 1, rest)
-        return A * self.apply_dropout(ones) if self.recipe.dropout else A
-
 
 def row_blocks(layer: nn.Module, parameter: str, rows: int) -> dict[str, Rows]:
     """The sites of a parameter with this many rows, by name, each with its range of rows.

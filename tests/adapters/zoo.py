@@ -28,6 +28,8 @@ SIZES: dict[str, Any] = {
 
 Architecture = tuple[str, str, dict[str, Any]]
 CAUSAL, MASKED, IMAGE = "CausalLM", "MaskedLM", "ImageClassification"
+GENERATE = ("CausalLM", "Seq2SeqLM")
+"""What generates text, with a cache."""
 SEQUENCES, TWO_SEQUENCES = "SequenceClassification", "Seq2SeqLM"
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -75,7 +77,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         IMAGE,
         {"depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "num_attention_heads": None},
     ),
-    "t5": ("t5", TWO_SEQUENCES, {}),
+    "t5": ("t5", TWO_SEQUENCES, {"decoder_start_token_id": 1}),
     "vit": ("vit", IMAGE, {}),
 }
 """Name → type of model, what it computes, and values that its config takes besides SIZES."""
