@@ -78,7 +78,10 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
         in_attention = any(".".join(path[:i]) in attention_modules for i in range(1 + len(path)))
         kind = adapter_class(layer).kind
         if kind != "weight":
-            if _is_adaptable(weight := layer._parameters.get("weight")):
+            # Not `layer.weight`, which is W + ΔW of an adapted layer. One that is computed is no
+            # parameter: if it is picked, an error says so.
+            weight = layer._parameters.get("weight", layer.__dict__.get("weight"))
+            if _is_adaptable(weight):
                 out, rest = weight.flatten(1).shape
                 shape = (rest, out) if TransposedLinearAdapter.fits(layer) else (out, rest)
                 attention = in_attention and not is_position_table(name, kind)
