@@ -18,22 +18,24 @@ A factored adapter acts on the output of its layer, and where the weight is read
 class ResultOfReading(torch.Tensor):
     """W + ΔW, which is computed anew each time it is read: to change it in place is an error.
 
-    What is computed with it is a plain tensor.
+    So is to ask for its `data`, from which code copies one layer's weight to another, as that which
+    resizes a model's output layer. What is computed with it is a plain tensor.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # pyright: ignore
         name = getattr(func, "__name__", "")
-        is_in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if is_in_place and isinstance(args[0], cls):
+        is_change = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if (is_change or func == DATA) and isinstance(args[0], cls):
             raise AdapterError(
-                f"{name.strip('_')}: this weight has an adapter. What is read is W + ΔW, computed "
-                "anew each time, so a change in place would be lost. W itself is in "
-                "model.parameters(), and is what is read within adapters.disabled(model)"
+                f"{'data' if func == DATA else name.strip('_')}: this weight has an adapter. What "
+                "is read is W + ΔW, computed anew each time: a change in place would be lost, a "
+                "copy would have the adapter in it. W itself is in model.parameters(), and is read "
+                "within adapters.disabled(model). Resize a model's embeddings before attach"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        return result.as_subclass(cls) if func in VIEWS else result
+        return result.as_subclass(cls) if func is Tensor.detach else result
 
 
 IN_PLACE = {"__set__", "__setitem__"} | {
@@ -41,8 +43,8 @@ IN_PLACE = {"__set__", "__setitem__"} | {
 }
 """What changes a tensor in place besides methods that end in an underscore."""
 
-VIEWS: Any = (Tensor.detach, getattr(Tensor.data, "__get__"))  # noqa: B009
-"""What gives a tensor of the same memory, in which a change would be lost too."""
+DATA: Any = getattr(Tensor.data, "__get__")  # noqa: B009
+"""What `tensor.data` calls."""
 
 
 # An attribute of one object can be computed only by its class, so the layer's class is swapped at

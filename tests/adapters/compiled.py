@@ -29,6 +29,36 @@ def check(model: nn.Module, x: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(compiled(*x), model(*x), rtol=1e-12, atol=1e-12)
 
 
+class ThreeLayers(nn.Module):
+    """An embedding, a linear layer, and one whose weight is adapted where it is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc, self.mix = nn.Embedding(7, 8), nn.Linear(8, 8), nn.Bilinear(8, 8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.fc(self.embed(tokens))
+        return self.mix(x, x)
+
+
+def check_what_was_compiled_before_is_not_used() -> None:
+    """Adapters that come, go and come again, on two models of one class in one process."""
+    torch._dynamo.reset()
+    for seed in range(2):
+        model = ThreeLayers()
+        compiled: Any = torch.compile(model, backend="aot_eager")
+        x = torch.tensor([[1, 2, 6]])
+        for settings in ({}, {"r": 2}, {}, {"r": 2, "seed": 5}, {"r": 3, "alpha": 9}, {}):
+            if settings:
+                adapters.attach(model, "all", **settings)
+                move(model, seed)
+            y, plain = compiled(x), model(x)
+            torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
+            gradients = [torch.autograd.grad(z.sum(), trained(model)) for z in (y, plain)]
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+            adapters.detach(model)
+
+
 if __name__ == "__main__":
     for case in CASES:
         if case.layer.name not in LAYERS or case.variant not in VARIANTS:
@@ -41,3 +71,4 @@ if __name__ == "__main__":
         case.attach(reads)
         move(reads)
         check(reads, case.inputs())
+    check_what_was_compiled_before_is_not_used()

@@ -8,6 +8,7 @@ Run: make test ARGS=tests/adapters/test_works_under.py
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_lab import adapters
 from tests.adapters import two_processes
@@ -44,6 +46,27 @@ def test_autocast(case: Case):
     torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.1 * exact.abs().max().item())
     y.float().square().sum().backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in trained(model))
+
+
+@pytest.mark.parametrize(
+    ("target", "tied"), [("embedding", False), ("linear", False), ("it", True)]
+)
+@pytest.mark.parametrize("size", [60, 40])
+def test_resizing_a_table_with_an_adapter_is_an_error(target: str, tied: bool, size: int):
+    """transformers would copy W + ΔW into a new layer without an adapter, or overwrite W."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, vocab_size=50, tie_word_embeddings=tied)
+    model, x = LlamaForCausalLM(config), torch.tensor([[1, 2, 3]])
+    targets = {"it": adapters.Target("embedding", tied=True)} if tied else target
+    adapters.attach(model, targets, r=2)
+    move(model)
+    y = model(x).logits
+    with pytest.raises(adapters.AdapterError, match="Resize a model's embeddings before attach"):
+        model.resize_token_embeddings(size, mean_resizing=False)
+    assert torch.equal(model(x).logits, y)
+    adapters.detach(model)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    assert model(x).logits.shape[-1] == size
 
 
 def test_checkpointing_without_reentry():
