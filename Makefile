@@ -35,6 +35,7 @@ format: .venv/.test
 bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 	$(BIN)/python -m tests.benchmarks.adapters
+	$(BIN)/python -m tests.benchmarks.experts
 	$(BIN)/python -m tests.benchmarks.spectra
 	$(BIN)/python -m tests.benchmarks.multirun
 	$(BIN)/python -m tests.benchmarks.overhead

@@ -83,6 +83,11 @@ class Adapter(nn.Module, ABC):
     def fits(cls, layer: nn.Module) -> bool:
         """Whether this kind of adapter is for layers of the type of `layer`."""
 
+    @classmethod
+    def fits_parameter(cls, layer: nn.Module, parameter: str) -> bool:
+        """Whether this kind of adapter is for this parameter of `layer`."""
+        return cls.fits(layer)
+
     @staticmethod
     def reason_not_adaptable(layer: nn.Module) -> str | None:
         """Why this layer cannot be adapted although its type can; None where it can."""
@@ -113,11 +118,20 @@ class Adapter(nn.Module, ABC):
 
     def draw(self, layer: nn.Module, generator: torch.Generator) -> "Adapter":
         """Sets the factors to what the recipe's init draws for the weight of `layer`."""
-        weight, recipe = self.weight_of(layer).detach(), self.recipe
+        weight = self.weight_of(layer).detach()
         if weight.is_meta:
             raise AdapterError("the model is on the meta device: attach once it has its weights")
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        W = self.weight_to_matrix(weight).to(dtype)  # (out, rest)
+        self.fill(self.draw_tensors(self.weight_to_matrix(weight).to(dtype), layer, generator))
+        if self.recipe.dora:
+            self.magnitude = nn.Parameter(self.row_norms(weight))
+        return self
+
+    def draw_tensors(
+        self, W: Float[Tensor, "out rest"], layer: nn.Module, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A, B, and the core or their first values, as the init draws them for the matrix W."""
+        recipe = self.recipe
         init = INITS[recipe.init]
         # An init draws A and leaves B at zero. Where A is the zero factor, the init gets the
         # transposed matrix and the factors it gives are transposed and change places. An embedding
@@ -133,10 +147,7 @@ class Adapter(nn.Module, ABC):
             tensors["core"] = W.new_zeros(recipe.r, recipe.r)
         elif init.from_weight:
             tensors |= {"A0": tensors["A"].clone(), "B0": tensors["B"].clone()}
-        self.fill(tensors)
-        if recipe.dora:
-            self.magnitude = nn.Parameter(self.row_norms(weight))
-        return self
+        return tensors
 
     def fill(self, tensors: dict[str, Tensor]) -> "Adapter":
         """Sets the adapter's tensors by their names in TENSOR_NAMES; those not given are None."""

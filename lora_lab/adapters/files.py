@@ -202,10 +202,11 @@ def _build(
     recipe = Recipe(**{key: description[key] for key in Recipe.__dataclass_fields__})
     recipe.check()
     layer = model.get_submodule(site.layer)
-    fitting_class = adapter_class(layer)
+    fitting_class = adapter_class(layer, site.parameter)
     if kind == WeightAdapter.kind:
-        # So it is stored of a subclass of nn.Linear by a version that took no subclass for linear.
-        site, fitting_class = replace(site, kind=kind, name=path), WeightAdapter
+        # So it is stored of a subclass of nn.Linear by a version that took no subclass for linear,
+        # and of experts by one that took all of their matrices for one of E rows.
+        site, fitting_class = replace(site, kind=kind, name=path, experts=1), WeightAdapter
     adapter = fitting_class(layer, site.parameter, site.rows, recipe)
     adapter.scale = description["scale"]  # stored, not computed again from alpha and r
     # A tensor read from a file may lie in memory at an address of another alignment, where kernels
@@ -281,13 +282,14 @@ def _check_fit(adapter: Adapter, description: dict[str, Any], tensors: dict[str,
     """Raises AdapterError unless these tensors are this adapter's, by name and shape."""
     if (shape := list(adapter.shape)) != (stored := description["shape"]):
         raise AdapterError(f"has shape {shape}, the adapter's was {stored}")
-    out, rest = adapter.weight_to_matrix(torch.empty(adapter.shape, device="meta")).shape
+    matrix = adapter.weight_to_matrix(torch.empty(adapter.shape, device="meta"))
+    *experts, out, rest = matrix.shape
     r, recipe = adapter.r, adapter.recipe
-    wanted = {"A": [r, rest], "B": [out, r]}
+    wanted = {"A": [*experts, r, rest], "B": [*experts, out, r]}
     if recipe.trains == "core":
-        wanted["core"] = [r, r]
+        wanted["core"] = [*experts, r, r]
     elif "A0" in tensors or "B0" in tensors:
-        wanted |= {"A0": [r, rest], "B0": [out, r]}
+        wanted |= {"A0": wanted["A"], "B0": wanted["B"]}
     if recipe.dora:
         wanted["magnitude"] = [out]
     shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}

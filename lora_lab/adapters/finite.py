@@ -60,5 +60,5 @@ def _is_surely_finite(adapter: Adapter, dtype: torch.dtype) -> bool:
     if adapter.magnitude is not None:
         return False
     A, B = adapter.factors()
-    norms = [torch.linalg.vector_norm(B, dim=1).max(), torch.linalg.vector_norm(A, dim=0).max()]
+    norms = [torch.linalg.vector_norm(B, dim=-1).max(), torch.linalg.vector_norm(A, dim=-2).max()]
     return bool(abs(adapter.scale) * norms[0] * norms[1] < torch.finfo(dtype).max)

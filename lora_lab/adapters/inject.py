@@ -76,7 +76,8 @@ def attach(
     for site in sites:
         assert site.recipe is not None
         layer = model.get_submodule(site.layer)
-        adapter = adapter_class(layer)(layer, site.parameter, site.rows, site.recipe)
+        Adapter = adapter_class(layer, site.parameter)
+        adapter = Adapter(layer, site.parameter, site.rows, site.recipe)
         adapters[site] = adapter.draw(layer, generator(seed, site.name, site.recipe.r))
     also_trained = {}
     for key in keys:
@@ -189,7 +190,7 @@ def _twin(
 
     Raises AdapterError where they cannot be shared.
     """
-    twin = adapter_class(layer)(layer, parameter, None, adapter.recipe)
+    twin = adapter_class(layer, parameter)(layer, parameter, None, adapter.recipe)
     adapter.recipe.check_shared(site.name)
     if site.rows is not None:
         raise AdapterError(f"'{site.name}' is a block of a tied weight: untie it, or exclude it")

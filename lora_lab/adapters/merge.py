@@ -122,9 +122,9 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     adapters = {}
     for site in sites:
         scaled = [(share * a.scale, *a.factors()) for share, a in shares[site.name]]
-        A = torch.cat([A for _, A, _ in scaled])  # (Σ r, rest)
-        B = torch.cat([scale * B for scale, _, B in scaled], 1)  # (out, Σ r)
-        first, r = shares[site.name][0][1], A.shape[0]
+        A = torch.cat([A for _, A, _ in scaled], -2)  # (Σ r, rest)
+        B = torch.cat([scale * B for scale, _, B in scaled], -1)  # (out, Σ r)
+        first, r = shares[site.name][0][1], A.shape[-2]
         plain = {"alpha": r, "scaling": "alpha/r", "trains": "both", "init": "kaiming"}
         recipe = replace(first.recipe, r=r, **plain)
         layer = model.get_submodule(site.layer)

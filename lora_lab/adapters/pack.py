@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.experts import ExpertsAdapter
 from lora_lab.adapters.inject import freeze_base, place_on_layer
 from lora_lab.adapters.model_call import Inputs, logits
 from lora_lab.adapters.recipe import AdapterError
@@ -119,11 +120,11 @@ class Pack(nn.Module):
     # that computes all runs (see vmap_rules.py).
     def forward(self, *inputs: Inputs) -> Tensor:
         """The outputs of all runs for one batch: (runs, …)."""
-        # Those that act where a parameter is read, and for each of them (runs, *weight).
+        # Those that act where a parameter is read, and for each (runs, *weight), or factors.
         on_reading = [packed for packed in self.packed_adapters if packed.kind in KINDS_ON_READING]
         all_values = [packed.values_of_runs() for packed in on_reading]
 
-        def forward_one_run(run_marker: Tensor, values: list[Tensor]) -> Tensor:
+        def forward_one_run(run_marker: Tensor, values: list[Any]) -> Tensor:
             for packed in self.packed_adapters:
                 packed.run_marker = run_marker
             for packed, value in zip(on_reading, values, strict=True):
@@ -141,9 +142,9 @@ class PackedAdapter(nn.Module):
     weight_before_merge = None  # as of an adapter: a pack is never merged
     run_marker: Tensor
     """A dummy batched tensor that makes vmap treat this layer's output as each run's own."""
-    run_value: Tensor
+    run_value: Any
     """Within a call, of a parameter that is changed where it is read: one run's ΔW, or its value
-    where it is trained in full (*weight)."""
+    where it is trained in full (*weight); of experts, its factors A and scale · B."""
 
     def __init__(self, layer: nn.Module, first: Any, stacks: Sequence[Stack | FullStack]):
         super().__init__()
@@ -161,6 +162,8 @@ class PackedAdapter(nn.Module):
         """
         if self.kind == WeightAdapter.kind:
             return args[0] + self.run_value
+        if self.kind == ExpertsAdapter.kind:
+            return self.stacks[0].adapter.adapted(args[0], *self.run_value, scale=1.0)
         if self.kind == FullParameter.kind:
             return self.run_value.to(args[0].dtype)
         return adapt_layer(self, *args)
@@ -176,10 +179,14 @@ class PackedAdapter(nn.Module):
         """The weight + ΔW of all runs: (runs, *weight)."""
         return torch.cat([stack.adapter.adapted_weight(weight) for stack in self.stacks])
 
-    def values_of_runs(self) -> Tensor:
-        """`run_value` of all runs: (runs, *weight)."""
+    def values_of_runs(self) -> Any:
+        """`run_value` of all runs: (runs, *weight); of experts, the two factors."""
         if self.kind == FullParameter.kind:
             return torch.cat([stack.adapter.value for stack in self.stacks])
+        if self.kind == ExpertsAdapter.kind:
+            r = max(stack.adapter.factors()[0].shape[-2] for stack in self.stacks)
+            factors = [stack.adapter.factors_of_runs(r) for stack in self.stacks]
+            return [torch.cat(of_stacks) for of_stacks in zip(*factors, strict=True)]
         weight = self.base_weight()
         return torch.cat([stack.adapter.parameter_delta(weight) for stack in self.stacks])
 

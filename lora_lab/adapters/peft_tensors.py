@@ -99,7 +99,7 @@ def from_peft(
     r = len(tensors["A"])
     dropout = 0.0 if site.kind == "embedding" else config["lora_dropout"]  # PEFT's has none
     recipe = Recipe(r, alpha_for_scale(scale, r, scaling), dropout, scaling=scaling, dora=dora)
-    adapter = adapter_class(layer)(layer, site.parameter, site.rows, recipe)
+    adapter = adapter_class(layer, site.parameter)(layer, site.parameter, site.rows, recipe)
     adapter.scale = scale
     return replace(site, recipe=recipe), adapter.fill(tensors)
 

@@ -11,12 +11,17 @@ from lora_lab.adapters.adapter import Adapter, Rows
 from lora_lab.adapters.attention import attention_names, is_position_table
 from lora_lab.adapters.conv import ConvAdapter
 from lora_lab.adapters.embedding import EmbeddingAdapter
+from lora_lab.adapters.experts import ExpertsAdapter, TransposedExpertsAdapter
 from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter
 from lora_lab.adapters.recipe import Recipe
+from lora_lab.adapters.watch import KINDS_ON_READING
 from lora_lab.adapters.weight import WeightAdapter, row_blocks
 
-ADAPTERS = (LinearAdapter, TransposedLinearAdapter, ConvAdapter, EmbeddingAdapter, WeightAdapter)
-"""The adapter classes. A layer gets the first that fits it."""
+ADAPTERS = (
+    *(LinearAdapter, TransposedLinearAdapter, ConvAdapter, EmbeddingAdapter),
+    *(TransposedExpertsAdapter, ExpertsAdapter, WeightAdapter),
+)
+"""The adapter classes. A parameter of a layer gets the first that fits it."""
 
 KINDS = tuple(dict.fromkeys(Adapter.kind for Adapter in ADAPTERS))
 """The kinds of site. Tests run over this table."""
@@ -35,12 +40,17 @@ class Site:
     name: str
     kind: str
     shape: tuple[int, int]
-    """out × rest: of weight.flatten(1), or of its transpose where the layer holds it in × out."""
+    """out × rest: of weight.flatten(1), or of its transpose where the layer holds it in × out.
+
+    Of experts it is the shape of each of their matrices.
+    """
     recipe: Recipe | None = None
     layer: str = ""
     parameter: str = "weight"
     rows: Rows = None
     attention: bool = False
+    experts: int = 1
+    """How many matrices the weight has, each with an adapter of rank r."""
     tied_to: tuple[str, ...] = ()
     """The names of other parameters that are the same weight."""
 
@@ -48,6 +58,12 @@ class Site:
     def key(self) -> str:
         """The weight's state-dict key in the model."""
         return f"{self.layer}.{self.parameter}" if self.layer else self.parameter
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of its matrices: its name, or that of each expert (`experts.down_proj.3`)."""
+        numbered = tuple(f"{self.name}.{expert}" for expert in range(self.experts))
+        return numbered if self.kind == ExpertsAdapter.kind else (self.name,)
 
     @property
     def trainable_parameters(self) -> int:
@@ -58,12 +74,12 @@ class Site:
         # embedding for each token, since its table is tokens × features.
         factors = {"both": r * (out + rest), "zero": r * out, "core": r * r}
         magnitude = (rest if self.kind == "embedding" else out) if self.recipe.dora else 0
-        return factors[self.recipe.trains] + magnitude
+        return self.experts * (factors[self.recipe.trains] + magnitude)
 
 
-def adapter_class(layer: nn.Module) -> type[Adapter]:
-    """The adapter class that fits `layer`."""
-    return next(Adapter for Adapter in ADAPTERS if Adapter.fits(layer))
+def adapter_class(layer: nn.Module, parameter: str = "weight") -> type[Adapter]:
+    """The adapter class that fits this parameter of `layer`."""
+    return next(Adapter for Adapter in ADAPTERS if Adapter.fits_parameter(layer, parameter))
 
 
 def candidate_sites(model: nn.Module) -> Iterator[Site]:
@@ -77,7 +93,7 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
             continue  # a child `lora` would be one more of its layers
         in_attention = any(".".join(path[:i]) in attention_modules for i in range(1 + len(path)))
         kind = adapter_class(layer).kind
-        if kind != "weight":
+        if kind not in KINDS_ON_READING:
             # Not `layer.weight`, which is W + ΔW of an adapted layer. One that is computed is no
             # parameter: if it is picked, an error says so.
             weight = layer._parameters.get("weight", layer.__dict__.get("weight"))
@@ -90,12 +106,14 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
         for parameter, weight in layer._parameters.items():
             if not _is_adaptable(weight) or weight.dim() < 2:
                 continue
-            out, rest = weight.flatten(1).shape
+            Adapter = adapter_class(layer, parameter)
+            *experts, out, rest = Adapter.weight_to_matrix(weight).shape
             for block, rows in row_blocks(layer, parameter, out).items():
                 shape = (out if rows is None else rows[1] - rows[0], rest)
                 site = f"{name}.{block}" if name else block
                 attention = in_attention and not is_position_table(site, kind)
-                yield Site(site, kind, shape, None, name, parameter, rows, attention)
+                where = (name, parameter, rows, attention, *experts[:1])
+                yield Site(site, Adapter.kind, shape, None, *where)  # pyright: ignore
 
 
 def _is_adaptable(weight: object) -> TypeGuard[Tensor]:

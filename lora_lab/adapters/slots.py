@@ -82,7 +82,7 @@ def all_adapters(model: nn.Module) -> dict[tuple[str, str], Adapter]:
     for path, module in model.named_modules():
         if isinstance(module, Adapter) and module.source is None:
             *layer, _, name, part = path.split(".")  # layer . lora . name . part
-            site = [*layer, part] if module.kind == "weight" else layer
+            site = [*layer, part] if module.kind in KINDS_ON_READING else layer
             adapters[name, ".".join(site)] = module
     return adapters
 

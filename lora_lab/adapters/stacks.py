@@ -29,7 +29,8 @@ def group_by_rank(run_adapters: list[Adapter]) -> list[list[Adapter]]:
     for r, neighbours in groupby(run_adapters, lambda adapter: adapter.r):
         same_rank, previous = [*neighbours], groups[-1] if groups else []
         highest = max((adapter.r for adapter in previous), default=0)
-        zeros_a_rank = same_rank[0].A.shape[-1] + same_rank[0].B.shape[-2]  # rest + out
+        first = same_rank[0]
+        zeros_a_rank = (first.A.numel() + first.B.numel()) // r  # rest + out, for each expert
         padded_runs = len(previous) if r > highest else len(same_rank)
         if previous and padded_runs * abs(r - highest) * zeros_a_rank <= MAX_PADDING:
             previous += same_rank
@@ -65,7 +66,7 @@ class Stack:
         scales = [adapter.scale for adapter in run_adapters]
         like = next(self.adapter.parameters())
         scales = torch.tensor(scales, dtype=like.dtype, device=like.device)
-        self.adapter.scale = scales[:, None, None]
+        self.adapter.scale = scales.view(-1, *[1] * (self.adapter.A.dim() - 1))
         for name in tensors[0]:
             stacked = getattr(self.adapter, name).data
             for i, adapter in enumerate(run_adapters):

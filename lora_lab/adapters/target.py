@@ -32,7 +32,8 @@ class Target:
     dropout and init, where given, replace the recipe's at these sites. With `tied` a weight that
     several layers share is adapted, once for all of them; else it is left out.
 
-    Parameters whose matrix has one row or column, as a class token, are picked by name only.
+    Parameters whose matrix has one row or column, as a class token, and biases of two dimensions,
+    as those of experts, are picked by name only.
     """
 
     kind: str = "all"
@@ -47,7 +48,8 @@ class Target:
     def picks(self, site: Site) -> bool:
         """Whether the rule picks `site`."""
         of_kind = self.kind in ("all", site.kind) or (self.kind == "attention" and site.attention)
-        if self.match == "*" and site.kind == "weight" and min(site.shape) == 1:
+        is_vector = min(site.shape) == 1 or site.parameter.endswith("bias")
+        if self.match == "*" and site.kind == "weight" and is_vector:
             return False
         return of_kind and fits(site, self.match) and not fits(site, self.exclude)
 

@@ -171,7 +171,7 @@ def _check_weight(
             f"the weight of '{site.name}' is no parameter but computed from others (a norm or "
             "another parametrization): exclude it by a glob"
         )
-    if reason := adapter_class(layer).reason_not_adaptable(layer):
+    if reason := adapter_class(layer, site.parameter).reason_not_adaptable(layer):
         raise TargetError(f"'{site.name}' cannot be adapted: {reason}, or exclude it by a glob")
     span = memory_span(weight)
     names = names_by_span[span]
@@ -202,7 +202,7 @@ def _with_possible_recipe(site: Site, layer: nn.Module, over_rank: str) -> tuple
     recipe.check()
     if site.tied_to:
         recipe.check_shared(site.name)
-    if recipe.dora and not adapter_class(layer).takes_dora:
+    if recipe.dora and not adapter_class(layer, site.parameter).takes_dora:
         able = ", ".join(dict.fromkeys(A.kind for A in ADAPTERS if A.takes_dora))
         raise AdapterError(
             f"dora=true: '{site.name}' is of kind {site.kind}, DoRA is for {able}; "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.recipe import AdapterError
 
-KINDS_ON_READING = ("weight", "parameter")
+KINDS_ON_READING = ("weight", "experts", "parameter")
 """The kinds of adapters that act only where a parameter is read.
 
 A factored adapter acts on the output of its layer, and where the weight is read without a call.
@@ -140,6 +140,8 @@ def _watching_class(
             is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
             if is_traced or weight is layer._parameters[name]:
                 return weight
+            if type(weight) not in (Tensor, nn.Parameter):
+                return weight  # a LowRankSum, which is a ResultOfReading where it is formed
             return weight.as_subclass(ResultOfReading)
 
         return property(read)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from torch import Tensor
 
 from lora_lab.analysis import spectra
 from lora_lab.analysis.advice import Advice, advise
 from lora_lab.analysis.spectra import INTRUDERS_AMONG, TRIPLES
 from lora_lab.analysis.truncation import CutLosses, truncate
-from lora_lab.analysis.updates import Updates
+from lora_lab.analysis.updates import Updates, split
 from lora_lab.analysis.weight_svd import svd_of_weight
 from lora_lab.config.schema import Spectra
 
@@ -36,10 +37,12 @@ def analyze(
     with ΔW cut; `bases_dir` keeps the SVDs of the base's weights.
     """
     svds = {site: updates.svd(site) for site in updates.sites}
-    findings = Findings()
+    findings = Findings(arrays={"experts": np.array(updates.experts)} if updates.experts else {})
     for site, svd in svds.items():
-        for name, tensor in vars(svd.first(TRIPLES)).items():  # U, S and Vh
-            findings.arrays[f"{site}/{name}"] = tensor.cpu().float().numpy()
+        matrices = updates.sites[site].matrices
+        for matrix, svd_of_matrix in zip(matrices, svd.matrices(), strict=True):
+            for name, tensor in vars(svd_of_matrix.first(TRIPLES)).items():  # U, S and Vh
+                findings.arrays[f"{matrix}/{name}"] = tensor.cpu().float().numpy()
     if cfg.against_base:
         for site, svd in svds.items():
             _compare_with_base(updates, site, svd, Path(bases_dir), findings)
@@ -60,16 +63,35 @@ def _compare_with_base(
 ) -> None:
     """Adds how the directions of ΔW relate to those of W, and which are new in W + ΔW.
 
-    The relation is that of Hu et al. 2021, section 7.3. For a product B A, all directions above
-    rounding count. The smallest directions of a dense ΔW are noise: there the first ones count,
-    up to 90% of its energy.
+    Metrics of experts are means over their matrices, without those that are infinite. The relation
+    is that of Hu et al. 2021, section 7.3. For a product B A, all directions above rounding count.
+    The smallest directions of a dense ΔW are noise: there the first ones count, up to 90% of its
+    energy.
     """
-    W = updates.base_matrix(site).to(svd.S)
+    measured: dict[str, list[float]] = {}
+    stack = split(updates.sites[site], updates.base_matrix(site))
+    for matrix, W, of_matrix in zip(
+        updates.sites[site].matrices, stack, svd.matrices(), strict=True
+    ):
+        metrics, phi = _relation(W.to(svd.S), of_matrix, updates.is_product(site), directory)
+        for name, value in metrics.items():
+            if np.isfinite(value):
+                measured.setdefault(name, []).append(float(value))
+        if phi is not None:
+            findings.arrays[f"{matrix}/phi_base"] = phi.cpu().float().numpy()
+    for name, values in measured.items():
+        findings.metrics[f"spectra/{site}/{name}"] = sum(values) / len(values)
+
+
+def _relation(
+    W: Tensor, svd: spectra.SVD, is_product: bool, directory: Path
+) -> tuple[dict[str, float], Tensor | None]:
+    """How the directions of one matrix ΔW relate to those of W: measures, and φ."""
     of_base, of_delta = svd_of_weight(W, directory).above_rounding(), svd.above_rounding()
-    if not updates.is_product(site):
+    if not is_product:
         spectrum = spectra.Spectrum(of_delta.S.cpu(), (W.shape[0], W.shape[1]), 0)
         of_delta = of_delta.first(spectrum.energy_90)
-    adapted = spectra.svd_of_matrix(W + svd.cut(len(svd.S)))
+    adapted = spectra.svd_of_matrix(W + svd.cut(svd.k))
     of_adapted = adapted.above_rounding().first(INTRUDERS_AMONG)
     metrics = {
         "directions": len(of_delta.S),
@@ -78,12 +100,9 @@ def _compare_with_base(
         "intruders": int(spectra.is_intruder(of_base.U, of_adapted.U).sum()),
         "intruders_among": len(of_adapted.S),
     }
-    for name, value in metrics.items():
-        if np.isfinite(value):
-            findings.metrics[f"spectra/{site}/{name}"] = float(value)
-    if len(of_delta.S) and len(of_base.S):
-        phi = spectra.similarity(of_delta.first(TRIPLES).U, of_base.first(TRIPLES).U)
-        findings.arrays[f"{site}/phi_base"] = phi.cpu().float().numpy()
+    if not (of_delta.k and of_base.k):
+        return metrics, None
+    return metrics, spectra.similarity(of_delta.first(TRIPLES).U, of_base.first(TRIPLES).U)
 
 
 def files(arrays: Mapping[str, np.ndarray], advice: Advice | None) -> dict[str, bytes | None]:

@@ -98,19 +98,34 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class SVD:
-    """The thin singular value decomposition U diag(S) Vh of a matrix, S descending."""
+    """The thin singular value decomposition U diag(S) Vh of a matrix, S descending.
 
-    U: Float64[Tensor, "out k"]
-    S: Float64[Tensor, " k"]
-    Vh: Float64[Tensor, "k rest"]
+    A leading dimension is that of the matrices of experts.
+    """
 
-    def cut(self, k: int) -> Float64[Tensor, "out rest"]:
+    U: Float64[Tensor, "*experts out k"]
+    S: Float64[Tensor, "*experts k"]
+    Vh: Float64[Tensor, "*experts k rest"]
+
+    @property
+    def k(self) -> int:
+        """The number of triples (left vector, value, right vector)."""
+        return self.S.shape[-1]
+
+    def cut(self, k: int) -> Float64[Tensor, "*experts out rest"]:
         """The matrix of rank k that is nearest to this one (Eckart & Young 1936)."""
-        return (self.U[:, :k] * self.S[:k]) @ self.Vh[:k]
+        first = self.first(k)
+        return (first.U * first.S[..., None, :]) @ first.Vh
 
     def first(self, k: int) -> "SVD":
-        """The first k singular triples (left vector, value, right vector)."""
-        return SVD(self.U[:, :k], self.S[:k], self.Vh[:k])
+        """The first k singular triples."""
+        return SVD(self.U[..., :k], self.S[..., :k], self.Vh[..., :k, :])
+
+    def matrices(self) -> "list[SVD]":
+        """The decomposition of each expert's matrix, or this one."""
+        if self.S.dim() == 1:
+            return [self]
+        return [SVD(*one) for one in zip(self.U, self.S, self.Vh, strict=True)]
 
     def above_rounding(self) -> "SVD":
         """The triples whose value is more than float32 rounding: σ > σ₁ · max(out, rest) · eps.
@@ -200,18 +215,18 @@ def spectrum_of_blocks(spectra: Iterable[Spectrum]) -> Spectrum:
 
 
 def svd_of_factors(
-    A: Float[Tensor, "r rest"], B: Float[Tensor, "out r"], scale: float = 1.0
+    A: Float[Tensor, "*experts r rest"], B: Float[Tensor, "*experts out r"], scale: float = 1.0
 ) -> SVD:
     """The SVD of scale · B A, without forming the product. Raises as `singular_values` does."""
     _check_finite(A=A, B=B)
     Q_B, R_B = torch.linalg.qr(B.detach().double())  # (out, r), (r, r)
-    Q_A, R_A = torch.linalg.qr(A.detach().double().T)  # (rest, r), (r, r)
-    U, S, Vh = torch.linalg.svd(math.copysign(1, scale) * R_B @ R_A.T, full_matrices=False)
-    S = abs(scale) * torch.where(_rounding(R_A, R_B) < S, S, 0)
-    return SVD(Q_B @ U, S, Vh @ Q_A.T)
+    Q_A, R_A = torch.linalg.qr(A.detach().double().mT)  # (rest, r), (r, r)
+    U, S, Vh = torch.linalg.svd(math.copysign(1, scale) * R_B @ R_A.mT, full_matrices=False)
+    S = abs(scale) * torch.where(_rounding(R_A, R_B)[..., None] < S, S, 0)
+    return SVD(Q_B @ U, S, Vh @ Q_A.mT)
 
 
-def svd_of_matrix(matrix: Float[Tensor, "out rest"]) -> SVD:
+def svd_of_matrix(matrix: Float[Tensor, "*experts out rest"]) -> SVD:
     """The thin SVD of a dense matrix. Raises ValueError where it holds NaN or infinity."""
     _check_finite(matrix=matrix)
     return SVD(*torch.linalg.svd(matrix.detach().double(), full_matrices=False))

@@ -55,7 +55,7 @@ def truncate(
 
     `svds` holds the SVD of ΔW at each site. A progress bar is shown on a terminal.
     """
-    full = {site: len(svd.S) for site, svd in svds.items()}
+    full = {site: svd.k for site, svd in svds.items()}
     model_ranks = ranks_to_measure(max(full.values()))
     of_model = [{site: min(k, n) for site, n in full.items()} for k in model_ranks]
     cut_sites = full.items() if scope == "sites" else ()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lab.adapters import Adapter, Site, adapter_class, attached, disabled
 from lora_lab.analysis import spectra
-from lora_lab.analysis.spectra import SVD, Spectrum
+from lora_lab.analysis.spectra import SVD, Factors, Spectrum
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -17,18 +18,31 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def split(site: Site, matrices: Tensor) -> Sequence[Tensor]:
+    """What belongs to a site's matrices, one for each: of experts (E, …) along the first dimension.
+
+    In the order of `site.matrices`.
+    """
+    return [matrices] if site.matrices == (site.name,) else matrices.unbind()
+
+
 class Updates:
     """Reads ΔW at each site of a model, in training or after it.
 
     `model` is the trained model and `sites` the places whose ΔW is wanted. `base` holds its weights
     before training, W₀, by the key of the parameter; with adapters these may be the model's own.
-    "As a matrix" is out × rest, as in `weight.flatten(1)`.
+    "As a matrix" is out × rest, as in `weight.flatten(1)`; of experts it is E × out × in.
     """
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor], sites: Sequence[Site]):
         self.model, self.base_weights = model, base
-        self.sites = {site.name: site for site in sites}
         self.adapters_by_site = attached(model)
+        self.sites = {site.name: self._as_adapted(site) for site in sites}
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of the sites that are experts, with a matrix for each."""
+        return [name for name, site in self.sites.items() if site.matrices != (name,)]
 
     def base_matrix(self, site: str) -> Tensor:
         """W₀ of a site as a matrix."""
@@ -44,18 +58,21 @@ class Updates:
         change = weight.double() - self.base_weights[key].to(weight.device)
         return self.as_matrix(site, change.to(torch.promote_types(weight.dtype, torch.float32)))
 
-    def spectra_by_site(self) -> dict[str, Spectrum]:
-        """The spectrum of ΔW at each site, from the factors alone where ΔW is their product."""
-        products = {
-            site: (full_tensor(A), full_tensor(B), adapter.scale)
-            for site, adapter in self.adapters_by_site.items()
-            if self.is_product(site)
-            for A, B in [adapter.factors()]
-        }
+    def spectra_by_site(self) -> dict[str, list[Spectrum]]:
+        """The spectra of each site's matrices, from the factors alone where ΔW is their product."""
+        products: dict[str, Factors] = {}
+        for name, adapter in self.adapters_by_site.items():
+            if self.is_product(name):
+                site = self.sites[name]
+                A, B = map(full_tensor, adapter.factors())
+                pairs = zip(site.matrices, split(site, A), split(site, B), strict=True)
+                products |= {matrix: (a, b, adapter.scale) for matrix, a, b in pairs}
         of_products = spectra.spectra_of_sites(products)
         return {
-            site: of_products.get(site) or spectra.spectrum_of_matrix(self.delta_matrix(site))
-            for site in self.sites
+            name: [of_products[matrix] for matrix in site.matrices]
+            if self.is_product(name)
+            else [spectra.spectrum_of_matrix(m) for m in split(site, self.delta_matrix(name))]
+            for name, site in self.sites.items()
         }
 
     def is_product(self, site: str) -> bool:
@@ -64,7 +81,7 @@ class Updates:
         return adapter is not None and adapter.magnitude is None
 
     def svd(self, site: str) -> SVD:
-        """The thin SVD of a site's ΔW as a matrix."""
+        """The thin SVD of a site's ΔW as a matrix; of experts, that of each of their matrices."""
         if not self.is_product(site):
             return spectra.svd_of_matrix(self.delta_matrix(site))
         adapter = self.adapters_by_site[site]
@@ -116,8 +133,21 @@ class Updates:
         rows = self.sites[site].rows
         return weight if rows is None else weight[slice(*rows)]
 
+    def _as_adapted(self, site: Site) -> Site:
+        """The site; where experts have an adapter that takes them for one matrix, as that.
+
+        Versions before this one stored such.
+        """
+        adapter = self.adapters_by_site.get(site.name)
+        if adapter is None or adapter.kind == site.kind:
+            return site
+        return replace(site, kind=adapter.kind, experts=1)
+
     def _adapter_class(self, site: str) -> type[Adapter]:
-        return adapter_class(self.model.get_submodule(self.sites[site].layer))
+        if adapter := self.adapters_by_site.get(site):
+            return type(adapter)
+        layer = self.model.get_submodule(self.sites[site].layer)
+        return adapter_class(layer, self.sites[site].parameter)
 
     def as_matrix(self, site: str, weight: Tensor) -> Tensor:
         """The site's rows of a tensor that has its parameter's shape, as a matrix (out × rest)."""

@@ -142,10 +142,14 @@ def _spans(run: Run) -> dict[tuple[str, str], Tensor]:
     factors = run.path / "adapter" / "adapter.safetensors"
     for key, A in (load_file(factors) if factors.exists() else {}).items():
         site, _, name = key.rpartition(".")
-        if name == "A":
-            svd = spectra.svd_of_matrix(A).above_rounding()
+        if name != "A":
+            continue
+        # Of experts A is (E, r, in).
+        by_matrix = {site: A} if A.dim() == 2 else {f"{site}.{e}": a for e, a in enumerate(A)}
+        for matrix, factor in by_matrix.items():
+            svd = spectra.svd_of_matrix(factor).above_rounding()
             if len(svd.S):
-                spans[site, "A"] = svd.Vh.T  # (in, directions)
+                spans[matrix, "A"] = svd.Vh.T  # (in, directions)
     return spans
 
 

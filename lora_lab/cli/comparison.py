@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lora_lab.cli.stored_devices import recorded_devices
 from lora_lab.report.cells import flatten_config
-from lora_lab.report.run_tables import singular_values_by_site
+from lora_lab.report.matrices import singular_values_by_matrix
 from lora_lab.report.tables import Rows
 from lora_lab.runs import DEVICE_KEYS, Run
 
@@ -82,7 +82,9 @@ def _numbers(run: Run) -> dict[str, np.ndarray]:
         last |= row
     numbers = {k: np.array([float(last[k])]) for k in last if k not in ("step", "epoch")}
     numbers |= {
-        f"{site}: singular values": S for site, S in singular_values_by_site(run).items() if S.size
+        f"{name}: singular values": S
+        for name, S in singular_values_by_matrix(run).items()
+        if S.size
     }
     for file in WEIGHTS:
         if (run.path / file).exists():

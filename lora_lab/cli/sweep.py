@@ -155,7 +155,8 @@ def logged_metrics(plan: Plan) -> set[str]:
     spectrum = Spectrum(torch.ones(1, dtype=torch.float64), (1, 1), 0.0)
     sites = {site.name: site for site in plan.sites}
     spectra = {f"spectra/{site}" for site in sites}
-    spectra |= {f"spectra_of/{group}" for group in groups(dict.fromkeys(sites, spectrum), sites)}
+    of_sites = {site: [spectrum] for site in sites}
+    spectra |= {f"spectra_of/{group}" for group in groups(of_sites, sites)}
     names |= {f"{prefix}/{measure}" for prefix in spectra for measure in spectrum.measures()}
     if cfg.spectra.against_base:
         names |= {f"spectra/{site}/{measure}" for site in sites for measure in AGAINST_BASE}

@@ -11,6 +11,7 @@ from statistics import mean
 import numpy as np
 
 from lora_lab.report.cells import Cell, RunResult, cell_label, goal_of, swept_keys
+from lora_lab.report.matrices import SUFFIX, experts_of, site_of
 
 FREE_KEYS = ("adapter.r", "data.seed", "base.seed")
 """Settings that may differ within a series, besides the run's seed."""
@@ -118,15 +119,19 @@ def truncation_losses(results: Sequence[RunResult]) -> tuple[dict[int, list[floa
 
 
 def mean_spectra(results: Sequence[RunResult]) -> dict[str, dict[int, np.ndarray]]:
-    """Site → r → the final singular values of ΔW (k,), their mean over the runs of that r."""
-    suffix = "/singular_values"
+    """Site → r → the final singular values of ΔW (k,), their mean over the runs of that r.
+
+    Those of experts are also means over the experts.
+    """
     spectra: dict[str, dict[int, list[np.ndarray]]] = {}
     for result in sorted(results, key=lambda result: result.rank or 0):
         path = result.run.path / "spectra.npz"
         if result.rank is not None and path.exists():
             with np.load(path) as arrays:
-                for key in (k for k in arrays.files if k.endswith(suffix)):
-                    by_rank = spectra.setdefault(key.removesuffix(suffix), {})
+                experts = experts_of(arrays)
+                for key in (k for k in arrays.files if k.endswith(SUFFIX)):
+                    site = site_of(key.removesuffix(SUFFIX), experts)
+                    by_rank = spectra.setdefault(site, {})
                     by_rank.setdefault(result.rank, []).append(arrays[key][-1])
     return {
         site: {r: np.mean(_padded(runs), axis=0) for r, runs in by_rank.items()}

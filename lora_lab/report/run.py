@@ -8,9 +8,10 @@ from rich.table import Column
 
 from lora_lab.report import page
 from lora_lab.report.epochs import At
+from lora_lab.report.matrices import singular_values_by_matrix
 from lora_lab.report.printed_tables import simple_table
 from lora_lab.report.run_figures import write_figures
-from lora_lab.report.run_tables import run_tables, singular_values_by_site
+from lora_lab.report.run_tables import run_tables
 from lora_lab.report.tables import csv_of, markdown, markdown_text
 from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic
@@ -28,7 +29,7 @@ def write_run(run: Run, to: Path | None = None, draw: bool = True, at: At = "las
         raise ValueError(f"{directory} is a link, and a run writes into no other folder")
     directory.mkdir(parents=True, exist_ok=True)
     tables = run_tables(run, at)
-    figures = write_figures(run, singular_values_by_site(run), directory) if draw else []
+    figures = write_figures(run, singular_values_by_matrix(run), directory) if draw else []
     theory = [markdown(tables["theory"], "r"), GAP_NOTE] if "theory" in tables else []
     heading = markdown_text(f"# {run.config['name']}: {run.path.name}")
     parts = [heading, markdown(tables["curves"], "r"), *theory]

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_lab.report.matrices import experts_of, site_of
 from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import MAX_PANELS, log_scale, panels, save
 from lora_lab.runs import Run
@@ -32,15 +33,15 @@ def largest_updates(spectrum: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def write_figures(run: Run, spectrum: dict[str, np.ndarray], directory: Path) -> list[str]:
     """Writes the figures the run has numbers for to `directory`, and returns their names.
 
-    `spectrum` holds the singular values of each site's ΔW (time × k). Where it is empty, only the
-    losses are drawn.
+    `spectrum` holds the singular values of each matrix's ΔW (time × k): of a site's, or of one of
+    its experts'. Where it is empty, only the losses are drawn.
     """
     figures = {"loss": _loss(run)}
     if spectrum:
         figures |= _update_figures(run, largest_updates(spectrum))
     for name in ("spectrum", "delta", "phi"):
         if name in figures and len(spectrum) > MAX_PANELS:
-            title = f"{MAX_PANELS} of {len(spectrum)} sites, those whose ΔW is largest"
+            title = f"{MAX_PANELS} of {len(spectrum)} matrices, those whose ΔW is largest"
             figures[name].suptitle(title)
     for name, figure in figures.items():
         save(figure, directory / name)
@@ -48,13 +49,14 @@ def write_figures(run: Run, spectrum: dict[str, np.ndarray], directory: Path) ->
 
 
 def _update_figures(run: Run, spectrum: dict[str, np.ndarray]) -> dict[str, Figure]:
-    """The figures of ΔW, by name, for the sites in `spectrum`; read from spectra.npz."""
+    """The figures of ΔW, by name, for the matrices in `spectrum`; read from spectra.npz."""
     with np.load(run.path / "spectra.npz") as arrays:
         figures = {"spectrum": _spectrum(arrays["epochs"], spectrum)}
         figures["delta"] = _delta(arrays, list(spectrum))
         phi = {s: arrays[f"{s}/phi_base"] for s in spectrum if f"{s}/phi_base" in arrays}
         # A site's curve is measured with only that site cut, the one without a site with all cut.
-        prefixes = {None: "truncation", **{site: f"{site}/truncation" for site in spectrum}}
+        sites = [site_of(matrix, experts_of(arrays)) for matrix in spectrum]
+        prefixes = {None: "truncation", **{site: f"{site}/truncation" for site in sites}}
         curves = {
             site: (arrays[f"{prefix}/ranks"], arrays[f"{prefix}/loss"])
             for site, prefix in prefixes.items()

@@ -1,11 +1,18 @@
 """The tables of one run's report: its curves by epoch, facts about it, and theory's predictions."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import yaml
 
 from lora_lab.report.epochs import OPTIMISTIC, At, best_values, epoch_text
+from lora_lab.report.matrices import (
+    experts_of_run,
+    means_by_site,
+    singular_values_by_matrix,
+    site_of,
+)
 from lora_lab.report.plotting import MAX_PANELS
 from lora_lab.report.run_figures import largest_updates
 from lora_lab.report.tables import Rows, format_number
@@ -27,15 +34,6 @@ def run_tables(run: Run, at: At = "last") -> dict[str, Rows]:
         rows = [[check.metric, *check_row([check])] for check in checks]
         tables["theory"] = [CHECK_COLUMNS, *rows]
     return tables
-
-
-def singular_values_by_site(run: Run) -> dict[str, np.ndarray]:
-    """Site → singular values of its ΔW (times × k), from spectra.npz; {} without that file."""
-    path, suffix = run.path / "spectra.npz", "/singular_values"
-    if not path.exists():
-        return {}
-    with np.load(path) as arrays:
-        return {k.removesuffix(suffix): arrays[k] for k in arrays.files if k.endswith(suffix)}
 
 
 def _curves(run: Run) -> Rows:
@@ -149,23 +147,26 @@ def _bytes(size: float) -> str:
 
 
 def _update_facts(run: Run) -> Rows:
-    """What was measured of ΔW, for the sites where its norm is largest."""
+    """What was measured of ΔW, for the sites where its norm is largest; of experts the means."""
     facts: Rows = []
-    spectra = singular_values_by_site(run)
-    for site, singular_values in largest_updates(spectra).items():  # (times, k)
+    by_matrix, experts = singular_values_by_matrix(run), experts_of_run(run)
+    count = Counter(site_of(matrix, experts) for matrix in by_matrix)
+    spectra = means_by_site(by_matrix, experts)
+    for name, singular_values in largest_updates(spectra).items():  # (times, k)
         largest = ", ".join(format_number(value) for value in singular_values[-1][:4])
         more = ", …" if singular_values.shape[1] > 4 else ""
-        effective_rank = run.last(f"spectra/{site}/effective_rank")
+        site = f"{name} (mean of {count[name]} experts)" if name in experts else name
+        effective_rank = run.last(f"spectra/{name}/effective_rank")
         facts.append([f"ΔW of {site}: singular values", f"{largest}{more}"])
         facts.append([f"ΔW of {site}: effective rank", format_number(effective_rank)])
-        if (amplification := run.last(f"spectra/{site}/amplification")) is not None:
-            name = f"ΔW of {site}: ‖ΔW‖ over what W has of its directions"
-            facts.append([name, format_number(amplification)])
-        if (intruders := run.last(f"spectra/{site}/intruders")) is not None:
-            among = run.last(f"spectra/{site}/intruders_among")
+        if (amplification := run.last(f"spectra/{name}/amplification")) is not None:
+            fact = f"ΔW of {site}: ‖ΔW‖ over what W has of its directions"
+            facts.append([fact, format_number(amplification)])
+        if (intruders := run.last(f"spectra/{name}/intruders")) is not None:
+            among = run.last(f"spectra/{name}/intruders_among")
             of_all = f" of {format_number(among)}" if among else ""
-            name = f"W + ΔW of {site}: first directions that W has not"
-            facts.append([name, format_number(intruders) + of_all])
+            fact = f"W + ΔW of {site}: first directions that W has not"
+            facts.append([fact, format_number(intruders) + of_all])
     if (others := len(spectra) - MAX_PANELS) > 0:
         facts.append([f"and {others} sites more", "with a smaller ΔW, in spectra.npz"])
     return facts

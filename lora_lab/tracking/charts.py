@@ -7,14 +7,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from lora_lab.report.matrices import experts_of, site_of
+
 Arrays = Mapping[str, np.ndarray]
 
 
 def heat_maps(arrays: Arrays) -> dict[str, np.ndarray]:
-    """φ(ΔW, W) of each site as a grey image, 0 black and 1 white, by the key of its array."""
-    images = {}
+    """φ(ΔW, W) of each site as a grey image, 0 black and 1 white, by the key of its array.
+
+    Not those of experts, which may be thousands.
+    """
+    images, experts = {}, experts_of(arrays)
     for key, phi in arrays.items():
-        if key.endswith("/phi_base"):
+        matrix = key.removesuffix("/phi_base")
+        if matrix != key and site_of(matrix, experts) == matrix:
             # (i, j) → (8 i, 8 j): each entry is a block of 8 × 8 pixels, without smoothing.
             images[key] = np.kron((255 * phi.clip(0, 1)).astype(np.uint8), np.ones((8, 8), "u1"))
     return images

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 import numpy as np
@@ -115,20 +116,24 @@ class Tracking:
             self.log(_metrics(row), row["step"], histograms)
 
     def log_spectra(
-        self, spectra: dict[str, Spectrum], groups: dict[str, Spectrum], epoch: float, step: int
+        self, sites: dict[str, list[Spectrum]], groups: dict[str, Spectrum], epoch: float, step: int
     ) -> None:
         """Logs one row with the measures of each site's spectrum and of each group of sites.
 
+        Of experts, whose matrices have a spectrum each, it is the mean of each measure over them.
         W&B also gets a histogram of each site's singular values.
         """
         row: dict[str, Any] = {"epoch": float(epoch)}
-        for prefix, by_name in (("spectra/", spectra), ("spectra_of/", groups)):
-            for name, spectrum in by_name.items():
-                row |= {f"{prefix}{name}/{key}": v for key, v in spectrum.measures().items()}
+        by_name = {f"spectra/{site}": spectra for site, spectra in sites.items()}
+        by_name |= {f"spectra_of/{group}": [spectrum] for group, spectrum in groups.items()}
+        for name, spectra in by_name.items():
+            measures = [spectrum.measures() for spectrum in spectra]
+            row |= {f"{name}/{key}": fmean(m[key] for m in measures) for key in measures[0]}
         histograms = {}
         if self.wandb is not None:
-            for site, spectrum in spectra.items():
-                counts, edges = _histogram(spectrum.singular_values.double().numpy())
+            for site, spectra in sites.items():
+                values = [spectrum.singular_values.double().numpy() for spectrum in spectra]
+                counts, edges = _histogram(np.concatenate(values))
                 histograms[f"spectra/{site}/singular_values"] = counts.tolist(), edges.tolist()
         self.log(row, step, histograms)
 

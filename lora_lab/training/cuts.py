@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lab import adapters
@@ -100,14 +101,14 @@ class CutsModule(PackValidationModule):
         self.stacks = nn.ModuleList(self.packs)
 
 
-def _cut(model: nn.Module, site: Site, svd: SVD) -> Adapter:
+def _cut(model: nn.Module, site: Site, svd: SVD, kind: type[Adapter]) -> Adapter:
     """An adapter whose ΔW is U diag(S) Vh: A = Vh (k × in), B = U diag(S) (out × k), scale 1."""
-    layer, r = model.get_submodule(site.layer), max(1, len(svd.S))
-    adapter = adapters.adapter_class(layer)(layer, site.parameter, site.rows, Recipe(r, r))
+    layer, r = model.get_submodule(site.layer), max(1, svd.k)
+    adapter = kind(layer, site.parameter, site.rows, Recipe(r, r))
     dtype = torch.promote_types(adapter.weight_of(layer).dtype, torch.float32)
-    A, B = svd.Vh.to(dtype), (svd.U * svd.S).to(dtype)
-    if not len(svd.S):
-        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)  # rank 0 as a zero of rank 1
+    A, B = svd.Vh.to(dtype), (svd.U * svd.S[..., None, :]).to(dtype)
+    if not svd.k:  # rank 0 as a zero of rank 1
+        A, B = F.pad(A, (0, 0, 0, 1)), F.pad(B, (0, 1))
     if (padding := getattr(layer, "padding_idx", None)) is not None:
         A[:, padding] = 0  # ΔW of the padding token is zero, but the SVD has rounding errors
     return adapter.fill({"A": A, "B": B})
@@ -143,8 +144,10 @@ def cut_losses(
     if all(map(updates.is_product, updates.sites)):
         try:
             bare = _without_adapters(module.model)
+            kinds = {name: type(adapter) for name, adapter in updates.adapters_by_site.items()}
+            sites = updates.sites.items()
             runs = [
-                {n: _cut(bare, s, svds[n].first(ranks[n])) for n, s in updates.sites.items()}
+                {n: _cut(bare, s, svds[n].first(ranks[n]), kinds[n]) for n, s in sites}
                 for ranks in cuts
             ]
             packed = CutsModule(bare, data, module.optimizer, runs)

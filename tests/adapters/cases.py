@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lab import adapters
 from lora_lab.adapters import Adapter
+from lora_lab.adapters.watch import KINDS_ON_READING
 
 seeded = torch.default_generator.manual_seed
 """torch.manual_seed of the CPU alone: that one formats the stack for each kind of device."""
@@ -43,6 +44,50 @@ class Bare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bi,ijk->bjk", x, self.theta)
+
+
+class LoopedExperts(nn.Module):
+    """Experts as transformers holds them, computed one after the other; expert 2 has no tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = 3
+        self.up_proj = nn.Parameter(torch.randn(3, 5, 4))
+        self.down_proj = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = torch.zeros_like(x)
+        for expert, tokens in enumerate(([0, 1, 3], [2, 3])):
+            hidden = nn.functional.linear(x[tokens], self.up_proj[expert]).tanh()
+            hidden = (hidden @ self.down_proj[expert].T).to(x.dtype)
+            output = output.index_add(0, torch.tensor(tokens), hidden)
+        return output
+
+
+class GatheredExperts(nn.Module):
+    """Experts that are held in × out, with a bias, and gathered for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.is_transposed = 3, True
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 4, 6))
+        self.gate_up_proj_bias = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts = torch.tensor([1, 0, 1, 1])
+        product = torch.bmm(x[:, None], self.gate_up_proj[experts])[:, 0]
+        return product + self.gate_up_proj_bias[experts]
+
+
+class EinsumExperts(nn.Module):
+    """All experts for each token, by a function that takes the stack as a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ti,eoi->teo", x, self.weight)
 
 
 def floats(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
@@ -95,6 +140,9 @@ LAYERS = [
     Layer("bag", "weight", lambda: nn.EmbeddingBag(7, 4, padding_idx=1), tokens(3, 4)),
     Layer("subclass", "weight", lambda: Doubled(5, 4), floats((2, 5))),
     Layer("bare", "weight", Bare, floats((2, 4))),
+    Layer("experts-looped", "experts", LoopedExperts, floats((4, 4))),
+    Layer("experts-gathered", "experts", GatheredExperts, floats((4, 4))),
+    Layer("experts-einsum", "experts", EinsumExperts, floats((4, 4))),
 ]  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora-r1": {"r": 1},
@@ -161,7 +209,7 @@ CASES = [
     Case(layer, name)
     for layer in LAYERS
     for name, variant in VARIANTS.items()
-    if not (variant.get("dora") and layer.kind == "weight")
+    if not (variant.get("dora") and layer.kind in KINDS_ON_READING)
 ]
 
 
@@ -194,7 +242,7 @@ def weight_names(model: nn.Module) -> dict[str, str]:
     """Site → the name of the parameter that its adapter changes."""
     return {
         site: f"{site}.weight"
-        if adapter.kind != "weight"
+        if adapter.kind not in KINDS_ON_READING
         else f"{site.rpartition('.')[0]}.{adapter.parameter}"
         for site, adapter in adapters.attached(model).items()
     }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lab import adapters
+from lora_lab.adapters.watch import KINDS_ON_READING
 from lora_lab.packing.recorded_step import RecordedStep
 from tests.adapters.cases import CASES, Case, cases_where, move, seeded
 from tests.adapters.test_packed import check_against_single_runs, four_runs, models, pack
@@ -64,7 +65,7 @@ def build(case: Case) -> Any:
 
 def is_factored(case: Case) -> bool:
     # Autograd itself cannot add a sparse gradient of a call to a dense one.
-    return case.layer.kind != "weight" and case.layer.name != "embedding-sparse"
+    return case.layer.kind not in KINDS_ON_READING and case.layer.name != "embedding-sparse"
 
 
 factored = cases_where(is_factored)

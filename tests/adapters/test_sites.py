@@ -60,7 +60,7 @@ def test_globs(match: str, names: list[str]):
         (Target("conv"), "picks nothing: the model has no conv weight"),
         (Target("conv", match="fc*"), "the model has no conv weight"),
         (Target(match="fc*", exclude="fc?"), "its exclude leaves out all that its match picks"),
-        (Target("lineal"), "kind='lineal' must be one of linear, conv, embedding, weight"),
+        (Target("lineal"), "kind='lineal' must be one of linear, conv, embedding, experts, weight"),
         (Target(exclude="hed"), "target 'mine': 'hed' fits no site; nearest: head"),
         (Target(match=["fc1", "typo"]), "target 'mine': 'typo' fits no site; nearest:"),
         (Target(match="relu*"), "picks no weight, only relu1 (ReLU)"),
@@ -265,7 +265,8 @@ def test_every_kind_and_group_of_sites():
     assert names(Target("embedding")) == ["embed"]
     assert names(Target("attention")) == [*blocks, "attn.out_proj.weight"]
     assert names(Target("weight")) == ["mix", *blocks, "attn.out_proj.weight", *gates]
-    assert len(names(Target("all"))) == 4 + 13
+    assert names(Target("experts")) == ["experts.up_proj"]
+    assert len(names(Target("all"))) == 4 + 13 + 1
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from lora_lab.adapters.checkpoint import Checkpoint
 from lora_lab.adapters.peft_tensors import alpha_for_scale
 from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.stored import StoredUpdate, read_updates
+from lora_lab.adapters.watch import KINDS_ON_READING
 from tests.adapters.cases import Case, cases_where
 
 LAYERS: dict[str, Any] = {
@@ -113,7 +114,7 @@ def test_our_folder_gives_our_update(case: Case):
     updates = read_updates(Path("ours"))
     assert updates.keys() == adapters.attached(model).keys()
     for site, adapter in adapters.attached(model).items():
-        path = site.rpartition(".")[0] if adapter.kind == "weight" else site
+        path = site.rpartition(".")[0] if adapter.kind in KINDS_ON_READING else site
         weight = adapter.weight_of(model.get_submodule(path)).detach()
         expected = adapter.weight_to_matrix(adapter.delta(weight)).detach().double()
         delta = updates[site].delta(adapter.weight_to_matrix(weight))

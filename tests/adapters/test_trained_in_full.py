@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError, Target
+from lora_lab.adapters.watch import KINDS_ON_READING
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -113,7 +114,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     weights = {key: value.clone() for key, value in adapters.base_state_dict(model).items()}
     deltas = adapters.deltas(model)
     for site, adapter in adapters.attached(model).items():
-        path = site.rpartition(".")[0] if adapter.kind == "weight" else site
+        path = site.rpartition(".")[0] if adapter.kind in KINDS_ON_READING else site
         weight = weights[".".join(filter(None, [path, adapter.parameter]))]
         (weight if adapter.rows is None else weight[slice(*adapter.rows)]).add_(deltas[site])
     return weights | {k: p.value.detach() for k, p in adapters.also_trained(model).items()}

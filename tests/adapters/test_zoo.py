@@ -90,7 +90,9 @@ ATTENTION = {
     "bart": 2 * 4 + 2 * (4 + 4),  # the decoder's blocks read the encoder too
     **dict.fromkeys(["beit", "bert", "deberta-v2", "distilbert", "electra", "gemma2"], FOUR),
     **dict.fromkeys(["llama", "opt", "qwen3", "roberta", "swinv2", "vit"], FOUR),
+    **dict.fromkeys(["gpt_oss", "granitemoe", "mixtral", "qwen3_moe"], FOUR),
     **dict.fromkeys(["bloom", "falcon", "gpt2", "gpt_neox", "phi3"], FUSED),
+    "deepseek_v3": 2 * 5,  # queries by way of a lower rank, keys and values by way of one more
     "deberta-v2, relative": FOUR + 2 * 2,  # keys and queries of positions
     "longformer": FOUR + 2 * 3,  # q, k, v of the global attention
     "mobilevit": 9 * 4,  # 2 + 4 + 3 blocks

@@ -44,15 +44,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         SEQUENCES,
         {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
     ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        CAUSAL,
+        {
+            **{"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+            **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+            **{"v_head_dim": 8, "head_dim": None, "num_key_value_heads": 4, "n_shared_experts": 1},
+        },
+    ),
     "distilbert": ("distilbert", SEQUENCES, {}),
     "electra": ("electra", SEQUENCES, {}),
     "falcon": ("falcon", CAUSAL, {"head_dim": None}),
     "gemma2": ("gemma2", CAUSAL, {}),
     "gpt2": ("gpt2", CAUSAL, {}),
     "gpt_neox": ("gpt_neox", CAUSAL, {}),
+    "gpt_oss": ("gpt_oss", CAUSAL, {"intermediate_size": 24}),
+    "granitemoe": ("granitemoe", CAUSAL, {}),
     "llama": ("llama", CAUSAL, {}),
     "longformer": ("longformer", SEQUENCES, {"attention_window": 8}),
     "mamba": ("mamba", CAUSAL, {}),
+    "mixtral": ("mixtral", CAUSAL, {}),
     "mobilevit": (
         "mobilevit",
         IMAGE,
@@ -63,6 +75,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "opt": ("opt", CAUSAL, {}),
     "phi3": ("phi3", CAUSAL, {}),
+    "qwen3_moe": ("qwen3_moe", CAUSAL, {}),
     "qwen3": ("qwen3", CAUSAL, {}),
     "recurrent_gemma": ("recurrent_gemma", CAUSAL, {"num_hidden_layers": 3, "lru_width": 32}),
     "resnet": ("resnet", IMAGE, {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}),
@@ -95,6 +108,8 @@ def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, f"AutoModelFor{task}").from_config(config).double().eval()
+        if hasattr(config, "num_experts_per_tok"):
+            model.set_experts_implementation("eager")  # other implementations take no float64
         # Norms and biases begin at 1 and 0, where much stays hidden.
         for parameter in model.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)

@@ -6,6 +6,7 @@ Run: make test ARGS=tests/analysis/test_analysis.py
 """
 
 import csv
+import json
 import shlex
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ from lora_lab.analysis.spectra import is_intruder, svd_of_factors, svd_of_matrix
 from lora_lab.analysis.truncation import Curve, Truncation, ranks_to_measure
 from lora_lab.data.digits import Digits
 from lora_lab.models.mlp import MLP
+from lora_lab.report.run_tables import run_tables
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run
 
@@ -368,3 +370,37 @@ def test_analyze_compares_runs(
     shift = next(run for run in find_runs(Path("runs/shift")))
     assert command(monkeypatch, "analyze", str(shift.path), str(runs[0].path)) == 2
     assert "share no site" in capsys.readouterr().err
+
+
+def test_each_expert_is_measured_and_their_mean_is_reported(lab: Lab):
+    model = "model._target_=tests.all_layer_kinds.AllLayerKinds"
+    settings = ("target=[experts,linear]", "adapter.r=2", "spectra.truncation=sites")
+    assert lab("shift", model, *settings, "spectra.against_base=true", "trainer.max_epochs=2") == 0
+    run, site = only_run(), "experts.up_proj"
+    stored = load_file(run.path / "adapter" / "adapter.safetensors")
+    about = json.loads((run.path / "adapter" / "adapter.json").read_text())["sites"][site]
+    deltas = about["scale"] * (stored[f"{site}.B"] @ stored[f"{site}.A"]).numpy()  # (2, 8, 8)
+    with np.load(run.path / "spectra.npz") as arrays:
+        assert arrays["experts"].tolist() == [site]
+        assert f"{site}/S" not in arrays
+        for expert, delta in enumerate(deltas):
+            S = np.linalg.svd(delta, compute_uv=False)
+            name = f"{site}.{expert}"
+            np.testing.assert_allclose(arrays[f"{name}/S"], S[:2], rtol=1e-4)
+            np.testing.assert_allclose(arrays[f"{name}/singular_values"][-1], S[:2], rtol=1e-4)
+            np.testing.assert_allclose(arrays[f"{name}/delta"], delta, rtol=1e-4, atol=1e-7)
+            product = arrays[f"{name}/U"] * S[:2] @ arrays[f"{name}/Vh"]
+            np.testing.assert_allclose(product, delta, rtol=1e-3, atol=1e-5)
+        curve = arrays[f"{site}/truncation/loss"]
+        assert curve[-1] == pytest.approx(run.last("val/loss"), rel=1e-5)
+        assert curve[0] != pytest.approx(curve[-1], rel=1e-5)
+    norms = [np.linalg.norm(delta) for delta in deltas]
+    assert run.last(f"spectra/{site}/frobenius") == pytest.approx(np.mean(norms), rel=1e-4)
+    energy = run.last("spectra_of/kind/experts/frobenius")
+    assert energy == pytest.approx(np.linalg.norm(norms), rel=1e-4)
+    assert run.last(f"spectra/{site}/amplification") is not None
+    assert run.last(f"spectra/{site}.0/frobenius") is None
+    facts = dict(run_tables(run)["facts"][1:])
+    assert f"ΔW of {site} (mean of 2 experts): effective rank" in facts
+    advice = yaml.safe_load((run.path / "advice.yaml").read_text())
+    assert set(advice["adapter"]["rank_pattern"]) == {site, "fc", "head"}

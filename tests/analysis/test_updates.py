@@ -30,8 +30,14 @@ def updates(model: nn.Module) -> Updates:
 
 
 def orient(case: Case, delta: torch.Tensor) -> torch.Tensor:
-    """The matrix of a weight: flattened, out first; an embedding's features are its out."""
-    turned = case.layer.kind == "embedding" or case.layer.name == "gpt2-conv1d"
+    """The matrix of a weight: flattened, out first; an embedding's features are its out.
+
+    Of experts their matrices.
+    """
+    names = ("gpt2-conv1d", "experts-gathered")
+    turned = case.layer.kind == "embedding" or case.layer.name in names
+    if case.layer.kind == "experts":
+        return delta.mT if turned else delta
     return delta.T if turned else delta.flatten(1)
 
 
@@ -39,15 +45,17 @@ def orient(case: Case, delta: torch.Tensor) -> torch.Tensor:
 def test_every_singular_value_is_the_dense_products(case: Case):
     model = case.build()
     changes, deltas = updates(model), adapters.deltas(model)
-    for site, spectrum in changes.spectra_by_site().items():
+    for site, spectra in changes.spectra_by_site().items():
         dense = orient(case, deltas[site].detach())
-        expected = torch.linalg.svdvals(dense)
-        got = spectrum.singular_values[: len(expected)]
-        seen = expected[: len(got)] > SEEN * expected[0]
-        torch.testing.assert_close(got[seen], expected[: len(got)][seen], rtol=1e-5, atol=0)
-        assert spectrum.shape == dense.shape
+        matrices = dense if case.layer.kind == "experts" else [dense]
+        for spectrum, matrix in zip(spectra, matrices, strict=True):
+            expected = torch.linalg.svdvals(matrix)
+            got = spectrum.singular_values[: len(expected)]
+            seen = expected[: len(got)] > SEEN * expected[0]
+            torch.testing.assert_close(got[seen], expected[: len(got)][seen], rtol=1e-5, atol=0)
+            assert spectrum.shape == matrix.shape
         svd = changes.svd(site)
-        torch.testing.assert_close(svd.cut(len(svd.S)), dense, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(svd.cut(svd.k), dense, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(changes.delta_matrix(site), dense, rtol=1e-12, atol=1e-12)
 
 
@@ -59,7 +67,7 @@ def test_cut_gives_the_model_with_the_best_approximation(case: Case):
     svds = {site: changes.svd(site) for site in changes.sites}
     uncut = {site: changes.delta_matrix(site) for site in svds}
     with changes.cut_weights(svds) as cut:
-        cut({site: len(svd.S) for site, svd in svds.items()})
+        cut({site: svd.k for site, svd in svds.items()})
         torch.testing.assert_close(model(*x), y, rtol=1e-9, atol=1e-9)
         cut(dict.fromkeys(svds, 0))
         torch.testing.assert_close(model(*x), case.plain()(*x), rtol=0, atol=0)
@@ -68,7 +76,7 @@ def test_cut_gives_the_model_with_the_best_approximation(case: Case):
             W = changes.as_matrix(site, model.get_parameter(changes.sites[site].key))
             change = W.detach() - changes.base_matrix(site)
             U, S, Vh = torch.linalg.svd(uncut[site], full_matrices=False)
-            best = (U[:, :1] * S[:1]) @ Vh[:1]
+            best = (U[..., :1] * S[..., None, :1]) @ Vh[..., :1, :]
             torch.testing.assert_close(change, best, rtol=1e-7, atol=1e-9)
     assert torch.equal(model(*x), y)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -82,14 +90,17 @@ def test_full_fine_tuning_is_measured_as_adapters_are():
     move(adapted)
     tuned = adapters.merged(adapted)
     one, other = Updates(adapted, base, sites), Updates(tuned, base, sites)
-    values: Mapping[str, torch.Tensor] = {
-        site: spectrum.singular_values for site, spectrum in other.spectra_by_site().items()
+    values: Mapping[tuple[str, int], torch.Tensor] = {
+        (site, i): spectrum.singular_values
+        for site, spectra in other.spectra_by_site().items()
+        for i, spectrum in enumerate(spectra)
     }
-    assert set(values) == {site.name for site in sites}
-    for site, spectrum in one.spectra_by_site().items():
-        assert spectrum.shape == other.spectra_by_site()[site].shape
-        expected = values[site][: len(spectrum.singular_values)]
-        torch.testing.assert_close(spectrum.singular_values, expected, rtol=1e-6, atol=1e-9)
+    assert {site for site, _ in values} == {site.name for site in sites}
+    for site, spectra in one.spectra_by_site().items():
+        for i, spectrum in enumerate(spectra):
+            assert spectrum.shape == other.spectra_by_site()[site][i].shape
+            expected = values[site, i][: len(spectrum.singular_values)]
+            torch.testing.assert_close(spectrum.singular_values, expected, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(one.delta_matrix(site), other.delta_matrix(site))
 
 
@@ -109,7 +120,8 @@ def test_the_layers_changed_are_the_reference_of_the_table():
 @every_case
 def test_before_the_first_step_there_is_no_update(case: Case):
     """Also where ΔW is a difference of products that start from the weight."""
-    for spectrum in updates(case.build(trained=False)).spectra_by_site().values():
+    by_site = updates(case.build(trained=False)).spectra_by_site()
+    for spectrum in (spectrum for spectra in by_site.values() for spectrum in spectra):
         assert set(spectrum.measures().values()) == {0.0} or case.how.get("dora")
         assert spectrum.frobenius < 1e-12
 

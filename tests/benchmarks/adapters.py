@@ -190,8 +190,8 @@ class Step:
 
     def __post_init__(self):
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(self.parameters, fused=self.fused)
-        self.adam = adam if self.gradient is None else None
+        is_optimized = self.gradient is None
+        self.adam = torch.optim.Adam(self.parameters, fused=self.fused) if is_optimized else None
 
     def __call__(self) -> None:
         y = self.model(self.x)

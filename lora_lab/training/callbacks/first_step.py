@@ -63,7 +63,7 @@ class FirstStep(Callback):
             return
         delta_matrix = self.updates.delta_matrix
         descent = -sum((G * delta_matrix(s)).sum().item() for s, G in self.dense.items())
-        rows = sum(torch.linalg.vector_norm(G, dim=1).sum().item() for G in self.dense.values())
+        rows = sum(torch.linalg.vector_norm(G, dim=-1).sum().item() for G in self.dense.values())
         row = {"gradient_ratio": self.ratio}
         if self.lr and rows:  # not in a warm-up's first step, which goes nowhere
             row["descent"] = descent / (self.lr * rows)

@@ -1,7 +1,7 @@
 """Measures the singular values of ΔW during training and logs them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_lab.adapters import Site
 from lora_lab.analysis.spectra import Spectrum, spectrum_of_blocks
-from lora_lab.analysis.updates import Updates
+from lora_lab.analysis.updates import Updates, split
 from lora_lab.config.schema import Spectra
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training.modules import BaseModule, DivergedError
@@ -33,7 +33,7 @@ class SpectraCallback(Callback):
         self.step = 0
         """The optimizer step of the last measurement."""
         self.history: dict[str, list[Spectrum]] = {}
-        """By site, the spectrum at each measurement."""
+        """By matrix (a site's, or one of its experts'), the spectrum at each measurement."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures before the first step, unless the run was resumed."""
@@ -100,54 +100,65 @@ class SpectraCallback(Callback):
     def _measure(self, epoch: float, step: int) -> None:
         """Measures and logs all sites. Raises DivergedError if ΔW is infinite or NaN."""
         try:
-            spectra = self.updates.spectra_by_site()
+            by_site = self.updates.spectra_by_site()
         except ValueError as error:
             when = f"after epoch {epoch:g}, step {step} of the run"
             raise DivergedError(f"{when}: {error}") from error
         self.epochs.append(epoch)
         self.step = step
-        for site, spectrum in spectra.items():
-            self.history.setdefault(site, []).append(spectrum)
-        grouped = groups(spectra, self.updates.sites)
-        self.tracking.log_spectra(spectra, grouped, epoch, step)
+        for site, spectra in by_site.items():
+            for matrix, spectrum in zip(self.updates.sites[site].matrices, spectra, strict=True):
+                self.history.setdefault(matrix, []).append(spectrum)
+        grouped = groups(by_site, self.updates.sites)
+        self.tracking.log_spectra(by_site, grouped, epoch, step)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What spectra.npz holds: `epochs`, and for each site singular values, shape and ΔW.
+        """What spectra.npz holds: `epochs`, and for each matrix singular values, shape and ΔW.
 
-        `<site>/singular_values` is (measurements, k), `<site>/shape` that of ΔW's matrix, and
-        `<site>/delta` ΔW's first rows and columns, CORNER at most. The singular values over epochs
-        are also charted in W&B.
+        A matrix is named by its site, or of experts as `<site>.<expert>`; `experts` has the names
+        of such sites. `<matrix>/singular_values` is (measurements, k), `<matrix>/shape` that of ΔW,
+        and `<matrix>/delta` ΔW's first rows and columns, CORNER at most. The singular values of
+        each site over epochs, of experts their means, are also charted in W&B.
         """
         arrays = {"epochs": np.array(self.epochs)}
-        for site, spectra in self.history.items():
-            values = np.stack([s.singular_values.numpy() for s in spectra])
-            arrays[f"{site}/singular_values"] = values
-            self.tracking.log_line_series(
-                f"spectra/{site}/chart",
-                f"ΔW of {site}: singular values",
-                self.epochs,
-                {f"σ{i + 1}": column for i, column in enumerate(values.T)},
-                "epoch",
-            )
-            arrays[f"{site}/shape"] = np.array(spectra[-1].shape)
-            corner = self.updates.delta_matrix(site)[:CORNER, :CORNER]
-            arrays[f"{site}/delta"] = corner.cpu().float().numpy()
+        for name, site in self.updates.sites.items():
+            deltas = split(site, self.updates.delta_matrix(name))
+            of_site = []
+            for matrix, delta in zip(site.matrices, deltas, strict=True):
+                spectra = self.history[matrix]
+                of_site.append(np.stack([s.singular_values.numpy() for s in spectra]))
+                arrays[f"{matrix}/singular_values"] = of_site[-1]
+                arrays[f"{matrix}/shape"] = np.array(spectra[-1].shape)
+                arrays[f"{matrix}/delta"] = delta[:CORNER, :CORNER].cpu().float().numpy()
+            self._chart(name, np.mean(of_site, 0))
+        if experts := self.updates.experts:
+            arrays["experts"] = np.array(experts)
         return arrays
 
+    def _chart(self, site: str, values: np.ndarray) -> None:
+        """Has W&B draw a site's singular values (measurements, k) over epochs."""
+        lines = {f"σ{i + 1}": column for i, column in enumerate(values.T)}
+        title = f"ΔW of {site}: singular values"
+        self.tracking.log_line_series(f"spectra/{site}/chart", title, self.epochs, lines, "epoch")
 
-def groups(spectra: Mapping[str, Spectrum], sites: Mapping[str, Site]) -> dict[str, Spectrum]:
+
+def groups(
+    spectra: Mapping[str, Sequence[Spectrum]], sites: Mapping[str, Site]
+) -> dict[str, Spectrum]:
     """The spectra of groups of sites: `all` of them, and the sites of each kind and of each depth.
+
+    `spectra` has those of each site's matrices.
 
     A group's spectrum is that of the block-diagonal matrix of its ΔW. Depth is the first number in
     a site's name, as 3 in `layers.3.attn.q`. A run with a single site has the group `all` alone,
     so that runs of one and of many sites share a chart.
     """
     if len(spectra) == 1:
-        return {"all": spectrum_of_blocks(spectra.values())}
+        return {"all": spectrum_of_blocks(*spectra.values())}
     members: dict[str, list[Spectrum]] = {}
-    for name, spectrum in spectra.items():
+    for name, matrices in spectra.items():
         depth = re.search(r"(?<![^.])\d+(?![^.])", name)
         names = ["all", f"kind/{sites[name].kind}", *([f"depth/{depth[0]}"] if depth else [])]
         for group in names:
-            members.setdefault(group, []).append(spectrum)
+            members.setdefault(group, []).extend(matrices)
     return {group: spectrum_of_blocks(blocks) for group, blocks in members.items()}
