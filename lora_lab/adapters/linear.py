@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_lab.adapters.factored import ByStack, FactoredAdapter, Hidden, Output
+from lora_lab.adapters.linear_trial import computes_as_linear
 from lora_lab.adapters.watch import base_class
 
 
@@ -27,7 +28,7 @@ class LinearAdapter(FactoredAdapter):
         if (Layer := base_class(layer)) is nn.Linear:
             return True
         is_called = Layer is not NonDynamicallyQuantizableLinear
-        return is_called and isinstance(layer, nn.Linear) and _is_plain(layer)
+        return is_called and isinstance(layer, nn.Linear) and computes_as_linear(layer)
 
     def down(
         self, layer: Any, input: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]
@@ -62,33 +63,6 @@ class LinearAdapter(FactoredAdapter):
         rows, *hidden = (t.reshape(len(t), -1, t.shape[-1]) for t in (output, *hidden))
         result: Any = _StackedUp.apply(rows, len(B), *hidden, *B)
         return result.view(-1, *output.shape[1:])
-
-
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a subclass of nn.Linear computes x Wᵀ + b, tried on a small weight and bias.
-
-    One that holds more than these may compute otherwise once that has other values.
-    """
-    parts = {*layer._parameters, *layer._buffers, *layer._modules}
-    if parts - {"weight", "bias", "lora"} or layer._parameters.get("weight") is None:
-        return False
-    numbers = torch.arange(63.0, dtype=torch.float64, device="cpu").sin()
-    weight, bias, x = numbers[:15].view(3, 5), numbers[15:18], numbers[18:58].view(2, 4, 5)
-    bias = None if layer.bias is None else bias
-    Layer = base_class(layer)
-    trial = object.__new__(Layer)
-    trial.__dict__ |= {**layer.__dict__, "in_features": 5, "out_features": 3}
-    trial.__dict__["_parameters"] = {"weight": weight, "bias": bias}
-    try:
-        with torch.random.fork_rng([]):
-            for rows, training in ((x, True), (x, False), (x[0], True)):
-                trial.__dict__["training"] = training
-                plain = F.linear(rows, weight, bias)
-                if not torch.allclose(Layer.forward(trial, rows), plain, rtol=1e-12, atol=1e-12):
-                    return False
-    except Exception:  # whatever the forward of someone's layer raises
-        return False
-    return True
 
 
 # x Aᵀ for the runs of a stack, as torch.bmm(x, A.mT) with a faster backward. For 3 runs, 128 rows,

@@ -5,17 +5,21 @@ The truth is small models whose sites, shapes and numbers of parameters are writ
 Run: make test ARGS=tests/adapters/test_sites.py
 """
 
+import copy
+import random
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lora_lab import adapters
-from lora_lab.adapters import RankError, Recipe, Target, TargetError
+from lora_lab.adapters import RankError, Recipe, Target, TargetError, linear_trial
 from lora_lab.adapters.attention import attention_names
 from lora_lab.adapters.sites import candidate_sites
 from tests.all_layer_kinds import AllLayerKinds
@@ -444,6 +448,81 @@ class Noisy(nn.Linear):
         return super().forward(input) + self.training * torch.randn(self.weight.shape[0])
 
 
+class Inverted(nn.Linear):
+    """Plain where it is called in training."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input if self.training else -input)
+
+
+class InvertedInTraining(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(-input if self.training else input)
+
+
+class Biased(nn.Linear):
+    """Plain where it has a bias."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return (
+            super().forward(input) if self.bias is not None else self.weight.sum() * input[..., :4]
+        )
+
+
+class Halved(nn.Linear):
+    """Plain in other dtypes than half precision."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input if input.dtype != torch.float16 else input / 2)
+
+
+class Clamped(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).clamp(-100, 100)
+
+
+class Rarely(nn.Linear):
+    """Draws from the streams of Python and numpy, and almost never computes otherwise for it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        draws = random.random() + np.random.rand()
+        return super().forward(input if draws < 1.999 else 0 * input)
+
+
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(input)
+
+
+class Logged(nn.Linear):
+    """Counts and keeps what it is called with, and holds what cannot be copied."""
+
+    forwards = 0
+    """Of all layers of the class."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.calls, self.log, self.cache = 0, [], {"shapes": set()}
+        self.lock, self.inner = threading.Lock(), [nn.Linear(3, 3), self.weight]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        Logged.forwards += 1
+        self.calls, self.last = self.calls + 1, input
+        self.log.append(output := super().forward(input))
+        self.cache["shapes"].add(input.shape)
+        return output
+
+
+class Locked(Logged):
+    """Computes with what cannot be copied."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with self.lock:
+            return super().forward(input)
+
+
 class Gated(nn.Linear):
     """A plain map only as long as its gate is 1."""
 
@@ -482,6 +561,15 @@ class Standardized(nn.Conv1d):
         (Doubled(6, 4), "weight"),
         (Noisy(6, 4), "weight"),
         (Gated(6, 4), "weight"),
+        (Inverted(6, 4), "weight"),
+        (InvertedInTraining(6, 4), "weight"),
+        (Biased(6, 4), "linear"),
+        (Biased(6, 4, bias=False), "weight"),
+        (Halved(6, 4), "weight"),
+        (Clamped(6, 4), "weight"),
+        (Scaled(6, 4), "linear"),
+        (Logged(6, 4), "linear"),
+        (Locked(6, 4), "weight"),
         (Table(6, 4), "embedding"),
         (ScaledTable(6, 4), "weight"),
         (Filter(6, 4, 2), "conv"),
@@ -512,6 +600,75 @@ def test_a_subclass_is_of_its_kind_where_it_keeps_the_meaning(layer: nn.Module, 
         with torch.random.fork_rng():
             torch.testing.assert_close(model(x), adapted)
         adapters.unmerge(model)
+
+
+def kind_of(layer: nn.Module) -> str:
+    return adapters.adapter_class(layer).kind
+
+
+def test_a_layer_is_tried_once_and_stays_as_it_was():
+    layer = Logged(6, 4)
+    before = {**vars(layer), "log": [*layer.log], "cache": copy.deepcopy(layer.cache)}
+    assert kind_of(layer) == "linear"
+    assert vars(layer) == before
+    forwards = Logged.forwards
+    model = nn.Sequential(layer, Logged(6, 4), Logged(8, 9))
+    assert len(adapters.attach(model, "linear", r=2)) == 3
+    assert Logged.forwards == forwards
+    model[0](torch.randn(2, 6))
+    assert kind_of(layer) == "linear"  # with tensors in its log
+
+
+def test_a_trial_takes_no_random_numbers():
+    # Python's stream is looked at within: what checks types in tests draws from it too.
+    python = random.getstate()
+    with linear_trial._random_numbers_kept():
+        random.random()
+    assert random.getstate() == python
+    noisy, rarely = Noisy(6, 4), Rarely(6, 4)
+    linear_trial._results.clear()
+    before = torch.random.get_rng_state().tolist(), str(np.random.get_state())
+    assert (kind_of(noisy), kind_of(rarely)) == ("weight", "weight")
+    assert (torch.random.get_rng_state().tolist(), str(np.random.get_state())) == before
+
+
+def test_a_layer_is_tried_with_the_attributes_that_it_has():
+    layer: Any = Scaled(6, 4)
+    kinds = []
+    for layer.scale in (1.0, 2.0, 1.0, torch.tensor(3.0), [1.0]):
+        kinds.append(kind_of(layer))
+    assert kinds == ["linear", "weight", "linear", "weight", "weight"]
+
+
+class Single(nn.Linear):
+    """For float32 alone."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        assert input.dtype == torch.float32
+        return super().forward(input)
+
+
+class Widening(nn.Linear):
+    """For bfloat16 alone, and gives float32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        assert input.dtype == torch.bfloat16
+        return super().forward(input).float()
+
+
+@pytest.mark.parametrize(
+    ("Layer", "dtype", "kind"),
+    [
+        (Single, torch.float32, "linear"),
+        (Single, torch.float64, "weight"),
+        (Single, torch.bfloat16, "weight"),
+        (Widening, torch.bfloat16, "weight"),
+    ],
+)
+def test_a_layer_for_one_dtype_is_tried_in_that(
+    Layer: type[nn.Linear], dtype: torch.dtype, kind: str
+):
+    assert kind_of(Layer(6, 4).to(dtype)) == kind
 
 
 class Attention(nn.Module):
