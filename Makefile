@@ -36,6 +36,7 @@ bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 	$(BIN)/python -m tests.benchmarks.adapters
 	$(BIN)/python -m tests.benchmarks.experts
+	$(BIN)/python -m tests.benchmarks.inits
 	$(BIN)/python -m tests.benchmarks.spectra
 	$(BIN)/python -m tests.benchmarks.multirun
 	$(BIN)/python -m tests.benchmarks.overhead

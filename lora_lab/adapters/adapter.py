@@ -28,8 +28,9 @@ class Adapter(nn.Module, ABC):
 
     - LoRA: ΔW = scale · B A.
     - With a core R (r × r, LoRA-XS): ΔW = scale · B R A.
-    - With factors that start from the weight (PiSSA, OLoRA, svd): ΔW = scale · (B A − B₀ A₀), where
-      A₀ and B₀ are their first values. So ΔW starts at zero and the base's weight stays as it is.
+    - With factors of which none starts at zero (PiSSA, OLoRA, svd): ΔW = scale · (B A − B₀ A₀),
+      where A₀ and B₀ are their first values. So ΔW starts at zero and the base's weight stays as it
+      is.
 
     DoRA (Liu et al. 2024, equation 5) then scales each row of W + ΔW to a trained norm, the
     magnitude.
@@ -44,7 +45,7 @@ class Adapter(nn.Module, ABC):
 
     kind: ClassVar[str]
     zero_factor: ClassVar[str] = "B"
-    """The factor that starts at zero, where no factor starts from the weight."""
+    """The factor that starts at zero, unless the init says another."""
     takes_dora: ClassVar[bool] = True
     is_transposed: ClassVar[bool] = False
     """Whether the layer holds its weight as rest × out."""
@@ -100,6 +101,11 @@ class Adapter(nn.Module, ABC):
         """The rank."""
         return self.recipe.r
 
+    @property
+    def starts_at_zero(self) -> str:
+        """The factor that starts at zero ("A" or "B"), where one does."""
+        return INITS[self.recipe.init].zero_factor or self.zero_factor
+
     def weight_of(self, layer: nn.Module) -> Tensor:
         """The weight in `layer` that this adapter is for, without ΔW (unless it is merged)."""
         weight = layer._parameters[self.parameter]
@@ -133,19 +139,19 @@ class Adapter(nn.Module, ABC):
         """A, B, and the core or their first values, as the init draws them for the matrix W."""
         recipe = self.recipe
         init = INITS[recipe.init]
-        # An init draws A and leaves B at zero. Where A is the zero factor, the init gets the
-        # transposed matrix and the factors it gives are transposed and change places. An embedding
-        # of 1000 tokens and 64 features, r = 4: W (64, 1000); the init is given (1000, 64) and
-        # gives drawn (4, 64), zero (1000, 4); so A = zero.T (4, 1000) and B = drawn.T (64, 4).
-        zero_is_B = self.zero_factor == "B"
-        drawn, zero = init.draw(W if zero_is_B else W.T, recipe.r, self.scale, generator)
-        drawn, zero = drawn.to(W), zero.to(W)
+        # Most inits draw A and leave B at zero. Where A is the kind's zero factor, such an init
+        # gets the transposed matrix and the factors it gives are transposed and change places. An
+        # embedding of 1000 tokens and 64 features, r = 4: W (64, 1000); the init is given (1000,
+        # 64) and gives A (4, 64) and B (1000, 4), zero; so A = B.T (4, 1000) and B = A.T (64, 4).
+        is_swapped = self.zero_factor == "A" and init.zero_factor is None
+        A, B = init.draw(W.T if is_swapped else W, recipe.r, self.scale, generator)
+        A, B = (B.T.to(W), A.T.to(W)) if is_swapped else (A.to(W), B.to(W))
         if (padding := getattr(layer, "padding_idx", None)) is not None:
-            zero[padding] = 0  # no gradient reaches this row, so the padding token never changes
-        tensors = {"A": drawn, "B": zero} if zero_is_B else {"A": zero.T, "B": drawn.T}
+            A[:, padding] = 0  # no gradient reaches it, so the padding token never changes
+        tensors = {"A": A, "B": B}
         if recipe.trains == "core":
             tensors["core"] = W.new_zeros(recipe.r, recipe.r)
-        elif init.from_weight:
+        elif init.starts_nonzero:
             tensors |= {"A0": tensors["A"].clone(), "B0": tensors["B"].clone()}
         return tensors
 
@@ -163,7 +169,7 @@ class Adapter(nn.Module, ABC):
 
     def set_trainable(self, trainable: bool) -> None:
         """Turns gradients on or off for the tensors that the recipe trains; others take none."""
-        trains = {"both": ("A", "B"), "zero": (self.zero_factor,), "core": ("core",)}
+        trains = {"both": ("A", "B"), "zero": (self.starts_at_zero,), "core": ("core",)}
         trained = (*trains[self.recipe.trains], "magnitude")
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable and name in trained)
@@ -175,7 +181,7 @@ class Adapter(nn.Module, ABC):
     def factors(self) -> tuple[Float[Tensor, "*runs rank rest"], Float[Tensor, "*runs out rank"]]:
         """A and B with ΔW = scale · B A, before DoRA's magnitude.
 
-        Their rank is r, or 2r where ΔW is measured from factors that start from the weight.
+        Their rank is r, or 2r where ΔW is measured from the first values of the factors.
         """
         # A tied weight can be used in two orientations: as the table of an embedding (matrix
         # features × tokens) and as the weight of the output layer (matrix tokens × features).

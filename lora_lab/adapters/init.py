@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_lab.adapters.first_triples import first_triples
+
 Matrix = Float[Tensor, "out rest"]
 Factors = tuple[Float[Tensor, "r rest"], Float[Tensor, "out r"]]
 
@@ -16,13 +18,19 @@ Factors = tuple[Float[Tensor, "r rest"], Float[Tensor, "out r"]]
 class Init:
     """A way to start the factors of a weight.
 
-    `draw(weight, r, scale, generator)` gives A and B for a weight as a matrix. `from_weight` says
-    that both are read from the weight, so that neither is zero. ΔW is then measured from these
-    first values: the base stays as it is, and ΔW starts at zero.
+    `draw(weight, r, scale, generator)` gives A and B for a weight as a matrix. B is zero, but:
+
+    - `starts_nonzero`: neither is zero. ΔW is then measured from these first values: the base stays
+      as it is, and ΔW starts at zero.
+    - `zero_factor` "A": A is zero, in layers of all kinds. None: it is the kind's, see `Adapter`.
+
+    `is_random`: what is not zero is drawn at random, and says nothing of the weight.
     """
 
     draw: Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
-    from_weight: bool = False
+    is_random: bool = False
+    starts_nonzero: bool = False
+    zero_factor: str | None = None
 
 
 def kaiming(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
@@ -49,9 +57,28 @@ def pissa(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> F
     With the weight's singular value decomposition U S Vᵀ, cut to r: A = √(S/scale) Vᵀ and
     B = U √(S/scale) (Meng et al. 2024, equations 2 and 3).
     """
+    U, S, Vh = first_triples(weight, r, generator)
+    root = (S / scale).sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def milora(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
+    """As `pissa`, of the weight's last r singular triples (MiLoRA, Wang et al. 2024, equation 4).
+
+    Of a weight without full rank these are zero, and a factor pair of zeros never moves.
+    """
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    root = (S[:r] / scale).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    root = (S[-r:] / scale).sqrt()
+    return root[:, None] * Vh[-r:], U[:, -r:] * root
+
+
+def mica(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
+    """B is the weight's last r left singular vectors, A zero (Rüdiger and Raschka 2026).
+
+    With `trains="zero"` this is MiCA: B is frozen, and ΔW stays in the span of B.
+    """
+    U = torch.linalg.svd(weight, full_matrices=False)[0]
+    return weight.new_zeros(r, weight.shape[1]), U[:, -r:]
 
 
 def olora(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
@@ -62,8 +89,8 @@ def olora(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> F
 
 def svd(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
     """A = Vᵀ and B = U S of the weight's first r singular triples (LoRA-XS, Bałazy et al. 2024)."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    return Vh[:r], U[:, :r] * S[:r]
+    U, S, Vh = first_triples(weight, r, generator)
+    return Vh, U * S
 
 
 def _zeros(weight: Tensor, r: int) -> Tensor:
@@ -71,11 +98,13 @@ def _zeros(weight: Tensor, r: int) -> Tensor:
 
 
 INITS: dict[str, Init] = {
-    "kaiming": Init(kaiming),
-    "gaussian": Init(gaussian),
-    "orthogonal": Init(orthogonal),
-    "pissa": Init(pissa, from_weight=True),
-    "olora": Init(olora, from_weight=True),
-    "svd": Init(svd, from_weight=True),
+    "kaiming": Init(kaiming, is_random=True),
+    "gaussian": Init(gaussian, is_random=True),
+    "orthogonal": Init(orthogonal, is_random=True),
+    "pissa": Init(pissa, starts_nonzero=True),
+    "olora": Init(olora, starts_nonzero=True),
+    "svd": Init(svd, starts_nonzero=True),
+    "milora": Init(milora, starts_nonzero=True),
+    "mica": Init(mica, zero_factor="A"),
 }
 """All inits by name."""

@@ -33,7 +33,7 @@ def groups_of(
     for adapter in adapters:
         for name, parameter in adapter.named_parameters():
             if parameter.requires_grad:
-                is_apart = ratio != 1 and name == adapter.zero_factor
+                is_apart = ratio != 1 and name == adapter.starts_at_zero
                 (starts_at_zero if is_apart else others).append(parameter)
     rates = [(others, lr), (starts_at_zero, lr * ratio)]
     return [{"params": p, "lr": rate, "weight_decay": weight_decay} for p, rate in rates if p]

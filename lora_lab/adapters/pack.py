@@ -240,7 +240,8 @@ def reason_not_packable(
             if type(adapter) is not type(first) or adapter.shape != first.shape:
                 return f"'{site}' is not the same in all"
             absent = [[t is None for t in (a.core, a.A0, a.magnitude)] for a in (adapter, first)]
-            if adapter.recipe.trains != first.recipe.trains or absent[0] != absent[1]:
+            trains = [(a.recipe.trains, a.starts_at_zero) for a in (adapter, first)]
+            if trains[0] != trains[1] or absent[0] != absent[1]:
                 return f"at '{site}' different tensors train"
             if adapter.is_tied:
                 return f"'{site}' is tied to another layer"

@@ -11,8 +11,8 @@ TRAINS = ("both", "zero", "core")
 """What trains of an adapter.
 
 - "both": both factors.
-- "zero": only the factor that starts at zero, which is B, or A of an embedding. The other one keeps
-  the values it was drawn with (LoRA-FA, Zhang et al. 2023).
+- "zero": only the factor that starts at zero, which is B, or A of an embedding or of the init mica.
+  The other one keeps the values it was drawn with (LoRA-FA, Zhang et al. 2023; MiCA).
 - "core": only an r × r core between two frozen factors (LoRA-XS, Bałazy et al. 2024).
 """
 
@@ -64,17 +64,18 @@ class Recipe:
                 raise AdapterError(f"{name}={value!r}: must be one of {', '.join(table)}")
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout={self.dropout}: must be at least 0 and less than 1")
-        if self.trains == "core" and not INITS[self.init].from_weight:
-            able = ", ".join(name for name, init in INITS.items() if init.from_weight)
+        if self.trains == "core" and not INITS[self.init].starts_nonzero:
+            able = ", ".join(name for name, init in INITS.items() if init.starts_nonzero)
+            zero = INITS[self.init].zero_factor or "B"
             raise AdapterError(
-                f"trains=core with init={self.init}: B is zero, so no core could move ΔW; "
+                f"trains=core with init={self.init}: {zero} is zero, so no core could move ΔW; "
                 f"take an init from the weight: {able}"
             )
 
     def check_shared(self, site: str) -> None:
         """Raises AdapterError where two layers with one, tied weight cannot share the adapter."""
-        if self.dora or self.trains == "core" or INITS[self.init].from_weight:
+        if self.dora or self.trains == "core" or INITS[self.init].starts_nonzero:
             raise AdapterError(
                 f"'{site}' is tied: only plain A and B can be shared; leave it to an adapter "
-                "without DoRA and with an init whose B is zero, or exclude it"
+                "without DoRA and with an init of which one factor is zero, or exclude it"
             )

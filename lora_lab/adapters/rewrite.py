@@ -68,7 +68,7 @@ def _recipe_of_product(about: Mapping[str, Any], k: int) -> dict[str, Any]:
     """What changes in a site's recipe where it is a plain product, of which both factors train."""
     alpha = alpha_for_scale(about["scale"], k, about["scaling"])
     recipe: dict[str, Any] = {"r": k, "alpha": alpha, "trains": "both"}
-    if INITS[about["init"]].from_weight:
+    if INITS[about["init"]].starts_nonzero:
         recipe["init"] = "kaiming"
     return recipe
 

@@ -12,6 +12,7 @@ from lora_lab.adapters.attention import attention_names, is_position_table
 from lora_lab.adapters.conv import ConvAdapter
 from lora_lab.adapters.embedding import EmbeddingAdapter
 from lora_lab.adapters.experts import ExpertsAdapter, TransposedExpertsAdapter
+from lora_lab.adapters.init import INITS
 from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter
 from lora_lab.adapters.recipe import Recipe
 from lora_lab.adapters.watch import KINDS_ON_READING
@@ -71,8 +72,10 @@ class Site:
         assert self.recipe is not None
         (out, rest), r = self.shape, self.recipe.r
         # The zero factor has r numbers for each of `out`: B for each output feature, and A of an
-        # embedding for each token, since its table is tokens × features.
-        factors = {"both": r * (out + rest), "zero": r * out, "core": r * r}
+        # embedding for each token, since its table is tokens × features. An init that makes A zero
+        # in all kinds has r for each of `rest`, but in an embedding.
+        is_A = INITS[self.recipe.init].zero_factor == "A" and self.kind != "embedding"
+        factors = {"both": r * (out + rest), "zero": r * (rest if is_A else out), "core": r * r}
         magnitude = (rest if self.kind == "embedding" else out) if self.recipe.dora else 0
         return self.experts * (factors[self.recipe.trains] + magnitude)
 

@@ -30,7 +30,7 @@ OVER_RANK = ("error", "clip", "allow")
 """What becomes of a rank over that of the weight: refused, the weight's rank at the same scale, or
 taken as it is (which trains more numbers than ΔW can use)."""
 
-AT_MOST_FULL_RANK = ("orthogonal", *(name for name, init in INITS.items() if init.from_weight))
+AT_MOST_FULL_RANK = ("orthogonal", *(name for name, init in INITS.items() if not init.is_random))
 """Inits that draw no more directions than the weight has."""
 
 Patterns = Mapping[str, Mapping[str, float]]

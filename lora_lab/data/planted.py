@@ -83,7 +83,7 @@ class Planted(Data):
             return None
         tensors = {name: t.detach().cpu().double() for name, t in adapter.tensors().items()}
         A, B = tensors["A"][:, occurring], tensors["B"]
-        match adapter.recipe.trains, adapter.zero_factor:
+        match adapter.recipe.trains, adapter.starts_at_zero:
             case "both", _ if "A0" in tensors:  # ΔW = s (B A − B₀ A₀)
                 start = adapter.scale * tensors["B0"] @ tensors["A0"][:, occurring]
                 fit = theory.least_squares(X, Y, adapter.r, start=start)
@@ -91,13 +91,13 @@ class Planted(Data):
                 fit = theory.least_squares(X, Y, adapter.r)
             case "core", _:  # LoRA-XS: both factors are frozen, a matrix between them trains
                 fit = theory.least_squares(X, Y, A=A, B=B)
-            case _, "A":  # one factor trains, the one that starts at zero: A, of an embedding
+            case _, "A":  # the factor that starts at zero trains: A, of an embedding or MiCA
                 fit = theory.least_squares(X, Y, B=B)
             case _:
                 fit = theory.least_squares(X, Y, A=A)
         # Factors that start from the weight also move the tokens that never occur: the data does
         # not say where to, so ΔW is not unique.
-        moves_others = INITS[adapter.recipe.init].from_weight and not occurring.all()
+        moves_others = INITS[adapter.recipe.init].starts_nonzero and not occurring.all()
         return replace(fit, is_unique=fit.is_unique and not moves_others)
 
     def predicted_metrics(self, model: nn.Module) -> dict[str, Prediction]:

@@ -68,7 +68,7 @@ class PlantedLinear(Planted):
             return {} if adapter is None else self._first_step(model, adapter)
         predictions = super().predicted_metrics(model)
         if self.expects == "intruders" and self.noise == 0:
-            is_drawn = adapter is None or not INITS[adapter.recipe.init].from_weight
+            is_drawn = adapter is None or INITS[adapter.recipe.init].is_random
             if is_drawn and (best := self.best_update(model)) is not None and best.is_unique:
                 strengths = torch.linalg.svdvals(best.delta).tolist()
                 shape = (self.out_features, self.in_features, self.spread)

@@ -57,8 +57,8 @@ def pack_key(cfg: Config) -> str:
     """A hash of all that runs of one pack must have in common; equal for runs that may be packed.
 
     In common: the base, the data and their order, the targets, the length and precision of the
-    training, when ΔW is measured, which tensors of an adapter train, whether it is DoRA, and
-    whether its init takes part of the base weight (PiSSA), and the optimizer's class. Left out, and
+    training, when ΔW is measured, which tensors of an adapter train, whether it is DoRA, which
+    factor its init leaves at zero (none, with PiSSA), and the optimizer's class. Left out, and
     so free to differ: r, alpha, scaling, init, dropout, LoRA+'s ratio, the optimizer's settings,
     `seed`, and what cannot change a result.
     """
@@ -69,7 +69,8 @@ def pack_key(cfg: Config) -> str:
     for rule in targets.values():
         for name in VARIES_IN_PACK:
             del rule[name]
-    kinds: list[Any] = [[INITS[init].from_weight for init in inits], adapter["trains"]]
+    starts = [(INITS[init].starts_nonzero, INITS[init].zero_factor) for init in inits]
+    kinds: list[Any] = [starts, adapter["trains"]]
     return content_hash([content, *kinds, adapter["dora"], cfg.optimizer.target])
 
 

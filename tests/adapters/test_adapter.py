@@ -87,7 +87,7 @@ def test_delta_is_the_formula(case: Case):
 def test_the_rank_of_delta(case: Case):
     model, how = case.build(), VARIANTS[case.variant]
     r = case.how["r"]
-    both = how.get("init") in ("pissa", "olora", "svd") and how.get("trains") != "core"
+    both = adapters.INITS[how.get("init", "kaiming")].starts_nonzero and how.get("trains") != "core"
     for adapter, delta in zip(
         adapters.attached(model).values(), adapters.deltas(model).values(), strict=True
     ):
@@ -216,7 +216,7 @@ def test_only_what_the_variant_says_trains(case: Case):
     torch.optim.SGD(trained(model), lr=0.1).step()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     assert all(torch.equal(v, base[k]) for k, v in adapters.base_state_dict(model).items())
-    zero = "A" if case.layer.kind == "embedding" else "B"
+    zero = "A" if case.layer.kind == "embedding" or case.variant == "mica" else "B"
     moves = {"both": {"A", "B"}, "zero": {zero}, "core": {"core"}}[case.how.get("trains", "both")]
     moves = moves | ({"magnitude"} if case.how.get("dora") else set())
     for key, value in model.state_dict().items():
@@ -379,7 +379,7 @@ def test_orthogonal_rows_are_orthonormal():
     torch.testing.assert_close(A @ A.T, torch.eye(20), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["pissa", "svd", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "milora", "svd", "olora", "mica"])
 def test_inits_from_the_weight_are_what_their_papers_say(init: str):
     model = nn.Linear(12, 9).double()
     adapters.attach(model, r=4, alpha=8, init=init)
@@ -389,6 +389,15 @@ def test_inits_from_the_weight_are_what_their_papers_say(init: str):
         Q, R = torch.linalg.qr(W)
         torch.testing.assert_close(start, Q[:, :4] @ R[:4], **EXACT)
         torch.testing.assert_close(adapter.B.T @ adapter.B, torch.eye(4).double(), **EXACT)
+        return
+    if init in ("milora", "mica"):
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        BtB = torch.eye(4).double() if init == "mica" else S[-4:].diag() / adapter.scale
+        torch.testing.assert_close(adapter.B.T @ adapter.B, BtB, **EXACT)
+        torch.testing.assert_close(U[:, :-4].T @ adapter.B, torch.zeros(5, 4).double(), **EXACT)
+        minor = U[:, -4:] * S[-4:] @ Vh[-4:]
+        expected = torch.zeros_like(W) if init == "mica" else minor
+        torch.testing.assert_close(adapter.scale * start, expected, **EXACT)
         return
     residual = torch.linalg.svdvals(W - (adapter.scale if init == "pissa" else 1) * start)
     sigma = torch.linalg.svdvals(W)
@@ -408,13 +417,14 @@ def test_init_of_a_site_depends_on_seed_site_and_rank_alone(init: str):
         model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 20), nn.Linear(20, 20))
         torch.randn(seed + 7)  # the global stream is elsewhere each time
         adapters.attach(model, targets, r=r, alpha=1, init=init, seed=seed)
-        return {name: adapter.A for name, adapter in adapters.attached(model).items()}
+        factor = "B" if init == "mica" else "A"  # the one that is not zero
+        return {name: getattr(a, factor) for name, a in adapters.attached(model).items()}
 
     everything = drawn(8, 0, {"all": adapters.Target()})
     alone = drawn(8, 0, {"one": adapters.Target(match="2")})
     assert torch.equal(everything["2"], alone["2"])
     assert not torch.equal(everything["0"][:, 0], everything["2"][:, 0])
-    if adapters.INITS[init].from_weight:
+    if not adapters.INITS[init].is_random:
         return  # the factors are read from the weight, whatever the seed
     assert not torch.equal(drawn(8, 1, {"all": adapters.Target()})["2"], alone["2"])
     wider = drawn(16, 0, {"all": adapters.Target()})["2"]

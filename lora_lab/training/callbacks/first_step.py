@@ -72,8 +72,8 @@ class FirstStep(Callback):
 
 
 def _zero_factor(adapter: Adapter) -> Tensor:
-    """The parameter that starts at zero: LoRA-XS's core, else B (of an embedding A)."""
-    return adapter.core if adapter.core is not None else getattr(adapter, adapter.zero_factor)
+    """The parameter that starts at zero: LoRA-XS's core, else B (of an embedding or MiCA A)."""
+    return adapter.core if adapter.core is not None else getattr(adapter, adapter.starts_at_zero)
 
 
 def _norm(tensors: tuple[Tensor, ...]) -> float:
