@@ -20,6 +20,13 @@ from lora_lab.adapters.files import base_state_dict, write_pair
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.linear import TransposedLinearAdapter
+from lora_lab.adapters.peft_parameters import (
+    held_as_parameters,
+    holds_experts,
+    paths_of_tensors,
+    reason_no_parameter,
+    targeted,
+)
 from lora_lab.adapters.peft_tensors import alpha_for_scale, from_peft, tensor_keys, to_peft
 from lora_lab.adapters.peft_trained_in_full import PREFIX
 from lora_lab.adapters.recipe import AdapterError
@@ -45,7 +52,7 @@ LOADABLE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 LOADABLE_KEYS = """
 peft_type r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_dropout init_lora_weights
-modules_to_save bias
+modules_to_save bias target_parameters
 target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out
 auto_mapping base_model_name_or_path inference_mode peft_version revision task_type corda_config
 eva_config loftq_config lora_ga_config megatron_core qalora_group_size runtime_config
@@ -90,19 +97,29 @@ def save_peft(
     _check_savable(model, adapters, extra.errors)
     rslora = all(adapter.recipe.scaling == "alpha/sqrt(r)" for adapter in adapters.values())
     scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
+    parameters = held_as_parameters(model, adapters)
+    paths = paths_of_tensors(model, parameters.values())
     tensors, ranks, alphas = {}, {}, {}
     for site, adapter in adapters.items():
-        keys = tensor_keys(adapter.kind)
+        keys, name = tensor_keys(adapter.kind), parameters.get(site, site)
         site_tensors = to_peft(layer_of(model, site, adapter), adapter)
-        ranks[site] = len(site_tensors["A"])
-        alphas[site] = alpha_for_scale(adapter.scale, ranks[site], scaling)
+        experts = adapter.shape[0] if adapter.kind == "experts" else 1
+        ranks[name] = len(site_tensors["A"]) // experts
+        alphas[name] = alpha_for_scale(adapter.scale, ranks[name], scaling)
         for part, tensor in site_tensors.items():
-            tensors[f"{PREFIX}{site}.{keys[part]}"] = tensor.contiguous()
+            tensors[f"{PREFIX}{paths.get(name, name)}.{keys[part]}"] = tensor.contiguous()
     dropouts = {adapter.recipe.dropout for adapter in adapters.values()}
+    targets: dict[str, Any] = {}
+    if parameters or holds_experts(model):
+        # As a list, of which PEFT renames none: of a pattern it would take the last names alone.
+        modules = [site for site in adapters if site not in parameters]
+        targets = {"target_modules": modules, "target_parameters": [*parameters.values()]}
     config = lora_config(
         ranks,
         alphas,
-        lora_dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
+        **targets,
+        # PEFT has no dropout for parameters.
+        lora_dropout=dropouts.pop() if len(dropouts) == 1 and not parameters else 0.0,
         use_rslora=rslora,
         use_dora=any(adapter.magnitude is not None for adapter in adapters.values()),
         fan_in_fan_out=any(isinstance(a, TransposedLinearAdapter) for a in adapters.values()),
@@ -138,10 +155,13 @@ def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors:
     """Raises AdapterError with the reason for each site that PEFT would compute differently."""
     shared = {id(m.source) for m in model.modules() if isinstance(m, Adapter)}
     any_dora = any(adapter.magnitude is not None for adapter in adapters.values())
+    parameters = held_as_parameters(model, adapters)
     errors = []
     for site, adapter in adapters.items():
-        dora = adapter.magnitude is not None
-        reason = reason_peft_differs(layer_of(model, site, adapter), adapter.kind, dora)
+        dora, layer = adapter.magnitude is not None, layer_of(model, site, adapter)
+        reason = reason_peft_differs(layer, adapter.kind, dora)
+        if site in parameters:
+            reason = reason_no_parameter(layer, adapter.kind, any_dora)
         if not site:
             reason = "it is the model itself, and PEFT replaces layers of a model"
         elif id(adapter) in shared:
@@ -200,23 +220,37 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     tensors_by_layer, others = split_by_layer(tensors)
     in_full, errors = peft_trained_in_full.from_peft(model, base_state_dict(model), others, config)
     layers = dict(model.named_modules())
-    kinds = {site.name: site.kind for site in candidate_sites(model)}
+    candidates = list(candidate_sites(model))
+    by_name = {site.name: site for site in candidates}
+    by_key = {site.key: site for site in candidates if site.rows is None}
+    keys = targeted(model, config["target_parameters"])
+    key_by_path = {path: key for key, path in paths_of_tensors(model, keys).items()}
     adapters: dict[Site, Adapter] = {}
     for path, layer_tensors in tensors_by_layer.items():
-        kind = kinds.get(path, "weight")
-        if path not in layers:
+        key = key_by_path.get(path)
+        site = by_name.get(path) if key is None else by_key.get(key)
+        layer = layers.get(path if site is None else site.layer)
+        kind = "weight" if site is None else site.kind
+        reason = None
+        if layer is None:
             near = difflib.get_close_matches(path, layers, n=3, cutoff=0.0)
             errors.append(f"there is no layer '{path}'; nearest: {', '.join(near)}")
-        elif reason := reason_peft_differs(layers[path], kind, config["use_dora"]):
-            errors.append(f"'{path}': {reason}")
+            continue
+        if key is not None:
+            reason = reason_no_parameter(layer, kind, config["use_dora"])
         else:
-            try:
-                (site,) = find_sites(model, {path: Target(kind, glob.escape(path))})
-                adapters |= [from_peft(site, layers[path], layer_tensors, config)]
-            except TargetError as error:
-                errors.append(str(error))
-            except AdapterError as error:
-                errors.append(f"'{path}': {error}")
+            reason = reason_peft_differs(layer, kind, config["use_dora"])
+        if reason:
+            errors.append(f"'{path}': {reason}")
+            continue
+        assert site is not None
+        try:
+            (site,) = find_sites(model, {path: Target(kind, glob.escape(site.name))})
+            adapters |= [from_peft(site, layer, layer_tensors, config, key or path)]
+        except TargetError as error:
+            errors.append(str(error))
+        except AdapterError as error:
+            errors.append(f"'{path}': {error}")
     if errors or not (adapters or in_full):
         errors = errors or ["it holds no tensors"]
         raise AdapterError(f"PEFT's adapter in {directory} does not fit: {'; '.join(errors)}")
@@ -252,7 +286,8 @@ def reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
         if dora and layer.groups > 1:
             return f"groups={layer.groups} with DoRA, whose norm PEFT takes over wrong channels"
     padding = getattr(layer, "padding_idx", None)
-    if dora and padding is not None and bool(layer.get_parameter("weight")[padding].any()):
+    weight = layer._parameters.get("weight")  # the base's, where reading it gives W + ΔW
+    if dora and padding is not None and weight is not None and bool(weight[padding].any()):
         return f"padding_idx={padding} with DoRA: PEFT scales its vector, which is not zero here"
     return None
 
@@ -293,4 +328,5 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
     defaults |= {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
     defaults |= {"modules_to_save": None, "bias": "none", "task_type": None}
+    config["target_parameters"] = config.get("target_parameters") or []
     return defaults | config, tensors

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.peft_parameters import experts_from_peft, experts_to_peft
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import Site, adapter_class
@@ -59,9 +60,11 @@ def to_peft(layer: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's A, B and magnitude in PEFT's shapes.
 
     A is (groups · r, in, k…), B (out, r, 1…) and the magnitude (out,), of a convolution (1, out,
-    1…).
+    1…). Of experts see `peft_parameters`.
     """
     A, B = (factor.detach() for factor in adapter.factors())
+    if adapter.kind == "experts":
+        return experts_to_peft(A, B)
     groups, kernel = groups_and_kernel(layer)
     tensors = factors_to_peft(A, B, groups, kernel)
     if adapter.magnitude is not None:
@@ -79,13 +82,18 @@ def factors_to_peft(
 
 
 def from_peft(
-    site: Site, layer: nn.Module, peft_tensors: dict[str, Tensor], config: dict[str, Any]
+    site: Site,
+    layer: nn.Module,
+    peft_tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    name: str,
 ) -> tuple[Site, Adapter]:
     """The site with its recipe, and its adapter, from PEFT's tensors of one layer and its config.
 
-    Raises AdapterError where their shapes do not fit, or their product is no ΔW of this layer.
+    `name` is the site's in PEFT's patterns of ranks. Raises AdapterError where their shapes do not
+    fit, or their product is no ΔW of this layer.
     """
-    r, scale = rank_and_scale(config, site.name)
+    r, scale = rank_and_scale(config, name)
     scaling, dora = peft_scaling(config), config["use_dora"]
     _check_shapes(site, layer, peft_tensors, r, dora)
     weight = layer.get_parameter(site.parameter)
@@ -93,10 +101,14 @@ def from_peft(
     parts = {key: part for part, key in tensor_keys(site.kind).items()}
     tensors = {parts[key]: t.to(weight.device, dtype) for key, t in peft_tensors.items()}
     groups, kernel = groups_and_kernel(layer)
-    tensors["A"], tensors["B"] = factors_from_peft(tensors["A"], tensors["B"], groups, kernel)
+    A, B = tensors["A"], tensors["B"]
+    if site.kind == "experts":
+        tensors["A"], tensors["B"] = experts_from_peft(A, B, site.experts)
+    else:
+        tensors["A"], tensors["B"] = factors_from_peft(A, B, groups, kernel)
     if dora:
         tensors["magnitude"] = tensors["magnitude"].flatten()
-    r = len(tensors["A"])
+    r = tensors["A"].shape[-2]
     dropout = 0.0 if site.kind == "embedding" else config["lora_dropout"]  # PEFT's has none
     recipe = Recipe(r, alpha_for_scale(scale, r, scaling), dropout, scaling=scaling, dora=dora)
     adapter = adapter_class(layer, site.parameter)(layer, site.parameter, site.rows, recipe)
@@ -112,6 +124,7 @@ def _check_shapes(
     groups, kernel = groups_and_kernel(layer)
     ones, keys = [1] * len(kernel), tensor_keys(site.kind)
     inputs = groups * rest // math.prod(kernel)
+    r *= site.experts
     wanted = {keys["A"]: [r, inputs, *kernel], keys["B"]: [out, r // groups, *ones]}
     if dora:
         wanted[keys["magnitude"]] = [1, out, *ones] if kernel else [out]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.linear import TransposedLinearAdapter
 from lora_lab.adapters.peft import ranks_and_alphas, target_modules, write_peft
+from lora_lab.adapters.peft_parameters import holds_experts, is_renamed
 from lora_lab.adapters.peft_tensors import factors_to_peft, tensor_keys
 from lora_lab.adapters.peft_trained_in_full import PREFIX
 from lora_lab.adapters.sites import candidate_sites
@@ -62,13 +63,17 @@ class Extracted:
 
 def layers_of_model(model: nn.Module) -> dict[str, Layer]:
     """Key of a weight → its layer, by a model, which may be on the meta device."""
-    layers = {}
+    layers, is_mixture = {}, holds_experts(model)
     for site in candidate_sites(model):
         module = model.get_submodule(site.layer)
         is_transposed = site.kind == "embedding" or TransposedLinearAdapter.fits(module)
         reason = ""
         if site.kind == "weight":
             reason = f"PEFT cannot adapt a weight of {type(module).__name__}"
+        elif site.kind == "experts":
+            reason = "of a mixture's experts no adapter is made"
+        elif is_mixture and is_renamed(site.name):
+            reason = "PEFT takes it for experts by its name, in a mixture"
         groups = int(getattr(module, "groups", 1))
         layers[site.key] = Layer(site.layer, site.kind, is_transposed, groups, reason)
     by_weight: dict[int, list[str]] = {}

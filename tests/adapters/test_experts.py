@@ -40,8 +40,10 @@ def nothing_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank_sum, "_formed", refuse)
 
 
-def moved(model: nn.Module, target: Any = "experts", r: int = 2, seed: int = 4) -> nn.Module:
-    adapters.attach(model, target, r=r, alpha=3, seed=seed)
+def moved(
+    model: nn.Module, target: Any = "experts", r: int = 2, seed: int = 4, **settings: Any
+) -> nn.Module:
+    adapters.attach(model, target, r=r, alpha=3, seed=seed, **settings)
     for parameter in trained(model):
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model

@@ -568,7 +568,6 @@ def fc(**changes: Tensor | None) -> dict[str, Tensor]:
         ({"peft_type": "LOHA"}, "peft_type='LOHA': must be LORA"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices=\[1, 2\]"),
-        ({"target_parameters": ["fc.weight"]}, "target_parameters="),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication="),
         ({"alora_invocation_tokens": [4]}, "alora_invocation_tokens="),
         ({"use_qalora": True}, "use_qalora=True"),
