@@ -38,7 +38,9 @@ class FirstStep(Callback):
         assert isinstance(pl_module, BaseModule)
         sites = self.updates.sites
         adapters = self.updates.adapters_by_site
-        weights = {site: pl_module.model.get_parameter(sites[site].key) for site in sites}
+        # Not `get_parameter`, which reads W + ΔW.
+        parameters = dict(pl_module.model.named_parameters(remove_duplicate=False))
+        weights = {site: parameters[sites[site].key] for site in sites}
         factors = [_zero_factor(adapters[site]) for site in sites]
         inputs, targets = batch
         for weight in weights.values():
