@@ -19,6 +19,9 @@ from lora_lab.adapters.weight import BLOCK_NAMES
 KOHYA_NAME = re.compile(r"(?:lora|lycoris)_((?:[a-z]+\d?_)?(.+))")
 """The name of a layer in kohya's files: lora_unet_NAME, lora_te1_NAME, lycoris_NAME."""
 
+EXPERT = 0
+"""Stands for the number of parts where a weight is one of the matrices of experts."""
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -47,18 +50,26 @@ class Checkpoint:
             raise AdapterError(f"{self.path}: no file has {missing[0]}, which {INDEX} names")
         return {key: shapes[key] for key in self.files}
 
-    def tensor(self, key: str) -> Tensor:
-        """A copy of one tensor; nothing of the file stays in memory."""
+    def tensor(self, key: str, index: int | None = None) -> Tensor:
+        """A copy of one tensor, or of its part `index`; nothing of the file stays in memory."""
         # The file is opened anew for each: a file that stays open keeps in memory what was read.
         with _open(self.files[key]) as tensors:
+            if index is not None:
+                return tensors.get_slice(key)[index].clone()
             return tensors.get_tensor(key).clone()
 
     def matrix(self, site: str, update: StoredUpdate) -> Tensor | None:
         """W of a site as a matrix of ΔW's shape; None where this checkpoint has no such weight."""
         for key, part, parts in self._places(site):
-            if len(self.shapes[key]) < 2 or self.shapes[key][0] % parts:
+            shape = self.shapes[key]
+            if parts == EXPERT:
+                if len(shape) != 3 or part >= shape[0]:
+                    continue
+                weight = self.tensor(key, part)
+            elif len(shape) < 2 or shape[0] % parts:
                 continue
-            weight = self.tensor(key).chunk(parts)[part]
+            else:
+                weight = self.tensor(key).chunk(parts)[part]
             matrix = weight.flatten(1)
             options = (matrix.T, matrix) if update.transposed else (matrix, matrix.T)
             for option in options[: 2 if weight.dim() == 2 else 1]:
@@ -75,11 +86,17 @@ class Checkpoint:
         return None
 
     def _places(self, site: str) -> list[tuple[str, int, int]]:
-        """Keys that can be the site's weight, each with which of how many parts of its rows."""
+        """Keys that can be the site's weight, each with which of how many parts of its rows.
+
+        Or, with EXPERT in the place of how many, which expert's matrix.
+        """
         names = [(f"{site}.weight", 0, 1), (site, 0, 1)]
         for letters in BLOCK_NAMES.values():  # in_proj_weight_q: the first third of in_proj_weight
             if site[-2:-1] == "_" and site[-1] in letters:
                 names.append((site[:-2], letters.index(site[-1]), len(letters)))
+        stack, _, expert = site.rpartition(".")
+        if expert.isdecimal():  # experts.down_proj.3
+            names.append((stack, int(expert), EXPERT))
         places = [place for place in names if place[0] in self.files]
         if places:
             return places

@@ -10,6 +10,7 @@ the last one's wrapper is the outermost. Of `experts` with gate_up_proj (E, 2i, 
 - `experts.lora_A.weight` and `experts.lora_B.weight`, of down_proj
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.linear import TransposedLinearAdapter
+from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.sites import candidate_sites
 from lora_lab.adapters.slots import layer_of, parameter_key
 
@@ -41,6 +43,10 @@ def held_as_parameters(model: nn.Module, adapters: Mapping[str, Adapter]) -> dic
         if adapter.kind == "experts" or of_router or of_renamed:
             keys[site] = parameter_key(site, adapter)
     return keys
+
+
+LAST_OF_EXPERTS = "down_proj"
+"""The parameter of experts that comes last in transformers' modules: its wrapper is outside."""
 
 
 def holds_experts(model: nn.Module) -> bool:
@@ -69,6 +75,31 @@ def paths_of_tensors(model: nn.Module, keys: Collection[str]) -> dict[str, str]:
         for outer, name in enumerate(reversed(names)):
             paths[f"{layer}.{name}"] = layer + ".base_layer" * outer
     return paths
+
+
+def key_of_path(path: str, paths: Collection[str], target_parameters: Iterable[str]) -> str | None:
+    """The key of the parameter whose tensors are stored as `path`, one of `paths`, without a model.
+
+    None where `path` is a layer's, which no name of target_parameters picks. Of a module with
+    several parameters only the names tell which comes first in it: transformers has down_proj last.
+    Raises AdapterError where they do not tell.
+    """
+    layer = path.removesuffix(".base_layer")
+    while layer.endswith(".base_layer"):
+        layer = layer.removesuffix(".base_layer")
+    names = {
+        target.rpartition(".")[2]
+        for target in target_parameters
+        if f".{layer}.{target.rpartition('.')[2]}".endswith(f".{target}")
+    }
+    if not names:
+        return None
+    of_layer = sorted(p for p in paths if re.fullmatch(rf"{re.escape(layer)}(\.base_layer)*", p))
+    inner_last = sorted(names - {LAST_OF_EXPERTS}), [LAST_OF_EXPERTS] * (LAST_OF_EXPERTS in names)
+    if len(names) != len(of_layer) or len(inner_last[0]) > 1:
+        shown = ", ".join(sorted(names))
+        raise AdapterError(f"which of {shown} the tensors of '{path}' are of, only the model tells")
+    return f"{layer}.{[*inner_last[1], *inner_last[0]][of_layer.index(path)]}"
 
 
 def is_router(layer: nn.Module) -> bool:

@@ -5,6 +5,7 @@ magnitudes, metadata. LoHa and LoKr become LoRA, since their factors have anothe
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_lab.adapters.peft import (
     split_by_layer,
     write_peft,
 )
+from lora_lab.adapters.peft_parameters import experts_to_peft, key_of_path
 from lora_lab.adapters.peft_tensors import (
     EMBEDDING_TENSOR_KEYS,
     alpha_for_scale,
@@ -28,7 +30,7 @@ from lora_lab.adapters.peft_tensors import (
     tensor_keys,
 )
 from lora_lab.adapters.peft_trained_in_full import PREFIX
-from lora_lab.adapters.stored import StoredAdapter, StoredUpdate
+from lora_lab.adapters.stored import StoredAdapter, StoredUpdate, experts_by_site
 from lora_lab.runs import write_atomic
 
 KOHYA_RANKS = {"ss_network_dim", "ss_network_alpha"}
@@ -39,8 +41,10 @@ def rewrite(stored: StoredAdapter, updates: Mapping[str, StoredUpdate], to: Path
     """Writes the adapter to the folder `to` with these factors by site; other sites stay.
 
     Returns the sites that stay although they have an update, since PEFT would take no fewer numbers
-    for it. Of PEFT's LoKr each site must have an update.
+    for it. Of PEFT's LoKr each site must have an update. Updates of experts are by the names of
+    their matrices: all of a site, or none.
     """
+    updates = _stacked(stored, updates)
     match stored.format:
         case "lora_lab":
             _rewrite_ours(stored, updates, to)
@@ -53,6 +57,16 @@ def rewrite(stored: StoredAdapter, updates: Mapping[str, StoredUpdate], to: Path
     return []
 
 
+def _stacked(stored: StoredAdapter, updates: Mapping[str, StoredUpdate]) -> dict[str, StoredUpdate]:
+    """The updates with those of experts as one for each site: A (E, r, in) and B (E, out, r)."""
+    stacked: dict[str, StoredUpdate] = {}
+    for site, members in experts_by_site(stored.updates).items():
+        if new := [updates[name] for name in members if name in updates]:
+            factors = [torch.stack([getattr(u, part) for u in new]) for part in ("A", "B")]
+            stacked[site] = replace(new[0], A=factors[0], B=factors[1])
+    return stacked | {name: u for name, u in updates.items() if not u.experts_site}
+
+
 def _rewrite_ours(stored: StoredAdapter, updates: Mapping[str, StoredUpdate], to: Path) -> None:
     sites, tensors = dict(stored.about["sites"]), dict(stored.tensors)
     for site, update in updates.items():
@@ -60,7 +74,7 @@ def _rewrite_ours(stored: StoredAdapter, updates: Mapping[str, StoredUpdate], to
         for name in ("core", "A0", "B0"):
             tensors.pop(prefix + name, None)
         tensors |= {f"{prefix}A": update.A.contiguous(), f"{prefix}B": update.B.contiguous()}
-        sites[site] = sites[site] | _recipe_of_product(sites[site], len(update.A))
+        sites[site] = sites[site] | _recipe_of_product(sites[site], update.A.shape[-2])
     write_folder(to, stored.about | {"sites": sites}, tensors)
 
 
@@ -83,20 +97,34 @@ def _rewrite_peft(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     kept_as_they_are: list[str] = []
-    for site, named in split_by_layer(stored.tensors)[0].items():
+    by_layer = split_by_layer(stored.tensors)[0]
+    experts = experts_by_site(stored.updates)
+    for path, named in by_layer.items():
+        key = key_of_path(path, by_layer, config["target_parameters"])
+        # The patterns of ranks have the name of the parameter, the updates that of the site.
+        name, site = key or path, (key or path).removesuffix(".weight")
+        if site in experts:
+            old = stored.updates[experts[site][0]]
+            ranks[name] = len(old.A)
+            if (new := updates.get(site)) is not None:
+                ranks[name] = new.A.shape[-2]
+                for part, tensor in experts_to_peft(new.A, new.B).items():
+                    tensors[f"{PREFIX}{path}.{tensor_keys('linear')[part]}"] = tensor.contiguous()
+            alphas[name] = alpha_for_scale(old.scale, ranks[name], peft_scaling(config))
+            continue
         keys = tensor_keys("embedding" if EMBEDDING_TENSOR_KEYS["A"] in named else "linear")
         old_A, old_B, old = named[keys["A"]], named[keys["B"]], stored.updates[site]
-        groups, ranks[site] = len(old_A) // old_B.shape[1], len(old_A)
+        groups, ranks[name] = len(old_A) // old_B.shape[1], len(old_A)
         if (new := updates.get(site)) is not None:
             rank = groups * len(new.A)
             if rank < len(old_A) or (rank == len(old_A) and len(new.A) == len(old.A)):
                 parts = factors_to_peft(new.A, new.B, groups, tuple(old_A.shape[2:]))
-                for name, tensor in parts.items():
-                    tensors[f"{PREFIX}{site}.{keys[name]}"] = tensor.contiguous()
-                ranks[site] = rank
+                for part, tensor in parts.items():
+                    tensors[f"{PREFIX}{path}.{keys[part]}"] = tensor.contiguous()
+                ranks[name] = rank
             else:
                 kept_as_they_are.append(site)
-        alphas[site] = alpha_for_scale(old.scale, ranks[site], peft_scaling(config))
+        alphas[name] = alpha_for_scale(old.scale, ranks[name], peft_scaling(config))
     write_peft(to, config | ranks_and_alphas(ranks, alphas), tensors)
     return kept_as_they_are
 

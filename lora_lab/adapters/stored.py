@@ -4,6 +4,7 @@ PEFT's folders and ours are read here, single files of LyCORIS and kohya in `lyc
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 from lora_lab.adapters.files import read_folder
 from lora_lab.adapters.lycoris import LOHA, LOKR, read_lycoris, update_of_parts
 from lora_lab.adapters.peft import FILES, read_peft, split_by_layer
+from lora_lab.adapters.peft_parameters import experts_from_peft, key_of_path
 from lora_lab.adapters.peft_tensors import (
     EMBEDDING_TENSOR_KEYS,
     factors_from_peft,
@@ -33,7 +35,7 @@ class StoredUpdate:
     With a `magnitude` (DoRA) the rows of W + ΔW are then scaled to these norms, for which W is
     needed. `transposed` says that the layer holds W as rest × out, as an embedding does. `kernel`
     is a convolution's kernel size, and () of other layers; None where the files do not tell which
-    of these it is.
+    of these it is. `experts_site` is the site of a mixture's experts, of one of which this is ΔW.
     """
 
     A: Tensor  # (r, rest)
@@ -43,6 +45,7 @@ class StoredUpdate:
     outer: Tensor | None = None  # (out₁, rest₁)
     transposed: bool = False
     kernel: tuple[int, ...] | None = ()
+    experts_site: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -121,14 +124,26 @@ def _of_peft_folder(directory: Path) -> StoredAdapter:
     config, tensors = read_peft(directory)
     by_layer, _ = split_by_layer(tensors)
     updates, errors = {}, []
-    for site, named in by_layer.items():
+    for path, named in by_layer.items():
+        site = path
+        try:
+            key = key_of_path(path, by_layer, config["target_parameters"])
+        except AdapterError as error:
+            errors.append(str(error))
+            continue
         is_embedding = EMBEDDING_TENSOR_KEYS["A"] in named
         keys = tensor_keys("embedding" if is_embedding else "linear")
         if not {keys["A"], keys["B"]} <= {*named} <= {*keys.values()}:
             errors.append(f"'{site}' has {', '.join(named)}, not {keys['A']} and {keys['B']}")
             continue
         A, B, magnitude = named[keys["A"]], named[keys["B"]], named.get(keys["magnitude"])
-        r, scale = rank_and_scale(config, site)
+        r, scale = rank_and_scale(config, key or path)
+        if key is not None:
+            site = key.removesuffix(".weight")
+            if experts := _experts(A, B, r):
+                A, B = experts_from_peft(A, B, experts)
+                updates |= updates_of_experts(site, A, B, scale)
+                continue
         groups = r // B.shape[1] if B.dim() > 1 and B.shape[1] else 0
         if len(A) != r or groups * B.shape[1] != r:
             shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
@@ -144,6 +159,30 @@ def _of_peft_folder(directory: Path) -> StoredAdapter:
     if errors:
         raise AdapterError(f"{directory}: {'; '.join(errors)}")
     return StoredAdapter(directory, "peft", directory / FILES[0], updates, config, tensors)
+
+
+def _experts(A: Tensor, B: Tensor, r: int) -> int:
+    """How many experts PEFT's A (E · r, in) and B (out, r · E) are of; 0 where they are of none."""
+    experts = len(A) // r
+    fits = A.dim() == B.dim() == 2 and len(A) == B.shape[1] == experts * r
+    return experts if fits and experts > 1 else 0
+
+
+def updates_of_experts(site: str, A: Tensor, B: Tensor, scale: float) -> dict[str, StoredUpdate]:
+    """ΔW of each expert by name, `<site>.<expert>`, from A (E, r, in) and B (E, out, r)."""
+    return {
+        f"{site}.{expert}": StoredUpdate(a, b, scale, experts_site=site)
+        for expert, (a, b) in enumerate(zip(A, B, strict=True))
+    }
+
+
+def experts_by_site(updates: Mapping[str, StoredUpdate]) -> dict[str, list[str]]:
+    """Site of experts → the names of their matrices, in order."""
+    names: dict[str, list[str]] = {}
+    for name, update in updates.items():
+        if update.experts_site:
+            names.setdefault(update.experts_site, []).append(name)
+    return names
 
 
 def _peft_type(directory: Path) -> str | None:
@@ -193,6 +232,9 @@ def _of_our_folder(directory: Path) -> StoredAdapter:
             # of a square one, which is then taken to lie as nn.Linear's.
             is_reversed = tuple(about["shape"]) == shape[::-1] != shape
             transposed = about.get("transposed", about["kind"] == "embedding" or is_reversed)
+            if about["kind"] == "experts":
+                updates |= updates_of_experts(site, *factors, about["scale"])
+                continue
             magnitude = tensors.get(f"{prefix}magnitude")
             updates[site] = StoredUpdate(*factors, about["scale"], magnitude, transposed=transposed)
     except (KeyError, TypeError, AttributeError) as error:
@@ -210,5 +252,5 @@ def stored_factors(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
         return A, B @ core
     A0, B0 = tensors.get("A0"), tensors.get("B0")
     if A0 is not None and B0 is not None:
-        return torch.cat([A, A0]), torch.cat([B, -B0], 1)
+        return torch.cat([A, A0], -2), torch.cat([B, -B0], -1)
     return A, B

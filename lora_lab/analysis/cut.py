@@ -4,15 +4,16 @@ The scale of a site stays, so that training can go on from the result as it woul
 original. The factors share the singular values evenly: A = √S Vᵀ and B = U √S.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from lora_lab.adapters.rewrite import rewrite
-from lora_lab.adapters.stored import StoredAdapter, StoredUpdate
+from lora_lab.adapters.stored import StoredAdapter, StoredUpdate, experts_by_site
 from lora_lab.analysis.leading_svd import first_triples, left_vectors
 from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, Spectrum, is_intruder
 from lora_lab.analysis.stored_spectra import svd_of_update
@@ -42,7 +43,7 @@ def cut_update(site: str, update: StoredUpdate, rule: RankRule) -> CutSite:
     # Without the scale, which the new factors have too.
     values, svd = svd_of_update(replace(update, scale=1.0))
     spectrum = Spectrum(values, update.shape, torch.finfo(torch.float32).eps)
-    k = rule(site, spectrum)
+    k = rule(update.experts_site or site, spectrum)
     if k >= update.r and update.outer is None:
         return CutSite(update.r, update.r, 1.0)
     k = max(1, min(k, spectrum.numerical_rank))
@@ -101,10 +102,38 @@ def cut_adapter(
 ) -> dict[str, CutSite]:
     """Writes a stored adapter to the folder `to`, with each site as `cut` gives it.
 
-    What trains in full and DoRA's magnitudes stay. Returns the sites.
+    What trains in full and DoRA's magnitudes stay. Returns the sites. The experts of one site have
+    one rank, the largest that `cut` gives one of them; what is returned of them is the mean.
     """
-    sites = {site: cut(site, update) for site, update in stored.updates.items()}
-    updates = {site: c.update for site, c in sites.items() if c.update is not None}
-    for site in rewrite(stored, updates, to):
+    cuts = {name: cut(name, update) for name, update in stored.updates.items()}
+    experts = experts_by_site(stored.updates)
+    for names in experts.values():
+        cuts |= _at_one_rank({name: (stored.updates[name], cuts[name]) for name in names})
+    updates = {name: c.update for name, c in cuts.items() if c.update is not None}
+    kept_as_they_are = rewrite(stored, updates, to)
+    sites = {name: c for name, c in cuts.items() if not stored.updates[name].experts_site}
+    for site in kept_as_they_are:
         sites[site] = replace(sites[site], k=sites[site].r, kept=1.0, update=None, stays=True)
+    for site, names in experts.items():
+        members = [cuts[name] for name in names]
+        kept = fmean(member.kept for member in members)
+        intruders = sum(member.intruders for member in members)
+        sites[site] = replace(members[0], kept=kept, intruders=intruders)
     return sites
+
+
+def _at_one_rank(experts: Mapping[str, tuple[StoredUpdate, CutSite]]) -> dict[str, CutSite]:
+    """The cuts of one site's experts at the largest rank of them; where that is r, none is cut."""
+    k = max(cut.k for _, cut in experts.values())
+    if all(cut.update is None for _, cut in experts.values()):
+        return {name: cut for name, (_, cut) in experts.items()}
+    cuts = {}
+    for name, (update, cut) in experts.items():
+        new = update if cut.update is None else cut.update
+        if len(new.A) < k and not cut.intruders:
+            values, svd = svd_of_update(replace(update, scale=1.0))
+            new = _product(update, svd, k)
+            total = values.square().sum()
+            cut = replace(cut, kept=(values[:k].square().sum() / total).item() if total else 1.0)
+        cuts[name] = replace(cut, k=k, update=new)
+    return cuts

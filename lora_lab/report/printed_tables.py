@@ -30,13 +30,15 @@ def simple_table(
 def site_table(sites: Iterable[Any]) -> Table:
     """A row for each site that the targets matched, and the total of trainable parameters.
 
-    Columns: name, shape of the weight as a matrix, r, alpha, init, dropout, trainable parameters.
+    Columns: name, shape of the weight as a matrix (of experts E × out × in), r, alpha, init,
+    dropout, trainable parameters.
     """
     sites = list(sites)
     names = ("weight", "r", "alpha", "init", "dropout", "trains")
     table = simple_table(["site", *(Column(name, justify="right") for name in names)])
     for site in sites[:MAX_SITES]:
-        weight, recipe = " × ".join(map(str, site.shape)), site.recipe
+        sizes = [site.experts, *site.shape] if site.kind == "experts" else site.shape
+        weight, recipe = " × ".join(map(str, sizes)), site.recipe
         settings = (str(recipe.r), f"{recipe.alpha:g}", recipe.init, f"{recipe.dropout:g}")
         table.add_row(site.name, weight, *settings, f"{site.trainable_parameters:,}")
     if len(sites) > MAX_SITES:
