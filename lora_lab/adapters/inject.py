@@ -66,12 +66,13 @@ def attach(
     """
     if type(seed := python_scalar(seed)) is not int:
         raise AdapterError(f"seed={seed!r}: must be an integer")
-    targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     recipe = Recipe(r, r if alpha is None else alpha, dropout, init, scaling, trains, dora)
     keys = select(model, also_train)
     sites = find_sites(
         model, targets, recipe, rank_pattern, alpha_pattern, keys, over_rank, note=log.warning
     )
+    if not sites and not keys:
+        raise AdapterError(f"targets={targets!r}: picks nothing, and also_train is empty too")
     adapters = {}
     for site in sites:
         assert site.recipe is not None
@@ -123,7 +124,7 @@ def _check_placeable(
     name: str,
     also_trained: Mapping[str, FullParameter],
 ) -> None:
-    if not name.isidentifier() or hasattr(Slot(), name):
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(Slot(), name):
         raise AdapterError(f"name={name!r}: must be a plain word, and not one of nn.ModuleDict's")
     slots.require_unmerged(model)
     names, keys = {site.name for site in sites}, {site.key for site in sites}

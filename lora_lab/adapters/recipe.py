@@ -60,7 +60,8 @@ class Recipe:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise AdapterError(f"alpha={self.alpha}: must be more than 0")
         for name, table in (("init", INITS), ("scaling", SCALINGS), ("trains", TRAINS)):
-            if (value := getattr(self, name)) not in table:
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in table:
                 raise AdapterError(f"{name}={value!r}: must be one of {', '.join(table)}")
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout={self.dropout}: must be at least 0 and less than 1")

@@ -4,38 +4,43 @@ import difflib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
+from glob import escape
 
 from torch import nn
 
-from lora_lab.adapters.sites import Site
-from lora_lab.adapters.target import Target, as_list, fits
+from lora_lab.adapters.globs import as_list, matching
+from lora_lab.adapters.sites import ADAPTERS, Site
+from lora_lab.adapters.target import SitesByName, Target
 
 
-def reason_none_picked(label: str, target: Target, model: nn.Module, sites: Sequence[Site]) -> str:
+def reason_none_picked(label: str, target: Target, model: nn.Module, sites: SitesByName) -> str:
     """Why a target picks no site, with the nearest names."""
     globs = list(as_list(target.match))
     noun = "weight" if target.kind in ("all", "weight") else f"{target.kind} weight"
-    of_kind = [site for site in sites if replace(target, match="*", exclude=()).picks(site)]
+    of_kind = replace(target, match="*", exclude=()).pick(sites)
     if not of_kind:
         return f"target '{label}' picks nothing: the model has no {noun}"
-    if any(fits(site, globs) for site in of_kind):
+    if replace(target, exclude=()).pick(sites):
         return f"target '{label}' picks nothing: its exclude leaves out all that its match picks"
-    of_other_kinds = [site for site in sites if fits(site, globs)]
-    if of_other_kinds:
+    if of_other_kinds := [sites.sites[i] for i in sorted(sites.fitting(globs))]:
         shown = ", ".join(f"{site.name} ({site.kind})" for site in of_other_kinds[:3])
         return f"target '{label}' picks no {noun}, only {shown}"
-    layers = {n: m for n, m in model.named_modules() if n and any(fnmatchcase(n, g) for g in globs)}
-    if layers and globs != ["*"]:
-        shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in list(layers.items())[:3])
-        return f"target '{label}' picks no {noun}, only {shown}"
+    modules = {name: module for name, module in model.named_modules() if name}
+    named = matching(globs, modules)
+    modules = {name: module for name, module in modules.items() if name in named}
+    if modules and globs != ["*"]:
+        shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in list(modules.items())[:3])
+        holder = next((n for n in modules if any(s.name.startswith(f"{n}.") for s in of_kind)), "")
+        way = f"; '{escape(holder)}.*' picks those within" if holder else ""
+        return f"target '{label}' picks no {noun}, only {shown}{way}"
     shown = ", ".join(f"'{glob}'" for glob in globs)
     last_names = [*dict.fromkeys(site.name.rpartition(".")[2] for site in of_kind)]
     few = ", ".join(last_names[:6]) + (", …" if last_names[6:] else "")
     subject = "" if globs == [label] else f": {shown} fits none"
+    brackets = "; '[' begins a set of letters: write '[[]' for it" * ("[" in "".join(globs))
     return (
         f"target '{label}' picks no {noun}{subject}; nearest names: "
-        f"{nearest(globs[0], of_kind)}; last names of its {noun}s: {few}"
+        f"{nearest(globs[0], of_kind)}; last names of its {noun}s: {few}{brackets}"
     )
 
 
@@ -74,6 +79,28 @@ def reason_tied(
     )
 
 
+def reason_no_dora(
+    sites: Sequence[Site], targets: Mapping[str, Target], label_by_site: Mapping[str, str]
+) -> str:
+    """Names the picked sites that can have no DoRA, and the settings that leave them out."""
+    kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
+    able = ", ".join(dict.fromkeys(A.kind for A in ADAPTERS if A.takes_dora))
+    ways = ["dora=false"]
+    for label in dict.fromkeys(label_by_site[site.name] for site in sites):
+        of_label = [site for site in sites if label_by_site[site.name] == label]
+        if len(of_label) == list(label_by_site.values()).count(label):
+            ways.append(f"leave out the target '{label}'")
+            continue
+        # All sites of a layer at once, by its name; the model itself has none.
+        names = dict.fromkeys(site.layer or site.name for site in of_label)
+        globs = [*as_list(targets[label].exclude), *names]
+        ways += [" ".join(_setting(label, targets[label], "exclude", globs))]
+    names, verb = _shown([site.name for site in sites]), "is" if len(sites) == 1 else "are"
+    return (
+        f"dora=true: {names} {verb} of kind {kinds}, and DoRA is for {able}: {', or '.join(ways)}"
+    )
+
+
 def _setting(label: str, target: Target, key: str, values: Sequence[str]) -> list[str]:
     """What sets a target's `key`, as it is written on a command line.
 
@@ -92,16 +119,18 @@ def _list(values: Sequence[str]) -> str:
     return values[0] if len(values) == 1 else f"[{','.join(values)}]"
 
 
-def in_one(messages: Sequence[tuple[Site, str]], shown: int = 3) -> str:
+def in_one(messages: Sequence[tuple[Site, str]]) -> str:
     """The messages of many sites as one, in which those that are alike name their sites together.
 
     Of "'a' cannot be adapted: X" and the same of 'b': "'a', 'b' cannot be adapted: X".
     """
     names_by_text: dict[str, list[str]] = {}
     for site, message in messages:
-        names_by_text.setdefault(message.replace(f"'{site.name}'", "{}"), []).append(site.name)
-    texts = []
-    for text, names in names_by_text.items():
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
-        texts.append(text.replace("{}", ", ".join(f"'{name}'" for name in names[:shown]) + more))
-    return "; ".join(texts)
+        names_by_text.setdefault(message.replace(f"'{site.name}'", "\0"), []).append(site.name)
+    return "; ".join(text.replace("\0", _shown(names)) for text, names in names_by_text.items())
+
+
+def _shown(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more

@@ -1,27 +1,28 @@
 """Which weights get an adapter: targets pick sites, and each site gets its recipe."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from torch import nn
 
+from lora_lab.adapters.globs import as_list, check_pattern
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.memory import Span, memory_span, overlaps, parameters_in_memory
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
-from lora_lab.adapters.sites import ADAPTERS, Site, adapter_class, candidate_sites
+from lora_lab.adapters.sites import Site, adapter_class, candidate_sites
 from lora_lab.adapters.target import (
     GROUPS,
     PatternError,
     RankError,
+    SitesByName,
     Target,
     TargetError,
-    as_list,
-    fits,
 )
 from lora_lab.adapters.target_messages import (
     in_one,
     nearest,
+    reason_no_dora,
     reason_none_picked,
     reason_tied,
 )
@@ -33,13 +34,10 @@ taken as it is (which trains more numbers than ΔW can use)."""
 AT_MOST_FULL_RANK = ("orthogonal", *(name for name, init in INITS.items() if not init.is_random))
 """Inits that draw no more directions than the weight has."""
 
-Patterns = Mapping[str, Mapping[str, float]]
-"""Values for single sites: {"r" or "alpha": {glob on names: value}}."""
-
 
 def find_sites(
     model: nn.Module,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, Target] | str,
     recipe: Recipe | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -49,12 +47,12 @@ def find_sites(
 ) -> list[Site]:
     """The sites that `targets` pick in `model`, in the model's order.
 
-    Works on a model on the meta device: no weight is read. With `recipe` each site gets a recipe:
-    what its target sets goes before `recipe`, and the patterns ({glob: value}, the first that fits)
-    go before both. Sites whose parameter's key is in `trained_in_full` are left out, and weights
-    that are tied to others, unless their target names them or has `tied`. `over_rank` is one of
-    OVER_RANK. `note` is called with a text on the tied weights that are left out, and with one on
-    the ranks that are clipped.
+    Works on a model on the meta device: no weight is read. `targets` are {label: Target}, or one of
+    GROUPS. With `recipe` each site gets a recipe: what its target sets goes before `recipe`, and
+    the patterns ({glob: value}, the first that fits) go before both. Sites whose parameter's key is
+    in `trained_in_full` are left out, and weights that are tied to others, unless their target
+    names them or has `tied`. `over_rank` is one of OVER_RANK. `note` is called with a text on the
+    tied weights that are left out, and with one on the ranks that are clipped.
 
     Raises TargetError when a target or a pattern picks nothing, when two targets pick one site,
     when a picked weight is named and tied to another layer's, or is no parameter; RankError when r
@@ -62,20 +60,22 @@ def find_sites(
     """
     if over_rank not in OVER_RANK:
         raise AdapterError(f"over_rank={over_rank!r}: must be one of {', '.join(OVER_RANK)}")
+    targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     _check_targets(targets)
-    candidates = list(candidate_sites(model))
+    candidates = SitesByName([*candidate_sites(model)])
     label_by_site = _pick(model, targets, candidates, trained_in_full)
-    picked = [site for site in candidates if site.name in label_by_site]
-    patterns = {"r": rank_pattern or {}, "alpha": alpha_pattern or {}}
-    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        _check_globs([*(pattern or {})], picked, f"{name}:", PatternError)
+    patterns = {"r": rank_pattern, "alpha": alpha_pattern}
+    own_settings = _own_settings(patterns, candidates, label_by_site)
     names_by_span = parameters_in_memory(model)
     sites: list[Site] = []
     clipped: list[tuple[Site, str]] = []
     errors: list[tuple[Site, AdapterError]] = []
+    without_dora: list[Site] = []
     tied: list[tuple[Site, list[str]]] = []
     taken: set[object] = set()
-    for site in picked:
+    for site in candidates.sites:
+        if site.name not in label_by_site:
+            continue
         layer, target = model.get_submodule(site.layer), targets[label_by_site[site.name]]
         try:
             span, tied_to = _check_weight(site, layer, names_by_span)
@@ -87,13 +87,19 @@ def find_sites(
             taken.add((span, site.rows))
             site = replace(site, tied_to=tied_to)
             if recipe is not None:
-                site = replace(site, recipe=_site_recipe(site, target.recipe(recipe), patterns))
-                site, clipping = _with_possible_recipe(site, layer, over_rank)
+                settings = own_settings.get(site.name, {})
+                site = replace(site, recipe=replace(target.recipe(recipe), **settings))
+                site, clipping = _with_possible_recipe(site, over_rank)
                 clipped += [(site, clipping)] if clipping else []
+                if recipe.dora and not adapter_class(layer, site.parameter).takes_dora:
+                    without_dora.append(site)
             sites.append(site)
         except AdapterError as error:
             errors.append((site, error))
-    named = [(site, names) for site, names in tied if targets[label_by_site[site.name]].names(site)]
+    if without_dora:
+        reason = reason_no_dora(without_dora, targets, label_by_site)
+        errors.append((without_dora[0], AdapterError(reason)))
+    named = [(s, names) for s, names in tied if targets[label_by_site[s.name]].names_exactly(s)]
     if named or (tied and not sites and not errors):
         raise TargetError(reason_tied(named or tied, targets, label_by_site))
     if errors:
@@ -106,28 +112,29 @@ def find_sites(
 
 
 def _check_targets(targets: Mapping[str, Target]) -> None:
+    """Raises TargetError for what are no targets, and for a value that no target can have."""
     is_mapping = isinstance(targets, Mapping)
-    if not is_mapping or not all(isinstance(target, Target) for target in targets.values()):
+    if not is_mapping or not all(
+        isinstance(label, str) and isinstance(target, Target) for label, target in targets.items()
+    ):
         raise TargetError(
             f"targets={targets!r}: must be one of {', '.join(GROUPS)}, or "
-            "{label: Target(match=…)} with a glob on names"
+            "{'label': Target(match=…)} with a glob on names"
         )
+    for label, target in targets.items():
+        target.check(label)
 
 
 def _pick(
     model: nn.Module,
     targets: Mapping[str, Target],
-    sites: Sequence[Site],
+    sites: SitesByName,
     trained_in_full: Collection[str],
 ) -> dict[str, str]:
     """The names of the sites that the targets pick, each with the label of its target."""
     label_by_site: dict[str, str] = {}
     for label, target in targets.items():
-        if target.kind not in GROUPS:
-            raise TargetError(
-                f"target '{label}': kind={target.kind!r} must be one of {', '.join(GROUPS)}"
-            )
-        picked = [site for site in sites if target.picks(site)]
+        picked = target.pick(sites)
         if not picked:
             raise TargetError(reason_none_picked(label, target, model, sites))
         names = [site.name for site in picked if site.key not in trained_in_full]
@@ -137,9 +144,10 @@ def _pick(
                 f"target '{label}' picks only what trains in full (also_train): {shown}; "
                 "leave the target out, or take this from also_train"
             )
-        _check_globs(
-            [*as_list(target.match), *as_list(target.exclude)], sites, f"target '{label}':"
-        )
+        for glob in (*as_list(target.match), *as_list(target.exclude)):
+            if not sites.fitting(glob):
+                near = nearest(glob, sites.sites)
+                raise TargetError(f"target '{label}': '{glob}' fits no site; nearest: {near}")
         for name in names:
             if name in label_by_site:
                 raise TargetError(
@@ -150,12 +158,31 @@ def _pick(
     return label_by_site
 
 
-def _check_globs(
-    globs: Sequence[str], sites: Sequence[Site], where: str, error: type[TargetError] = TargetError
-) -> None:
-    for glob in globs:
-        if not any(fits(site, glob) for site in sites):
-            raise error(f"{where} '{glob}' fits no site; nearest: {nearest(glob, sites)}")
+def _own_settings(
+    patterns: Mapping[str, Mapping[str, float] | None],
+    sites: SitesByName,
+    picked: Collection[str],
+) -> dict[str, dict[str, float]]:
+    """What `patterns`, of "r" and of "alpha", set for single sites: {site's name: {key: value}}.
+
+    Of several globs that fit a site the first decides. Raises AdapterError.
+    """
+    own_settings: dict[str, dict[str, float]] = {}
+    for key, pattern in patterns.items():
+        where = {"r": "rank_pattern", "alpha": "alpha_pattern"}[key]
+        check_pattern(where, {} if pattern is None else pattern)
+        for glob, value in (pattern or {}).items():
+            try:
+                replace(Recipe(r=1, alpha=1.0), **{key: value}).check()
+            except AdapterError as error:
+                raise PatternError(f"{where}={{{glob!r}: {value!r}}}: {error}") from None
+            names = [name for i in sites.fitting(glob) if (name := sites.sites[i].name) in picked]
+            if not names:
+                near = nearest(glob, [site for site in sites.sites if site.name in picked])
+                raise PatternError(f"{where}: '{glob}' fits no site; nearest: {near}")
+            for name in names:
+                own_settings.setdefault(name, {}).setdefault(key, value)
+    return own_settings
 
 
 def _check_weight(
@@ -184,15 +211,7 @@ def _check_weight(
     return span, tuple(name for name in names if name != site.key)
 
 
-def _site_recipe(site: Site, recipe: Recipe, patterns: Patterns) -> Recipe:
-    """`recipe` with r and alpha of the first patterns that fit the site."""
-    for key, globs in patterns.items():
-        values = [value for glob, value in globs.items() if fits(site, glob)]
-        recipe = replace(recipe, **{key: values[0]}) if values else recipe
-    return recipe
-
-
-def _with_possible_recipe(site: Site, layer: nn.Module, over_rank: str) -> tuple[Site, str]:
+def _with_possible_recipe(site: Site, over_rank: str) -> tuple[Site, str]:
     """The site with a recipe that its weight can have; and a text on r, where it is clipped.
 
     Raises AdapterError where no such recipe is meant.
@@ -202,12 +221,6 @@ def _with_possible_recipe(site: Site, layer: nn.Module, over_rank: str) -> tuple
     recipe.check()
     if site.tied_to:
         recipe.check_shared(site.name)
-    if recipe.dora and not adapter_class(layer, site.parameter).takes_dora:
-        able = ", ".join(dict.fromkeys(A.kind for A in ADAPTERS if A.takes_dora))
-        raise AdapterError(
-            f"dora=true: '{site.name}' is of kind {site.kind}, DoRA is for {able}; "
-            "leave it out of the target, or by its exclude"
-        )
     if recipe.r > most:
         where = f"r={recipe.r} exceeds the rank of '{site.name}' (weight {_times(site.shape)})"
         if over_rank == "error":

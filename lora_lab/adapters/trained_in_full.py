@@ -2,13 +2,13 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_lab.adapters.globs import as_list, check_globs, matching
 from lora_lab.adapters.memory import memory_span, overlaps, parameters_in_memory
 from lora_lab.adapters.recipe import AdapterError
 
@@ -66,33 +66,35 @@ def select(model: nn.Module, globs: str | Sequence[str]) -> list[str]:
     """The keys of the parameters that `globs` pick, in the model's order.
 
     A glob picks a parameter by its name (`encoder.norm.weight`), or by that of a module that holds
-    it (`encoder.norm`, `encoder`). The word `bias` picks each parameter whose last name is `bias`.
+    it (`encoder.norm`, `encoder`). A glob that is itself such a name, as `blocks[0]` may be, stands
+    for that name alone. The word `bias` picks each parameter whose last name is `bias`.
     Adapters are left out. Works on a model on the meta device.
 
     Raises AdapterError for a glob that picks nothing, and for a parameter that cannot be trained
     beside its base.
     """
-    globs = [globs] if isinstance(globs, str) else globs
+    check_globs("also_train", globs)
+    globs = as_list(globs)
     parameters = {
         key: parameter
         for key, parameter in model.named_parameters(remove_duplicate=False)
         if "lora" not in key.split(".")
     }
+    names = dict.fromkeys(name for key in parameters for name in _names(key))
+    picked: set[str] = set()
     for glob in globs:
-        if not any(_picks(glob, key) for key in parameters):
-            names = dict.fromkeys(name for key in parameters for name in _names(key))
+        if glob == BIAS:
+            matches = {key for key in parameters if key.rpartition(".")[2] == BIAS}
+        else:
+            matches = matching(glob, names)
+        if not matches:
             near = ", ".join(difflib.get_close_matches(glob, names, n=3, cutoff=0.0))
             raise AdapterError(f"also_train: '{glob}' fits no parameter; nearest: {near}")
-    keys = [key for key in parameters if any(_picks(glob, key) for glob in globs)]
+        picked |= matches
+    keys = [key for key in parameters if not picked.isdisjoint(_names(key))]
     if errors := _reasons_not_trainable(model, {key: parameters[key] for key in keys}):
         raise AdapterError(f"also_train: {'; '.join(errors)}")
     return keys
-
-
-def _picks(glob: str, key: str) -> bool:
-    if glob == BIAS:
-        return key.rpartition(".")[2] == BIAS
-    return any(fnmatchcase(name, glob) for name in _names(key))
 
 
 def _names(key: str) -> list[str]:

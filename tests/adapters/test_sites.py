@@ -6,6 +6,7 @@ Run: make test ARGS=tests/adapters/test_sites.py
 """
 
 import copy
+import json
 import random
 import subprocess
 import sys
@@ -64,7 +65,10 @@ def test_globs(match: str, names: list[str]):
         (Target("conv"), "picks nothing: the model has no conv weight"),
         (Target("conv", match="fc*"), "the model has no conv weight"),
         (Target(match="fc*", exclude="fc?"), "its exclude leaves out all that its match picks"),
-        (Target("lineal"), "kind='lineal' must be one of linear, conv, embedding, experts, weight"),
+        (
+            Target("lineal"),
+            "kind='lineal': must be one of linear, conv, embedding, experts, weight",
+        ),
         (Target(exclude="hed"), "target 'mine': 'hed' fits no site; nearest: head"),
         (Target(match=["fc1", "typo"]), "target 'mine': 'typo' fits no site; nearest:"),
         (Target(match="relu*"), "picks no weight, only relu1 (ReLU)"),
@@ -161,6 +165,16 @@ def test_a_rank_over_the_weights_may_be_allowed():
             adapters.attach(model(), OVER, r=16, alpha=8, init=init, over_rank="allow")
     with pytest.raises(adapters.AdapterError, match="over_rank='cut': must be one of"):
         adapters.attach(model(), r=2, over_rank="cut")
+
+
+class Parameters(nn.Module):
+    """Some layers, and a parameter that no layer holds."""
+
+    def __init__(self, layers: nn.ModuleDict):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.theta = nn.Parameter(torch.zeros(3, 3))
 
 
 def test_parameters_of_one_row_are_picked_by_name_only():
@@ -366,12 +380,33 @@ def test_a_recipe_that_cannot_be_is_an_error(how: dict, says: str):
     assert not adapters.attached(one)
 
 
-def test_dora_is_not_for_every_kind():
-    says = (
-        r"'0\.weight_ih_l0_i', .* and 5 more is of kind weight, DoRA is for linear, conv, embedding"
-    )
-    with pytest.raises(adapters.AdapterError, match=says):
-        adapters.attach(nn.Sequential(nn.LSTM(3, 3)), "all", r=1, alpha=1, dora=True)
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (
+            {"all": Target()},
+            "dora=true: 'theta', 'lstm.weight_ih_l0_i', 'lstm.weight_ih_l0_f' and 6 more are of "
+            "kind weight, and DoRA is for linear, conv, embedding: dora=false, or "
+            "'target.all.exclude=[theta,lstm]'",
+        ),
+        (
+            {"fc": Target(match="fc"), "gates": Target(match="lstm", exclude="*hh*")},
+            "and 1 more are of kind weight, and DoRA is for linear, conv, embedding: dora=false, "
+            "or leave out the target 'gates'",
+        ),
+        (
+            {"t": Target(match=["theta", "fc"])},
+            "dora=true: 'theta' is of kind weight, and DoRA is for linear, conv, embedding: "
+            "dora=false, or target.t.exclude=theta",
+        ),
+    ],
+)
+def test_dora_is_not_for_every_kind(targets: dict[str, Target], says: str):
+    mixed = nn.ModuleDict({"lstm": nn.LSTM(3, 3), "fc": nn.Linear(3, 3)})
+    model = Parameters(mixed)
+    with pytest.raises(adapters.AdapterError) as error:
+        adapters.attach(model, targets, r=1, alpha=1, dora=True)
+    assert str(error.value).endswith(says)
 
 
 @pytest.mark.parametrize(
@@ -402,28 +437,164 @@ def test_a_model_without_its_weights_is_an_error():
         adapters.attach(nn.Linear(3, 3, device="meta"), r=1, alpha=1)
 
 
+GLOBS = "must be a glob on names, or a list of globs"
+TARGETS = (
+    "must be one of linear, conv, embedding, experts, weight, attention, all, or {'label': Target"
+)
+INTEGER, NUMBER, BOOL = (
+    "must be an integer of at least 1",
+    "must be a number",
+    "must be True or False",
+)
+INIT, PATTERN, WORD = (
+    "must be one of kaiming",
+    "must be {glob on names: value}",
+    "must be a plain word",
+)
+WRONG = {
+    "targets=3": f"targets=3: {TARGETS}",
+    "targets=['fc']": f"targets=['fc']: {TARGETS}",
+    "targets={'a': 3}": f"targets={{'a': 3}}: {TARGETS}",
+    "targets={'a': '*fc'}": f"targets={{'a': '*fc'}}: {TARGETS}",
+    "targets={1: Target('conv')}": "targets={1: Target(kind='conv'",
+    "targets='lin'": "target 'lin': kind='lin': must be one of linear",
+    "targets={}": "targets={}: picks nothing, and also_train is empty too",
+    "kind=3": "target 'a': kind=3: must be one of linear",
+    "kind=['conv']": "target 'a': kind=['conv']: must be one of linear",
+    "match=None": f"target 'a': match=None: {GLOBS}",
+    "match=['fc', 2]": f"target 'a': match=['fc', 2]: {GLOBS}",
+    "match={'fc': 1}": f"target 'a': match={{'fc': 1}}: {GLOBS}",
+    "match=b'fc'": f"target 'a': match=b'fc': {GLOBS}",
+    "match=[]": "target 'a': match=[]: must have a glob",
+    "exclude=[1, 'x']": f"target 'a': exclude=[1, 'x']: {GLOBS}",
+    "exclude=1": f"target 'a': exclude=1: {GLOBS}",
+    "tied=1": f"target 'a': tied=1: {BOOL}",
+    "Target(r='8')": f"target 'a': r='8': {INTEGER}",
+    "Target(alpha=True)": f"target 'a': alpha=True: {NUMBER}",
+    "Target(dropout='0')": f"target 'a': dropout='0': {NUMBER}",
+    "Target(init=['svd'])": f"target 'a': init=['svd']: {INIT}",
+    "r='8'": f"r='8': {INTEGER}",
+    "r=8.0": f"r=8.0: {INTEGER}",
+    "r=[8]": f"r=[8]: {INTEGER}",
+    "alpha=True": f"alpha=True: {NUMBER}",
+    "alpha='1'": f"alpha='1': {NUMBER}",
+    "dropout=None": f"dropout=None: {NUMBER}",
+    "init={}": f"init={{}}: {INIT}",
+    "scaling=[]": "scaling=[]: must be one of alpha/r",
+    "trains=None": "trains=None: must be one of both",
+    "dora=1": f"dora=1: {BOOL}",
+    "rank_pattern={1: 2, 'fc': 2}": f"rank_pattern={{1: 2, 'fc': 2}}: {PATTERN}",
+    "rank_pattern={'fc': '2'}": f"rank_pattern={{'fc': '2'}}: r='2': {INTEGER}",
+    "rank_pattern='fc'": f"rank_pattern='fc': {PATTERN}",
+    "alpha_pattern={None: 2}": f"alpha_pattern={{None: 2}}: {PATTERN}",
+    "alpha_pattern={'fc': True}": f"alpha_pattern={{'fc': True}}: alpha=True: {NUMBER}",
+    "also_train=3": f"also_train=3: {GLOBS}",
+    "also_train=[1, 'fc']": f"also_train=[1, 'fc']: {GLOBS}",
+    "over_rank=['clip']": "over_rank=['clip']: must be one of error, clip, allow",
+    "seed='1'": "seed='1': must be an integer",
+    "name=3": f"name=3: {WORD}",
+    "name=['a']": f"name=['a']: {WORD}",
+}
+"""An argument of `attach`, or of a target 'a', and how the error begins."""
+
+
 def test_arguments_of_a_wrong_type_are_errors():
     """In another process: here jaxtyping would raise an error first."""
     program = """
+import json, sys, torch
 from torch import nn
 from lora_lab import adapters
-model = nn.Linear(3, 4)
-for call in (
-    lambda: adapters.attach(model, ["c_attn"], r=1, alpha=1),
-    lambda: adapters.attach(model, {"a": "*c_attn"}, r=1, alpha=1),
-    lambda: adapters.attach(model, r=1, alpha=1) and adapters.combine(model, ["default"], "b"),
-    lambda: adapters.combine(model, {}, "b"),
-):
+from lora_lab.adapters import Target
+messages = {}
+for argument in json.loads(sys.argv[1]):
+    model = nn.ModuleDict({"fc": nn.Linear(3, 4)})
+    if argument.startswith("Target"):
+        text = f"targets={{'a': {argument}}}"
+    elif argument.partition("=")[0] in ("kind", "match", "exclude", "tied"):
+        text = f"targets={{'a': Target({argument})}}"
+    else:
+        text = argument
     try:
-        call()
+        eval(f"adapters.attach(model, **{{'r': 1, **dict({text})}})")
     except adapters.AdapterError as error:
-        print(error)
+        messages[argument] = str(error)
+    assert all(p.requires_grad for p in model.parameters()), argument
+adapters.attach(model, r=1)
+for share in (["default"], {}):
+    try:
+        adapters.combine(model, share, "b")
+    except adapters.AdapterError as error:
+        messages[str(share)] = str(error)
+print(json.dumps(messages))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 4, done.stderr
-    assert all("must be one of linear, conv" in line for line in lines[:2])
-    assert all("must be {adapter's name: share}" in line for line in lines[2:])
+    command = [sys.executable, "-c", program, json.dumps([*WRONG])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    messages = json.loads(done.stdout)
+    shares = "must be {adapter's name: share}"
+    expected = {
+        **WRONG,
+        "['default']": f"weights=['default']: {shares}",
+        "{}": f"weights={{}}: {shares}",
+    }
+    starts = {key: messages.get(key, "no error")[: len(says)] for key, says in expected.items()}
+    assert starts == expected
+
+
+class Bracketed(nn.Module):
+    """With names that are globs, each of which fits another name."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("blocks[0]", "blocks0", "block?", "blocks"):
+            self.add_module(name, nn.Linear(3, 3))
+        self.add_module("list[1]", nn.ModuleDict({"fc": nn.Linear(3, 3)}))
+        self.list1 = nn.ModuleDict({"fc": nn.Linear(3, 3)})
+
+
+@pytest.mark.parametrize(
+    ("target", "picked"),
+    [
+        (Target(match="blocks[0]"), ["blocks[0]"]),
+        (Target(match="blocks[0].weight"), ["blocks[0]"]),
+        (Target(match=["block?", "blocks0"]), ["blocks0", "block?"]),
+        (Target(match="blocks*", exclude="blocks[0]"), ["blocks0", "blocks"]),
+        (Target(match="block[s?]"), ["block?", "blocks"]),
+        (Target(match="list[1].fc"), ["list[1].fc"]),
+        (Target(match="list[1].*"), ["list1.fc"]),
+    ],
+)
+def test_a_glob_that_is_a_name_stands_for_it_alone(target: Target, picked: list[str]):
+    sites = adapters.find_sites(Bracketed(), {"it": target})
+    assert [site.name for site in sites] == picked
+
+
+def test_patterns_and_also_train_take_names_before_globs():
+    bracketed = Bracketed()
+    sites = adapters.attach(
+        bracketed, "linear", r=2, rank_pattern={"blocks[0]": 1, "blocks*": 3}, also_train="list[1]"
+    )
+    ranks = {site.name: site.recipe.r for site in sites if site.recipe}
+    assert ranks == {"blocks[0]": 1, "blocks0": 3, "block?": 2, "blocks": 3, "list1.fc": 2}
+    also = ["list[1].fc.weight", "list[1].fc.bias"]
+    assert [*adapters.also_trained(bracketed)] == also
+    tied: Any = Bracketed()
+    tied._modules["blocks[0]"].weight = tied.blocks0.weight
+    with pytest.raises(TargetError, match=r"'blocks\[0\]' is tied"):
+        adapters.find_sites(tied, {"it": Target(match=["blocks[0]", "blocks"])})
+
+
+@pytest.mark.parametrize(
+    ("match", "says"),
+    [
+        ("list[1]", r"only list\[1\] \(ModuleDict\); 'list\[\[]1\]\.\*' picks those within"),
+        ("list1", r"only list1 \(ModuleDict\); 'list1\.\*' picks those within"),
+        ("block[7]", r"write '\[\[\]' for it"),
+    ],
+)
+def test_a_name_that_picks_nothing_has_a_way_out(match: str, says: str):
+    with pytest.raises(TargetError, match=says):
+        adapters.find_sites(Bracketed(), {"it": Target(match=match)})
 
 
 class Renamed(nn.Linear):
@@ -803,7 +974,7 @@ class AttentionDict(nn.ModuleDict):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
 )  # fmt: skip
 def test_attention_is_found_at_the_root_and_in_containers(model: nn.Module, names: str):
-    sites = [site for site in candidate_sites(model) if Target("attention").picks(site)]
+    sites = [site for site in candidate_sites(model) if site.attention]
     assert [site.name.removesuffix(".weight") for site in sites] == names.split()
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab import adapters
-from lora_lab.adapters import Target
 from lora_lab.adapters.sites import candidate_sites
 from tests.adapters import zoo
 
@@ -107,5 +106,5 @@ ATTENTION = {
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_attention_has_the_layers_that_it_computes_with(name: str):
     model, _ = zoo.build(name)
-    sites = [site for site in candidate_sites(model) if Target("attention").picks(site)]
+    sites = [site for site in candidate_sites(model) if site.attention]
     assert len(sites) == ATTENTION[name], [site.name for site in sites]
