@@ -224,7 +224,7 @@ def test_a_base_from_a_checkpoint(lab: Lab):
         (
             "adapter.init=kaming",
             "adapter.init=kaming: must be one of kaiming, gaussian, orthogonal, pissa, olora, svd, "
-            "milora, mica; nearest: kaiming",
+            "milora, mica, eva, corda, lora_ga; nearest: kaiming",
         ),
         ("adapter.scaling=alfa", "must be one of alpha/r, alpha/sqrt(r), alpha; nearest: alpha"),
         ("adapter.dropout=1.0", "adapter.dropout=1.0: must be less than 1"),

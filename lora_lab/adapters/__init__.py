@@ -1,6 +1,7 @@
 """LoRA itself: `from lora_lab import adapters; adapters.attach(model, r=8, alpha=16)`."""
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.calibration import Calibration
 from lora_lab.adapters.count import Count, count
 from lora_lab.adapters.files import (
     adapter_state_dict,
@@ -32,6 +33,7 @@ __all__ = [
     "TRAINS",
     "Adapter",
     "AdapterError",
+    "Calibration",
     "Count",
     "FullParameter",
     "PatternError",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_lab.adapters.data_inits import InputMoments
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
@@ -122,19 +123,34 @@ class Adapter(nn.Module, ABC):
         """The inverse of `weight_to_matrix`: (*runs, out, rest) in the weight's shape."""
         return matrix.view(*matrix.shape[:-2], *shape)
 
-    def draw(self, layer: nn.Module, generator: torch.Generator) -> "Adapter":
-        """Sets the factors to what the recipe's init draws for the weight of `layer`."""
+    def draw(
+        self,
+        layer: nn.Module,
+        generator: torch.Generator,
+        data: InputMoments | Tensor | None = None,
+    ) -> "Adapter":
+        """Sets the factors to what the recipe's init draws for the weight of `layer`.
+
+        `data` is what the init reads: see `Init`; a gradient is in the weight's shape.
+        """
         weight = self.weight_of(layer).detach()
         if weight.is_meta:
             raise AdapterError("the model is on the meta device: attach once it has its weights")
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.fill(self.draw_tensors(self.weight_to_matrix(weight).to(dtype), layer, generator))
+        W = self.weight_to_matrix(weight).to(dtype)
+        if isinstance(data, Tensor):
+            data = self.weight_to_matrix(data).to(W)
+        self.fill(self.draw_tensors(W, layer, generator, data))
         if self.recipe.dora:
             self.magnitude = nn.Parameter(self.row_norms(weight))
         return self
 
     def draw_tensors(
-        self, W: Float[Tensor, "out rest"], layer: nn.Module, generator: torch.Generator
+        self,
+        W: Float[Tensor, "out rest"],
+        layer: nn.Module,
+        generator: torch.Generator,
+        data: InputMoments | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """A, B, and the core or their first values, as the init draws them for the matrix W."""
         recipe = self.recipe
@@ -144,7 +160,8 @@ class Adapter(nn.Module, ABC):
         # embedding of 1000 tokens and 64 features, r = 4: W (64, 1000); the init is given (1000,
         # 64) and gives A (4, 64) and B (1000, 4), zero; so A = B.T (4, 1000) and B = A.T (64, 4).
         is_swapped = self.zero_factor == "A" and init.zero_factor is None
-        A, B = init.draw(W.T if is_swapped else W, recipe.r, self.scale, generator)
+        read = () if data is None else (data,)
+        A, B = init.draw(W.T if is_swapped else W, recipe.r, self.scale, generator, *read)
         A, B = (B.T.to(W), A.T.to(W)) if is_swapped else (A.to(W), B.to(W))
         if (padding := getattr(layer, "padding_idx", None)) is not None:
             A[:, padding] = 0  # no gradient reaches it, so the padding token never changes

@@ -1,6 +1,7 @@
 """The adapters of a mixture's experts that are held as one parameter, a matrix for each expert."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,16 @@ class ExpertsAdapter(Adapter):
         return matrix
 
     def draw_tensors(
-        self, W: Float[Tensor, "experts out in"], layer: nn.Module, generator: torch.Generator
+        self,
+        W: Float[Tensor, "experts out in"],
+        layer: nn.Module,
+        generator: torch.Generator,
+        data: Any = None,
     ) -> dict[str, Tensor]:
         """The tensors that are drawn for the experts' matrices, one after the other."""
-        drawn = [super(ExpertsAdapter, self).draw_tensors(w, layer, generator) for w in W]
+        of_experts = [None] * len(W) if data is None else data
+        draw = super().draw_tensors
+        drawn = [draw(w, layer, generator, d) for w, d in zip(W, of_experts, strict=True)]
         return {name: torch.stack([tensors[name] for tensors in drawn]) for name in drawn[0]}
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_lab.adapters.data_inits import corda, eva, lora_ga
 from lora_lab.adapters.first_triples import first_triples
 
 Matrix = Float[Tensor, "out rest"]
@@ -18,19 +20,26 @@ Factors = tuple[Float[Tensor, "r rest"], Float[Tensor, "out r"]]
 class Init:
     """A way to start the factors of a weight.
 
-    `draw(weight, r, scale, generator)` gives A and B for a weight as a matrix. B is zero, but:
+    `draw(weight, r, scale, generator)` gives A and B for a weight as a matrix. An init that `reads`
+    data takes it as a fifth argument: the moments of the layer's "inputs" (InputMoments), or the
+    weight's "gradient", a matrix too. B is zero, but:
 
     - `starts_nonzero`: neither is zero. ΔW is then measured from these first values: the base stays
       as it is, and ΔW starts at zero.
     - `zero_factor` "A": A is zero, in layers of all kinds. None: it is the kind's, see `Adapter`.
 
-    `is_random`: what is not zero is drawn at random, and says nothing of the weight.
+    `is_random`: what is not zero is drawn at random, and says nothing of the weight. `kinds` are
+    those of the layers it is for (None: all), `directions` how many singular directions it takes
+    for each of the rank.
     """
 
-    draw: Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
+    draw: Callable[..., tuple[Tensor, Tensor]]
     is_random: bool = False
     starts_nonzero: bool = False
     zero_factor: str | None = None
+    reads: Literal["inputs", "gradient"] | None = None
+    kinds: tuple[str, ...] | None = None
+    directions: int = 1
 
 
 def kaiming(weight: Matrix, r: int, scale: float, generator: torch.Generator) -> Factors:
@@ -97,6 +106,12 @@ def _zeros(weight: Tensor, r: int) -> Tensor:
     return torch.zeros(weight.shape[0], r)
 
 
+WITH_INPUTS = ("linear", "conv")
+"""The kinds of layers that are called with features; an embedding's one-hot tokens are none."""
+
+NOT_EMBEDDING = ("linear", "conv", "experts", "weight")
+"""The kinds for LoRA-GA: in an embedding the two factors would change places."""
+
 INITS: dict[str, Init] = {
     "kaiming": Init(kaiming, is_random=True),
     "gaussian": Init(gaussian, is_random=True),
@@ -106,5 +121,10 @@ INITS: dict[str, Init] = {
     "svd": Init(svd, starts_nonzero=True),
     "milora": Init(milora, starts_nonzero=True),
     "mica": Init(mica, zero_factor="A"),
+    "eva": Init(eva, reads="inputs", kinds=WITH_INPUTS),
+    "corda": Init(corda, starts_nonzero=True, reads="inputs", kinds=WITH_INPUTS),
+    "lora_ga": Init(
+        lora_ga, starts_nonzero=True, reads="gradient", kinds=NOT_EMBEDDING, directions=2
+    ),
 }
 """All inits by name."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.calibration import Calibration, draw_adapters
 from lora_lab.adapters.recipe import AdapterError, Recipe, python_scalar
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import Change, Slot
@@ -16,7 +17,6 @@ from lora_lab.adapters.target import Target
 from lora_lab.adapters.targets import find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
 from lora_lab.adapters.watch import KINDS_ON_READING, unwatch, watch
-from lora_lab.seeding import generator
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def attach(
     alpha_pattern: Mapping[str, float] | None = None,
     also_train: str | Sequence[str] = (),
     over_rank: str = "clip",
+    calibration: Calibration | Sequence[Any] | None = None,
     seed: int = 0,
     name: str = "default",
 ) -> list[Site]:
@@ -49,6 +50,8 @@ def attach(
             adapters; `bias` is each bias. Their weights take no adapter.
         over_rank: what becomes of r over a weight's rank: "clip" (the weight's rank, and the same
             scale), "error" or "allow".
+        calibration: batches for the inits eva, corda and lora_ga, which start from data: each is
+            what the model is called with. lora_ga needs `Calibration(batches, loss)`.
         seed: Each site's factors are drawn from a generator of that site, seeded by (seed, site,
             r): what else is targeted never changes them.
         name: A second call with another name puts another adapter beside the first.
@@ -73,13 +76,9 @@ def attach(
     )
     if not sites and not keys:
         raise AdapterError(f"targets={targets!r}: picks nothing, and also_train is empty too")
-    adapters = {}
-    for site in sites:
-        assert site.recipe is not None
-        layer = model.get_submodule(site.layer)
-        Adapter = adapter_class(layer, site.parameter)
-        adapter = Adapter(layer, site.parameter, site.rows, site.recipe)
-        adapters[site] = adapter.draw(layer, generator(seed, site.name, site.recipe.r))
+    if not isinstance(calibration, Calibration | None):
+        calibration = Calibration(calibration)
+    adapters = draw_adapters(model, sites, calibration, seed)
     also_trained = {}
     for key in keys:
         layer, _, parameter = key.rpartition(".")

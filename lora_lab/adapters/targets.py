@@ -216,13 +216,23 @@ def _with_possible_recipe(site: Site, over_rank: str) -> tuple[Site, str]:
 
     Raises AdapterError where no such recipe is meant.
     """
-    recipe, most, clipping = site.recipe, min(site.shape), ""
+    recipe, clipping = site.recipe, ""
     assert recipe is not None
     recipe.check()
+    init = INITS[recipe.init]
+    if init.kinds is not None and site.kind not in init.kinds:
+        raise AdapterError(
+            f"init={recipe.init}: '{site.name}' is of kind {site.kind}, it is for "
+            f"{', '.join(init.kinds)}; give its target another init, or leave it out"
+        )
     if site.tied_to:
         recipe.check_shared(site.name)
+    most = min(site.shape) // init.directions
     if recipe.r > most:
-        where = f"r={recipe.r} exceeds the rank of '{site.name}' (weight {_times(site.shape)})"
+        share = "the rank" if init.directions == 1 else f"1/{init.directions} of the rank"
+        where = f"r={recipe.r} exceeds {share} of '{site.name}' (weight {_times(site.shape)})"
+        if most == 0:
+            raise RankError(f"{where}: init={recipe.init} cannot start there")
         if over_rank == "error":
             raise RankError(f"{where}: at most {most}; over_rank=clip takes that")
         if over_rank == "allow" and recipe.init in AT_MOST_FULL_RANK:

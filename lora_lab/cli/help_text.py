@@ -120,7 +120,8 @@ settings:
   base.seed=0            draws the base's first weights
   adapter.r=8            the rank, at most that of the smallest targeted weight; full: adapter=full
   adapter.alpha=8        scale is alpha/r; adapter.scaling: alpha/r | alpha/sqrt(r) | alpha
-  adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd | milora | mica
+  adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd | milora | mica; from
+                         adapter.calibration=8 training batches: eva | corda | lora_ga
   adapter.trains=both    both | zero | core: LoRA, LoRA-FA, LoRA-XS
   adapter.dora=false     true trains the norms of the weight's rows as well
   adapter.lr_ratio=1.0   the learning rate of B over that of A (LoRA+)

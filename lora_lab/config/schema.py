@@ -40,6 +40,7 @@ class Lora(Node):
     `rank_pattern` and `alpha_pattern` are {glob on site names: value}; the first glob that matches
     a site decides. `lr_ratio` is the learning rate of the factor that starts at zero divided by
     that of the other one (LoRA+). `over_rank` is what becomes of an r over a weight's rank.
+    `calibration` is how many training batches are read by inits that start from data.
     """
 
     method: Literal["lora"]
@@ -54,6 +55,7 @@ class Lora(Node):
     rank_pattern: dict[str, PositiveInt] | None
     alpha_pattern: dict[str, Alpha] | None
     over_rank: Annotated[str, one_of(OVER_RANK)] = "error"
+    calibration: PositiveInt = 8
 
 
 class Full(Node):
@@ -250,6 +252,12 @@ class Config(Node):
                 del config[key]
         if config["adapter"].get("over_rank") == "error":
             del config["adapter"]["over_rank"]  # which configs of earlier versions lack
+        inits = [
+            config["adapter"].get("init"),
+            *(rule["init"] for rule in config["target"].values()),
+        ]
+        if not any(INITS[init].reads for init in inits if init):
+            config["adapter"].pop("calibration", None)
         for pattern in ("rank_pattern", "alpha_pattern"):
             if globs := config["adapter"].get(pattern):
                 # The first glob that matches decides, so their order is part of the identity; a

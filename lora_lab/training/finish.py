@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
+from lora_lab.adapters.files import is_adapter_key
 from lora_lab.adapters.slots import merged_adapters
 from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates, full_tensor
@@ -62,6 +63,8 @@ def _gather(trial: Trial) -> None:
     state = {key: full_tensor(value).cpu() for key, value in module.model.state_dict().items()}
     model = plan.model()
     if plan.cfg.freezes_base:
+        # The base first: some inits read its weights and outputs, though all tensors are set below.
+        model.load_state_dict({key: v for key, v in state.items() if not is_adapter_key(key)})
         plan.attach(model)
     module.model = model
     precision.cast(module, plan.cfg.trainer)

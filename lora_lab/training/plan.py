@@ -33,6 +33,7 @@ from lora_lab.data import Data, Phase
 from lora_lab.runs import Run
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, fit_checks, part_checks, pretrained_base
+from lora_lab.training.calibration import calibration_of, with_values
 from lora_lab.training.loop import TrainingLoop, Unprofiled, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
@@ -110,7 +111,9 @@ class Plan:
         targets = _targets(cfg) if isinstance(cfg.adapter, Lora) else {}
         new = [name for name in self.new_parameters if name in self.also_trained]
         first_values = pretrained_base.draw_new(model, new, cfg.seed)
-        adapters.attach(model, targets, **settings, also_train=cfg.also_train, seed=cfg.seed)
+        settings["calibration"] = calibration_of(cfg, self.sites)
+        with with_values(model, first_values):  # what is read of the data is of this seed's head
+            adapters.attach(model, targets, **settings, also_train=cfg.also_train, seed=cfg.seed)
         in_full = adapters.also_trained(model)
         with torch.no_grad():
             for name, value in first_values.items():
@@ -274,7 +277,8 @@ def _recipe(adapter: Lora) -> tuple[Recipe, dict[str, Any]]:
     """The settings of all sites' adapters, and how those of single sites differ."""
     names = ("rank_pattern", "alpha_pattern", "over_rank")
     of_sites = {name: getattr(adapter, name) for name in names}
-    return Recipe(**adapter.model_dump(exclude={"method", "lr_ratio", *of_sites})), of_sites
+    others = ("method", "lr_ratio", "calibration", *of_sites)
+    return Recipe(**adapter.model_dump(exclude={*others})), of_sites
 
 
 def _call(key: str, cfg: Config, kind: type, **arguments: Any) -> Any:

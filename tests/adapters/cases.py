@@ -11,7 +11,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from lora_lab import adapters
-from lora_lab.adapters import Adapter
+from lora_lab.adapters import INITS, Adapter, Calibration
 from lora_lab.adapters.watch import KINDS_ON_READING
 
 seeded = torch.default_generator.manual_seed
@@ -152,6 +152,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa"},
     "milora": {"init": "milora"},
     "mica": {"init": "mica", "trains": "zero"},
+    "eva": {"init": "eva"},
+    "corda": {"init": "corda"},
+    "lora-ga": {"init": "lora_ga"},
     "olora": {"init": "olora"},
     "svd": {"init": "svd"},
     "lora-fa": {"trains": "zero"},
@@ -160,7 +163,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora-fa": {"dora": True, "trains": "zero"},
     "dora-pissa": {"dora": True, "init": "pissa"},
 }
-LIKE_OTHERS = ("milora",)
+LIKE_OTHERS = ("milora", "eva", "corda", "lora-ga")
 """Variants that differ from others in their first values alone: tried on a few layers."""
 A_FEW = ("linear", "gpt2-conv1d", "conv2d-grouped", "embedding-padding", "attention")
 
@@ -187,7 +190,10 @@ class Case:
 
     @property
     def how(self) -> dict[str, Any]:
-        return {"r": 2, "alpha": 2.5, "seed": 3, **VARIANTS[self.variant]}
+        how = {"r": 2, "alpha": 2.5, "seed": 3, **VARIANTS[self.variant]}
+        if INITS[how.get("init", "kaiming")].reads:
+            how["calibration"] = Calibration([self.inputs()], lambda m, x: m(*x).pow(3).sum())
+        return how
 
     def plain(self, dtype: torch.dtype = torch.float64) -> Any:
         """The model without an adapter."""
@@ -216,6 +222,7 @@ CASES = [
     for name, variant in VARIANTS.items()
     if not (variant.get("dora") and layer.kind in KINDS_ON_READING)
     if layer.name in A_FEW or name not in LIKE_OTHERS
+    if layer.kind in (INITS[variant.get("init", "kaiming")].kinds or [layer.kind])
 ]
 
 

@@ -416,7 +416,9 @@ def test_init_of_a_site_depends_on_seed_site_and_rank_alone(init: str):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 20), nn.Linear(20, 20))
         torch.randn(seed + 7)  # the global stream is elsewhere each time
-        adapters.attach(model, targets, r=r, alpha=1, init=init, seed=seed)
+        inputs = torch.randn(50, 20, generator=torch.Generator().manual_seed(2))
+        data = adapters.Calibration([inputs], lambda model, x: model(x).pow(3).sum())
+        adapters.attach(model, targets, r=r, alpha=1, init=init, seed=seed, calibration=data)
         factor = "B" if init == "mica" else "A"  # the one that is not zero
         return {name: getattr(a, factor) for name, a in adapters.attached(model).items()}
 

@@ -171,6 +171,7 @@ STARTS = [
     ["adapter=pissa", "adapter.r=2"],
     ["adapter=olora", "adapter.r=3", "adapter.alpha=2"],
     ["adapter=pissa", "adapter.r=2", "seed=1"],
+    ["adapter=lora_ga", "adapter.r=2", "adapter.calibration=2"],
 ]
 CORES = [
     ["adapter.r=2"],
@@ -235,6 +236,7 @@ VARIANTS: dict[str, tuple[str, Points, list[str]]] = {
     ),
     "dora": ("digits", ranks_and_seeds(1, 2, 4), ["adapter=dora"]),
     "pissa": ("digits", STARTS, []),
+    "eva": ("digits", [["adapter=eva", "adapter.r=2"], ["adapter.r=3"]], []),
     "lora_fa": ("digits", ranks_and_seeds(1, 2, 4), ["adapter=lora_fa"]),
     "lora_xs": ("digits", CORES, ["adapter=lora_xs"]),
     "spectra by step": (

@@ -83,6 +83,7 @@ RUNS = {
     "full": ("digits", "adapter=full", "trainer.max_epochs=4"),
     "dora": ("digits", "adapter=dora", "adapter.dropout=0.2", "trainer.max_epochs=4"),
     "pissa": ("digits", "adapter=pissa", "adapter.r=2", "trainer.max_epochs=4"),
+    "lora_ga": ("digits", "adapter=lora_ga", "adapter.r=2", "trainer.max_epochs=4"),
     "lora_fa": ("digits", "adapter=lora_fa", "trainer.max_epochs=4"),
     "lora_plus": ("digits", "adapter=lora_plus", "optimizer=adamw", "trainer.max_epochs=4"),
     "momentum": ("shift", "optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.01"),
@@ -94,7 +95,7 @@ RUNS = {
 }
 """Settings whose runs must go on bit for bit."""
 
-QUICK = ("dropout", "schedule", "full", "dora", "first step", "transformer")
+QUICK = ("dropout", "schedule", "full", "dora", "lora_ga", "first step", "transformer")
 
 
 def quick(names: Iterable[str], some: Collection[str]) -> list[Any]:
