@@ -23,33 +23,21 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults import (
-    concurrent,
-    damaged_files,
-    foreign_files,
-    full_disk,
-    kills,
-    signals,
-    wandb_server,
-)
 from tests.faults.trial import Trial
 
-KINDS: dict[str, ModuleType] = {
-    "kills": kills,
-    "full_disk": full_disk,
-    "damaged_files": damaged_files,
-    "wandb_server": wandb_server,
-    "signals": signals,
-    "concurrent": concurrent,
-    "foreign_files": foreign_files,
-}
-"""Each has `prepare(folder)`, which makes what its faults share, and `faults(folder, draws)`."""
+names = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
+modules = {name: import_module(f"tests.faults.{name}") for name in names}
+KINDS = {name: module for name, module in modules.items() if hasattr(module, "faults")}
+"""The modules of this folder that have `faults(folder, draws)`, by name.
+
+Each has `prepare(folder)` too, which makes what its faults share.
+"""
 
 
 def trials_of(kind: str, seed: int, count: int | None) -> list[Trial]:

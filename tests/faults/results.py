@@ -1,5 +1,6 @@
 """Whether a run ended as one that nothing happened to, and whether other files are as they were."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lora_lab.run_files import DamagedRunError
@@ -11,12 +12,16 @@ NOTES = ("notes.md", "thesis/chapter.tex")
 """A person's files, by their paths in the folders of lora_lab."""
 
 
-def compare_with_undisturbed(trial: Trial, folder: Path, undisturbed: Path) -> None:
+def compare_with_undisturbed(
+    trial: Trial, folder: Path, undisturbed: Path, names: Collection[str] | None = None
+) -> None:
     """Notes each run below `folder` that is not finished, or has other numbers than undisturbed.
 
-    Bit for bit: metrics.jsonl, spectra.npz, advice.yaml and the trained weights.
+    Bit for bit: metrics.jsonl, spectra.npz, advice.yaml and the trained weights. `names` are those
+    of the runs that there must be: all that are undisturbed, if None.
     """
     wanted = {run.path.name: run for run in find_runs(undisturbed / "runs")}
+    wanted = wanted if names is None else {name: wanted[name] for name in names}
     runs = {run.path.name: run for run in find_runs(folder / "runs")}
     for name, run in wanted.items():
         if name not in runs:
