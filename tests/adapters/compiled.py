@@ -50,7 +50,15 @@ def check_what_was_compiled_before_is_not_used() -> None:
         model = ThreeLayers()
         compiled: Any = torch.compile(model, backend="aot_eager")
         x = torch.tensor([[1, 2, 6]])
-        for settings in ({}, {"r": 2}, {}, {"r": 2, "seed": 5}, {"r": 3, "alpha": 9}, {}):
+        steps: list[dict[str, Any]] = [
+            {},
+            {"r": 2},
+            {},
+            {"r": 2, "seed": 5},
+            {"r": 3, "alpha": 9},
+            {},
+        ]
+        for settings in steps:
             if settings:
                 adapters.attach(model, "all", **settings)
                 move(model, seed)
