@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
     **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     **{"dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0},
     **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "dropout_rate": 0.0},
+    **{"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0, "seq_classif_dropout": 0.0},
     **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "activation_dropout": 0.0},
 }
 """Values of configs: each config takes those that it has."""
