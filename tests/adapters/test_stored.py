@@ -109,7 +109,7 @@ def test_a_peft_folder_gives_pefts_update(kind: str, variant: str):
 
 @cases_where(lambda case: case.variant == "lora" or case.layer.name in ("linear", "embedding"))
 def test_our_folder_gives_our_update(case: Case):
-    model = case.build(dtype=torch.float32)
+    model = case.build().float()
     adapters.save(model, "ours")
     updates = read_updates(Path("ours"))
     if case.layer.kind == "experts":  # each of them is an update: see test_stored_experts.py
