@@ -73,7 +73,7 @@ def test_a_parameter_trained_in_full_is_named_too(action: str, tmp_path: Path):
 
 def test_a_sum_over_the_range_is_refused_although_both_terms_are_within():
     model = build(entry=2e4)
-    model[2].weight.data.fill_(3e4)
+    model[2]._parameters["weight"].data.fill_(3e4)
     with pytest.raises(adapters.AdapterError, match="'2': it takes numbers up to"):
         adapters.merge(model)
     assert (model[2].weight == 3e4).all()
@@ -93,7 +93,7 @@ def test_what_is_in_range_is_taken_beside_infinite_weights(
 ):
     """A base may have infinite entries, as a mask: they are its own."""
     model = build(dtype, entry=2e4)  # ΔW = 6e4
-    model[2].weight.data[0, 0] = -INF
+    model[2]._parameters["weight"].data[0, 0] = -INF
     ACTIONS[action](model, tmp_path)
 
 

@@ -374,7 +374,7 @@ def test_what_else_a_planted_linear_map_expects():
     over = ready(make, expects="intruders", sigma=[5.0, 4.0, 0.1], **large)
     theta = (over.train.tensors[1].T @ over.train.tensors[0] / 256).double()  # pyright: ignore
     model = adapted(over, init="kaiming")
-    model.linear.weight.data = theta - over.delta  # pyright: ignore
+    model.linear._parameters["weight"].data = theta - over.delta  # pyright: ignore
     assert over.predicted_metrics(model)["spectra/linear/intruders"].value == 2
 
 
