@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from lora_lab import adapters
+from lora_lab.adapters import Target
 from lora_lab.adapters.sites import candidate_sites
 from tests.adapters import zoo
 from tests.adapters.architecture_checks import CHECKS, PAGE, result
@@ -69,5 +70,5 @@ ATTENTION = {
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_attention_has_the_layers_that_it_computes_with(name: str):
     model, _ = zoo.build(name)
-    sites = [site for site in candidate_sites(model) if site.attention]
+    sites = [site for site in candidate_sites(model) if Target("attention")._is_for(site)]
     assert len(sites) == ATTENTION[name], [site.name for site in sites]
