@@ -23,7 +23,7 @@ class KillsItself(Linear):
     training_steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        is_adapting = self.training and not self.linear.weight.requires_grad
+        is_adapting = self.training and not self.linear._parameters["weight"].requires_grad
         self.training_steps += is_adapting
         if self.training_steps > 8 and Path("kill").exists():
             Path("kill").unlink()

@@ -58,7 +58,9 @@ class LowRankSum(Tensor):
         if func in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if (rule := _RULES.get(func)) and (result := rule(*args, **(kwargs or {}))) is not None:
+        options = {key: value for key, value in (kwargs or {}).items() if value is not None}
+        rule = None if options.keys() - _KEYWORDS else _RULES.get(func)
+        if rule and (result := rule(*args, **options)) is not None:
             return result
         args, kwargs = tree_map_only(cls, cls.formed, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -115,10 +117,9 @@ def _matmul(one: Any, other: Any) -> Tensor | None:
     return one.W @ other + left @ (one.scale * (right @ other))
 
 
-def _grouped_mm(x: Any, weight: Any, offs: Any = None, **options: Any) -> Tensor | None:
+def _grouped_mm(x: Any, weight: Any, offs: Any = None, bias: Any = None) -> Tensor | None:
     """Rows of x (rows, a), those of each group times the group's matrix of a sum (groups, a, b)."""
-    has_options = any(option is not None for option in options.values())
-    if isinstance(x, LowRankSum) or not isinstance(weight, LowRankSum) or has_options:
+    if isinstance(x, LowRankSum) or not isinstance(weight, LowRankSum) or bias is not None:
         return None
     left, right = weight.factors()
     # The kernel wants rows of a multiple of 16 bytes: of r = 2 in bfloat16 it takes 8, with zeros.
@@ -158,10 +159,13 @@ _LOOKS = {
 }
 """What can be asked of a sum without forming it."""
 
+_KEYWORDS = {"bias", "offs"}
+"""The keywords that the rules know: with others the sum is formed."""
+
 _RULES: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm), _matmul),
-    **dict.fromkeys((Tensor.bmm, Tensor.__matmul__, Tensor.__rmatmul__), _matmul),
+    **dict.fromkeys((Tensor.bmm, Tensor.__matmul__), _matmul),
     Tensor.__getitem__: _getitem,
     **dict.fromkeys((torch.transpose, Tensor.transpose, Tensor.mT.__get__), _transpose),  # pyright: ignore
     **dict.fromkeys((torch.t, Tensor.t, Tensor.T.__get__), _T),  # pyright: ignore

@@ -71,7 +71,10 @@ def _change(name: str, before: str | None, now: str | None) -> str:
 
 
 def other_versions(run: Run) -> str:
-    """The libraries that a run was trained with in another version, as `torch 2.12 (here 2.13)`."""
+    """The libraries that a run was trained with in another version, as `torch 2.12 (here 2.13)`.
+
+    One that is not installed here is left out: nothing of it is used.
+    """
     try:
         before = json.loads((run.path / "env.json").read_text())["packages"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -80,7 +83,7 @@ def other_versions(run: Run) -> str:
     return ", ".join(
         f"{name} {before} (here {now})"
         for name, (before, now) in pairs.items()
-        if name in NUMERIC and before and before != now
+        if name in NUMERIC and before and now and before != now
     )
 
 

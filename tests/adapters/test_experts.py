@@ -169,6 +169,8 @@ FORMED: dict[str, Callable[[Tensor], Any]] = {
     "cast": lambda s: s.to(torch.float64),
     "operator": lambda s: torch.ops.aten.mul.Tensor(s, 2.0),
     "two": lambda s: s[1] @ s[2].T,
+    "keywords": lambda s: torch.matmul(input=x, other=s[1].T),
+    "from the right": lambda s: s[1].T.__rmatmul__(x),
 }
 """What the sum is formed for."""
 
