@@ -1,25 +1,19 @@
-"""Writing and reading PEFT's adapter folders, so that either library gives the other's outputs."""
+"""Adapters to and from PEFT's folders, so that either library gives the other's outputs."""
 
 import difflib
 import glob
-import json
-import re
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lab.adapters import peft_trained_in_full
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.files import base_state_dict, write_pair
+from lora_lab.adapters.files import base_state_dict
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.linear import TransposedLinearAdapter
+from lora_lab.adapters.peft_folder import lora_config, read_peft, split_by_layer, write_peft
 from lora_lab.adapters.peft_parameters import (
     held_as_parameters,
     holds_experts,
@@ -34,34 +28,6 @@ from lora_lab.adapters.sites import Site, candidate_sites
 from lora_lab.adapters.slots import also_trained, layer_of, require_attached
 from lora_lab.adapters.target import Target, TargetError
 from lora_lab.adapters.targets import find_sites
-
-FILES = ("adapter_model.safetensors", "adapter_config.json")
-"""PEFT's names of the two files."""
-
-SCALE_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-"""Keys of PEFT's config that say what its tensors are multiplied by.
-
-`save_peft` also writes them into the metadata of the tensors, which PEFT does not read.
-"""
-
-NO_TARGETS = "dummy-target-modules"
-"""PEFT's word for a LoRA on no layer, where only other parameters train."""
-
-LOADABLE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of PEFT's init_lora_weights that leave the base's weights as they are."""
-
-LOADABLE_KEYS = """
-peft_type r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_dropout init_lora_weights
-modules_to_save bias target_parameters
-target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out
-auto_mapping base_model_name_or_path inference_mode peft_version revision task_type corda_config
-eva_config loftq_config lora_ga_config megatron_core qalora_group_size runtime_config
-"""
-"""Keys of PEFT's config that may have any value; any other key must be off.
-
-The first two lines are read. The third says which layers are adapted and how their weights lie, for
-which the tensors' keys and the layers' types are the better source. The others have no effect.
-"""
 
 
 def save_peft(
@@ -130,27 +96,6 @@ def save_peft(
     write_peft(Path(directory), config, tensors | extra.tensors)
 
 
-def write_peft(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes PEFT's folder: the config, and the tensors by PEFT's keys."""
-    scale = json.dumps({key: config[key] for key in SCALE_KEYS})
-    metadata = {"format": "pt", "lora_lab.scale": scale}
-    write_pair(directory, serialize_sorted(tensors, metadata), config, FILES)
-
-
-# safetensors writes several keys of metadata in an order that is another each time, and the same
-# adapter shall be the same file. A file is: 8 bytes, which give the header's length; the header in
-# JSON, padded with spaces to a multiple of 8; the tensors' bytes.
-def serialize_sorted(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The content of a file of safetensors, with its metadata in the order of the keys."""
-    content = serialize(tensors, metadata)
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, content[end:]])
-
-
 def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors: list[str]) -> None:
     """Raises AdapterError with the reason for each site that PEFT would compute differently."""
     shared = {id(m.source) for m in model.modules() if isinstance(m, Adapter)}
@@ -171,40 +116,6 @@ def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors:
         errors += [f"'{site}': {reason}"] if reason else []
     if errors := errors + other_errors:
         raise AdapterError(f"PEFT cannot hold this adapter: {'; '.join(errors)}")
-
-
-def lora_config(ranks: dict[str, int], alphas: dict[str, float], **settings: Any) -> dict[str, Any]:
-    """PEFT's config of a LoRA on exactly these layers; `settings` are further keys of it."""
-    return {
-        "peft_type": "LORA",
-        **ranks_and_alphas(ranks, alphas),
-        "lora_dropout": 0.0,
-        "target_modules": target_modules(ranks),
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "task_type": None,
-        "base_model_name_or_path": None,
-        **settings,
-    }
-
-
-def ranks_and_alphas(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
-    """The keys of PEFT's config with these ranks and alphas: the most common, and patterns."""
-    pairs = Counter((ranks[site], alphas[site]) for site in ranks)
-    (r, alpha), _ = pairs.most_common(1)[0] if pairs else ((1, 1), 0)
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(site)}": n for site, n in ranks.items() if n != r},
-        "alpha_pattern": {f"^{re.escape(site)}": a for site, a in alphas.items() if a != alpha},
-    }
-
-
-def target_modules(sites: Iterable[str]) -> str:
-    """PEFT's pattern for exactly these layers: a string is matched in full, a list by its ends."""
-    return "|".join(re.escape(site) for site in sites) or NO_TARGETS
 
 
 def load_peft(model: nn.Module, directory: str | Path, name: str = "default") -> list[Site]:
@@ -258,20 +169,6 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     return list(adapters)
 
 
-def split_by_layer(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """LoRA's tensors by layer and by PEFT's key, and all other tensors by PEFT's key."""
-    by_layer: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if match := re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[^.]+(\.[^.]+)?)", key):
-            by_layer.setdefault(match[1], {})[match[2]] = tensor
-        else:
-            others[key] = tensor
-    return by_layer, others
-
-
 def reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
     """Why PEFT computes this layer differently, or not at all; None where it is the same."""
     if kind == "weight" and isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d):
@@ -290,43 +187,3 @@ def reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
     if dora and padding is not None and weight is not None and bool(weight[padding].any()):
         return f"padding_idx={padding} with DoRA: PEFT scales its vector, which is not zero here"
     return None
-
-
-def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A folder's adapter_config.json, with PEFT's defaults, and its tensors by PEFT's keys.
-
-    Raises AdapterError where it cannot be read, or is more than LoRA, rsLoRA or DoRA.
-    """
-    try:
-        config = json.loads((directory / FILES[1]).read_text())
-        tensors = load_file(directory / FILES[0])
-        with safe_open(directory / FILES[0], "pt") as file:
-            scale = json.loads((file.metadata() or {}).get("lora_lab.scale", "{}"))
-        kind, init = config.get("peft_type"), config.get("init_lora_weights")
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise AdapterError(f"no PEFT adapter can be read from {directory}: {error}") from error
-    errors = [
-        f"{key}={value!r}: there is nothing like it here"
-        for key, value in config.items()
-        if key not in LOADABLE_KEYS.split() and value
-    ]
-    errors += [
-        f"{key}={config.get(key)!r} in {FILES[1]}, but {value!r} where {FILES[0]} was written: the "
-        "two are not of one save"
-        for key, value in scale.items()
-        if config.get(key) != value
-    ]
-    if kind != "LORA":
-        errors.append(f"peft_type={kind!r}: must be LORA")
-    if init not in LOADABLE_INITS:
-        errors.append(
-            f"init_lora_weights={init!r}: PEFT changes the base's weights with it; save it again "
-            "with path_initial_model_for_weight_conversion, which makes it a LoRA"
-        )
-    if errors:
-        raise AdapterError(f"PEFT's adapter in {directory} cannot be held: {'; '.join(errors)}")
-    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
-    defaults |= {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    defaults |= {"modules_to_save": None, "bias": "none", "task_type": None}
-    config["target_parameters"] = config.get("target_parameters") or []
-    return defaults | config, tensors

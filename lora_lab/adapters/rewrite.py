@@ -14,7 +14,7 @@ import torch
 from lora_lab.adapters.files import write_folder
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.lycoris import LOHA, LOKR, OF_ALL, layer_and_part
-from lora_lab.adapters.peft import (
+from lora_lab.adapters.peft_folder import (
     lora_config,
     ranks_and_alphas,
     serialize_sorted,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_lab.adapters.files import read_folder
 from lora_lab.adapters.lycoris import LOHA, LOKR, read_lycoris, update_of_parts
-from lora_lab.adapters.peft import FILES, read_peft, split_by_layer
+from lora_lab.adapters.peft_folder import FILES, read_peft, split_by_layer
 from lora_lab.adapters.peft_parameters import experts_from_peft, key_of_path
 from lora_lab.adapters.peft_tensors import (
     EMBEDDING_TENSOR_KEYS,

@@ -120,61 +120,70 @@ def _watching_class(
     """A subclass of `unwatched_class` in which the named parameters read as the adapted weights."""
     if not (on_reading or factored):
         return unwatched_class
-    class_when_called = _watching_class(unwatched_class, on_reading, ()) if factored else None
+    members: dict[str, Any] = {"_watches": (unwatched_class, on_reading, factored)}
+    members |= {key: getattr(unwatched_class, key) for key in ("__module__", "__qualname__")}
+    members |= {name: _adapted_parameter(name, bool(factored)) for name in (*on_reading, *factored)}
+    members["__reduce_ex__"] = _reduce
+    if factored:
+        members["forward"] = _forward_as(_watching_class(unwatched_class, on_reading, ()))
+    return type(unwatched_class.__name__, (unwatched_class,), members)
 
-    def adapted_parameter(name: str) -> property:
-        def read(layer: nn.Module) -> Any:
-            weight = layer._parameters[name]
-            slot: Any = layer._modules.get("lora")
-            if weight is None or slot is None or layer.__dict__.get("_being_copied"):
-                return weight
-            # FSDP takes its parameters from here, as DTensors, and would train W + ΔW as the base.
-            if hasattr(weight, "device_mesh"):
-                return weight
-            for adapter in slot.active_adapters():
-                if adapter.parameter == name and adapter.kind in KINDS_ON_READING:
-                    weight = adapter(weight)
-                elif adapter.parameter == name and factored:
-                    weight = adapter.adapted_weight(weight)
-            # A step that is compiled, or recorded of a pack, takes plain tensors alone.
-            is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-            if is_traced or weight is layer._parameters[name]:
-                return weight
-            if type(weight) not in (Tensor, nn.Parameter):
-                return weight  # a LowRankSum, which is a ResultOfReading where it is formed
-            return weight.as_subclass(ResultOfReading)
 
-        return property(read)
+def _adapted_parameter(name: str, has_factored: bool) -> property:
+    """The property by which a layer's parameter `name` is read with its adapters."""
 
-    # `forward` is called on another object of the class that it has without factored adapters. It
-    # shares the layer's __dict__, and so all parameters and attributes, also those that it sets.
-    # Nothing on the layer changes meanwhile, so this holds under torch.compile and in threads.
+    def read(layer: nn.Module) -> Any:
+        parameter: Any = layer._parameters[name]
+        slot: Any = layer._modules.get("lora")
+        if parameter is None or slot is None or layer.__dict__.get("_being_copied"):
+            return parameter
+        # FSDP takes its parameters from here, as DTensors, and would train W + ΔW as the base.
+        if hasattr(parameter, "device_mesh"):
+            return parameter
+        weight = parameter
+        for adapter in slot.active_adapters():
+            if adapter.parameter == name and adapter.kind in KINDS_ON_READING:
+                weight = adapter(weight)
+            elif adapter.parameter == name and has_factored:
+                weight = adapter.adapted_weight(weight)
+        # A step that is compiled, or recorded of a pack, takes plain tensors alone.
+        is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if is_traced or weight is parameter:
+            return weight
+        if type(weight) not in (Tensor, nn.Parameter):
+            return weight  # a LowRankSum, which is a ResultOfReading where it is formed
+        return weight.as_subclass(ResultOfReading)
+
+    return property(read)
+
+
+# `forward` is called on another object of the class that the layer has without factored adapters.
+# It shares the layer's __dict__, and so all parameters and attributes, also those that it sets.
+# Nothing on the layer changes meanwhile, so this holds under torch.compile and in threads.
+def _forward_as(class_when_called: type[nn.Module]) -> Any:
+    """A forward that computes as a layer of `class_when_called` with the same state does."""
+
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        assert class_when_called is not None
         layer_when_called = object.__new__(class_when_called)
         object.__setattr__(layer_when_called, "__dict__", layer.__dict__)
         return class_when_called.forward(layer_when_called, *args, **kwargs)
 
-    # The subclass has no name that pickle could import. So a layer is pickled, and copied, as the
-    # call _blank(unwatched_class, …), which builds the subclass again, and its state.
-    def __reduce_ex__(layer: nn.Module, protocol: Any) -> Any:  # noqa: N807
-        # An LSTM keeps the weights that it read last. These are results of W + ΔW, which cannot be
-        # copied, so it reads them once more while _being_copied makes reading give W.
-        layer.__dict__["_being_copied"] = True
-        try:
-            getstate: Any = layer.__getstate__
-            state = {k: v for k, v in getstate().items() if k != "_being_copied"}
-        finally:
-            del layer.__dict__["_being_copied"]
-        return _blank, watches, state
+    return forward
 
-    watches = (unwatched_class, on_reading, factored)
-    members = {"_watches": watches, "__reduce_ex__": __reduce_ex__}
-    members |= {key: getattr(unwatched_class, key) for key in ("__module__", "__qualname__")}
-    members |= {name: adapted_parameter(name) for name in (*on_reading, *factored)}
-    if factored:
-        members["forward"] = forward
-    return type(unwatched_class.__name__, (unwatched_class,), members)
+
+# The subclass has no name that pickle could import. So a layer is pickled, and copied, as the call
+# _blank(unwatched_class, …), which builds the subclass again, and its state.
+def _reduce(layer: nn.Module, protocol: Any) -> Any:
+    """What `pickle` and `copy` make a layer of the watching subclass from."""
+    # An LSTM keeps the weights that it read last. These are results of W + ΔW, which cannot be
+    # copied, so it reads them once more while _being_copied makes reading give W.
+    layer.__dict__["_being_copied"] = True
+    try:
+        getstate: Any = layer.__getstate__
+        state = {k: v for k, v in getstate().items() if k != "_being_copied"}
+    finally:
+        del layer.__dict__["_being_copied"]
+    return _blank, _watches(layer), state
 
 
 def _blank(unwatched_class: type[nn.Module], on_reading: Names, factored: Names = ()) -> nn.Module:

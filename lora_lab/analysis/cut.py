@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lora_lab.adapters.rewrite import rewrite
 from lora_lab.adapters.stored import StoredAdapter, StoredUpdate, experts_by_site
+from lora_lab.analysis.directions import is_intruder
 from lora_lab.analysis.leading_svd import first_triples, left_vectors
-from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, Spectrum, is_intruder
+from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, Spectrum
 from lora_lab.analysis.stored_spectra import svd_of_update
 
 RankRule = Callable[[str, Spectrum], int]

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lora_lab.adapters.linear import TransposedLinearAdapter
-from lora_lab.adapters.peft import ranks_and_alphas, target_modules, write_peft
+from lora_lab.adapters.peft_folder import ranks_and_alphas, target_modules, write_peft
 from lora_lab.adapters.peft_parameters import holds_experts, is_renamed
 from lora_lab.adapters.peft_tensors import factors_to_peft, tensor_keys
 from lora_lab.adapters.peft_trained_in_full import PREFIX

@@ -9,9 +9,9 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from lora_lab.analysis import spectra
+from lora_lab.analysis import directions
 from lora_lab.analysis.advice import Advice, advise
-from lora_lab.analysis.spectra import INTRUDERS_AMONG, TRIPLES
+from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, TRIPLES, Spectrum, svd_of_matrix
 from lora_lab.analysis.truncation import CutLosses, truncate
 from lora_lab.analysis.updates import Updates, split
 from lora_lab.analysis.weight_svd import svd_of_weight
@@ -40,8 +40,8 @@ def analyze(
     findings = Findings(arrays={"experts": np.array(updates.experts)} if updates.experts else {})
     for site, svd in svds.items():
         matrices = updates.sites[site].matrices
-        for matrix, svd_of_matrix in zip(matrices, svd.matrices(), strict=True):
-            for name, tensor in vars(svd_of_matrix.first(TRIPLES)).items():  # U, S and Vh
+        for matrix, triples in zip(matrices, svd.matrices(), strict=True):
+            for name, tensor in vars(triples.first(TRIPLES)).items():  # U, S and Vh
                 findings.arrays[f"{matrix}/{name}"] = tensor.cpu().float().numpy()
     if cfg.against_base:
         for site, svd in svds.items():
@@ -59,7 +59,7 @@ def analyze(
 
 
 def _compare_with_base(
-    updates: Updates, site: str, svd: spectra.SVD, directory: Path, findings: Findings
+    updates: Updates, site: str, svd: SVD, directory: Path, findings: Findings
 ) -> None:
     """Adds how the directions of ΔW relate to those of W, and which are new in W + ΔW.
 
@@ -84,25 +84,25 @@ def _compare_with_base(
 
 
 def _relation(
-    W: Tensor, svd: spectra.SVD, is_product: bool, directory: Path
+    W: Tensor, svd: SVD, is_product: bool, directory: Path
 ) -> tuple[dict[str, float], Tensor | None]:
     """How the directions of one matrix ΔW relate to those of W: measures, and φ."""
     of_base, of_delta = svd_of_weight(W, directory).above_rounding(), svd.above_rounding()
     if not is_product:
-        spectrum = spectra.Spectrum(of_delta.S.cpu(), (W.shape[0], W.shape[1]), 0)
+        spectrum = Spectrum(of_delta.S.cpu(), (W.shape[0], W.shape[1]), 0)
         of_delta = of_delta.first(spectrum.energy_90)
-    adapted = spectra.svd_of_matrix(W + svd.cut(svd.k))
+    adapted = svd_of_matrix(W + svd.cut(svd.k))
     of_adapted = adapted.above_rounding().first(INTRUDERS_AMONG)
     metrics = {
         "directions": len(of_delta.S),
-        "projection": spectra.projection(W, of_delta),
-        "amplification": spectra.amplification(W, of_delta),
-        "intruders": int(spectra.is_intruder(of_base.U, of_adapted.U).sum()),
+        "projection": directions.projection(W, of_delta),
+        "amplification": directions.amplification(W, of_delta),
+        "intruders": int(directions.is_intruder(of_base.U, of_adapted.U).sum()),
         "intruders_among": len(of_adapted.S),
     }
     if not (of_delta.k and of_base.k):
         return metrics, None
-    return metrics, spectra.similarity(of_delta.first(TRIPLES).U, of_base.first(TRIPLES).U)
+    return metrics, directions.similarity(of_delta.first(TRIPLES).U, of_base.first(TRIPLES).U)
 
 
 def files(arrays: Mapping[str, np.ndarray], advice: Advice | None) -> dict[str, bytes | None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_lab.adapters.checkpoint import Checkpoint
 from lora_lab.adapters.stored import StoredUpdate
 from lora_lab.analysis import spectra
+from lora_lab.analysis.directions import is_intruder
 from lora_lab.analysis.leading_svd import first_triples, left_vectors, squared_norm
 from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, TRIPLES, Spectrum
 from lora_lab.report.update_report import SiteSpectrum
@@ -95,7 +96,7 @@ def _against_base(W: Tensor, delta: Tensor, U: Tensor, V: Tensor) -> dict[str, f
     ‖ΔW‖/‖W‖, and the amplification ‖ΔW‖ / ‖Uᵀ W V‖ (Hu et al. 2021, section 7.3).
     """
     adapted = first_triples(W + delta, INTRUDERS_AMONG)[0].above_rounding().first(INTRUDERS_AMONG)
-    measures = {"intruders": float(spectra.is_intruder(left_vectors(W), adapted.U).sum())}
+    measures = {"intruders": float(is_intruder(left_vectors(W), adapted.U).sum())}
     norm = torch.linalg.matrix_norm(delta)
     for name, norm_of_W in (
         ("relative", torch.linalg.matrix_norm(W)),

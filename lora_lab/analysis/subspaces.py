@@ -5,7 +5,7 @@ from itertools import combinations
 
 from torch import Tensor
 
-from lora_lab.analysis.spectra import grassmann_distance, similarity
+from lora_lab.analysis.directions import grassmann_distance, similarity
 from lora_lab.report.subspace_pairs import SubspacePair
 
 Spans = Mapping[tuple[str, str], Tensor]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lora_lab.report import cells
 from lora_lab.report.cells import Cell, RunResult, epoch_of
-from lora_lab.report.epochs import At, range_text
+from lora_lab.report.epochs import At, goal_of, range_text
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.runs import Run
 
@@ -87,7 +87,7 @@ def best_by_experiment(
     if not results:
         raise ValueError(f"none of {len(runs)} runs is finished")
     check_metric(metric, [result.last for result in results])
-    if (goal := goal or cells.goal_of(metric)) is None:
+    if (goal := goal or goal_of(metric)) is None:
         raise ValueError(f"--goal must be given for {metric}: minimize or maximize")
     sign = 1 if goal == "minimize" else -1
     best = []

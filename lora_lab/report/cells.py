@@ -15,12 +15,10 @@ from typing import Any
 
 from lora_lab.report.cell_statistics import Statistics, statistics_of
 from lora_lab.report.epochs import At, BestValue, best_values, epoch_text, goal_of
+from lora_lab.report.setting_values import full_text, short_text, sort_key
 from lora_lab.report.theory import TheoryCheck, check_against_theory
 from lora_lab.run_files import DamagedRunError, fault
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY, Run
-
-MAX_TEXT_LENGTH = 40
-"""Characters of a setting's value in a table; a longer one is cut and ends with …."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +216,6 @@ def cells_of(results: Sequence[RunResult]) -> list[Cell]:
     return sorted(cells, key=lambda c: ([sort_key(c.value_of(key)) for key in keys], c.name))
 
 
-def sort_key(value: Any) -> tuple[Any, ...]:
-    """A key for `sorted` over a setting's values: numbers by size, then text, then None."""
-    if value is None:
-        return (2,)
-    return (0, value) if isinstance(value, int | float) else (1, str(value))
-
-
 def swept_keys(cells: Sequence[Cell]) -> dict[str, str]:
     """The settings in which these cells differ, as {dotted key: short name for a column}.
 
@@ -255,27 +246,6 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     last_parts = [name.rpartition(".")[2] for name in full.values()]
     unique = {part for part in last_parts if last_parts.count(part) == 1 and part != "seed"}
     return {k: p if p in unique else full[k] for k, p in zip(keys, last_parts, strict=True)}
-
-
-def short_text(value: Any) -> str:
-    """A setting's value in a table that is read: at most MAX_TEXT_LENGTH characters.
-
-    A dotted name of lora_lab or torch (a `_target_`) is cut to its last part; None is –.
-    """
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return f"{value:g}"
-    text = value if isinstance(value, str) else json.dumps(value)
-    text = text.rpartition(".")[2] if text.startswith(("lora_lab.", "torch.")) else text
-    return text if len(text) <= MAX_TEXT_LENGTH else f"{text[: MAX_TEXT_LENGTH - 1]}…"
-
-
-def full_text(value: Any) -> str:
-    """A setting's value in a file that a program reads: a string as it is, all else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def cell_label(cell: Cell, keys: dict[str, str]) -> str:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lora_lab.report.cells import flatten_config, full_text, read_run
+from lora_lab.report.cells import flatten_config, read_run
+from lora_lab.report.setting_values import full_text
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.runs import Run
 

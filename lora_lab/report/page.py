@@ -14,8 +14,9 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_lab.report.cells import Cell, epoch_of, short_text, stop_cause, swept_keys
+from lora_lab.report.cells import Cell, epoch_of, stop_cause, swept_keys
 from lora_lab.report.sections import ExperimentReport, SweepReport
+from lora_lab.report.setting_values import short_text
 from lora_lab.report.tables import Rows, format_number, is_marked, is_numeric, unmarked
 from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic

@@ -10,7 +10,8 @@ from statistics import mean
 
 import numpy as np
 
-from lora_lab.report.cells import Cell, RunResult, cell_label, goal_of, swept_keys
+from lora_lab.report.cells import Cell, RunResult, cell_label, swept_keys
+from lora_lab.report.epochs import goal_of
 from lora_lab.report.matrices import SUFFIX, experts_of, site_of
 
 FREE_KEYS = ("adapter.r", "data.seed", "base.seed")

@@ -9,14 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lora_lab.report import page, rank_figures, summary
-from lora_lab.report.cells import (
-    Cell,
-    RunResult,
-    cells_of,
-    epoch_of,
-    metrics_below,
-    read_run,
-)
+from lora_lab.report.cells import Cell, RunResult, cells_of, epoch_of, metrics_below, read_run
 from lora_lab.report.epochs import OPTIMISTIC, At, goal_of
 from lora_lab.report.plotting import metric_label, save
 from lora_lab.report.rank_series import differing_seeds

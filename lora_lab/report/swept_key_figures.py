@@ -17,8 +17,10 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lora_lab.report.cells import Cell, epoch_of, goal_of, short_text, sort_key, swept_keys
+from lora_lab.report.cells import Cell, epoch_of, swept_keys
+from lora_lab.report.epochs import goal_of
 from lora_lab.report.plotting import graded_colors, log_scale, metric_label, panels
+from lora_lab.report.setting_values import short_text, sort_key
 
 MAX_LABELS = 16
 """Largest number of levels that are all labelled on an axis or in a legend."""

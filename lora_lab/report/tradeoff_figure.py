@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lora_lab.report.cells import Cell, cell_label, epoch_of, goal_of, swept_keys
+from lora_lab.report.cells import Cell, cell_label, epoch_of, swept_keys
+from lora_lab.report.epochs import goal_of
 from lora_lab.report.plotting import COLORS, log_scale, metric_label, panels
 
 COST = "parameters/trainable"

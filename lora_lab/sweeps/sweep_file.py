@@ -11,7 +11,7 @@ import yaml
 from lora_lab.config import compose
 from lora_lab.config.command_line import MOST_RUNS
 from lora_lab.config.schema import ConfigError, nearest
-from lora_lab.report.cells import goal_of
+from lora_lab.report.epochs import goal_of
 from lora_lab.sweeps.search_space import Space, parse_parameter
 
 Goal = Literal["minimize", "maximize"]

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
 from lora_lab.analysis.advice import Advice, advise
-from lora_lab.analysis.spectra import is_intruder, svd_of_factors, svd_of_matrix
+from lora_lab.analysis.directions import is_intruder
+from lora_lab.analysis.spectra import svd_of_factors, svd_of_matrix
 from lora_lab.analysis.truncation import Curve, Truncation, ranks_to_measure
 from lora_lab.data.digits import Digits
 from lora_lab.models.mlp import MLP

@@ -13,15 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lab.analysis.spectra import (
-    SVD,
-    Spectrum,
+from lora_lab.analysis.directions import (
     amplification,
     grassmann_distance,
     is_intruder,
     principal_angles,
     projection,
     similarity,
+)
+from lora_lab.analysis.spectra import (
+    SVD,
+    Spectrum,
     spectra_of_sites,
     spectrum_of_blocks,
     spectrum_of_factors,

@@ -18,7 +18,7 @@ from lora_lab.config import compose
 from lora_lab.config.checks import parse_config
 from lora_lab.config.schema import Config
 from lora_lab.report import best_by_experiment, difference_tables
-from lora_lab.report.cells import goal_of
+from lora_lab.report.epochs import goal_of
 from lora_lab.report.tables import format_mean_std
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, command, only_run

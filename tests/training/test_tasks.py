@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lora_lab.report.cells import goal_of
+from lora_lab.report.epochs import goal_of
 from lora_lab.training.tasks import IGNORED, TASKS, metric_names, metrics_of
 
 CASES: dict[str, tuple[str, str, tuple[int, ...], int, Callable[..., Any]]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_lab.adapters.files import is_adapter_key
 from lora_lab.analysis.updates import full_tensor
 from lora_lab.config.schema import EarlyStopping
-from lora_lab.report.cells import goal_of
+from lora_lab.report.epochs import goal_of
 from lora_lab.training.modules import BaseModule
 
 Row = dict[str, float]
