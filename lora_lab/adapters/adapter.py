@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.data_inits import InputMoments
 from lora_lab.adapters.init import INITS
+from lora_lab.adapters.memory import full_tensor
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 
@@ -198,22 +199,27 @@ class Adapter(nn.Module, ABC):
     def factors(self) -> tuple[Float[Tensor, "*runs rank rest"], Float[Tensor, "*runs out rank"]]:
         """A and B with ΔW = scale · B A, before DoRA's magnitude.
 
-        Their rank is r, or 2r where ΔW is measured from the first values of the factors.
+        Their rank is r, or 2r where ΔW is measured from the first values of the factors. Where
+        gradients are off, those that FSDP has split over processes are gathered. In training a
+        gathered copy would give each process its own gradient.
         """
         # A tied weight can be used in two orientations: as the table of an embedding (matrix
         # features × tokens) and as the weight of the output layer (matrix tokens × features).
         # (B A)ᵀ = Aᵀ Bᵀ, so the factors of the one are those of the other, transposed and swapped.
         source = self.source or self
         is_transposed = source.zero_factor != self.zero_factor
-        A, B = (source.B.T, source.A.T) if is_transposed else (source.A, source.B)
+        A, B, core = source.A, source.B, self.core
+        if not torch.is_grad_enabled():
+            A, B, core = full_tensor(A), full_tensor(B), None if core is None else full_tensor(core)
+        A, B = (B.T, A.T) if is_transposed else (A, B)
         if self.masked_token is not None:
             token = torch.tensor(self.masked_token, device=A.device)
             if self.zero_factor == "A":
                 A = A.index_fill(1, token, 0)
             else:
                 B = B.index_fill(0, token, 0)
-        if self.core is not None:
-            return A, B @ self.core
+        if core is not None:
+            return A, B @ core
         if self.A0 is not None and self.B0 is not None:
             # B A − B₀ A₀ as one product: [B, −B₀] (out, 2r) times [A; A₀] (2r, rest)
             return torch.cat([A, self.A0], -2), torch.cat([B, -self.B0], -1)

@@ -31,3 +31,10 @@ def memory_span(weight: Tensor) -> Span:
 def overlaps(one: Span, other: Span) -> bool:
     """Whether two different memory spans have bytes in common."""
     return one != other and one[0] == other[0] and one[1] <= other[2] and other[1] <= one[2]
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full value of a tensor: one that FSDP spreads over processes is gathered on each."""
+    # Known by its method: the import of its class, DTensor, takes half a second.
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

@@ -6,16 +6,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lora_lab.adapters import Adapter, Site, adapter_class, attached, disabled
+from lora_lab.adapters.memory import full_tensor
 from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import SVD, Factors, Spectrum
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The full value of a tensor: one that FSDP spreads over processes is gathered on each."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split(site: Site, matrices: Tensor) -> Sequence[Tensor]:
@@ -58,13 +53,14 @@ class Updates:
         change = weight.double() - self.base_weights[key].to(weight.device)
         return self.as_matrix(site, change.to(torch.promote_types(weight.dtype, torch.float32)))
 
+    @torch.no_grad()
     def spectra_by_site(self) -> dict[str, list[Spectrum]]:
         """The spectra of each site's matrices, from the factors alone where ΔW is their product."""
         products: dict[str, Factors] = {}
         for name, adapter in self.adapters_by_site.items():
             if self.is_product(name):
                 site = self.sites[name]
-                A, B = map(full_tensor, adapter.factors())
+                A, B = adapter.factors()
                 pairs = zip(site.matrices, split(site, A), split(site, B), strict=True)
                 products |= {matrix: (a, b, adapter.scale) for matrix, a, b in pairs}
         of_products = spectra.spectra_of_sites(products)

@@ -11,9 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
 from lora_lab.adapters.files import is_adapter_key
+from lora_lab.adapters.memory import full_tensor
 from lora_lab.adapters.slots import merged_adapters
 from lora_lab.analysis import findings
-from lora_lab.analysis.updates import Updates, full_tensor
+from lora_lab.analysis.updates import Updates
 from lora_lab.runs import process_rank
 from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights

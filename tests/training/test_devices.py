@@ -41,6 +41,11 @@ CASES = {
         *("digits", "trainer.gradient_clip_val=0.1", "optimizer.schedule=cosine"),
         "optimizer.warmup=0.2",
     ),
+    # ΔW is measured from the first factors, or has a core
+    **{
+        init: ("shift", f"adapter={init}", "adapter.r=2")
+        for init in ("pissa", "milora", "corda", "lora_ga", "lora_xs")
+    },
 }
 
 

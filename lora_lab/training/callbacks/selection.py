@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lora_lab.adapters.files import is_adapter_key
-from lora_lab.analysis.updates import full_tensor
+from lora_lab.adapters.memory import full_tensor
 from lora_lab.config.schema import EarlyStopping
 from lora_lab.report.epochs import goal_of
 from lora_lab.training.modules import BaseModule
