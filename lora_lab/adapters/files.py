@@ -3,9 +3,8 @@
 import glob
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,9 @@ from lora_lab.adapters.targets import find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
 from lora_lab.adapters.weight import WeightAdapter
 from lora_lab.runs import write_atomic
+
+FORMAT = 2
+"""The version of our folders that is written."""
 
 
 def is_adapter_key(key: str) -> bool:
@@ -67,14 +69,15 @@ def _is_same(value: Any, weight: Tensor) -> bool:
     return is_dense and value.data_ptr() == weight.data_ptr()
 
 
-def weights_hash(state: dict[str, Any]) -> str:
+def weights_hash(state: Mapping[str, Any]) -> str:
     """The SHA-256 of a state dict: names, dtypes, shapes and all bytes, in the order of names.
 
-    What is no tensor, as some modules give by `get_extra_state`, is left out.
+    What is no tensor, as some modules give by `get_extra_state`, is left out. Values are read one
+    at a time.
     """
     digest = hashlib.sha256()
-    for key, tensor in sorted(state.items(), key=itemgetter(0)):
-        if not isinstance(tensor, Tensor):
+    for key in sorted(state):
+        if not isinstance(tensor := state[key], Tensor):
             continue
         parts = _dense_parts(tensor.detach().cpu())
         shape = [tuple(p.shape) for p in parts] if tensor.is_nested else tuple(tensor.shape)
@@ -110,21 +113,10 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
     """
     adapters, parameters = require_attached(model, name), also_trained(model, name)
     require_finite(model, {**adapters, **parameters})
-    tensors = {
-        f"{site}.{key}" if site else key: tensor.contiguous()
-        for site, adapter in adapters.items()
-        for key, tensor in adapter.tensors().items()
-    }
+    sites, tensors = describe(adapters)
     in_full = {key: p.value.detach() for key, p in parameters.items()}
-    sites = {
-        site: {
-            **{"kind": a.kind, "shape": list(a.shape), "transposed": a.is_transposed},
-            **{"scale": a.scale, **asdict(a.recipe)},
-        }
-        for site, a in adapters.items()
-    }
     base = base_state_dict(model)
-    description = {"format": 2, "base": weights_hash(base), "sites": sites}
+    description: dict[str, Any] = {"format": FORMAT, "base": weights_hash(base), "sites": sites}
     if in_full:
         description["rest_of_base"] = weights_hash(_without(base, in_full))
         description["also_trained"] = {
@@ -132,6 +124,25 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> No
             for key, value in in_full.items()
         }
     write_folder(Path(directory), description, tensors | in_full)
+
+
+def describe(
+    adapters: Mapping[str, Adapter],
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """What adapter.json says of each site, and the tensors of all sites by name."""
+    sites = {
+        site: {
+            **{"kind": a.kind, "shape": list(a.shape), "transposed": a.is_transposed},
+            **{"scale": a.scale, **asdict(a.recipe)},
+        }
+        for site, a in adapters.items()
+    }
+    tensors = {
+        f"{site}.{key}" if site else key: tensor.contiguous()
+        for site, adapter in adapters.items()
+        for key, tensor in adapter.tensors().items()
+    }
+    return sites, tensors
 
 
 def write_folder(directory: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -198,7 +209,10 @@ def _build(
     """The site named `path` and its adapter, as the JSON describes it and with these tensors."""
     kind = description["kind"]
     target = Target("all" if kind == WeightAdapter.kind else kind, glob.escape(path), tied=True)
-    (site,) = find_sites(model, {path: target})
+    site, *others = find_sites(model, {path: target})
+    if others:
+        shown = ", ".join(one.name for one in (site, *others))
+        raise AdapterError(f"the model has several matrices in it, each a site: {shown}")
     recipe = Recipe(**{key: description[key] for key in Recipe.__dataclass_fields__})
     recipe.check()
     layer = model.get_submodule(site.layer)

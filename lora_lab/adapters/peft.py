@@ -13,13 +13,25 @@ from lora_lab.adapters.files import base_state_dict
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.linear import TransposedLinearAdapter
-from lora_lab.adapters.peft_folder import lora_config, read_peft, split_by_layer, write_peft
+from lora_lab.adapters.peft_folder import (
+    lora_config,
+    read_peft,
+    split_by_layer,
+    target_modules,
+    write_peft,
+)
 from lora_lab.adapters.peft_parameters import (
     held_as_parameters,
     holds_experts,
     paths_of_tensors,
     reason_no_parameter,
     targeted,
+)
+from lora_lab.adapters.peft_reasons import (
+    TIED_TABLE,
+    reason_differs,
+    reason_layer_differs,
+    reason_not_tied,
 )
 from lora_lab.adapters.peft_tensors import alpha_for_scale, from_peft, tensor_keys, to_peft
 from lora_lab.adapters.peft_trained_in_full import PREFIX
@@ -80,6 +92,10 @@ def save_peft(
         # As a list, of which PEFT renames none: of a pattern it would take the last names alone.
         modules = [site for site in adapters if site not in parameters]
         targets = {"target_modules": modules, "target_parameters": [*parameters.values()]}
+    if any(adapter.is_tied for adapter in adapters.values()):
+        # PEFT asks whether its targets have this name, and not that of the layer.
+        targets.setdefault("target_modules", f"{target_modules(ranks)}|{TIED_TABLE}")
+        targets["ensure_weight_tying"] = True
     config = lora_config(
         ranks,
         alphas,
@@ -98,20 +114,13 @@ def save_peft(
 
 def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors: list[str]) -> None:
     """Raises AdapterError with the reason for each site that PEFT would compute differently."""
-    shared = {id(m.source) for m in model.modules() if isinstance(m, Adapter)}
     any_dora = any(adapter.magnitude is not None for adapter in adapters.values())
-    parameters = held_as_parameters(model, adapters)
+    is_mixture = holds_experts(model)
     errors = []
     for site, adapter in adapters.items():
         dora, layer = adapter.magnitude is not None, layer_of(model, site, adapter)
-        reason = reason_peft_differs(layer, adapter.kind, dora)
-        if site in parameters:
-            reason = reason_no_parameter(layer, adapter.kind, any_dora)
-        if not site:
-            reason = "it is the model itself, and PEFT replaces layers of a model"
-        elif id(adapter) in shared:
-            reason = "its weight is tied, and PEFT would adapt one use of it and not the other"
-        elif any_dora and not dora:
+        reason = reason_differs(model, layer, site, adapter.kind, adapter.is_tied, dora, is_mixture)
+        if any_dora and not dora:
             reason = "it has no DoRA magnitude and others have; PEFT's use_dora is for all"
         errors += [f"'{site}': {reason}"] if reason else []
     if errors := errors + other_errors:
@@ -150,13 +159,17 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
         if key is not None:
             reason = reason_no_parameter(layer, kind, config["use_dora"])
         else:
-            reason = reason_peft_differs(layer, kind, config["use_dora"])
+            reason = reason_layer_differs(layer, kind, config["use_dora"])
         if reason:
             errors.append(f"'{path}': {reason}")
             continue
         assert site is not None
+        is_tied = config["ensure_weight_tying"] and not reason_not_tied(
+            model, layer, site.name, config["use_dora"]
+        )
         try:
-            (site,) = find_sites(model, {path: Target(kind, glob.escape(site.name))})
+            target = Target(kind, glob.escape(site.name), tied=bool(is_tied))
+            (site,) = find_sites(model, {path: target})
             adapters |= [from_peft(site, layer, layer_tensors, config, key or path)]
         except TargetError as error:
             errors.append(str(error))
@@ -167,23 +180,3 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
         raise AdapterError(f"PEFT's adapter in {directory} does not fit: {'; '.join(errors)}")
     place_adapters(model, adapters, name, in_full)
     return list(adapters)
-
-
-def reason_peft_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
-    """Why PEFT computes this layer differently, or not at all; None where it is the same."""
-    if kind == "weight" and isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d):
-        return f"{type(layer).__name__} computes otherwise than the layer that PEFT takes it for"
-    if kind == "weight":
-        return f"PEFT cannot adapt this weight of {type(layer).__name__} wherever it is read"
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if any(step != 1 for step in layer.dilation):
-            return f"dilation={layer.dilation}, and PEFT's A is not dilated"
-        if layer.padding_mode != "zeros":
-            return f"padding_mode={layer.padding_mode!r}, and PEFT's A pads with zeros"
-        if dora and layer.groups > 1:
-            return f"groups={layer.groups} with DoRA, whose norm PEFT takes over wrong channels"
-    padding = getattr(layer, "padding_idx", None)
-    weight = layer._parameters.get("weight")  # the base's, where reading it gives W + ΔW
-    if dora and padding is not None and weight is not None and bool(weight[padding].any()):
-        return f"padding_idx={padding} with DoRA: PEFT scales its vector, which is not zero here"
-    return None

@@ -37,7 +37,7 @@ LOADABLE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 LOADABLE_KEYS = """
 peft_type r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_dropout init_lora_weights
-modules_to_save bias target_parameters
+modules_to_save bias target_parameters ensure_weight_tying
 target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out
 auto_mapping base_model_name_or_path inference_mode peft_version revision task_type corda_config
 eva_config loftq_config lora_ga_config megatron_core qalora_group_size runtime_config
@@ -142,6 +142,8 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for key, value in scale.items()
         if config.get(key) != value
     ]
+    if config.get("ensure_weight_tying") and config.get("modules_to_save"):
+        errors.append("ensure_weight_tying=True with modules_to_save: no tied modules are read")
     if kind != "LORA":
         errors.append(f"peft_type={kind!r}: must be LORA")
     if init not in LOADABLE_INITS:
@@ -154,5 +156,6 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
     defaults |= {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
     defaults |= {"modules_to_save": None, "bias": "none", "task_type": None}
+    defaults["ensure_weight_tying"] = False
     config["target_parameters"] = config.get("target_parameters") or []
     return defaults | config, tensors

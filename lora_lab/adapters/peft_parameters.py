@@ -31,18 +31,22 @@ would adapt the experts and not the dense MLP of DeepSeek-V3's first block, nor 
 
 
 def held_as_parameters(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, str]:
-    """Site → the key of its parameter, of those that PEFT is to adapt as parameters.
+    """Site → the key of its parameter, of those that PEFT is to adapt as parameters."""
+    is_mixture = holds_experts(model)
+    return {
+        site: parameter_key(site, adapter)
+        for site, adapter in adapters.items()
+        if is_held_as_parameter(layer_of(model, site, adapter), site, adapter.kind, is_mixture)
+    }
+
+
+def is_held_as_parameter(layer: nn.Module, site: str, kind: str, is_mixture: bool) -> bool:
+    """Whether PEFT is to adapt a site as a parameter.
 
     These are experts and routers, and in a mixture also linear layers that PEFT would rename.
     """
-    is_mixture = holds_experts(model)
-    keys = {}
-    for site, adapter in adapters.items():
-        of_router = adapter.kind == "weight" and is_router(layer_of(model, site, adapter))
-        of_renamed = is_mixture and adapter.kind == "linear" and is_renamed(site)
-        if adapter.kind == "experts" or of_router or of_renamed:
-            keys[site] = parameter_key(site, adapter)
-    return keys
+    of_router = kind == "weight" and is_router(layer)
+    return kind == "experts" or of_router or (is_mixture and kind == "linear" and is_renamed(site))
 
 
 LAST_OF_EXPERTS = "down_proj"

@@ -4,6 +4,7 @@ As in `commands`, what is heavy is imported after the checks that need nothing h
 """
 
 from pathlib import Path
+from typing import Literal
 
 
 def spectra(
@@ -95,16 +96,23 @@ def cut(
         update_files.cut(stored, rule, base, to, console)
 
 
-def extract(before: Path, after: Path, rank: int | None, energy: float | None, to: Path) -> None:
+def extract(
+    before: Path,
+    after: Path,
+    rank: int | None,
+    energy: float | None,
+    format: Literal["peft", "lora_lab"],
+    to: Path,
+) -> None:
     """Writes the change of a full fine-tune as an adapter, and prints what it keeps by site."""
     how = _amount(rank, energy)
     for given in (before, after):
         _check_exists(given)
         check_new_folder(to, given)
-    from lora_lab.cli import update_files
+    from lora_lab.cli import update_extract
     from lora_lab.console import console
 
-    update_files.extract(before, after, how, to, console)
+    update_extract.extract(before, after, how, format, to, console)
 
 
 def _amount(rank: int | None, energy: float | None) -> int | float:

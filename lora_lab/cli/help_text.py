@@ -76,9 +76,11 @@ A site whose ΔW has a lower rank gets that. Ranks differ by site with --energy 
 --scale-intruders F with --base multiplies the intruder dimensions of W + ΔW by F (Shuttleworth et
 al. 2024, as PEFT's reduce_intruder_dimension), and keeps each site's rank."""
 
-EXTRACT = """Writes a full fine-tune as an adapter in the format of PEFT: of each matrix the
-best approximation of W − W₀ of a rank, and what share of ‖W − W₀‖² that holds. What an adapter
-cannot hold (biases, norms) is listed. The checkpoints are read tensor by tensor."""
+EXTRACT = """Writes a full fine-tune as an adapter: of each matrix the best approximation of W − W₀
+of a rank, and what share of ‖W − W₀‖² that holds. What it cannot hold (biases, norms) is listed,
+with the reason. The folder's config.json says what the layers are (transformers, timm); without one
+their names do. A rank over that of a weight is the weight's. Experts that are one parameter have an
+adapter for each matrix. The checkpoints are read tensor by tensor."""
 
 SWEEP = """\
 Runs a W&B sweep file here, with no account. `wandb sweep FILE` and `wandb agent ID` run the same

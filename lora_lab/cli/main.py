@@ -191,6 +191,10 @@ def _extract(commands: Any) -> None:
     add("--after", type=path, required=True, help="those of W")
     add("--rank", type=count, default=None, help="the rank of every site, at most")
     add("--energy", type=share, default=None, help="share of each site's ‖W − W₀‖² to keep")
+    formats = (
+        "peft: PEFT's folder (the default); lora_lab: ours, which belongs to exactly this base"
+    )
+    add("--format", choices=("peft", "lora_lab"), default="peft", help=formats)
     add("--to", type=path, default=Path("extracted"), help="where it is written (extracted)")
 
 

@@ -1,28 +1,20 @@
-"""`lora-lab cut` and `lora-lab extract`: adapters at a lower rank, or of a full fine-tune."""
+"""`lora-lab cut`: adapters at a lower rank."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
-from rich.progress import track
-from torch import nn
 
 from lora_lab import report
 from lora_lab.adapters.checkpoint import Checkpoint
 from lora_lab.adapters.stored import StoredAdapter, StoredUpdate
 from lora_lab.analysis import cut as cutting
 from lora_lab.analysis.cut import CutSite, RankRule
-from lora_lab.analysis.extract import Extracted
-from lora_lab.analysis.extract import extract as extract_adapter
 from lora_lab.analysis.spectra import Spectrum
-from lora_lab.analysis.stored_spectra import Difference, shortened
-from lora_lab.models.transformers_config import quiet
+from lora_lab.analysis.stored_spectra import shortened
 from lora_lab.report.tables import Rows, csv_of
 from lora_lab.report.update_report import natural_order
 from lora_lab.runs import write_atomic
@@ -139,57 +131,10 @@ def _report_cut(
             )
     if any(update.magnitude is not None for update in stored.updates.values()):
         lines.append("kept is of s·B·A; DoRA's magnitudes stay as they are")
-    _show("kept: the share of ‖ΔW‖²", rows, lines, to, console)
+    show_sites("kept: the share of ‖ΔW‖²", rows, lines, to, console)
 
 
-def extract(before: Path, after: Path, how: int | float, to: Path, console: Console) -> None:
-    """Writes W − W₀ as PEFT's folder: cut to a rank (int), or to a share of ‖W − W₀‖² (float)."""
-    difference = Difference(Checkpoint(before), Checkpoint(after))
-    keys, model = difference.shared, _model_of(before) or _model_of(after)
-    hidden = not console.is_terminal
-    tracked = track(keys, "extract", console=console, transient=True, disable=hidden)
-    asked: dict[str, Any] = {"rank" if isinstance(how, int) else "energy": how}
-    result = extract_adapter(difference, tracked, to, model, **asked)
-    _report_extracted(result, difference, model is not None, to, console)
-
-
-def _model_of(folder: Path) -> nn.Module | None:
-    """The model that the config.json of a folder names, on the meta device; None without one."""
-    try:
-        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-        import transformers
-
-        with quiet(), torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            return getattr(transformers, name)(config)
-    # No transformers, or a model of another library: the layers are told by their names.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-        return None
-
-
-def _report_extracted(
-    result: Extracted, difference: Difference, has_model: bool, to: Path, console: Console
-) -> None:
-    rows: Rows = [["site", "shape", "rank", "kept"]]
-    for site in sorted(result.sites, key=lambda site: natural_order(site.site)):
-        shape = " × ".join(map(str, site.shape))
-        rows.append([site.site, shape, str(site.k), f"{site.kept:.2%}"])
-    share = result.held_energy / result.energy
-    lines = [f"kept     {share:.2%} of ‖W − W₀‖² over all tensors that both have"]
-    if residuals := [site.residual for site in result.sites if site.residual is not None]:
-        lines.append(
-            f"{len(residuals)} large matrices by subspace iteration: each σ within "
-            f"{max(residuals):.0e} σ₁ of one of W − W₀; the shares are exact"
-        )
-    if not has_model:
-        lines.append("without a config.json of transformers, layers are told by their names")
-    lines += [f"not held {key}: {reason}" for key, reason in list(result.not_held.items())[:6]]
-    if len(result.not_held) > 6:
-        lines.append(f"not held {shortened([*result.not_held])}")
-    _show("kept: the share of ‖W − W₀‖²", rows, [*lines, *difference.lines()], to, console)
-
-
-def _show(title: str, rows: Rows, lines: list[str], to: Path, console: Console) -> None:
+def show_sites(title: str, rows: Rows, lines: list[str], to: Path, console: Console) -> None:
     """Writes the table beside the adapter, and prints its first rows and `lines`."""
     write_atomic(to / "sites.csv", csv_of(rows))
     console.print(report.terminal_table(title, rows[: SHOWN + 1]))

@@ -572,7 +572,7 @@ def fc(**changes: Tensor | None) -> dict[str, Tensor]:
         ({"alora_invocation_tokens": [4]}, "alora_invocation_tokens="),
         ({"use_qalora": True}, "use_qalora=True"),
         ({"kasa_config": {"beta": 1}}, "kasa_config="),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying=True"),
+        ({"ensure_weight_tying": True, "modules_to_save": ["x"]}, "ensure_weight_tying=True with"),
         ({"not_made_yet": 3}, "not_made_yet=3: there is nothing like it here"),
         (
             {"init_lora_weights": "pissa_niter_4"},
