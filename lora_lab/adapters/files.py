@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from lora_lab.adapters.adaptable import (
+    adaptable_sites,
+    placed_site,
+    require_one_adapter_each,
+)
 from lora_lab.adapters.adapter import TENSOR_NAMES, Adapter
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import also_trained, merged_adapters, parameter_key, require_attached
-from lora_lab.adapters.target import Target
-from lora_lab.adapters.targets import find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
 from lora_lab.adapters.weight import WeightAdapter
 from lora_lab.runs import write_atomic
@@ -189,38 +192,32 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> None
         )
     errors: list[str] = []
     adapters: dict[Site, Adapter] = {}
+    adaptable = adaptable_sites(model)
     for path, description in sites.items():
         prefix = f"{path}." if path else ""
         stored = {key: tensors.pop(prefix + key) for key in TENSOR_NAMES if prefix + key in tensors}
         try:
-            adapters |= [_build(model, path, description, stored)]
+            site = placed_site(adaptable, path, description["kind"])
+            adapters[site] = _build(model, site, description, stored)
         except (AdapterError, KeyError, TypeError) as error:
             errors.append(f"'{path}': {error}")
     also_trained, more_errors = _build_in_full(model, in_full, tensors)
     errors += more_errors
     if errors := [*errors, *(f"unknown tensor {key}" for key in tensors)]:
         raise AdapterError(f"the adapter in {directory} does not fit: {'; '.join(errors)}")
+    require_one_adapter_each(adapters)
     place_adapters(model, adapters, name, also_trained)
 
 
 def _build(
-    model: nn.Module, path: str, description: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[Site, Adapter]:
-    """The site named `path` and its adapter, as the JSON describes it and with these tensors."""
-    kind = description["kind"]
-    target = Target("all" if kind == WeightAdapter.kind else kind, glob.escape(path), tied=True)
-    site, *others = find_sites(model, {path: target})
-    if others:
-        shown = ", ".join(one.name for one in (site, *others))
-        raise AdapterError(f"the model has several matrices in it, each a site: {shown}")
+    model: nn.Module, site: Site, description: dict[str, Any], tensors: dict[str, Tensor]
+) -> Adapter:
+    """The adapter of a site, as the JSON describes it and with these tensors."""
     recipe = Recipe(**{key: description[key] for key in Recipe.__dataclass_fields__})
     recipe.check()
     layer = model.get_submodule(site.layer)
-    fitting_class = adapter_class(layer, site.parameter)
-    if kind == WeightAdapter.kind:
-        # So it is stored of a subclass of nn.Linear by a version that took no subclass for linear,
-        # and of experts by one that took all of their matrices for one of E rows.
-        site, fitting_class = replace(site, kind=kind, name=path, experts=1), WeightAdapter
+    is_plain = site.kind == WeightAdapter.kind
+    fitting_class = WeightAdapter if is_plain else adapter_class(layer, site.parameter)
     adapter = fitting_class(layer, site.parameter, site.rows, recipe)
     adapter.scale = description["scale"]  # stored, not computed again from alpha and r
     # A tensor read from a file may lie in memory at an address of another alignment, where kernels
@@ -228,7 +225,7 @@ def _build(
     device = adapter.weight_of(layer).device
     tensors = {key: tensor.to(device, copy=True) for key, tensor in tensors.items()}
     _check_fit(adapter, description, tensors)
-    return site, adapter.fill(tensors)
+    return adapter.fill(tensors)
 
 
 def _build_in_full(

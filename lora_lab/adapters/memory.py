@@ -6,13 +6,29 @@ Span = tuple[int, int, int]
 """Where a weight is in memory: see `memory_span`."""
 
 
-def parameters_in_memory(model: nn.Module) -> dict[Span, list[str]]:
-    """The names of the model's parameters by where they are in memory: several where tied."""
-    names_by_span: dict[Span, list[str]] = {}
+Parameters = dict[int, dict[Span, list[str]]]
+"""Names of parameters by storage and, within it, by span: several where they are tied."""
+
+
+def parameters_in_memory(model: nn.Module) -> Parameters:
+    """The names of the model's parameters by where they are in memory."""
+    parameters: Parameters = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not nn.parameter.is_lazy(parameter):
-            names_by_span.setdefault(memory_span(parameter), []).append(name)
-    return names_by_span
+            span = memory_span(parameter)
+            parameters.setdefault(span[0], {}).setdefault(span, []).append(name)
+    return parameters
+
+
+def names_at(span: Span, parameters: Parameters) -> list[str]:
+    """The names of the parameters that are exactly there."""
+    return parameters[span[0]][span]
+
+
+def names_of_parts(span: Span, parameters: Parameters) -> list[str]:
+    """The names of other parameters that share some of this memory."""
+    of_storage = parameters[span[0]].items()
+    return [name for other, names in of_storage if overlaps(span, other) for name in names]
 
 
 def memory_span(weight: Tensor) -> Span:

@@ -1,7 +1,6 @@
 """Merging adapters into the weights and out of them, and combining several in one."""
 
 import copy
-import glob
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters import slots
+from lora_lab.adapters.adaptable import (
+    adaptable_sites,
+    placed_site,
+    require_one_adapter_each,
+)
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.finite import raise_reasons, reason_not_finite, require_finite
 from lora_lab.adapters.inject import detach, place_adapters, restore_weight
 from lora_lab.adapters.recipe import AdapterError, python_scalar
-from lora_lab.adapters.target import Target
-from lora_lab.adapters.targets import find_sites
 from lora_lab.adapters.trained_in_full import FullParameter
 
 
@@ -115,10 +117,9 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
             if adapter.magnitude is not None:
                 raise AdapterError(f"the adapter '{other}' is a DoRA: its ΔW is no product B A")
             shares.setdefault(site, []).append((share, adapter))
-    targets = {site: Target(match=glob.escape(site), tied=True) for site in shares}
-    sites = find_sites(model, targets)
-    if len(sites) < len(shares):
-        raise AdapterError("the adapters sit on a tied weight by its different names: attach alike")
+    adaptable = adaptable_sites(model)
+    sites = [placed_site(adaptable, site, of_site[0][1].kind) for site, of_site in shares.items()]
+    require_one_adapter_each(sites)
     adapters = {}
     for site in sites:
         scaled = [(share * a.scale, *a.factors()) for share, a in shares[site.name]]

@@ -1,13 +1,13 @@
 """Adapters to and from PEFT's folders, so that either library gives the other's outputs."""
 
 import difflib
-import glob
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lora_lab.adapters import peft_trained_in_full
+from lora_lab.adapters.adaptable import adaptable_sites
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.files import base_state_dict
 from lora_lab.adapters.finite import require_finite
@@ -36,10 +36,9 @@ from lora_lab.adapters.peft_reasons import (
 from lora_lab.adapters.peft_tensors import alpha_for_scale, from_peft, tensor_keys, to_peft
 from lora_lab.adapters.peft_trained_in_full import PREFIX
 from lora_lab.adapters.recipe import AdapterError
-from lora_lab.adapters.sites import Site, candidate_sites
+from lora_lab.adapters.sites import Site
 from lora_lab.adapters.slots import also_trained, layer_of, require_attached
-from lora_lab.adapters.target import Target, TargetError
-from lora_lab.adapters.targets import find_sites
+from lora_lab.adapters.target import TargetError
 
 
 def save_peft(
@@ -140,22 +139,22 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     tensors_by_layer, others = split_by_layer(tensors)
     in_full, errors = peft_trained_in_full.from_peft(model, base_state_dict(model), others, config)
     layers = dict(model.named_modules())
-    candidates = list(candidate_sites(model))
-    by_name = {site.name: site for site in candidates}
-    by_key = {site.key: site for site in candidates if site.rows is None}
+    adaptable = adaptable_sites(model)
     keys = targeted(model, config["target_parameters"])
     key_by_path = {path: key for key, path in paths_of_tensors(model, keys).items()}
     adapters: dict[Site, Adapter] = {}
     for path, layer_tensors in tensors_by_layer.items():
         key = key_by_path.get(path)
-        site = by_name.get(path) if key is None else by_key.get(key)
-        layer = layers.get(path if site is None else site.layer)
-        kind = "weight" if site is None else site.kind
-        reason = None
+        site = adaptable.get(key or path)
+        layer = layers.get(path if key is None else key.rpartition(".")[0])
         if layer is None:
             near = difflib.get_close_matches(path, layers, n=3, cutoff=0.0)
             errors.append(f"there is no layer '{path}'; nearest: {', '.join(near)}")
             continue
+        if isinstance(site, TargetError):
+            errors.append(str(site))
+            continue
+        kind = "weight" if site is None else site.kind
         if key is not None:
             reason = reason_no_parameter(layer, kind, config["use_dora"])
         else:
@@ -164,15 +163,17 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
             errors.append(f"'{path}': {reason}")
             continue
         assert site is not None
-        is_tied = config["ensure_weight_tying"] and not reason_not_tied(
+        is_shared = config["ensure_weight_tying"] and not reason_not_tied(
             model, layer, site.name, config["use_dora"]
         )
+        if site.tied_to and not is_shared:
+            errors.append(
+                f"the weight of '{site.name}' is tied to {', '.join(site.tied_to)}: PEFT's adapter "
+                "would change one use of it and not the other; untie it first"
+            )
+            continue
         try:
-            target = Target(kind, glob.escape(site.name), tied=bool(is_tied))
-            (site,) = find_sites(model, {path: target})
             adapters |= [from_peft(site, layer, layer_tensors, config, key or path)]
-        except TargetError as error:
-            errors.append(str(error))
         except AdapterError as error:
             errors.append(f"'{path}': {error}")
     if errors or not (adapters or in_full):

@@ -96,7 +96,8 @@ def from_peft(
     r, scale = rank_and_scale(config, name)
     scaling, dora = peft_scaling(config), config["use_dora"]
     _check_shapes(site, layer, peft_tensors, r, dora)
-    weight = layer.get_parameter(site.parameter)
+    weight = layer._parameters[site.parameter]  # not get_parameter, which may read W + ΔW
+    assert weight is not None
     dtype = torch.promote_types(weight.dtype, torch.float32)
     parts = {key: part for part, key in tensor_keys(site.kind).items()}
     tensors = {parts[key]: t.to(weight.device, dtype) for key, t in peft_tensors.items()}

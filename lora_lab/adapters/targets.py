@@ -1,13 +1,14 @@
 """Which weights get an adapter: targets pick sites, and each site gets its recipe."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from lora_lab.adapters.adaptable import check_weight, with_ties
 from lora_lab.adapters.globs import as_list, check_pattern
 from lora_lab.adapters.init import INITS
-from lora_lab.adapters.memory import Span, memory_span, overlaps, parameters_in_memory
+from lora_lab.adapters.memory import parameters_in_memory
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import Site, adapter_class, candidate_sites
@@ -65,50 +66,75 @@ def find_sites(
     candidates = SitesByName([*candidate_sites(model)])
     label_by_site = _pick(model, targets, candidates, trained_in_full)
     patterns = {"r": rank_pattern, "alpha": alpha_pattern}
-    own_settings = _own_settings(patterns, candidates, label_by_site)
-    names_by_span = parameters_in_memory(model)
-    sites: list[Site] = []
-    clipped: list[tuple[Site, str]] = []
-    errors: list[tuple[Site, AdapterError]] = []
-    without_dora: list[Site] = []
-    tied: list[tuple[Site, list[str]]] = []
+    settings_by_site = _settings_by_patterns(patterns, candidates, label_by_site)
+    parameters = parameters_in_memory(model)
+    outcome = _Outcome()
     taken: set[object] = set()
     for site in candidates.sites:
         if site.name not in label_by_site:
             continue
-        layer, target = model.get_submodule(site.layer), targets[label_by_site[site.name]]
+        target = targets[label_by_site[site.name]]
         try:
-            span, tied_to = _check_weight(site, layer, names_by_span)
-            if tied_to and not target.tied:
-                tied.append((site, names_by_span[span]))
-                continue
-            if (span, site.rows) in taken:
-                continue  # tied on purpose, and adapted with the first layer that has it
-            taken.add((span, site.rows))
-            site = replace(site, tied_to=tied_to)
-            if recipe is not None:
-                settings = own_settings.get(site.name, {})
-                site = replace(site, recipe=replace(target.recipe(recipe), **settings))
-                site, clipping = _with_possible_recipe(site, over_rank)
-                clipped += [(site, clipping)] if clipping else []
-                if recipe.dora and not adapter_class(layer, site.parameter).takes_dora:
-                    without_dora.append(site)
-            sites.append(site)
+            span, names = check_weight(site, model, parameters)
+            if len(names) > 1 and not target.tied:
+                outcome.tied.append((site, names))
+            elif (span, site.rows) not in taken:  # else adapted with the first layer that has it
+                taken.add((span, site.rows))
+                site = with_ties(site, names)
+                if recipe is not None:
+                    settings = settings_by_site.get(site.name, {})
+                    site = replace(site, recipe=replace(target.recipe(recipe), **settings))
+                    site, clipping = _with_possible_recipe(site, over_rank)
+                    outcome.clipped += [(site, clipping)] if clipping else []
+                outcome.sites.append(site)
         except AdapterError as error:
-            errors.append((site, error))
-    if without_dora:
+            outcome.errors.append((site, error))
+    _report(outcome, model, targets, label_by_site, note)
+    return outcome.sites
+
+
+@dataclass
+class _Outcome:
+    """What becomes of the sites that targets pick. All are looked at before any error is raised."""
+
+    sites: list[Site] = field(default_factory=list)
+    """Those that get an adapter."""
+    clipped: list[tuple[Site, str]] = field(default_factory=list)
+    """Of `sites`, those that get a lower rank than was asked for, each with a text on it."""
+    tied: list[tuple[Site, list[str]]] = field(default_factory=list)
+    """Those left out since their weight is tied, each with all names of the weight."""
+    errors: list[tuple[Site, AdapterError]] = field(default_factory=list)
+    """Those that can have no adapter, or not this one."""
+
+
+def _report(
+    outcome: _Outcome,
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    label_by_site: Mapping[str, str],
+    note: Callable[[str], object],
+) -> None:
+    """Raises one error for all sites that have one; calls `note` on what is left out or clipped."""
+    tied, errors = outcome.tied, [*outcome.errors]
+    if without_dora := [site for site in outcome.sites if _lacks_dora(site, model)]:
         reason = reason_no_dora(without_dora, targets, label_by_site)
         errors.append((without_dora[0], AdapterError(reason)))
     named = [(s, names) for s, names in tied if targets[label_by_site[s.name]].names_exactly(s)]
-    if named or (tied and not sites and not errors):
+    if named or (tied and not outcome.sites and not errors):
         raise TargetError(reason_tied(named or tied, targets, label_by_site))
     if errors:
         raise type(errors[0][1])(in_one([(site, str(error)) for site, error in errors]))
     if tied:
         note(f"left out: {reason_tied(tied, targets, label_by_site, is_left_out=True)}")
-    if clipped:
-        note(in_one(clipped))
-    return sites
+    if outcome.clipped:
+        note(in_one(outcome.clipped))
+
+
+def _lacks_dora(site: Site, model: nn.Module) -> bool:
+    """Whether the site is to have DoRA and its kind has none."""
+    wants = site.recipe is not None and site.recipe.dora
+    layer = model.get_submodule(site.layer)
+    return wants and not adapter_class(layer, site.parameter).takes_dora
 
 
 def _check_targets(targets: Mapping[str, Target]) -> None:
@@ -158,7 +184,7 @@ def _pick(
     return label_by_site
 
 
-def _own_settings(
+def _settings_by_patterns(
     patterns: Mapping[str, Mapping[str, float] | None],
     sites: SitesByName,
     picked: Collection[str],
@@ -167,7 +193,7 @@ def _own_settings(
 
     Of several globs that fit a site the first decides. Raises AdapterError.
     """
-    own_settings: dict[str, dict[str, float]] = {}
+    settings_by_site: dict[str, dict[str, float]] = {}
     for key, pattern in patterns.items():
         where = {"r": "rank_pattern", "alpha": "alpha_pattern"}[key]
         check_pattern(where, {} if pattern is None else pattern)
@@ -181,34 +207,8 @@ def _own_settings(
                 near = nearest(glob, [site for site in sites.sites if site.name in picked])
                 raise PatternError(f"{where}: '{glob}' fits no site; nearest: {near}")
             for name in names:
-                own_settings.setdefault(name, {}).setdefault(key, value)
-    return own_settings
-
-
-def _check_weight(
-    site: Site, layer: nn.Module, names_by_span: Mapping[Span, list[str]]
-) -> tuple[Span, tuple[str, ...]]:
-    """Where the site's weight is in memory, and the names of parameters tied to it.
-
-    Raises TargetError where it cannot be adapted.
-    """
-    weight = layer._parameters.get(site.parameter)
-    if weight is None:
-        raise TargetError(
-            f"the weight of '{site.name}' is no parameter but computed from others (a norm or "
-            "another parametrization): exclude it by a glob"
-        )
-    if reason := adapter_class(layer, site.parameter).reason_not_adaptable(layer):
-        raise TargetError(f"'{site.name}' cannot be adapted: {reason}, or exclude it by a glob")
-    span = memory_span(weight)
-    names = names_by_span[span]
-    parts = [n for other in names_by_span if overlaps(span, other) for n in names_by_span[other]]
-    if parts:
-        raise TargetError(
-            f"the weight of '{site.name}' shares some of its memory with {', '.join(parts)}: an "
-            "adapter would change one and not the other; exclude it by a glob"
-        )
-    return span, tuple(name for name in names if name != site.key)
+                settings_by_site.setdefault(name, {}).setdefault(key, value)
+    return settings_by_site
 
 
 def _with_possible_recipe(site: Site, over_rank: str) -> tuple[Site, str]:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.globs import as_list, check_globs, matching
-from lora_lab.adapters.memory import memory_span, overlaps, parameters_in_memory
+from lora_lab.adapters.memory import (
+    memory_span,
+    names_at,
+    names_of_parts,
+    parameters_in_memory,
+)
 from lora_lab.adapters.recipe import AdapterError
 
 BIAS = "bias"
@@ -104,7 +109,7 @@ def _names(key: str) -> list[str]:
 
 def _reasons_not_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[str]:
     """Why some of these parameters cannot be trained beside their base."""
-    names_by_span = parameters_in_memory(model)
+    in_memory = parameters_in_memory(model)
     reasons = []
     for key, parameter in parameters.items():
         layer = model.get_submodule(key.rpartition(".")[0])
@@ -112,10 +117,8 @@ def _reasons_not_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -
             reasons.append(f"'{key}' has no shape before the model's first call")
             continue
         span = memory_span(parameter)
-        others = [name for name in names_by_span[span] if name != key]
-        parts = [
-            n for other in names_by_span if overlaps(span, other) for n in names_by_span[other]
-        ]
+        others = [name for name in names_at(span, in_memory) if name != key]
+        parts = names_of_parts(span, in_memory)
         if not parameter.is_floating_point():
             reasons.append(f"'{key}' is of {parameter.dtype}, which takes no gradient")
         elif others or parts:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lab import adapters
-from lora_lab.adapters import Target, files
+from lora_lab.adapters import Target, adaptable, files
 from lora_lab.adapters.linear import LinearAdapter
 from tests.adapters.cases import CASES, Case, every_case, move
 
@@ -130,6 +130,53 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path: Path, changes: dict, says:
     with pytest.raises(adapters.AdapterError, match=says):
         adapters.load(model, tmp_path)
     assert not adapters.attached(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("sight", "linear", "'sight': there is no such site; nearest: site"),
+        ("site", "conv", "'site': is of kind linear, the adapter's was conv"),
+    ],
+)
+def test_a_site_that_does_not_fit_is_named(tmp_path: Path, name: str, kind: str, says: str):
+    model = saved(tmp_path)
+    path = tmp_path / "adapter.json"
+    about = json.loads(path.read_text())
+    about["sites"] = {name: {**about["sites"]["site"], "kind": kind}}
+    path.write_text(json.dumps(about))
+    with pytest.raises(adapters.AdapterError, match=says):
+        adapters.load(model, tmp_path)
+    assert not adapters.attached(model)
+
+
+def test_two_adapters_on_one_tied_weight_are_refused(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].load_state_dict(model[0].state_dict())
+    adapters.attach(model, r=1)
+    adapters.save(model, tmp_path)
+    adapters.detach(model)
+    model[1].weight = model[0].weight
+    with pytest.raises(adapters.AdapterError, match="'0' and '1' are one weight by its different"):
+        adapters.load(model, tmp_path)
+    assert not adapters.attached(model)
+
+
+def test_sites_are_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    walks, walk = [], adaptable.candidate_sites
+    monkeypatch.setattr(adaptable, "candidate_sites", lambda m: walks.append(m) or walk(m))
+    model = seeded_layers()
+    adapters.attach(model, r=1)
+    adapters.save(model, tmp_path / "ours")
+    adapters.save_peft(model, tmp_path / "peft")
+    for use in (
+        lambda: adapters.load(model, tmp_path / "ours", "a"),
+        lambda: adapters.load_peft(model, tmp_path / "peft", "b"),
+        lambda: adapters.combine(model, {"a": 1.0, "b": 1.0}, "c"),
+    ):
+        use()
+        assert len(walks) == 1
+        walks.clear()
 
 
 def test_no_files_are_an_error(tmp_path: Path):
