@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.memory import memory_span, parameters_in_memory
+from lora_lab.adapters.memory import memory_span, names_at, parameters_in_memory
 from lora_lab.adapters.sites import Site, adapter_class, candidate_sites
 
 EMBEDDING_NAME = re.compile(r"embed\w*|\w*embeddings?|wte|wpe|shared|relative_attention_bias")
@@ -75,14 +75,14 @@ def sites_by_key(model: nn.Module) -> dict[str, list[Site]]:
     A weight that several layers share has those of the first layer by each of its keys; `tied_to`
     then names the other keys.
     """
-    names_by_span = parameters_in_memory(model)
+    parameters = parameters_in_memory(model)
     sites: dict[str, list[Site]] = {}
     for site in candidate_sites(model):
         weight = model.get_submodule(site.layer)._parameters.get(site.parameter)
         known = sites.get(site.key, [])
         if weight is None or (known and known[0].key != site.key):
             continue  # computed from other parameters; or shared, and known by another layer
-        names = names_by_span[memory_span(weight)]
+        names = names_at(memory_span(weight), parameters)
         site = replace(site, tied_to=tuple(name for name in names if name != site.key))
         for name in names:
             sites.setdefault(name, []).append(site)
