@@ -34,8 +34,14 @@ ENVIRONMENT = "env.json"
 FOLDERS = ("adapter", "adapter_last", "model", "model_last")
 """The folders of trained weights."""
 
+CUTS, HEALED = "cut", "healed"
+"""The folders of the trained adapter cut to lower ranks, and of these after more training.
+
+In each is a folder by rank, as cut/8.
+"""
+
 WEIGHTS = ("adapter.json", "adapter.safetensors", "model.safetensors")
-"""The files in these folders."""
+"""The files in such folders."""
 
 SMALL = 2**20
 """Bytes of the largest file of arrays whose content is always compared."""
@@ -60,6 +66,7 @@ def file_records(folder: Path) -> dict[str, Record]:
     """A record of each file that the run in `folder` is made of, by its name in that folder."""
     paths = [folder / name for name in (*FILES, ENVIRONMENT)]
     paths += [folder / name / file for name in FOLDERS for file in WEIGHTS]
+    paths += [p for name in (CUTS, HEALED) for p in sorted(folder.glob(f"{name}/*/adapter.*"))]
     files = [path for path in paths if path.is_file()]
     return {file.relative_to(folder).as_posix(): record(file) for file in files}
 

@@ -250,6 +250,16 @@ def test_a_base_from_a_checkpoint(lab: Lab):
             "adapter.rank_pattern={linear:0}",
             "adapter.rank_pattern.linear=0: must be greater than 0",
         ),
+        ("adapter.cut=[2,4] adapter.r=4", "adapter.cut=[2, 4]: each must be below adapter.r=4"),
+        ("adapter.cut=[2,2] adapter.r=4", "adapter.cut=[2, 2]: must be different ranks"),
+        ("adapter.heal=9", "adapter.heal=9: are steps after a cut, and adapter.cut=[] has no rank"),
+        ("adapter=dora adapter.cut=[2] adapter.r=4", "adapter.cut=[2]: not with adapter.dora=true"),
+        ("adapter=none adapter.cut=[2]", "adapter.cut: there is no such key"),
+        (
+            "adapter.r=4 adapter.cut=[2] adapter.heal=9 trainer=fsdp trainer.devices=2 "
+            "trainer.accelerator=cpu",
+            "adapter.heal=9: not with trainer=fsdp",
+        ),
         ("adapter.trains=core", "adapter.trains=core with init=gaussian: B is zero"),
         ("adapter=lora_xs adapter.init=kaiming", "take an init from the weight: pissa, olora, svd"),
         ("adapter.lr_ratio=0", "adapter.lr_ratio=0: must be greater than 0"),

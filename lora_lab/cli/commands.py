@@ -108,14 +108,21 @@ def analyze(
 
 
 def export(path: Path, directory: Path, format: str, trust: bool, bases: Path | None) -> None:
-    """Writes a run's adapter or its merged model, and prints the path of the file."""
-    run = _find(path)
+    """Writes a run's adapter or its merged model, and prints the path of the file.
+
+    The path may be that of a smaller adapter in a run directory, as RUN/cut/8.
+    """
+    from lora_lab.run_files import CUTS, HEALED
+
+    is_smaller = path.parent.name in (CUTS, HEALED)
+    run = _find(path.parents[1] if is_smaller else path)
+    adapter = path.relative_to(run.path).as_posix() if is_smaller else "adapter"
     from lora_lab.cli.export import export
     from lora_lab.console import silence_lightning
 
     silence_lightning()
 
-    _print(str(export(run, format, directory, trust, bases)))
+    _print(str(export(run, format, directory, trust, bases, adapter)))
 
 
 def reproduce(

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
+from lora_lab.run_files import CUTS, HEALED
 from lora_lab.runs import Run
 from lora_lab.training.restore import Restored, restore
 
@@ -19,14 +20,20 @@ TASK_TYPES |= {"tokens": "TOKEN_CLS"}
 
 
 def export(
-    run: Run, format: str, directory: Path, trust: bool = False, bases_dir: Path | None = None
+    run: Run,
+    format: str,
+    directory: Path,
+    trust: bool = False,
+    bases_dir: Path | None = None,
+    adapter: str = "adapter",
 ) -> Path:
     """Writes a run's adapter (peft), or its model with ΔW added to the weights (merged).
 
+    `adapter` is the folder in the run directory with the adapter, as `cut/8` of a smaller one.
     Returns the path of the file written. A fully fine-tuned model is written as it was stored. A
     whole model of transformers has its config beside it, for `from_pretrained`.
-    Raises AdapterError where the run has no adapter, the format cannot represent it or the file
-    exists, and what `restore` raises: all files are compared with their records first.
+    Raises AdapterError where the run has no such adapter, the format cannot represent it or the
+    file exists, and what `restore` raises: all files are compared with their records first.
     """
     path = directory / FORMATS[format]
     if path.exists():
@@ -43,7 +50,11 @@ def export(
         return path
     if method != "lora" and not (method == "none" and run.config.get("also_train")):
         raise AdapterError(f"adapter={method}: the run has no adapter to write")
-    restored = restore(run, trust, bases_dir)
+    if not (run.path / adapter).is_dir():
+        smaller = [p for name in (CUTS, HEALED) for p in sorted(run.path.glob(f"{name}/*"))]
+        names = ", ".join(p.relative_to(run.path).as_posix() for p in smaller) or "none"
+        raise AdapterError(f"{run.path} has no {adapter}; smaller adapters in it: {names}")
+    restored = restore(run, trust, bases_dir, adapter)
     model = restored.model
     if format == "peft":
         adapters.save_peft(model, directory, **_about_base(restored))

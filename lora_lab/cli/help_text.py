@@ -128,6 +128,8 @@ settings:
   adapter.dora=false     true trains the norms of the weight's rows as well
   adapter.lr_ratio=1.0   the learning rate of B over that of A (LoRA+)
   adapter.dropout=0.0    on what goes into A
+  adapter.cut=[4,2]      ranks that the adapter is cut to after training, beside the result; with
+                         adapter.heal=100 each trains as many steps more
   adapter.rank_pattern='{{body.*:4}}'    by a glob on sites; alpha_pattern alike
   target='*.fc1'         a glob on names; several as target=[linear,'*.proj']
   target.linear.match='body.*'    a named target, narrowed to a glob or a list of globs

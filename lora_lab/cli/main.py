@@ -107,7 +107,8 @@ def _sweep(commands: Any) -> None:
 
 def _export(commands: Any) -> None:
     add = _add(commands, do.export, "write a run's adapter or merged model for others")
-    add("path", type=path, help="a run directory, or the start of its hash")
+    where = "a run directory, the start of its hash, or RUN/cut/8: its adapter cut to rank 8"
+    add("path", type=path, help=where)
     add("directory", type=path, help="where to")
     formats = "peft: a folder for PeftModel.from_pretrained (the default); merged: the whole model"
     add("--format", choices=("peft", "merged"), default="peft", help=formats)

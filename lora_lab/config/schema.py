@@ -11,13 +11,12 @@ from pydantic import (
     model_validator,
 )
 
-from lora_lab.adapters import GROUPS, INITS, OVER_RANK, SCALINGS, TRAINS
+from lora_lab.adapters import GROUPS, INITS
 from lora_lab.config.components import CheckpointBase as CheckpointBase
 from lora_lab.config.components import Component as Component
 from lora_lab.config.components import (
     Node,
     NonNegativeNumber,
-    PositiveNumber,
     PretrainedBase,
     TrainedBase,
 )
@@ -27,35 +26,9 @@ from lora_lab.config.errors import ConfigError as ConfigError
 from lora_lab.config.errors import nearest as nearest
 from lora_lab.config.errors import one_of
 from lora_lab.config.hashes import content_hash as content_hash
+from lora_lab.config.lora import Alpha, Dropout, InitName
+from lora_lab.config.lora import Lora as Lora
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY
-
-Alpha = PositiveNumber
-Dropout = Annotated[float, Field(ge=0, lt=1)]
-InitName = Annotated[str, one_of(INITS)]
-
-
-class Lora(Node):
-    """Low-rank adapters: ΔW = scale · B A, with r and alpha of all sites that set none of theirs.
-
-    `rank_pattern` and `alpha_pattern` are {glob on site names: value}; the first glob that matches
-    a site decides. `lr_ratio` is the learning rate of the factor that starts at zero divided by
-    that of the other one (LoRA+). `over_rank` is what becomes of an r over a weight's rank.
-    `calibration` is how many training batches are read by inits that start from data.
-    """
-
-    method: Literal["lora"]
-    r: PositiveInt
-    alpha: Alpha
-    dropout: Dropout
-    init: InitName
-    scaling: Annotated[str, one_of(SCALINGS)]
-    trains: Annotated[str, one_of(TRAINS)]
-    dora: bool
-    lr_ratio: PositiveNumber
-    rank_pattern: dict[str, PositiveInt] | None
-    alpha_pattern: dict[str, Alpha] | None
-    over_rank: Annotated[str, one_of(OVER_RANK)] = "error"
-    calibration: PositiveInt = 8
 
 
 class Full(Node):
@@ -250,8 +223,9 @@ class Config(Node):
         for key in LEFT_OUT_AT_DEFAULT:
             if config.get(key) == Config.model_fields[key].default:
                 del config[key]
-        if config["adapter"].get("over_rank") == "error":
-            del config["adapter"]["over_rank"]  # which configs of earlier versions lack
+        for key in ("over_rank", "cut", "heal"):  # which configs of earlier versions lack
+            if config["adapter"].get(key) == Lora.model_fields[key].default:
+                del config["adapter"][key]
         inits = [
             config["adapter"].get("init"),
             *(rule["init"] for rule in config["target"].values()),
@@ -282,6 +256,8 @@ class Config(Node):
             parts += [f"ratio{adapter.lr_ratio:g}"] if adapter.lr_ratio != 1 else []
             parts += [adapter.scaling.replace("/", "-")] if adapter.scaling != "alpha/r" else []
             parts += [f"dropout{adapter.dropout:g}"] if adapter.dropout else []
+            parts += [f"cut{'+'.join(map(str, adapter.cut))}"] if adapter.cut else []
+            parts += [f"heal{adapter.heal}"] if adapter.heal else []
         also = [glob.strip("*.") for glob in self.also_train if self.freezes_base]
         targets = "+".join(sorted(self.target)) if adapter.method != "none" else ""
         data = f"data{self.data.arguments['seed']}" if "seed" in self.data.arguments else ""

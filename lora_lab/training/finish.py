@@ -1,4 +1,4 @@
-"""What follows a run's last step: the result's weights, test, merge check and analysis of ΔW."""
+"""What follows a run's last step: the result's weights, test, merge check, analysis and cuts."""
 
 import logging
 from functools import partial
@@ -19,6 +19,7 @@ from lora_lab.runs import process_rank
 from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.cuts import cut_losses
+from lora_lab.training.heal import cut_and_heal
 from lora_lab.training.result_files import save_weights
 from lora_lab.training.trial import Trial
 
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 
 def finish_run(trial: Trial, console: Console) -> None:
-    """What follows the last step: tests and saves the result, checks that ΔW merges, analyzes ΔW.
+    """What follows the last step: tests and saves the result, checks that ΔW merges, analyzes and
+    cuts ΔW.
 
     Where several processes trained the run, the first does this on one device.
     """
@@ -53,6 +55,7 @@ def finish_run(trial: Trial, console: Console) -> None:
     if plan.cfg.trains:
         _save_trained(trainer(tracking), trial)
         _analyze(trainer(None), trial, console)
+        cut_and_heal(trainer, trial, console)
 
 
 def _gather(trial: Trial) -> None:

@@ -277,7 +277,7 @@ def _recipe(adapter: Lora) -> tuple[Recipe, dict[str, Any]]:
     """The settings of all sites' adapters, and how those of single sites differ."""
     names = ("rank_pattern", "alpha_pattern", "over_rank")
     of_sites = {name: getattr(adapter, name) for name in names}
-    others = ("method", "lr_ratio", "calibration", *of_sites)
+    others = ("method", "lr_ratio", "calibration", "cut", "heal", *of_sites)
     return Recipe(**adapter.model_dump(exclude={*others})), of_sites
 
 

@@ -30,9 +30,12 @@ class Restored:
     base: Mapping[str, Tensor]
 
 
-def restore(run: Run, trust: bool = False, bases_dir: Path | None = None) -> Restored:
+def restore(
+    run: Run, trust: bool = False, bases_dir: Path | None = None, adapter: str = "adapter"
+) -> Restored:
     """Loads the run's trained model; after a full fine-tuning (adapter=full) without adapters.
 
+    `adapter` is the folder in the run directory that the adapters are read from, as `cut/8`.
     `trust`: any code that its config names is run (config/trust.py). `bases_dir`: where its base is
     looked for. Nothing is written. Raises ValueError if the run is not finished, is damaged or has
     trained nothing, and if its base is damaged; FileNotFoundError if the base it was trained on is
@@ -54,7 +57,7 @@ def restore(run: Run, trust: bool = False, bases_dir: Path | None = None) -> Res
     if not pretrained:
         model.load_state_dict(_base(cfg, run, model))
     if cfg.freezes_base:
-        adapters.load(model, run.path / "adapter")
+        adapters.load(model, run.path / adapter)
         return Restored(planned, model, BaseWeights(model, {}))
     base = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(load_file(run.path / "model" / "model.safetensors"))

@@ -150,6 +150,11 @@ def _check_fsdp(cfg: Config) -> None:
     """Raises ConfigError for settings that need a weight as one tensor in each process."""
     if isinstance(cfg.adapter, Lora) and cfg.adapter.dora:
         raise ConfigError("adapter.dora=true: not with trainer=fsdp")
+    if isinstance(cfg.adapter, Lora) and cfg.adapter.heal:
+        raise ConfigError(
+            f"adapter.heal={cfg.adapter.heal}: not with trainer=fsdp, as what follows the training "
+            "runs on one device, which need not hold the model; adapter.heal=0 cuts alone"
+        )
     if cfg.spectra.first_step:
         raise ConfigError("spectra.first_step=true: not with trainer=fsdp")
     if cfg.trainer.model_dump()["precision"] == "64-true":

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora_lab.report.page import CAPTIONS
-from lora_lab.run_files import FILES, FOLDERS, WEIGHTS
+from lora_lab.run_files import CUTS, FILES, FOLDERS, HEALED, WEIGHTS
 from lora_lab.runs import CHECKPOINTS, PREVIOUS
 
 _BASE = f"bases/*-{'[0-9a-f]' * 16}"
@@ -17,6 +17,7 @@ WRITTEN = (
     *FILES,
     *("env.json", "log.txt", "reproduction.md", ".*.[0-9]*.part"),
     *(f"{folder}/{file}" for folder in FOLDERS for file in WEIGHTS),
+    *(f"{folder}/[0-9]*/{file}" for folder in (CUTS, HEALED) for file in WEIGHTS[:2]),
     *(f"{CHECKPOINTS}/last{suffix}" for suffix in (".ckpt", ".part")),
     *(f"report/{name}" for name in ("table.md", "index.html", ".*.[0-9]*.part")),
     *(f"report/{table}.csv" for table in ("facts", "curves", "theory")),

@@ -41,6 +41,7 @@ CASES = {
         *("digits", "trainer.gradient_clip_val=0.1", "optimizer.schedule=cosine"),
         "optimizer.warmup=0.2",
     ),
+    "cut and healed": ("shift", "adapter.r=4", "adapter.cut=[2,1]", "adapter.heal=11"),
     # ΔW is measured from the first factors, or has a core
     **{
         init: ("shift", f"adapter={init}", "adapter.r=2")
@@ -72,7 +73,8 @@ def same(one: Run, two: Run, rtol: float = 1e-5) -> None:
         for key in a.files:
             if key.endswith(("singular_values", "delta", "truncation/loss")):
                 np.testing.assert_allclose(a[key], b[key], rtol=10 * rtol, atol=1e-5 * a[key].max())
-    for file in (*one.path.glob("adapter/*.safetensors"), *one.path.glob("model/*")):
+    folders = ("adapter", "model", "cut/*", "healed/*")
+    for file in (f for name in folders for f in one.path.glob(f"{name}/*.safetensors")):
         a, b = load_file(file), load_file(two.path / file.relative_to(one.path))
         assert a.keys() == b.keys()
         for key in a:

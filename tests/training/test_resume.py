@@ -41,7 +41,7 @@ EACH_EPOCH = "checkpoint_every=0"
 def contents(run: Run) -> dict[str, bytes]:
     """A run's files, by name, without those that hold a time or a path."""
     wanted = [run.path / "metrics.jsonl", run.path / "spectra.npz"]
-    for files in ("advice.yaml", "adapter/*", "model/*", "report/*.csv"):
+    for files in ("advice.yaml", "adapter/*", "model/*", "report/*.csv", "cut/*/*", "healed/*/*"):
         wanted += sorted(run.path.glob(files))
     content = {}
     for path in wanted:
