@@ -11,6 +11,7 @@ from lora_lab.adapters.files import (
     save,
     weights_hash,
 )
+from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.inject import attach, detach
 from lora_lab.adapters.merge import combine, deltas, merge, merged, unmerge
@@ -25,6 +26,7 @@ from lora_lab.adapters.targets import OVER_RANK, find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
 
 __all__ = [
+    "FORMS",
     "GROUPS",
     "INITS",
     "KINDS",

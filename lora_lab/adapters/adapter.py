@@ -1,5 +1,6 @@
 """What an adapter is: the trainable change ΔW to one weight, and its two views."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.data_inits import InputMoments
+from lora_lab.adapters.form import Form
+from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.memory import full_tensor
 from lora_lab.adapters.recipe import AdapterError, Recipe
@@ -18,7 +21,10 @@ from lora_lab.adapters.scaling import SCALINGS
 Rows = tuple[int, int] | None
 """Some rows of a weight: the first, and the one after the last. None: all rows."""
 
-TENSOR_NAMES = ("A", "B", "core", "A0", "B0", "magnitude")
+OF_FORMS = ("lambda_b", "lambda_d", "A2", "B2", "C", "C2", "D")
+"""The tensors that only forms other than LoRA have: see `Form`."""
+
+TENSOR_NAMES = ("A", "B", "core", "A0", "B0", *OF_FORMS, "magnitude")
 """The tensors that an adapter can hold, which are all that is stored of it."""
 
 
@@ -33,6 +39,7 @@ class Adapter(nn.Module, ABC):
     - With factors of which none starts at zero (PiSSA, OLoRA, svd): ΔW = scale · (B A − B₀ A₀),
       where A₀ and B₀ are their first values. So ΔW starts at zero and the base's weight stays as it
       is.
+    - With another form (VeRA, LoHa, LoKr): A and B are made of its tensors, see `Form`.
 
     DoRA (Liu et al. 2024, equation 5) then scales each row of W + ΔW to a trained norm, the
     magnitude.
@@ -105,8 +112,26 @@ class Adapter(nn.Module, ABC):
 
     @property
     def starts_at_zero(self) -> str:
-        """The factor that starts at zero ("A" or "B"), where one does."""
+        """The tensor that starts at zero ("A" or "B", or a form's), where one does."""
+        if self.form is not None:
+            return self.form.zero_tensor
         return INITS[self.recipe.init].zero_factor or self.zero_factor
+
+    @property
+    def form(self) -> Form | None:
+        """What the adapter is made of, where that is not A and B alone."""
+        return FORMS[self.recipe.form]
+
+    def form_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of the tensors of this adapter's form."""
+        assert self.form is not None
+        out, rest = self.weight_to_matrix(torch.empty(self.shape, device="meta")).shape
+        return self.form.shapes(out, rest, math.prod(self.shape[2:]), self.r)
+
+    def form_tensors(self) -> dict[str, Tensor]:
+        """The tensors of this adapter's form by name, with their gradients."""
+        parameters = self._parameters.items()
+        return {name: p for name, p in parameters if p is not None and name != "magnitude"}
 
     def weight_of(self, layer: nn.Module) -> Tensor:
         """The weight in `layer` that this adapter is for, without ΔW (unless it is merged)."""
@@ -153,8 +178,11 @@ class Adapter(nn.Module, ABC):
         generator: torch.Generator,
         data: InputMoments | Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """A, B, and the core or their first values, as the init draws them for the matrix W."""
+        """The first values for the matrix W: A, B and what goes with them, or a form's tensors."""
         recipe = self.recipe
+        if self.form is not None:
+            drawn = self.form.draw(self.form_shapes(), generator)
+            return {name: tensor.to(W) for name, tensor in drawn.items()}
         init = INITS[recipe.init]
         # Most inits draw A and leave B at zero. Where A is the kind's zero factor, such an init
         # gets the transposed matrix and the factors it gives are transposed and change places. An
@@ -189,6 +217,8 @@ class Adapter(nn.Module, ABC):
         """Turns gradients on or off for the tensors that the recipe trains; others take none."""
         trains = {"both": ("A", "B"), "zero": (self.starts_at_zero,), "core": ("core",)}
         trained = (*trains[self.recipe.trains], "magnitude")
+        if self.form is not None:
+            trained = {*TENSOR_NAMES} - {*self.form.frozen}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable and name in trained)
 
@@ -199,13 +229,18 @@ class Adapter(nn.Module, ABC):
     def factors(self) -> tuple[Float[Tensor, "*runs rank rest"], Float[Tensor, "*runs out rank"]]:
         """A and B with ΔW = scale · B A, before DoRA's magnitude.
 
-        Their rank is r, or 2r where ΔW is measured from the first values of the factors. Where
-        gradients are off, those that FSDP has split over processes are gathered. In training a
-        gathered copy would give each process its own gradient.
+        Their rank is r, or 2r where ΔW is measured from the first values of the factors; of another
+        form it may be more. Where gradients are off, those that FSDP has split over processes are
+        gathered. In training a gathered copy would give each process its own gradient.
         """
         # A tied weight can be used in two orientations: as the table of an embedding (matrix
         # features × tokens) and as the weight of the output layer (matrix tokens × features).
         # (B A)ᵀ = Aᵀ Bᵀ, so the factors of the one are those of the other, transposed and swapped.
+        if self.form is not None:
+            tensors = self.form_tensors()
+            if not torch.is_grad_enabled():
+                tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
+            return self.form.factors(tensors)
         source = self.source or self
         is_transposed = source.zero_factor != self.zero_factor
         A, B, core = source.A, source.B, self.core
@@ -273,4 +308,5 @@ class Adapter(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The settings that print(model) shows."""
         recipe = self.recipe
-        return f"r={recipe.r}, alpha={recipe.alpha}, scale={self.scale:g}, init={recipe.init}"
+        form = "" if self.form is None else f", form={recipe.form}"
+        return f"r={recipe.r}, alpha={recipe.alpha}, scale={self.scale:g}, init={recipe.init}{form}"

@@ -57,9 +57,12 @@ def draw_adapters(
         adapters[site] = kind(layer, site.parameter, site.rows, site.recipe)
     errors: list[tuple[Site, str]] = []
     for site, data in _statistics(model, adapters, calibration):
-        layer, rng = model.get_submodule(site.layer), generator(seed, site.name, adapters[site].r)
+        layer, adapter = model.get_submodule(site.layer), adapters[site]
+        is_shared = adapter.form is not None and adapter.form.is_shared
+        stream = adapter.recipe.form if is_shared else site.name
+        rng = generator(seed, stream, adapter.r)
         try:
-            adapters[site].draw(layer, rng, data)
+            adapter.draw(layer, rng, data)
         except DataError as error:
             errors.append((site, f"'{site.name}': {error}"))
     if errors:

@@ -33,10 +33,7 @@ class FactoredAdapter(Adapter):
 
     def forward(self, layer: Any, input: Tensor, output: Tensor) -> Tensor:
         """The layer's output with W + ΔW, from its `input` and its `output` with W."""
-        A, B = self.factors()
-        if A.dtype != output.dtype:
-            A, B = A.to(output.dtype), B.to(output.dtype)
-        adapted = self.up(layer, self.down(layer, input, A), B, output)
+        adapted = self.add_change(layer, input, output)
         if self.magnitude is None:
             return adapted
         # DoRA scales the rows of W + ΔW and not the bias: gain · (adapted − bias) + bias. As a sum
@@ -45,6 +42,13 @@ class FactoredAdapter(Adapter):
         linear = adapted if bias is None else adapted - self.align_with_output(bias)
         gain = self.row_gain(self.weight_of(layer)).to(output.dtype)
         return adapted + (self.align_with_output(gain) - 1) * linear
+
+    def add_change(self, layer: Any, input: Tensor, output: Tensor) -> Tensor:
+        """`output` + scale · B A applied to `input`, before DoRA's magnitude."""
+        A, B = self.factors()
+        if A.dtype != output.dtype:
+            A, B = A.to(output.dtype), B.to(output.dtype)
+        return self.up(layer, self.down(layer, input, A), B, output)
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         """W + ΔW in the dtype of `weight`, which is W: (*runs, *weight).

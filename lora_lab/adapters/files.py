@@ -213,6 +213,7 @@ def _build(
     model: nn.Module, site: Site, description: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Adapter:
     """The adapter of a site, as the JSON describes it and with these tensors."""
+    description = {"form": "lora", **description}  # folders of earlier versions have none
     recipe = Recipe(**{key: description[key] for key in Recipe.__dataclass_fields__})
     recipe.check()
     layer = model.get_submodule(site.layer)
@@ -301,6 +302,8 @@ def _check_fit(adapter: Adapter, description: dict[str, Any], tensors: dict[str,
         wanted["core"] = [*experts, r, r]
     elif "A0" in tensors or "B0" in tensors:
         wanted |= {"A0": wanted["A"], "B0": wanted["B"]}
+    if adapter.form is not None:
+        wanted = {key: [*shape] for key, shape in adapter.form_shapes().items()}
     if recipe.dora:
         wanted["magnitude"] = [out]
     shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}

@@ -32,6 +32,7 @@ def attach(
     scaling: str = "alpha/r",
     trains: str = "both",
     dora: bool = False,
+    form: str = "lora",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     also_train: str | Sequence[str] = (),
@@ -44,7 +45,8 @@ def attach(
 
     Args:
         targets: {label: Target}, or one of GROUPS, as "linear", "attention" or "all".
-        r, alpha, dropout, init, scaling, trains, dora: see Recipe; alpha None is r, a scale of 1.
+        r, alpha, dropout, init, scaling, trains, dora, form: see Recipe; alpha None is r, which is
+            a scale of 1.
         rank_pattern, alpha_pattern: {glob on names: r or alpha} for single sites.
         also_train: globs on the names of parameters, or of modules, that train in full beside the
             adapters; `bias` is each bias. Their weights take no adapter.
@@ -69,7 +71,7 @@ def attach(
     """
     if type(seed := python_scalar(seed)) is not int:
         raise AdapterError(f"seed={seed!r}: must be an integer")
-    recipe = Recipe(r, r if alpha is None else alpha, dropout, init, scaling, trains, dora)
+    recipe = Recipe(r, r if alpha is None else alpha, dropout, init, scaling, trains, dora, form)
     keys = select(model, also_train)
     sites = find_sites(
         model, targets, recipe, rank_pattern, alpha_pattern, keys, over_rank, note=log.warning

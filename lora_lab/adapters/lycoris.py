@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_lab.adapters.loha import hadamard_factors
 from lora_lab.adapters.recipe import AdapterError
 
 LORA = {"lora_up.weight", "lora_down.weight", "lora_mid.weight"}
@@ -123,7 +124,7 @@ def _tucker(T: Tensor, down: Tensor) -> Tensor:
 
 
 def _loha(parts: dict[str, Tensor]) -> tuple[dict[str, Any], int]:
-    """The factors of LoHa's ΔW, of rank r², and r. Without Tucker's T no kernel is known."""
+    """The factors of LoHa's ΔW, of rank up to r², and r. Without Tucker's T no kernel is known."""
     factors, kernel = [], None
     for i in (1, 2):
         a, b = _wide(parts[f"hada_w{i}_a"]), _wide(parts[f"hada_w{i}_b"])
@@ -133,8 +134,7 @@ def _loha(parts: dict[str, Tensor]) -> tuple[dict[str, Any], int]:
         else:  # a (out, r), b (r, in · k…)
             factors.append((b.flatten(1), a))
     (A1, B1), (A2, B2) = factors
-    A = (A1[:, None] * A2[None]).flatten(0, 1)  # (r, 1, rest) · (1, r, rest) → (r², rest)
-    B = (B1[:, :, None] * B2[:, None]).flatten(1)  # (out, r, 1) · (out, 1, r) → (out, r²)
+    A, B = hadamard_factors(A1, B1, A2, B2)
     return {"A": A, "B": B, "kernel": kernel}, len(parts["hada_w1_b"])
 
 

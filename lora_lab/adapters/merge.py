@@ -127,6 +127,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
         B = torch.cat([scale * B for scale, _, B in scaled], -1)  # (out, Σ r)
         first, r = shares[site.name][0][1], A.shape[-2]
         plain = {"alpha": r, "scaling": "alpha/r", "trains": "both", "init": "kaiming"}
+        plain |= {"form": "lora"}
         recipe = replace(first.recipe, r=r, **plain)
         layer = model.get_submodule(site.layer)
         adapter = type(first)(layer, site.parameter, site.rows, recipe)

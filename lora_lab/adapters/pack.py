@@ -239,9 +239,9 @@ def reason_not_packable(
             adapter = run[site]
             if type(adapter) is not type(first) or adapter.shape != first.shape:
                 return f"'{site}' is not the same in all"
-            absent = [[t is None for t in (a.core, a.A0, a.magnitude)] for a in (adapter, first)]
+            tensors = [a.tensors().keys() for a in (adapter, first)]
             trains = [(a.recipe.trains, a.starts_at_zero) for a in (adapter, first)]
-            if trains[0] != trains[1] or absent[0] != absent[1]:
+            if trains[0] != trains[1] or tensors[0] != tensors[1]:
                 return f"at '{site}' different tensors train"
             if adapter.is_tied:
                 return f"'{site}' is tied to another layer"

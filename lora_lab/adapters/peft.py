@@ -15,11 +15,13 @@ from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.linear import TransposedLinearAdapter
 from lora_lab.adapters.peft_folder import (
     lora_config,
+    peft_type,
     read_peft,
     split_by_layer,
     target_modules,
     write_peft,
 )
+from lora_lab.adapters.peft_forms import PARTS, form_to_peft, load_form
 from lora_lab.adapters.peft_parameters import (
     held_as_parameters,
     holds_experts,
@@ -54,8 +56,9 @@ def save_peft(
     `PeftModel.from_pretrained(base, directory)` then gives this model's outputs. PEFT stores one
     product B A for each layer, so other forms of ΔW are written as one: PiSSA and OLoRA with rank
     2r, a grouped convolution with rank groups · r (see `peft_tensors`). Dropout is written where
-    all sites have the same, else as 0. What trains in full is written as whole modules in
-    modules_to_save, or as biases (see `peft_trained_in_full`).
+    all sites have the same, else as 0. VeRA, LoHa and LoKr are written as PEFT's (see
+    `peft_forms`). What trains in full is written as whole modules in modules_to_save, or as biases
+    (see `peft_trained_in_full`).
 
     `task_type` (as "SEQ_CLS") and `base_model`, the base's folder or hub id, are what PEFT's
     AutoPeftModel classes read; with the first PEFT also trains heads in full by itself. Where there
@@ -71,6 +74,11 @@ def save_peft(
     extra = peft_trained_in_full.to_peft(
         model, base_state_dict(model), in_full, list(adapters), task_type
     )
+    about: dict[str, Any] = {"inference_mode": True, "task_type": task_type}
+    about["base_model_name_or_path"] = base_model and str(base_model)
+    if any(adapter.form is not None for adapter in adapters.values()):
+        config, tensors = form_to_peft(model, adapters, extra)
+        return write_peft(Path(directory), config | about, tensors)
     _check_savable(model, adapters, extra.errors)
     rslora = all(adapter.recipe.scaling == "alpha/sqrt(r)" for adapter in adapters.values())
     scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
@@ -104,8 +112,7 @@ def save_peft(
         use_rslora=rslora,
         use_dora=any(adapter.magnitude is not None for adapter in adapters.values()),
         fan_in_fan_out=any(isinstance(a, TransposedLinearAdapter) for a in adapters.values()),
-        task_type=task_type,
-        base_model_name_or_path=base_model and str(base_model),
+        **about,
         **extra.config,
     )
     write_peft(Path(directory), config, tensors | extra.tensors)
@@ -127,14 +134,17 @@ def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors:
 
 
 def load_peft(model: nn.Module, directory: str | Path, name: str = "default") -> list[Site]:
-    """Puts the LoRA that PEFT saved in `directory` on `model` under `name`, active.
+    """Puts the adapter that PEFT saved in `directory` on `model` under `name`, active.
 
     All other parameters are frozen, but those of modules_to_save and the biases that `bias` names.
     The tensors' keys say which layers are adapted. Gives the sites.
 
     Raises AdapterError, and changes nothing, where the files are missing or not of one save, where
-    the config asks for more than LoRA, rsLoRA or DoRA, or with all keys and layers that do not fit.
+    the config asks for more than LoRA, rsLoRA, DoRA, VeRA, LoHa or LoKr, or with all keys and
+    layers that do not fit.
     """
+    if peft_type(Path(directory)) in PARTS:
+        return load_form(model, Path(directory), name)
     config, tensors = read_peft(Path(directory))
     tensors_by_layer, others = split_by_layer(tensors)
     in_full, errors = peft_trained_in_full.from_peft(model, base_state_dict(model), others, config)

@@ -20,7 +20,7 @@ FILES = ("adapter_model.safetensors", "adapter_config.json")
 """PEFT's names of the two files."""
 
 
-SCALE_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+SCALE_KEYS = ("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 """Keys of PEFT's config that say what its tensors are multiplied by.
 
 `save_peft` also writes them into the metadata of the tensors, which PEFT does not read.
@@ -51,7 +51,7 @@ which the tensors' keys and the layers' types are the better source. The others 
 
 def write_peft(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes PEFT's folder: the config, and the tensors by PEFT's keys."""
-    scale = json.dumps({key: config[key] for key in SCALE_KEYS})
+    scale = json.dumps({key: config[key] for key in SCALE_KEYS if key in config})
     metadata = {"format": "pt", "lora_lab.scale": scale}
     write_pair(directory, serialize_sorted(tensors, metadata), config, FILES)
 
@@ -118,23 +118,34 @@ def split_by_layer(
     return by_layer, others
 
 
-def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A folder's adapter_config.json, with PEFT's defaults, and its tensors by PEFT's keys.
+def peft_type(directory: Path) -> str | None:
+    """What adapter_config.json of a folder gives as peft_type; None where there is none."""
+    try:
+        return json.loads((directory / FILES[1]).read_text()).get("peft_type")
+    except (OSError, ValueError, AttributeError):
+        return None
 
-    Raises AdapterError where it cannot be read, or is more than LoRA, rsLoRA or DoRA.
+
+def read_files(
+    directory: Path, loadable: str
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """A folder's adapter_config.json, its tensors by PEFT's keys, and what is wrong with both.
+
+    `loadable` are the keys of the config that may have any value. Raises AdapterError where a file
+    cannot be read.
     """
     try:
         config = json.loads((directory / FILES[1]).read_text())
         tensors = load_file(directory / FILES[0])
         with safe_open(directory / FILES[0], "pt") as file:
             scale = json.loads((file.metadata() or {}).get("lora_lab.scale", "{}"))
-        kind, init = config.get("peft_type"), config.get("init_lora_weights")
+        keys = config.keys() - loadable.split()
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise AdapterError(f"no PEFT adapter can be read from {directory}: {error}") from error
     errors = [
         f"{key}={value!r}: there is nothing like it here"
         for key, value in config.items()
-        if key not in LOADABLE_KEYS.split() and value
+        if key in keys and value
     ]
     errors += [
         f"{key}={config.get(key)!r} in {FILES[1]}, but {value!r} where {FILES[0]} was written: the "
@@ -142,10 +153,20 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for key, value in scale.items()
         if config.get(key) != value
     ]
+    return config, tensors, errors
+
+
+def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A folder's adapter_config.json, with PEFT's defaults, and its tensors by PEFT's keys.
+
+    Raises AdapterError where it cannot be read, or is more than LoRA, rsLoRA or DoRA.
+    """
+    config, tensors, errors = read_files(directory, LOADABLE_KEYS)
+    kind, init = config.get("peft_type"), config.get("init_lora_weights")
     if config.get("ensure_weight_tying") and config.get("modules_to_save"):
         errors.append("ensure_weight_tying=True with modules_to_save: no tied modules are read")
     if kind != "LORA":
-        errors.append(f"peft_type={kind!r}: must be LORA")
+        errors.append(f"peft_type={kind!r}: must be one of LORA, VERA, LOHA, LOKR")
     if init not in LOADABLE_INITS:
         errors.append(
             f"init_lora_weights={init!r}: PEFT changes the base's weights with it; save it again "

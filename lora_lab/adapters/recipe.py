@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.scaling import SCALINGS
 
@@ -31,8 +32,9 @@ def python_scalar(value: Any) -> Any:
 class Recipe:
     """How an adapter is built: all choices but the place where it sits.
 
-    `init` is a key of INITS, `scaling` a key of SCALINGS, `trains` one of TRAINS. `dropout` is the
-    probability with which an input feature of the adapter is dropped in training.
+    `init` is a key of INITS, `scaling` a key of SCALINGS, `trains` one of TRAINS, `form` a key of
+    FORMS. `dropout` is the probability with which an input feature of the adapter is dropped in
+    training.
     """
 
     r: int
@@ -42,6 +44,7 @@ class Recipe:
     scaling: str = "alpha/r"
     trains: str = "both"
     dora: bool = False
+    form: str = "lora"
 
     def __post_init__(self):
         """Makes Python's numbers of those of numpy and torch, which no JSON file can hold."""
@@ -59,12 +62,19 @@ class Recipe:
             raise AdapterError(f"dora={self.dora!r}: must be True or False")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise AdapterError(f"alpha={self.alpha}: must be more than 0")
-        for name, table in (("init", INITS), ("scaling", SCALINGS), ("trains", TRAINS)):
+        tables = {"init": INITS, "scaling": SCALINGS, "trains": TRAINS, "form": FORMS}
+        for name, table in tables.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in table:
                 raise AdapterError(f"{name}={value!r}: must be one of {', '.join(table)}")
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout={self.dropout}: must be at least 0 and less than 1")
+        for name, default in (("init", "kaiming"), ("trains", "both")):
+            if FORMS[self.form] is not None and (value := getattr(self, name)) != default:
+                raise AdapterError(
+                    f"{name}={value} with form={self.form}, which has tensors of its own: "
+                    f"take {name}={default}, or form=lora"
+                )
         if self.trains == "core" and not INITS[self.init].starts_nonzero:
             able = ", ".join(name for name, init in INITS.items() if init.starts_nonzero)
             zero = INITS[self.init].zero_factor or "B"
@@ -75,8 +85,14 @@ class Recipe:
 
     def check_shared(self, site: str) -> None:
         """Raises AdapterError where two layers with one, tied weight cannot share the adapter."""
-        if self.dora or self.trains == "core" or INITS[self.init].starts_nonzero:
+        if (
+            self.dora
+            or self.trains == "core"
+            or self.form != "lora"
+            or INITS[self.init].starts_nonzero
+        ):
             raise AdapterError(
                 f"'{site}' is tied: only plain A and B can be shared; leave it to an adapter "
-                "without DoRA and with an init of which one factor is zero, or exclude it"
+                "with form=lora, without DoRA and with an init of which one factor is zero, or "
+                "exclude it"
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_lab.adapters.adapter import TENSOR_NAMES
 from lora_lab.adapters.files import write_folder
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.lycoris import LOHA, LOKR, OF_ALL, layer_and_part
@@ -71,7 +72,7 @@ def _rewrite_ours(stored: StoredAdapter, updates: Mapping[str, StoredUpdate], to
     sites, tensors = dict(stored.about["sites"]), dict(stored.tensors)
     for site, update in updates.items():
         prefix = f"{site}." if site else ""
-        for name in ("core", "A0", "B0"):
+        for name in {*TENSOR_NAMES} - {"magnitude"}:
             tensors.pop(prefix + name, None)
         tensors |= {f"{prefix}A": update.A.contiguous(), f"{prefix}B": update.B.contiguous()}
         sites[site] = sites[site] | _recipe_of_product(sites[site], update.A.shape[-2])
@@ -81,7 +82,7 @@ def _rewrite_ours(stored: StoredAdapter, updates: Mapping[str, StoredUpdate], to
 def _recipe_of_product(about: Mapping[str, Any], k: int) -> dict[str, Any]:
     """What changes in a site's recipe where it is a plain product, of which both factors train."""
     alpha = alpha_for_scale(about["scale"], k, about["scaling"])
-    recipe: dict[str, Any] = {"r": k, "alpha": alpha, "trains": "both"}
+    recipe: dict[str, Any] = {"r": k, "alpha": alpha, "trains": "both", "form": "lora"}
     if INITS[about["init"]].starts_nonzero:
         recipe["init"] = "kaiming"
     return recipe

@@ -1,5 +1,6 @@
 """Where an adapter can sit: all weights of a model, by name, kind and shape."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -12,6 +13,7 @@ from lora_lab.adapters.attention import attention_names, is_position_table
 from lora_lab.adapters.conv import ConvAdapter
 from lora_lab.adapters.embedding import EmbeddingAdapter
 from lora_lab.adapters.experts import ExpertsAdapter, TransposedExpertsAdapter
+from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter
 from lora_lab.adapters.recipe import Recipe
@@ -52,6 +54,8 @@ class Site:
     attention: bool = False
     experts: int = 1
     """How many matrices the weight has, each with an adapter of rank r."""
+    positions: int = 1
+    """How many positions a convolution's kernel has: the numbers for one input channel in a row."""
     tied_to: tuple[str, ...] = ()
     """The names of other parameters that are the same weight."""
 
@@ -77,6 +81,8 @@ class Site:
         is_A = INITS[self.recipe.init].zero_factor == "A" and self.kind != "embedding"
         factors = {"both": r * (out + rest), "zero": r * (rest if is_A else out), "core": r * r}
         magnitude = (rest if self.kind == "embedding" else out) if self.recipe.dora else 0
+        if (form := FORMS[self.recipe.form]) is not None:
+            return form.trained_numbers(out, rest, self.positions, r) + magnitude
         return self.experts * (factors[self.recipe.trains] + magnitude)
 
 
@@ -104,7 +110,8 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
                 out, rest = weight.flatten(1).shape
                 shape = (rest, out) if TransposedLinearAdapter.fits(layer) else (out, rest)
                 attention = in_attention and not is_position_table(name, kind)
-                yield Site(name, kind, shape, None, name, attention=attention)
+                positions = math.prod(weight.shape[2:])
+                yield Site(name, kind, shape, None, name, attention=attention, positions=positions)
             continue
         for parameter, weight in layer._parameters.items():
             if not _is_adaptable(weight) or weight.dim() < 2:

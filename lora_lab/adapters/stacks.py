@@ -30,7 +30,8 @@ def group_by_rank(run_adapters: list[Adapter]) -> list[list[Adapter]]:
         same_rank, previous = [*neighbours], groups[-1] if groups else []
         highest = max((adapter.r for adapter in previous), default=0)
         first = same_rank[0]
-        zeros_a_rank = (first.A.numel() + first.B.numel()) // r  # rest + out, for each expert
+        padded = (first.A, first.B) if first.form is None else first.form_tensors().values()
+        zeros_a_rank = sum(t.numel() for t in padded) // r  # of LoRA rest + out, for each expert
         padded_runs = len(previous) if r > highest else len(same_rank)
         if previous and padded_runs * abs(r - highest) * zeros_a_rank <= MAX_PADDING:
             previous += same_rank
@@ -62,11 +63,13 @@ class Stack:
         self.adapter.fill({name: _padded([t[name] for t in tensors]) for name in tensors[0]})
         # The shape stays (k, out, r), the memory is laid out as (k, r, out): thin products are
         # several times faster with their long side contiguous.
-        self.adapter.B.data = self.adapter.B.data.mT.contiguous().mT
+        if self.adapter.B is not None:
+            self.adapter.B.data = self.adapter.B.data.mT.contiguous().mT
         scales = [adapter.scale for adapter in run_adapters]
         like = next(self.adapter.parameters())
         scales = torch.tensor(scales, dtype=like.dtype, device=like.device)
-        self.adapter.scale = scales.view(-1, *[1] * (self.adapter.A.dim() - 1))
+        dims = next(iter(tensors[0].values())).dim()
+        self.adapter.scale = scales.view(-1, *[1] * dims)
         for name in tensors[0]:
             stacked = getattr(self.adapter, name).data
             for i, adapter in enumerate(run_adapters):

@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_lab.adapters.adapter import TENSOR_NAMES
 from lora_lab.adapters.files import read_folder
+from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.lycoris import LOHA, LOKR, read_lycoris, update_of_parts
-from lora_lab.adapters.peft_folder import FILES, read_peft, split_by_layer
+from lora_lab.adapters.peft_folder import FILES, peft_type, read_peft, split_by_layer
 from lora_lab.adapters.peft_parameters import experts_from_peft, key_of_path
 from lora_lab.adapters.peft_tensors import (
     EMBEDDING_TENSOR_KEYS,
@@ -102,7 +104,7 @@ def read_adapter(path: Path) -> StoredAdapter:
         if (path / "adapter.json").is_file():
             adapter = _of_our_folder(path)
         elif (path / FILES[1]).is_file():
-            is_lycoris = _peft_type(path) in ("LOHA", "LOKR")
+            is_lycoris = peft_type(path) in ("LOHA", "LOKR")
             adapter = _of_peft_lycoris(path) if is_lycoris else _of_peft_folder(path)
         else:
             raise AdapterError(
@@ -121,6 +123,11 @@ def read_adapter(path: Path) -> StoredAdapter:
 
 
 def _of_peft_folder(directory: Path) -> StoredAdapter:
+    if peft_type(directory) == "VERA":
+        raise AdapterError(
+            f"{directory}: a VERA folder does not say how many inputs each layer has: put it on "
+            "its model by `load_peft`, and save that"
+        )
     config, tensors = read_peft(directory)
     by_layer, _ = split_by_layer(tensors)
     updates, errors = {}, []
@@ -185,13 +192,6 @@ def experts_by_site(updates: Mapping[str, StoredUpdate]) -> dict[str, list[str]]
     return names
 
 
-def _peft_type(directory: Path) -> str | None:
-    try:
-        return json.loads((directory / FILES[1]).read_text()).get("peft_type")
-    except (OSError, ValueError, AttributeError):
-        return None  # `read_peft` says what is wrong
-
-
 def _of_peft_lycoris(directory: Path) -> StoredAdapter:
     """PEFT's LoHa or LoKr, whose scale is always alpha/r."""
     config: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
@@ -224,9 +224,9 @@ def _of_our_folder(directory: Path) -> StoredAdapter:
     try:
         for site, about in description["sites"].items():
             prefix = f"{site}." if site else ""
-            factors = stored_factors(
-                {name: tensors.get(prefix + name) for name in ("A", "B", "core", "A0", "B0")}
-            )
+            named = {n: tensors[prefix + n] for n in TENSOR_NAMES if prefix + n in tensors}
+            form = FORMS[about.get("form", "lora")]
+            factors = stored_factors(named) if form is None else form.factors(named)
             shape = (len(factors[1]), factors[0].shape[1])
             # Folders of earlier versions tell by the weight's shape which way round it lies: not
             # of a square one, which is then taken to lie as nn.Linear's.
@@ -243,11 +243,9 @@ def _of_our_folder(directory: Path) -> StoredAdapter:
     return StoredAdapter(directory, "lora_lab", file, updates, description, tensors)
 
 
-def stored_factors(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+def stored_factors(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """A and B of an adapter's tensors by name; of rank 2r with A0 and B0, as `Adapter.factors`."""
     A, B = tensors["A"], tensors["B"]
-    assert A is not None
-    assert B is not None
     if (core := tensors.get("core")) is not None:
         return A, B @ core
     A0, B0 = tensors.get("A0"), tensors.get("B0")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from lora_lab.adapters.adaptable import check_weight, with_ties
+from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.globs import as_list, check_pattern
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.memory import parameters_in_memory
@@ -219,11 +220,16 @@ def _with_possible_recipe(site: Site, over_rank: str) -> tuple[Site, str]:
     recipe, clipping = site.recipe, ""
     assert recipe is not None
     recipe.check()
-    init = INITS[recipe.init]
+    init, form = INITS[recipe.init], FORMS[recipe.form]
     if init.kinds is not None and site.kind not in init.kinds:
         raise AdapterError(
             f"init={recipe.init}: '{site.name}' is of kind {site.kind}, it is for "
             f"{', '.join(init.kinds)}; give its target another init, or leave it out"
+        )
+    if form is not None and site.kind not in form.kinds:
+        raise AdapterError(
+            f"form={recipe.form}: '{site.name}' is of kind {site.kind}, it is for "
+            f"{', '.join(form.kinds)}; leave it out of the targets, or take form=lora"
         )
     if site.tied_to:
         recipe.check_shared(site.name)

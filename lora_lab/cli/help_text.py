@@ -122,10 +122,12 @@ settings:
   base.seed=0            draws the base's first weights
   adapter.r=8            the rank, at most that of the smallest targeted weight; full: adapter=full
   adapter.alpha=8        scale is alpha/r; adapter.scaling: alpha/r | alpha/sqrt(r) | alpha
+                         | none
   adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd | milora | mica; from
                          adapter.calibration=8 training batches: eva | corda | lora_ga
   adapter.trains=both    both | zero | core: LoRA, LoRA-FA, LoRA-XS
   adapter.dora=false     true trains the norms of the weight's rows as well
+  adapter.form=lora      lora | vera | loha | lokr | lokr_both: what ΔW is made of
   adapter.lr_ratio=1.0   the learning rate of B over that of A (LoRA+)
   adapter.dropout=0.0    on what goes into A
   adapter.cut=[4,2]      ranks that the adapter is cut to after training, beside the result; with

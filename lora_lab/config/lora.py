@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationInfo
 
-from lora_lab.adapters import INITS, OVER_RANK, SCALINGS, TRAINS
+from lora_lab.adapters import FORMS, INITS, OVER_RANK, SCALINGS, TRAINS
 from lora_lab.config.components import Node, PositiveNumber
 from lora_lab.config.errors import one_of
 
@@ -39,10 +39,11 @@ class Lora(Node):
 
     `rank_pattern` and `alpha_pattern` are {glob on site names: value}; the first glob that matches
     a site decides. `lr_ratio` is the learning rate of the factor that starts at zero divided by
-    that of the other one (LoRA+). `over_rank` is what becomes of an r over a weight's rank.
-    `calibration` is how many training batches are read by inits that start from data. `cut` are
-    ranks that the trained adapter is cut to at the end, and `heal` how many steps each of the
-    smaller adapters trains then (training/heal.py).
+    that of the other one (LoRA+). `form` is what ΔW is made of, where that is not A and B alone.
+    `over_rank` is what becomes of an r over a weight's rank. `calibration` is how many training
+    batches are read by inits that start from data. `cut` are ranks that the trained adapter is cut
+    to at the end, and `heal` how many steps each of the smaller adapters trains then
+    (training/heal.py).
     """
 
     method: Literal["lora"]
@@ -53,6 +54,7 @@ class Lora(Node):
     scaling: Annotated[str, one_of(SCALINGS)]
     trains: Annotated[str, one_of(TRAINS)]
     dora: bool
+    form: Annotated[str, one_of(FORMS)] = "lora"
     lr_ratio: PositiveNumber
     rank_pattern: dict[str, PositiveInt] | None
     alpha_pattern: dict[str, Alpha] | None

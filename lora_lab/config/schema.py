@@ -223,7 +223,7 @@ class Config(Node):
         for key in LEFT_OUT_AT_DEFAULT:
             if config.get(key) == Config.model_fields[key].default:
                 del config[key]
-        for key in ("over_rank", "cut", "heal"):  # which configs of earlier versions lack
+        for key in ("over_rank", "form", "cut", "heal"):  # which configs of earlier versions lack
             if config["adapter"].get(key) == Lora.model_fields[key].default:
                 del config["adapter"][key]
         inits = [
@@ -251,6 +251,7 @@ class Config(Node):
         parts = [adapter.method]
         if isinstance(adapter, Lora):
             parts = [f"r{adapter.r}", f"alpha{adapter.alpha:g}", adapter.init]
+            parts += [adapter.form.replace("_", "-")] if adapter.form != "lora" else []
             parts += ["dora"] if adapter.dora else []
             parts += [f"trains-{adapter.trains}"] if adapter.trains != "both" else []
             parts += [f"ratio{adapter.lr_ratio:g}"] if adapter.lr_ratio != 1 else []

@@ -85,7 +85,9 @@ class Bytes(Data):
         counts = pair_counts(*self.train.tensors)
         occurring = int(counts.any(1).sum())
         recipes = [adapter.recipe for adapter in adapters.attached(model).values()]
-        if any(r.r < occurring or r.trains != "both" or r.dropout for r in recipes):
+        if any(
+            r.r < occurring or r.trains != "both" or r.dropout or r.form != "lora" for r in recipes
+        ):
             return {}
         return {"val/loss": Prediction(conditional_entropy(counts))}
 

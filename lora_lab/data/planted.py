@@ -69,8 +69,8 @@ class Planted(Data):
     def best_update(self, model: nn.Module) -> LeastSquaresFit | None:
         """The best ΔW within reach of the adapter on `model`, by least squares.
 
-        None where the model has several weights, and for DoRA and dropout. A model without adapter
-        is fully fine-tuned: any ΔW is within reach.
+        None where the model has several weights, and for DoRA, dropout and other forms than LoRA.
+        A model without adapter is fully fine-tuned: any ΔW is within reach.
         """
         if len(base_parameters(model)) != 1:
             return None
@@ -79,7 +79,7 @@ class Planted(Data):
         X = X[:, occurring := X.any(0)]  # without the tokens of an embedding that never occur
         if (adapter := attached(model).get(site)) is None:
             return theory.least_squares(X, Y)
-        if adapter.magnitude is not None or adapter.recipe.dropout:
+        if adapter.magnitude is not None or adapter.recipe.dropout or adapter.form is not None:
             return None
         tensors = {name: t.detach().cpu().double() for name, t in adapter.tensors().items()}
         A, B = tensors["A"][:, occurring], tensors["B"]

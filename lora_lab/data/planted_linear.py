@@ -79,7 +79,7 @@ class PlantedLinear(Planted):
     def _first_step(self, model: nn.Module, adapter: Adapter) -> dict[str, Prediction]:
         """The gradient of B and the descent of the loss in the first step, both relative to G's."""
         recipe = adapter.recipe
-        if recipe.init not in theory.MOMENTS or recipe.dora or recipe.dropout:
+        if recipe.init not in theory.MOMENTS or recipe.dora or recipe.dropout or adapter.form:
             return {}
         X, Y = self.design_and_residual(model)
         G = -2 / Y.numel() * Y.T @ X  # (out, in): the gradient of the mean squared error

@@ -74,6 +74,7 @@ def _adapter_facts(config: dict[str, Any]) -> Rows:
     parts = [f"r={adapter['r']}", f"alpha={adapter['alpha']:g}"]
     parts += [adapter["scaling"], adapter["init"]]
     parts += ["DoRA"] if adapter.get("dora") else []
+    parts += [f"form {adapter['form']}"] if adapter.get("form", "lora") != "lora" else []
     trains, ratio = adapter.get("trains", "both"), adapter.get("lr_ratio", 1)
     parts += [f"trains {trains}"] if trains != "both" else []
     parts += [f"lr ratio {ratio:g}"] if ratio != 1 else []

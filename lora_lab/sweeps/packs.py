@@ -57,10 +57,10 @@ def pack_key(cfg: Config) -> str:
     """A hash of all that runs of one pack must have in common; equal for runs that may be packed.
 
     In common: the base, the data and their order, the targets, the length and precision of the
-    training, when ΔW is measured, which tensors of an adapter train, whether it is DoRA, which
-    factor its init leaves at zero (none, with PiSSA), and the optimizer's class. Left out, and
-    so free to differ: r, alpha, scaling, init, dropout, LoRA+'s ratio, the optimizer's settings,
-    `seed`, and what cannot change a result.
+    training, when ΔW is measured, an adapter's form, which of its tensors train, whether it is
+    DoRA, which factor its init leaves at zero (none, with PiSSA), and the optimizer's class. Left
+    out, and so free to differ: r, alpha, scaling, init, dropout, LoRA+'s ratio, the optimizer's
+    settings, `seed`, and what cannot change a result.
     """
     assert isinstance(cfg.adapter, Lora)
     content = cfg.model_dump(by_alias=True, exclude={*NOT_IN_IDENTITY, "seed", "optimizer"})
@@ -71,7 +71,7 @@ def pack_key(cfg: Config) -> str:
             del rule[name]
     starts = [(INITS[init].starts_nonzero, INITS[init].zero_factor) for init in inits]
     kinds: list[Any] = [starts, adapter["trains"]]
-    return content_hash([content, *kinds, adapter["dora"], cfg.optimizer.target])
+    return content_hash([content, *kinds, adapter["dora"], adapter["form"], cfg.optimizer.target])
 
 
 def packs_to_run(jobs: Sequence[Job], config: DictConfig, processes: int) -> list[Pack]:

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from lora_lab import adapters
-from lora_lab.adapters import INITS, Adapter, Calibration
+from lora_lab.adapters import FORMS, INITS, Adapter, Calibration
 from lora_lab.adapters.watch import KINDS_ON_READING
 
 seeded = torch.default_generator.manual_seed
@@ -162,9 +162,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"dora": True},
     "dora-fa": {"dora": True, "trains": "zero"},
     "dora-pissa": {"dora": True, "init": "pissa"},
+    "vera": {"form": "vera", "scaling": "none"},
+    "loha": {"form": "loha"},
+    "lokr": {"form": "lokr"},
+    "lokr-both": {"form": "lokr_both", "r": 1},
 }
 LIKE_OTHERS = ("milora", "eva", "corda", "lora-ga")
 """Variants that differ from others in their first values alone: tried on a few layers."""
+OF_FORMS = ("linear", "linear-wide", "linear-1d", "gpt2-conv1d", "conv2d-grouped")
+"""Layers on which forms other than LoRA's are tried."""
 A_FEW = ("linear", "gpt2-conv1d", "conv2d-grouped", "embedding-padding", "attention")
 
 
@@ -223,6 +229,8 @@ CASES = [
     if not (variant.get("dora") and layer.kind in KINDS_ON_READING)
     if layer.name in A_FEW or name not in LIKE_OTHERS
     if layer.kind in (INITS[variant.get("init", "kaiming")].kinds or [layer.kind])
+    if (form := FORMS[variant.get("form", "lora")]) is None or layer.name in OF_FORMS
+    if form is None or layer.kind in form.kinds
 ]
 
 
@@ -290,6 +298,8 @@ def the_adapter(model: nn.Module) -> Adapter:
 
 def test_the_table_has_every_kind_and_variant():
     assert {layer.kind for layer in LAYERS} == set(adapters.KINDS)
-    for key, table in (("init", adapters.INITS), ("scaling", adapters.SCALINGS)):
+    for key, table in (
+        *(("init", adapters.INITS), ("scaling", adapters.SCALINGS), ("form", adapters.FORMS)),
+    ):
         assert {v.get(key, next(iter(table))) for v in VARIANTS.values()} == set(table)
     assert {v.get("trains", "both") for v in VARIANTS.values()} == set(adapters.TRAINS)

@@ -61,6 +61,7 @@ def test_delta_is_the_formula(case: Case):
         "alpha/r": 2.5 / how["r"],
         "alpha/sqrt(r)": 2.5 / how["r"] ** 0.5,
         "alpha": 2.5,
+        "none": 1.0,
     }[how.get("scaling", "alpha/r")]
     base = adapters.base_state_dict(model)
     for site, adapter in adapters.attached(model).items():
@@ -69,8 +70,11 @@ def test_delta_is_the_formula(case: Case):
         names = ("gpt2-conv1d", "experts-gathered")
         across = case.layer.kind == "embedding" or case.layer.name in names
         W = weight.mT if across else weight if case.layer.kind == "experts" else weight.flatten(1)
-        middle = t.get("core", torch.eye(how["r"], dtype=W.dtype))
-        change = torch.einsum("...or,...rs,...si->...oi", t["B"], middle, t["A"])
+        if "form" in how:
+            change = product_of_form(t)
+        else:
+            middle = t.get("core", torch.eye(how["r"], dtype=W.dtype))
+            change = torch.einsum("...or,...rs,...si->...oi", t["B"], middle, t["A"])
         if "A0" in t:
             change = change - t["B0"] @ t["A0"]
         delta = scale * change
@@ -83,6 +87,25 @@ def test_delta_is_the_formula(case: Case):
         torch.testing.assert_close(adapters.deltas(model)[site], expected, **EXACT)
 
 
+def product_of_form(t: dict[str, Tensor]) -> Tensor:
+    """B A of VeRA, LoHa and LoKr, from tensors that are only these."""
+    if "lambda_b" in t:
+        return t["lambda_b"].diag() @ t["B"] @ t["lambda_d"].diag() @ t["A"]
+    if "A2" in t:
+        return (t["B"] @ t["A"]) * (t["B2"] @ t["A2"])
+    C = t["C"] @ t["C2"] if "C2" in t else t["C"]
+    return torch.kron(C, t["D"] if "D" in t else t["B"] @ t["A"])
+
+
+def rank_of_form(t: dict[str, Tensor], r: int) -> int:
+    """The rank of `product_of_form` of random tensors."""
+    if "lambda_b" in t:
+        return r
+    if "A2" in t:
+        return r * r
+    return min(t["C"].shape) * (min(t["D"].shape) if "D" in t else r)
+
+
 @cases_where(lambda case: not case.how.get("dora"))  # whose change has no low rank
 def test_the_rank_of_delta(case: Case):
     model, how = case.build(), VARIANTS[case.variant]
@@ -92,7 +115,11 @@ def test_the_rank_of_delta(case: Case):
         adapters.attached(model).values(), adapters.deltas(model).values(), strict=True
     ):
         rank = 2 * r if both and how.get("trains") != "zero" else r
-        rank = min(rank, adapter.A.shape[-1], adapter.B.shape[-2])
+        if "form" in how:
+            rank = rank_of_form(adapter.tensors(), r)
+        A, B = adapter.factors()
+        rank = min(rank, A.shape[-1], B.shape[-2])
+        assert rank <= A.shape[-2] or "core" in adapter.tensors()
         matrices = delta if case.layer.kind == "experts" else delta.flatten(1)
         assert (torch.linalg.matrix_rank(matrices) == rank).all()
 
@@ -218,6 +245,10 @@ def test_only_what_the_variant_says_trains(case: Case):
     assert all(torch.equal(v, base[k]) for k, v in adapters.base_state_dict(model).items())
     zero = "A" if case.layer.kind == "embedding" or case.variant == "mica" else "B"
     moves = {"both": {"A", "B"}, "zero": {zero}, "core": {"core"}}[case.how.get("trains", "both")]
+    if case.variant == "vera":
+        moves = {"lambda_b", "lambda_d"}
+    elif "form" in case.how:
+        moves = {*the_adapter(model).tensors()}
     moves = moves | ({"magnitude"} if case.how.get("dora") else set())
     for key, value in model.state_dict().items():
         moved = "lora" in key.split(".") and key.rpartition(".")[2] in moves

@@ -120,7 +120,7 @@ def edit(tmp_path: Path, **changes: torch.Tensor | None) -> None:
     ("changes", "says"),
     [
         ({"site.A": None}, r"'A': \[1, 7\], 'B': \[5, 1\]}, they are {'B': \[5, 1\]}"),
-        ({"site.C": torch.zeros(1)}, "unknown tensor site.C"),
+        ({"site.Z": torch.zeros(1)}, "unknown tensor site.Z"),
         ({"site.A": torch.zeros(2, 3)}, r"they are \{'A': \[2, 3\]"),
     ],
 )

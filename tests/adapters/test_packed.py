@@ -50,7 +50,10 @@ FROM_WEIGHT = tuple(
 def four_runs(how: dict[str, Any]) -> list[dict[str, Any]]:
     """Four runs of one variant."""
     starts = FROM_WEIGHT if how.get("init") in ("pissa", "olora", "svd") else DRAWN
-    rest = {k: v for k, v in how.items() if k in ("trains", "dora", "dropout")}
+    rest = {k: v for k, v in how.items() if k in ("trains", "dora", "dropout", "form")}
+    if "form" in rest:
+        rest["init"] = "kaiming"
+        rest |= {"r": 1} if rest["form"].startswith("lokr") else {}  # whose r says which tensors
     return [{**start, **rest, "seed": seed} for seed, start in enumerate(starts)]
 
 
@@ -170,6 +173,8 @@ def test_runs_that_cannot_be_a_pack_are_refused():
     assert "different tensors train" in str(why({}, {"trains": "zero"}))
     assert "different tensors train" in str(why({}, {"dora": True}))
     assert "different tensors train" in str(why({}, {"init": "pissa"}))
+    assert "different tensors train" in str(why({}, {"form": "loha"}))
+    assert "different tensors train" in str(why({"form": "lokr"}, {"form": "lokr", "r": 3}))
     assert "different tensors train" in str(why({"init": "svd"}, {"init": "svd", "trains": "core"}))
 
 
