@@ -61,4 +61,6 @@ clean:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@# Apart from the rest: tests/vision.py says why, and makes them importable.
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/vision torchvision timm
+	@# Likewise tests/quantized.py.
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/quantized bitsandbytes torchao
 	touch $@

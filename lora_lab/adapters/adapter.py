@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_lab.adapters import quantized
 from lora_lab.adapters.data_inits import InputMoments
 from lora_lab.adapters.form import Form
 from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.memory import full_tensor
+from lora_lab.adapters.quantized import dense_weight, weight_or_shape
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.scaling import SCALINGS
 
@@ -78,7 +80,7 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.parameter, self.rows, self.recipe = parameter, rows, recipe
         self.scale = SCALINGS[recipe.scaling](recipe.alpha, recipe.r)
-        self.shape = self.weight_of(layer).shape
+        self.shape = self._rows_of(weight_or_shape(layer, parameter)).shape
         self.masked_token: int | None = None
         """The padding token of a table that several layers share: its change is held at zero."""
         self.is_tied = False
@@ -103,7 +105,7 @@ class Adapter(nn.Module, ABC):
         """Why this layer cannot be adapted although its type can; None where it can."""
         if getattr(layer, "max_norm", None) is not None:
             return "its max_norm rewrites the base's weight in every forward pass; set it to None"
-        return None
+        return quantized.reason_not_adaptable(layer)
 
     @property
     def r(self) -> int:
@@ -134,8 +136,13 @@ class Adapter(nn.Module, ABC):
         return {name: p for name, p in parameters if p is not None and name != "magnitude"}
 
     def weight_of(self, layer: nn.Module) -> Tensor:
-        """The weight in `layer` that this adapter is for, without ΔW (unless it is merged)."""
-        weight = layer._parameters[self.parameter]
+        """The weight in `layer` that this adapter is for, without ΔW (unless it is merged).
+
+        Of a quantized weight it is a dense copy, made anew each time.
+        """
+        return self._rows_of(dense_weight(layer, self.parameter))
+
+    def _rows_of(self, weight: Tensor | None) -> Tensor:
         assert weight is not None
         return weight if self.rows is None else weight[slice(*self.rows)]
 

@@ -13,6 +13,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.data_inits import DataError, InputMoments
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.model_call import logits
+from lora_lab.adapters.quantized import is_quantized
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.target_messages import in_one
@@ -186,6 +187,10 @@ def _gradients(
 ) -> dict[Site, Tensor | None]:
     """The gradients of the loss by the sites' weights, summed over the batches."""
     layers = {site: model.get_submodule(site.layer) for site in adapters}
+    if held := [site for site, layer in layers.items() if is_quantized(layer, site.parameter)]:
+        reason = "init={}: '{}' is quantized, and has no gradient; take another init"
+        messages = [(s, reason.format(adapters[s].recipe.init, s.name)) for s in held]
+        raise AdapterError(in_one(messages))
     weights = {site: layers[site]._parameters[site.parameter] for site in adapters}
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)

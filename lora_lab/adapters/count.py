@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora_lab.adapters.quantized import stored_tensors, weight_or_shape
 from lora_lab.adapters.slots import Change, also_trained, attached
 
 
@@ -13,8 +14,8 @@ class Count:
 
     `trainable` are the adapter's trained parameters, `also_trained` those that train in full beside
     it, `frozen` the base's. `adapter_bytes` and `also_trained_bytes` are those of the stored
-    adapter, `full_bytes` those of the model's weights. The optimizer's state is Adam's: two numbers
-    for each trained parameter of both kinds, in the parameter's dtype.
+    adapter, `full_bytes` those of the model's weights as they are held. The optimizer's state is
+    Adam's: two numbers for each trained parameter of both kinds, in the parameter's dtype.
     """
 
     trainable: int
@@ -30,21 +31,27 @@ class Count:
 
 def count(model: nn.Module) -> Count:
     """What the active adapter of `model` costs."""
-    changes = [module for module in model.modules() if isinstance(module, Change)]
-    adapter_ids = {id(p) for change in changes for p in change.parameters()}
-    base = [p for p in model.parameters() if id(p) not in adapter_ids]
+    # By the parameter, so that a tied one counts once.
+    base = {
+        id(weight): (weight_or_shape(layer, name), stored_tensors(weight))
+        for layer in model.modules()
+        if not isinstance(layer, Change)
+        for name, weight in layer._parameters.items()
+        if weight is not None
+    }.values()
+    weights = [weight for weight, _ in base if weight is not None]
     active = attached(model).values()
     trained = [p for adapter in active for p in adapter.parameters() if p.requires_grad]
     in_full = [parameter.value for parameter in also_trained(model).values()]
     stored = [t for adapter in active for t in adapter.tensors().values()]
     return Count(
         trainable=sum(p.numel() for p in trained),
-        frozen=sum(p.numel() for p in base),
+        frozen=sum(p.numel() for p in weights),
         adapter_bytes=sum(t.numel() * t.element_size() for t in stored),
         optimizer_bytes=sum(2 * p.numel() * p.element_size() for p in [*trained, *in_full]),
-        full_trainable=sum(p.numel() for p in base),
-        full_bytes=sum(p.numel() * p.element_size() for p in base),
-        full_optimizer_bytes=sum(2 * p.numel() * p.element_size() for p in base),
+        full_trainable=sum(p.numel() for p in weights),
+        full_bytes=sum(t.numel() * t.element_size() for _, stored in base for t in stored),
+        full_optimizer_bytes=sum(2 * p.numel() * p.element_size() for p in weights),
         also_trained=sum(p.numel() for p in in_full),
         also_trained_bytes=sum(p.numel() * p.element_size() for p in in_full),
     )

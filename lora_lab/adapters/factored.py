@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.quantized import dense
 
 ByStack = Sequence[Tensor]
 """A tensor for each stack of a `Pack`: (k, …) for the k runs whose adapters are one stack."""
@@ -56,6 +57,7 @@ class FactoredAdapter(Adapter):
         In training dropout is on columns of A, with one mask each time the weight is read.
         """
         A, B = self.factors()
+        weight = dense(weight)
         delta = self.delta_of(self.drop_columns(A), B, weight)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 

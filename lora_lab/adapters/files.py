@@ -22,6 +22,7 @@ from lora_lab.adapters.adaptable import (
 from lora_lab.adapters.adapter import TENSOR_NAMES, Adapter
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
+from lora_lab.adapters.quantized import stored_tensors
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import also_trained, merged_adapters, parameter_key, require_attached
@@ -93,6 +94,8 @@ def weights_hash(state: Mapping[str, Any]) -> str:
 
 def _dense_parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors that a sparse, nested or quantized tensor is made of, or itself."""
+    if len(stored := stored_tensors(tensor)) > 1:
+        return stored
     if tensor.is_nested:
         return [*tensor.unbind()]
     if tensor.is_quantized:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.calibration import Calibration, draw_adapters
+from lora_lab.adapters.quantized import allow_packing, is_packed, keep_packing
 from lora_lab.adapters.recipe import AdapterError, Recipe, python_scalar
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import Change, Slot
@@ -156,6 +157,7 @@ def freeze_base(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Change):
             continue
+        keep_packing(module)
         parameters = dict(module.named_parameters(recurse=False))
         # Each module remembers what was frozen here, so that detach undoes it, from whichever
         # parent it is called and after a deepcopy.
@@ -174,7 +176,8 @@ def place_on_layer(layer: nn.Module, name: str, site: str, adapter: Any) -> None
     if not isinstance(slot := getattr(layer, "lora", None), Slot):
         layer.lora = slot = Slot()
     on_reading = adapter.kind in KINDS_ON_READING
-    watch(layer, adapter.parameter, is_factored=not on_reading)
+    if on_reading or not is_packed(layer):
+        watch(layer, adapter.parameter, is_factored=not on_reading)
     if not on_reading and _adapt_output not in layer._forward_hooks.values():
         # First of all hooks: the others are meant for the layer's full output.
         layer.register_forward_hook(_adapt_output, with_kwargs=True, prepend=True)
@@ -262,6 +265,7 @@ def restore_weight(layer: nn.Module, adapter: Change) -> None:
 
 def _unfreeze_base(model: nn.Module) -> None:
     for module in model.modules():
+        allow_packing(module)
         for key in module.__dict__.pop("_frozen_by_lora", []):
             module.get_parameter(key).requires_grad_(True)
         if module.__dict__.pop("_held_by_lora", False):

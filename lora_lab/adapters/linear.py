@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_lab.adapters.factored import ByStack, FactoredAdapter, Hidden, Output
 from lora_lab.adapters.linear_trial import computes_as_linear
+from lora_lab.adapters.quantized import is_bitsandbytes_linear
 from lora_lab.adapters.watch import base_class
 
 
@@ -21,11 +22,11 @@ class LinearAdapter(FactoredAdapter):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """nn.Linear, and each subclass that computes x Wᵀ + b when it is called.
+        """nn.Linear, bitsandbytes', and each subclass that computes x Wᵀ + b when it is called.
 
         Not the out_proj of nn.MultiheadAttention, whose weight is read and which is never called.
         """
-        if (Layer := base_class(layer)) is nn.Linear:
+        if (Layer := base_class(layer)) is nn.Linear or is_bitsandbytes_linear(Layer):
             return True
         is_called = Layer is not NonDynamicallyQuantizableLinear
         return is_called and isinstance(layer, nn.Linear) and computes_as_linear(layer)

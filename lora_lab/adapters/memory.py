@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from lora_lab.adapters.quantized import stored_tensors
+
 Span = tuple[int, int, int]
 """Where a weight is in memory: see `memory_span`."""
 
@@ -34,11 +36,14 @@ def names_of_parts(span: Span, parameters: Parameters) -> list[str]:
 def memory_span(weight: Tensor) -> Span:
     """Where a weight is in memory: its storage, and its first and last element in bytes.
 
+    A tensor that is made of others, as torchao's, is known by the first of them.
+
     Two tied weights have the same span, also where they are different Parameter objects. A weight
     on the meta device has no memory, and is known by its object.
     """
     if weight.is_meta:
         return id(weight), 0, 0
+    weight = stored_tensors(weight)[0]
     size, first = weight.element_size(), int(weight.storage_offset())
     last = first + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
     return weight.untyped_storage().data_ptr(), first * size, last * size

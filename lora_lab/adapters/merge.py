@@ -17,6 +17,7 @@ from lora_lab.adapters.adaptable import (
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.finite import raise_reasons, reason_not_finite, require_finite
 from lora_lab.adapters.inject import detach, place_adapters, restore_weight
+from lora_lab.adapters.quantized import dequantize, is_quantized
 from lora_lab.adapters.recipe import AdapterError, python_scalar
 from lora_lab.adapters.trained_in_full import FullParameter
 
@@ -39,14 +40,18 @@ def merge(model: nn.Module) -> None:
 
     What is trained in full takes the place of the base's values. Sums are computed in float32 (or
     wider) whatever the weight's dtype. A copy of each weight is kept for `unmerge`. Raises
-    AdapterError, and changes no weight, if an adapter is merged already, none is active, or a sum
-    is not finite in the weight's dtype.
+    AdapterError, and changes no weight, if an adapter is merged already, none is active, a weight
+    is quantized, or a sum is not finite in the weight's dtype.
     """
     slots.require_unmerged(model)
-    reasons = {}
+    reasons: dict[str, str | None] = {}
     changes = {**slots.require_attached(model, None), **slots.also_trained(model)}
     for site, change in changes.items():
-        weight = change.weight_of(slots.layer_of(model, site, change))
+        layer = slots.layer_of(model, site, change)
+        if is_quantized(layer, change.parameter):
+            reasons[site] = "its weight is quantized, and cannot hold W + ΔW; `merged` gives a copy"
+            continue
+        weight = change.weight_of(layer)
         if isinstance(change, FullParameter):
             values = change.value
         else:
@@ -86,8 +91,12 @@ def _update_tied(model: nn.Module) -> None:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A copy of the model with the active adapter merged into its weights, and no adapters."""
+    """A copy of the model with the active adapter merged into its weights, and no adapters.
+
+    The weights of the copy are dense, also where the model's are quantized.
+    """
     twin = copy.deepcopy(model)
+    dequantize(twin)
     merge(twin)
     for adapter in slots.merged_adapters(twin).values():
         adapter.weight_before_merge = None  # so that detach does not undo the merge

@@ -13,6 +13,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.experts import ExpertsAdapter
 from lora_lab.adapters.inject import freeze_base, place_on_layer
 from lora_lab.adapters.model_call import Inputs, logits
+from lora_lab.adapters.quantized import is_packed, shared_state, weight_or_shape
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.slots import layer_path
 from lora_lab.adapters.stacks import FullStack, Stack, group_by_rank
@@ -74,7 +75,7 @@ class Pack(nn.Module):
         for layer in self.base.modules():
             if has_adapters_on_reading(layer):
                 continue  # the parameter is each run's, and vmap's rule is right for it
-            if base_class(layer) is nn.Linear:
+            if base_class(layer) is nn.Linear or is_packed(layer):
                 layer.forward = partial(frozen_linear, layer.forward)
             elif base_class(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
                 layer.forward = partial(frozen_conv, layer.forward)
@@ -152,7 +153,7 @@ class PackedAdapter(nn.Module):
         # A function, since as an attribute the weight would become a parameter of this module.
         self.base_weight: Callable[[], Any] = partial(layer._parameters.get, first.parameter)
         # Here, since a step is recorded of plain tensors alone.
-        self.lazy_weight = adapted_when_used(self, layer._parameters[first.parameter])
+        self.lazy_weight = adapted_when_used(self, weight_or_shape(layer, first.parameter))
 
     def forward(self, *args: Any) -> Tensor:
         """As the forward of the adapter, for the one run that vmap shows.
@@ -221,7 +222,9 @@ class PackedAdapter(nn.Module):
 
 def copy_sharing_weights(model: nn.Module) -> nn.Module:
     """A copy of the model whose parameters and buffers are the same tensors."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    shared = [*model.parameters(), *model.buffers()]
+    shared += [state for layer in model.modules() for state in shared_state(layer)]
+    return copy.deepcopy(model, {id(one): one for one in shared})
 
 
 def reason_not_packable(

@@ -16,6 +16,7 @@ from lora_lab.adapters.experts import ExpertsAdapter, TransposedExpertsAdapter
 from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter
+from lora_lab.adapters.quantized import weight_or_shape
 from lora_lab.adapters.recipe import Recipe
 from lora_lab.adapters.watch import KINDS_ON_READING
 from lora_lab.adapters.weight import WeightAdapter, row_blocks
@@ -105,7 +106,8 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
         if kind not in KINDS_ON_READING:
             # Not `layer.weight`, which is W + ΔW of an adapted layer. One that is computed is no
             # parameter: if it is picked, an error says so.
-            weight = layer._parameters.get("weight", layer.__dict__.get("weight"))
+            weight = weight_or_shape(layer)
+            weight = layer.__dict__.get("weight") if weight is None else weight
             if _is_adaptable(weight):
                 out, rest = weight.flatten(1).shape
                 shape = (rest, out) if TransposedLinearAdapter.fits(layer) else (out, rest)

@@ -15,6 +15,7 @@ from lora_lab.adapters.memory import (
     names_of_parts,
     parameters_in_memory,
 )
+from lora_lab.adapters.quantized import is_quantized
 from lora_lab.adapters.recipe import AdapterError
 
 BIAS = "bias"
@@ -119,7 +120,9 @@ def _reasons_not_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -
         span = memory_span(parameter)
         others = [name for name in names_at(span, in_memory) if name != key]
         parts = names_of_parts(span, in_memory)
-        if not parameter.is_floating_point():
+        if is_quantized(layer, key.rpartition(".")[2]):
+            reasons.append(f"'{key}' is quantized, and cannot train: leave it to an adapter")
+        elif not parameter.is_floating_point():
             reasons.append(f"'{key}' is of {parameter.dtype}, which takes no gradient")
         elif others or parts:
             reasons.append(

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter, Rows
+from lora_lab.adapters.quantized import dense
 
 BLOCK_NAMES = {nn.MultiheadAttention: "qkv", nn.LSTM: "ifgo", nn.GRU: "rzn"}
 """Layers that hold several matrices as blocks of rows of one parameter, with a letter for each.
@@ -39,6 +40,7 @@ class WeightAdapter(Adapter):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The parameter `weight`, all of it, with ΔW on this adapter's rows."""
+        weight = dense(weight)
         return weight + self.parameter_delta(weight)
 
     def parameter_delta(self, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import Adapter, Site, adapter_class, attached, disabled
 from lora_lab.adapters.memory import full_tensor
+from lora_lab.adapters.quantized import dense_weight, is_quantized
 from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import SVD, Factors, Spectrum
 
@@ -40,14 +41,17 @@ class Updates:
         return [name for name, site in self.sites.items() if site.matrices != (name,)]
 
     def base_matrix(self, site: str) -> Tensor:
-        """W₀ of a site as a matrix."""
+        """W₀ of a site as a matrix; of a quantized weight, what it stands for."""
+        layer, parameter = self._layer(site), self.sites[site].parameter
+        if is_quantized(layer, parameter):  # adapters leave it as it is
+            return self.as_matrix(site, dense_weight(layer, parameter))
         return self.as_matrix(site, self.base_weights[self.sites[site].key])
 
     def delta_matrix(self, site: str) -> Tensor:
         """ΔW of a site as a matrix."""
         if adapter := self.adapters_by_site.get(site):
-            layer = self.model.get_submodule(self.sites[site].layer)
-            return adapter.weight_to_matrix(adapter.delta(adapter.weight_of(layer))).detach()
+            weight = adapter.weight_of(self._layer(site))
+            return adapter.weight_to_matrix(adapter.delta(weight)).detach()
         key = self.sites[site].key
         weight = full_tensor(self.model.get_parameter(key).detach())
         change = weight.double() - self.base_weights[key].to(weight.device)
@@ -90,9 +94,16 @@ class Updates:
         It yields a function of ranks by site, which writes W₀ plus the best approximation of ΔW of
         that rank into the weight of each site. The sum is in float64. `svds` holds the SVD of ΔW at
         each site; weights that are no site stay as trained. On leaving, the model is restored bit
-        for bit.
+        for bit. Where the weight is quantized, it stays as it is, and the layer's output gets the
+        cut ΔW.
         """
-        trained = {site: self._weight(site).detach().clone() for site in self.sites}
+        quantized = {
+            name: _CutOutput(self._layer(name))
+            for name, site in self.sites.items()
+            if is_quantized(self._layer(name), site.parameter)
+        }
+        written = [site for site in self.sites if site not in quantized]
+        trained = {site: self._weight(site).detach().clone() for site in written}
         current_ranks: dict[str, int] = {}
 
         def base(site: str) -> Tensor:
@@ -103,11 +114,15 @@ class Updates:
 
         def cut_to(ranks: Mapping[str, int]) -> None:
             for site in svds:
-                if current_ranks.get(site) != ranks[site]:
+                if current_ranks.get(site) == ranks[site]:
+                    continue
+                current_ranks[site] = ranks[site]
+                if site in quantized:
+                    quantized[site].svd = svds[site].first(ranks[site])
+                else:
                     target = self._site_rows(site, self._weight(site))
                     W = base(site).to(svds[site].S) + svds[site].cut(ranks[site])
                     target.copy_(self._adapter_class(site).matrix_to_weight(W, target.shape))
-                    current_ranks[site] = ranks[site]
 
         with torch.no_grad(), disabled(self.model, also_trained=False):
             try:
@@ -115,11 +130,13 @@ class Updates:
             finally:
                 for site, weight in trained.items():
                     self._weight(site).copy_(weight)
+                for output in quantized.values():
+                    output.hook.remove()
 
     def _weight(self, site: str) -> Tensor:
         """The full parameter of the model that holds the site's weight."""
         # Read from `_parameters`: reading the attribute of an adapted layer can give W + ΔW.
-        parameters = self.model.get_submodule(self.sites[site].layer)._parameters
+        parameters = self._layer(site)._parameters
         weight = parameters[self.sites[site].parameter]
         assert weight is not None
         return weight
@@ -142,9 +159,25 @@ class Updates:
     def _adapter_class(self, site: str) -> type[Adapter]:
         if adapter := self.adapters_by_site.get(site):
             return type(adapter)
-        layer = self.model.get_submodule(self.sites[site].layer)
-        return adapter_class(layer, self.sites[site].parameter)
+        return adapter_class(self._layer(site), self.sites[site].parameter)
+
+    def _layer(self, site: str) -> nn.Module:
+        return self.model.get_submodule(self.sites[site].layer)
 
     def as_matrix(self, site: str, weight: Tensor) -> Tensor:
         """The site's rows of a tensor that has its parameter's shape, as a matrix (out × rest)."""
         return self._adapter_class(site).weight_to_matrix(self._site_rows(site, weight))
+
+
+class _CutOutput:
+    """Adds U diag(S) Vh x of an SVD to the output of a linear layer, until `hook` is removed."""
+
+    def __init__(self, layer: nn.Module):
+        self.svd: SVD | None = None
+        self.hook = layer.register_forward_hook(self._add)
+
+    def _add(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if self.svd is None:
+            return None
+        x = args[0].to(self.svd.S) @ self.svd.Vh.mT  # (*batch, k)
+        return output + ((x * self.svd.S) @ self.svd.U.mT).to(output.dtype)
