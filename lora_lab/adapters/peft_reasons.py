@@ -45,16 +45,16 @@ def reason_not_tied(model: Any, layer: nn.Module, site: str, dora: bool) -> str 
     With ensure_weight_tying it shares that of a table with the head that is tied to it, where the
     table is called embed_tokens. Of one with another name (wte) it adapts one use, without a word.
     """
-    adapted = "PEFT would adapt one use of it and not the other"
+    adapted = "its weight is tied, and PEFT would adapt one use of it and not the other"
     if site.rpartition(".")[2] != TIED_TABLE:
-        return f"its weight is tied, and {adapted}: it shares that of '{TIED_TABLE}' alone"
+        return f"{adapted}, as the table is not called {TIED_TABLE}"
     parts = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     weight = layer._parameters.get("weight")
     users = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
     if parts[0] is not layer or {*map(id, users)} != {*map(id, parts)}:
-        return f"its weight is tied, and {adapted}: it is not that of one table and one head"
+        return f"{adapted}: it is not that of one table and one head"
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return f"its weight is tied, and {adapted}: the config has no tie_word_embeddings=true"
+        return f"{adapted}: the config has no tie_word_embeddings=true"
     return "its weight is tied, and PEFT does not share DoRA's magnitude" if dora else None
 
 

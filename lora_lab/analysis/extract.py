@@ -17,7 +17,7 @@ from lora_lab.adapters.peft_reasons import reason_not_in_peft
 from lora_lab.adapters.recipe import Recipe
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.analysis.cut import balanced_factors
-from lora_lab.analysis.layers import matrices, sites_by_key
+from lora_lab.analysis.layers import UnknownModule, matrices, sites_by_key
 from lora_lab.analysis.leading_svd import first_triples, squared_norm
 from lora_lab.analysis.spectra import SVD, svd_of_matrix
 from lora_lab.analysis.stored_spectra import Difference
@@ -170,6 +170,8 @@ def _reason_not_held(model: nn.Module, site: Site, format: Format, is_mixture: b
     layer = model.get_submodule(site.layer)
     if reason := adapter_class(layer, site.parameter).reason_not_adaptable(layer):
         return reason
+    if format == "peft" and site.kind == "weight" and isinstance(layer, UnknownModule):
+        return "its name does not tell what layer it is of"
     if format == "peft":
         return reason_not_in_peft(model, site, is_mixture)
     if site.tied_to and site.rows is not None:

@@ -35,7 +35,8 @@ def model_of_names(shapes: Mapping[str, Sequence[int]]) -> nn.Module:
 
     It has the keys of `shapes`. A `weight` of two dimensions is an embedding's where the layer's
     name says so, else nn.Linear's; one of three to five dimensions is a convolution's without
-    groups. The parameters of a module called `experts` are (E, out, in). All others are parameters.
+    groups, if it has several channels. The parameters of a module called `experts` are (E, out,
+    in). Of all other weights only the parameter is known.
     """
     model = UnknownModule()
     with torch.device("meta"):
@@ -63,7 +64,8 @@ def _layer(name: str, shape: Sequence[int]) -> nn.Module:
         return nn.Embedding(shape[0], shape[1])
     if len(shape) == 2:
         return nn.Linear(shape[1], shape[0], bias=False)
-    if len(shape) in CONVOLUTIONS:
+    # One input channel is mostly a group's, and how many groups there are no name tells.
+    if len(shape) in CONVOLUTIONS and shape[1] > 1:
         out, channels, *kernel = shape
         return CONVOLUTIONS[len(shape)](channels, out, tuple(kernel), bias=False)  # pyright: ignore
     return NamedExperts() if name == "experts" else UnknownModule()

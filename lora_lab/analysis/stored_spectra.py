@@ -10,6 +10,7 @@ from lora_lab.adapters.checkpoint import Checkpoint
 from lora_lab.adapters.stored import StoredUpdate
 from lora_lab.analysis import spectra
 from lora_lab.analysis.directions import is_intruder
+from lora_lab.analysis.layers import model_of_names, sites_by_key
 from lora_lab.analysis.leading_svd import first_triples, left_vectors, squared_norm
 from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, TRIPLES, Spectrum
 from lora_lab.report.update_report import SiteSpectrum
@@ -187,13 +188,21 @@ def shortened(names: list[str], most: int = 6) -> str:
 
 
 def measure_difference(difference: Difference, keys: Iterable[str]) -> Iterator[Measured]:
-    """Measures W − W₀ of each weight of two or more dimensions that differs."""
+    """Measures W − W₀ of each weight of two or more dimensions that differs.
+
+    Experts that are held as one parameter are measured one by one, as `<key>.<expert>`: see
+    `layers.model_of_names`.
+    """
+    sites = sites_by_key(model_of_names(difference.before.shapes))
+    kinds = {key: of_key[0].kind for key, of_key in sites.items()}
     for key, change in difference.deltas(keys):
-        matrix = change.flatten(1)
-        try:
-            eps = torch.finfo(matrix.dtype).eps
-            measures, values, svd, note = measures_of_matrix(matrix, eps)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-        shape = (matrix.shape[0], matrix.shape[1])
-        yield SiteSpectrum(key, shape, None, values.numpy(), measures, note), svd
+        is_of_experts = kinds.get(key) == "experts"
+        for expert, matrix in enumerate(change if is_of_experts else [change.flatten(1)]):
+            name = f"{key}.{expert}" if is_of_experts else key
+            try:
+                eps = torch.finfo(matrix.dtype).eps
+                measures, values, svd, note = measures_of_matrix(matrix, eps)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            shape = (matrix.shape[0], matrix.shape[1])
+            yield SiteSpectrum(name, shape, None, values.numpy(), measures, note), svd

@@ -69,7 +69,10 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
         },
     ),
     "llama, tied": (tied_llama, {}),
-    "gpt2, tied": (tied_gpt2, {"transformer.wte.weight": "it shares that of 'embed_tokens' alone"}),
+    "gpt2, tied": (
+        tied_gpt2,
+        {"transformer.wte.weight": "as the table is not called embed_tokens"},
+    ),
     "mixtral": (mixtral, {}),
 }
 """How a model is made, and which of its weights PEFT cannot hold, with a part of the reason."""
@@ -176,6 +179,27 @@ def test_our_load_gives_the_weights_after_at_full_rank(name: str):
             torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-6, msg=key)
 
 
+def test_an_adapter_of_names_alone_loads_on_the_model():
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        convs = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6, padding=1))
+        return nn.Sequential(convs, nn.Flatten(), nn.Linear(54, 4)).eval()
+
+    difference = Difference(write(make(), "before"), write(tuned(make), "after"))
+    results = {
+        name: extract(difference, difference.shared, Path(name), model, name, rank=FULL)
+        for name in ("peft", "lora_lab")
+        if (model := model_of_names(difference.before.shapes))
+    }
+    assert results["lora_lab"].not_held == {}
+    assert results["peft"].not_held == {"0.1.weight": "its name does not tell what layer it is of"}
+    x = torch.randn(2, 3, 3, 3)
+    for name, load in (("lora_lab", adapters.load), ("peft", adapters.load_peft)):
+        model, wanted = make(), expected(make, FULL, results[name].not_held)[0]
+        load(model, name)
+        torch.testing.assert_close(model(x), wanted(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["layers", "gpt2, tied", "mixtral"])
 @torch.no_grad()
 def test_our_load_gives_the_outputs_of_the_cut_change(name: str):
@@ -260,6 +284,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], str, tuple[int, int]]] = {
     "stem.0.weight": ((6, 4, 3, 2), "conv", (6, 24)),
     "block.experts.down_proj": ((2, 4, 5), "experts", (4, 5)),
     "positions": ((1, 3, 4), "weight", (1, 12)),
+    "depthwise.weight": ((6, 1, 3, 3), "weight", (6, 9)),
 }
 """Key → shape, and what is told of it: the kind of its site and the shape of its matrices."""
 

@@ -185,6 +185,22 @@ def test_the_difference_of_two_checkpoints(monkeypatch: pytest.MonkeyPatch):
     assert "changed: count" in lines
 
 
+def test_experts_in_two_checkpoints_are_measured_one_by_one():
+    before = {"mlp.experts.down_proj": randn(3, 4, 5)}
+    after = {key: tensor + randn(3, 4, 5) for key, tensor in before.items()}
+    save_file(before, "before.safetensors")
+    save_file(after, "after.safetensors")
+    files = (Checkpoint(Path(f"{name}.safetensors")) for name in ("before", "after"))
+    difference = Difference(*files)
+    sites = {s.site: s for s, _ in measure_difference(difference, difference.shared)}
+    for expert in range(3):
+        change = after["mlp.experts.down_proj"] - before["mlp.experts.down_proj"]
+        sigma = np.linalg.svd(change[expert].numpy(), compute_uv=False)
+        values = sites.pop(f"mlp.experts.down_proj.{expert}").singular_values
+        np.testing.assert_allclose(values, sigma, rtol=1e-5)
+    assert not sites
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_cut_is_the_nearest_matrix_of_its_rank(k: int):
     update = UPDATES["negative scale"]

@@ -44,8 +44,9 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def nearest(matrix: Tensor, k: int) -> Tensor:
+    """The nearest matrix of rank k, by numpy; of a stack that of each."""
     U, S, Vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    return torch.from_numpy((U[:, :k] * S[:k]) @ Vh[:k])
+    return torch.from_numpy((U[..., :k] * S[..., None, :k]) @ Vh[..., :k, :])
 
 
 def loaded(model: nn.Module, folder: str) -> Any:
