@@ -275,10 +275,10 @@ class Adapter(nn.Module, ABC):
         with torch.no_grad():
             A, B = self.factors()
             W, B = self.weight_to_matrix(weight).to(A.dtype), self.scale * B
-            # Of a row w of W and b of scale · B: ‖w + b A‖² = ‖w‖² + 2 (w Aᵀ)·b + b A Aᵀ bᵀ
+            # Of a row w of W and b of scale · B: ‖w + b A‖² = ‖w‖² + (2 w Aᵀ + b A Aᵀ)·b
             square = torch.linalg.vector_norm(W, dim=1) ** 2  # (out,)
-            square = square + 2 * ((W @ A.mT) * B).sum(-1) + ((B @ (A @ A.mT)) * B).sum(-1)
-            return square.clamp(min=0).sqrt()
+            square = square + ((2 * (W @ A.mT) + B @ (A @ A.mT)) * B).sum(-1)
+            return square.clamp_(min=0).sqrt_()
 
     def row_gain(self, weight: Tensor) -> Float[Tensor, "*runs out"]:
         """DoRA's factor for each row of W + ΔW: magnitude / norm.

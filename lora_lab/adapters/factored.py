@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,12 +38,14 @@ class FactoredAdapter(Adapter):
         adapted = self.add_change(layer, input, output)
         if self.magnitude is None:
             return adapted
-        # DoRA scales the rows of W + ΔW and not the bias: gain · (adapted − bias) + bias. As a sum
-        # onto `adapted` it adds exactly nothing at the start, where the gain is 1.
-        bias = getattr(layer, "bias", None)
-        linear = adapted if bias is None else adapted - self.align_with_output(bias)
-        gain = self.row_gain(self.weight_of(layer)).to(output.dtype)
-        return adapted + (self.align_with_output(gain) - 1) * linear
+        # DoRA scales the rows of W + ΔW and not the bias: gain · (adapted − bias) + bias. In this
+        # order it is `adapted` to the last bit at the start, where the gain is 1.
+        gain = self.align_with_output(self.row_gain(self.weight_of(layer)).to(output.dtype))
+        if (bias := getattr(layer, "bias", None)) is None:
+            return gain * adapted
+        return torch.addcmul(
+            (1 - gain) * self.align_with_output(bias.to(output.dtype)), gain, adapted
+        )
 
     def add_change(self, layer: Any, input: Tensor, output: Tensor) -> Tensor:
         """`output` + scale · B A applied to `input`, before DoRA's magnitude."""

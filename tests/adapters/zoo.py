@@ -97,14 +97,21 @@ ARCHITECTURES: dict[str, Architecture] = {
 """Name → type of model, what it computes, and values that its config takes besides SIZES."""
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """The model of a name, with weights drawn from one seed, and inputs for it."""
+def build(name: str, **more: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The model of a name, with weights drawn from one seed, and inputs for it.
+
+    `more` are further values of its config.
+    """
     import transformers
 
     kind, task, values = ARCHITECTURES[name]
     config_class = transformers.AutoConfig.for_model(kind).__class__
     default = config_class()
-    values = {**{key: value for key, value in SIZES.items() if hasattr(default, key)}, **values}
+    values = {
+        **{key: value for key, value in SIZES.items() if hasattr(default, key)},
+        **values,
+        **more,
+    }
     config = config_class(**{key: value for key, value in values.items() if value is not None})
     with torch.random.fork_rng():
         torch.manual_seed(0)

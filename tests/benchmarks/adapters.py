@@ -16,6 +16,7 @@ import copy
 import gc
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 from lora_lab import adapters
+from tests.adapters import zoo
 
 ALPHA = 12.0
 """Over r = 8 or 64: a scale that is not 1, so that no contender may leave it out."""
@@ -271,6 +273,41 @@ def full_or_adapted(batch: int, fused: bool | None) -> dict[str, Step]:
     return {"ours": Step(adapted, x, fused=fused), "full": Step(base, x, fused=fused)}
 
 
+class Logits(nn.Module):
+    """A model of transformers whose output is the logits alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits
+
+
+def llama(dora: bool, **config: int) -> dict[str, Step]:
+    """All linear layers of a Llama but its head, with us and with PEFT; one adapter in both."""
+    from peft import PeftModel
+
+    ours, _ = zoo.build("llama", **config)
+    ours = ours.float().train()
+    theirs = copy.deepcopy(ours)
+    layers = {"linear": adapters.Target("linear", exclude="lm_head")}
+    adapters.attach(ours, layers, r=8, alpha=ALPHA, dora=dora)
+    for adapter in adapters.attached(ours).values():
+        nn.init.normal_(adapter.factors()[1], std=0.02)
+    with tempfile.TemporaryDirectory() as folder:
+        adapters.save_peft(ours, folder)
+        theirs = PeftModel.from_pretrained(theirs, folder, is_trainable=True)  # pyright: ignore
+    tokens = torch.randint(3, 40, (4, 64))
+    steps = {name: Step(Logits(m), tokens) for name, m in {"ours": ours, "peft": theirs}.items()}
+    outputs = [step.model(tokens) for step in steps.values()]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert len({sum(p.numel() for p in step.parameters) for step in steps.values()}) == 1
+    for step in steps.values():
+        step.gradient, step.adam = torch.randn_like(outputs[0]), None
+    return steps
+
+
 @contextmanager
 def no_garbage() -> Iterator[None]:
     gc.collect()
@@ -319,6 +356,11 @@ def main(arguments: list[str] | None = None) -> None:
     for batch, fused in ((128, None), (128, True), (512, True)):
         name = f"6 linear 1024, {batch}, {'fused ' if fused else ''}Adam"
         makers[name] = partial(full_or_adapted, batch, fused)
+    wide = {"hidden_size": 512, "intermediate_size": 1408, "head_dim": 64, "num_key_value_heads": 4}
+    wide |= {"num_attention_heads": 8, "vocab_size": 1000}
+    for size, config in {"32": {}, "512": wide}.items():
+        for variant in ("LoRA", "DoRA"):
+            makers[f"Llama {size}, {variant}"] = partial(llama, variant == "DoRA", **config)
     table = Table(title=f"ours / theirs, threads: {options.threads}")
     for heading in ("", "theirs"):
         table.add_column(heading, no_wrap=True)
