@@ -13,6 +13,7 @@ from lora_lab.adapters import Target
 from lora_lab.adapters.sites import candidate_sites
 from tests.adapters import zoo
 from tests.adapters.architecture_checks import CHECKS, PAGE, result
+from tests.adapters.peft_draws import Draws, outcome
 
 pytest.importorskip("transformers")
 
@@ -72,3 +73,10 @@ def test_attention_has_the_layers_that_it_computes_with(name: str):
     model, _ = zoo.build(name)
     sites = [site for site in candidate_sites(model) if Target("attention")._is_for(site)]
     assert len(sites) == ATTENTION[name], [site.name for site in sites]
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_folder_of_peft_gives_its_outputs_or_is_refused(count: int):
+    for seed in range(count):
+        kind, details = outcome(Draws(seed), seed)
+        assert kind != "WRONG", f"draw {seed}: {details}"
