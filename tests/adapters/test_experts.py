@@ -9,6 +9,7 @@ Run: make test ARGS=tests/adapters/test_experts.py
 import copy
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lab import adapters
-from lora_lab.adapters import AdapterError, Recipe, Target, low_rank_sum
+from lora_lab.adapters import AdapterError, Recipe, Target, low_rank_sum, stacks
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.low_rank_sum import LowRankSum
 from lora_lab.adapters.pack import Pack, copy_sharing_weights
@@ -49,10 +50,15 @@ def moved(
     return model
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        *(("eager", name) for name in MIXTURES),  # each has a loop of its own
+        *product(("grouped_mm", "batched_mm"), ("mixtral", "gpt_oss")),
+    ],
+)
 @pytest.mark.usefixtures("nothing_formed")
-def test_each_implementation_of_a_mixture_computes_with_the_factors(name: str, implementation: str):
+def test_each_implementation_of_a_mixture_computes_with_the_factors(implementation: str, name: str):
     model, inputs = zoo.build(name)
     model: Any = model.float()
     model.set_experts_implementation(implementation)
@@ -84,6 +90,8 @@ def test_rank_and_count_are_those_of_the_experts_matrices():
     assert [s.name.rpartition("experts.")[2] for s in sites] == 2 * ["gate_up_proj", "down_proj"]
     with pytest.raises(adapters.RankError, match=r"weight 48 × 32\): at most 32"):
         adapters.attach(model, "experts", r=33, over_rank="error", name="other")
+    with pytest.raises(AdapterError, match="are of kind experts, and DoRA is for linear"):
+        adapters.attach(model, "experts", r=2, dora=True, name="other")
 
 
 class Router(nn.Module):
@@ -104,6 +112,53 @@ def test_other_parameters_of_three_dimensions_are_no_experts():
     sites = adapters.attach(model, "all", r=2)
     assert "3.gate_up_proj_bias" not in [site.name for site in sites]
     assert adapters.find_sites(model, {"bias": Target(match="*proj_bias")})
+    model[0].weight = nn.UninitializedParameter()
+    assert "0.weight" not in [site.name for site in candidate_sites(model)]
+
+
+class Holder(nn.Module):
+    """Holds two matrices, 4 × 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4, 3))
+
+
+class Mlps(Holder):
+    num_experts = 2
+
+
+class NamedExperts(Holder):
+    pass
+
+
+class MarkedExperts(Holder):
+    is_transposed = True
+
+
+class MarkedOtherwiseExperts(Holder):
+    def is_transposed(self) -> bool:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("Layer", "kind", "shape"),
+    [
+        (Holder, "weight", (2, 12)),
+        (Mlps, "experts", (4, 3)),
+        (NamedExperts, "experts", (4, 3)),
+        (MarkedExperts, "experts", (3, 4)),
+        (MarkedOtherwiseExperts, "experts", (4, 3)),
+    ],
+)
+def test_experts_are_known_by_their_number_or_name_and_the_mark_of_their_class(
+    Layer: type[nn.Module], kind: str, shape: tuple[int, int]
+):
+    (site,) = adapters.attach(model := nn.Sequential(Layer()), "all", r=2)
+    assert (site.kind, site.shape) == (kind, shape)
+    if kind == "experts":
+        first, second = adapters.attached(model)["0.weight"].A
+        assert not torch.allclose(first, second), "each is drawn"
 
 
 def test_a_stored_adapter_of_a_version_that_saw_one_matrix_is_what_it_was(tmp_path: Path):
@@ -126,16 +181,21 @@ def test_a_stored_adapter_of_a_version_that_saw_one_matrix_is_what_it_was(tmp_pa
     ("implementation", "dtype"), [("batched_mm", torch.float64), ("grouped_mm", torch.float32)]
 )
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_mixtures_in_a_pack_are_what_each_is_alone(implementation: str, dtype: torch.dtype):
+def test_mixtures_in_a_pack_are_what_each_is_alone(
+    implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stacks, "MAX_PADDING", 0)  # a stack for each rank
     base, inputs = zoo.build("mixtral")
     base: Any = base.to(dtype)
     base.set_experts_implementation(implementation)
-    models = [moved(copy_sharing_weights(base), r=r, seed=r) for r in (2, 1, 2)]
+    models = [moved(copy_sharing_weights(base), r=r, seed=r, dropout=0.5) for r in (2, 1, 2)]
     expected = torch.stack([copy.deepcopy(model)(**inputs).logits for model in models])
-    outputs = Pack(base, [adapters.attached(model) for model in models])(inputs)
+    pack = Pack(base, [adapters.attached(model) for model in models])
+    outputs = pack(inputs)
     exact = 1e-10 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(outputs, expected, rtol=exact, atol=exact)
     assert not torch.allclose(outputs[0], outputs[2], rtol=1e-2)
+    assert not torch.allclose(pack.train()(inputs), outputs, rtol=1e-2), "dropout"
 
 
 x, tokens = torch.randn(4, 8), torch.tensor([0, 3, 3, 1])

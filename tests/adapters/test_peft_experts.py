@@ -15,11 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError, Target
 from lora_lab.adapters.peft import load_peft, save_peft
+from lora_lab.adapters.peft_parameters import is_held_as_parameter, reason_no_parameter, targeted
 from tests.adapters import zoo
+from tests.adapters.cases import LoopedExperts
 from tests.adapters.test_experts import MIXTURES, moved
 
 pytestmark = [
@@ -53,9 +56,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("way", OURS)
-def test_a_mixture_loads_in_peft_and_back(name: str, way: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        *(("all", name) for name in MIXTURES),
+        *(("experts", "mixtral"), ("one parameter", "gpt_oss"), ("rslora", "deepseek_v3")),
+        *(("patterns", "qwen3_moe"), ("pissa", "gpt_oss")),
+    ],
+)
+def test_a_mixture_loads_in_peft_and_back(way: str, name: str, tmp_path: Path):
     base, inputs = zoo.build(name)
     model = moved(copy.deepcopy(base), OURS[way], **SETTINGS.get(way, {}))
     expected = logits(model, inputs)
@@ -83,11 +92,16 @@ THEIRS: dict[str, dict[str, Any]] = {
 """Configs of PEFT's; by the last it takes experts for layers of transformers 4."""
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("way", THEIRS)
-def test_a_mixture_that_peft_saved(name: str, way: str, tmp_path: Path):
-    if way == "renamed" and name in ("gpt_oss", "granitemoe"):
-        pytest.skip("PEFT renames no layer of this model")
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        *(("rank", name) for name in MIXTURES),
+        *(("experts", "mixtral"), ("reversed", "gpt_oss"), ("one", "granitemoe")),
+        # PEFT renames no layer of gpt_oss and granitemoe.
+        *(("renamed", name) for name in ("mixtral", "qwen3_moe", "deepseek_v3")),
+    ],
+)
+def test_a_mixture_that_peft_saved(way: str, name: str, tmp_path: Path):
     base, inputs = zoo.build(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a new model with an adapter that is not loaded
@@ -114,3 +128,39 @@ def test_what_peft_has_no_parameters_for_is_refused(tmp_path: Path):
     adapters.attach(model, {"bias": Target(match="*down_proj_bias")}, r=2)
     with pytest.raises(AdapterError, match="cannot adapt this weight of GptOssExperts"):
         save_peft(model, tmp_path)
+
+
+class TopKRouter(nn.Module):
+    weight: nn.Parameter
+
+
+class MoEGate(TopKRouter):
+    pass
+
+
+class TopKGating(TopKRouter):
+    pass
+
+
+def test_what_peft_holds_as_a_parameter():
+    linear, other = nn.Linear(2, 2), nn.Bilinear(2, 2, 2)
+    held = is_held_as_parameter
+    for Router in (TopKRouter, MoEGate, TopKGating):
+        assert held(Router(), "gate.weight", "weight", True)
+        assert reason_no_parameter(Router(), "weight", False) is None
+    for name in ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "q_proj"):
+        assert held(linear, f"mlp.{name}", "linear", True) == (name != "q_proj")
+        assert not held(linear, f"mlp.{name}", "linear", False), "PEFT renames in mixtures alone"
+    assert not held(other, "mix.weight", "weight", True)
+    assert reason_no_parameter(linear, "linear", False) is None
+    assert "wherever it is read" in str(reason_no_parameter(other, "weight", False))
+    for layer, kind in ((Conv1D(2, 2), "linear"), (nn.Conv2d(2, 2, 1), "conv")):
+        assert "is not read" in str(reason_no_parameter(layer, kind, False))
+
+
+def test_target_parameters_are_names_or_their_ends():
+    model = nn.ModuleDict({"experts": LoopedExperts()})
+    adapters.attach(model, "experts", r=1)
+    keys = ["experts.up_proj", "experts.down_proj"]
+    for target, picked in (("up_proj", keys[:1]), (keys[1], keys[1:]), ("proj", []), ("A", [])):
+        assert targeted(model, [target]) == picked
