@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters import slots
+from lora_lab.adapters import quantized, slots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.data_inits import DataError, InputMoments
 from lora_lab.adapters.init import INITS
@@ -221,7 +221,8 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.random.fork_rng(), slots.disabled(model):
-            model.eval()
+            for module in model.eval().modules():
+                quantized.keep_packing(module)
             yield
     finally:
         for module, training in modes.items():

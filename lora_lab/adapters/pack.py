@@ -24,6 +24,7 @@ from lora_lab.adapters.vmap_rules import (
     folded_attention,
     frozen_conv,
     frozen_linear,
+    frozen_packed_linear,
 )
 from lora_lab.adapters.watch import KINDS_ON_READING, base_class, has_adapters_on_reading
 from lora_lab.adapters.weight import WeightAdapter
@@ -75,8 +76,10 @@ class Pack(nn.Module):
         for layer in self.base.modules():
             if has_adapters_on_reading(layer):
                 continue  # the parameter is each run's, and vmap's rule is right for it
-            if base_class(layer) is nn.Linear or is_packed(layer):
+            if base_class(layer) is nn.Linear:
                 layer.forward = partial(frozen_linear, layer.forward)
+            elif is_packed(layer):
+                layer.forward = partial(frozen_packed_linear, layer.forward)
             elif base_class(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
                 layer.forward = partial(frozen_conv, layer.forward)
         # As children, they follow the pack's train() and eval(), and are among its parameters().

@@ -139,6 +139,19 @@ def _linear_of_all_runs(runs: int, in_dims: Any, layer_forward: Any, input: Tens
     return layer_forward(input.movedim(in_dims[0], 0))
 
 
+def frozen_packed_linear(layer_forward: Callable[[Tensor], Tensor], input: Tensor) -> Any:
+    """The forward of a linear layer of bitsandbytes, which takes no more than three dimensions."""
+    return _WithVmapRule.apply(layer_forward, _packed_linear_of_all_runs, input)
+
+
+# (runs 3, batch 8, tokens 16, in 64) → (384, 64) → (384, out 10) → (3, 8, 16, 10)
+def _packed_linear_of_all_runs(
+    runs: int, in_dims: Any, layer_forward: Any, input: Tensor
+) -> Tensor:
+    input = input.movedim(in_dims[0], 0)
+    return layer_forward(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
+
+
 def frozen_conv(layer_forward: Callable[[Tensor], Tensor], input: Tensor) -> Any:
     """The forward of a convolution whose weight and bias all runs share."""
     return _WithVmapRule.apply(layer_forward, _conv_of_all_runs, input)

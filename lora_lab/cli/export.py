@@ -46,7 +46,8 @@ def export(
         directory.mkdir(parents=True, exist_ok=True)
         save_file(load_file(run.path / "model" / "model.safetensors"), path, {"format": "pt"})
         if run.config["base"]["method"] == "pretrained":
-            _save_config(restore(run, trust, bases_dir), directory)
+            restored = restore(run, trust, bases_dir)
+            _save_config(restored.model, restored, directory)
         return path
     if method != "lora" and not (method == "none" and run.config.get("also_train")):
         raise AdapterError(f"adapter={method}: the run has no adapter to write")
@@ -61,17 +62,18 @@ def export(
     else:
         directory.mkdir(parents=True, exist_ok=True)
         # Tied weights are one tensor under two keys, which safetensors refuses: each gets a copy.
-        state = {key: value.clone() for key, value in adapters.merged(model).state_dict().items()}
+        merged = adapters.merged(model)
+        state = {key: value.clone() for key, value in merged.state_dict().items()}
         save_file(state, path, {"format": "pt"})
-        _save_config(restored, directory)
+        _save_config(merged, restored, directory)
     return path
 
 
-def _save_config(restored: Restored, directory: Path) -> None:
+def _save_config(model: Any, restored: Restored, directory: Path) -> None:
     """Writes config.json, with the classes' names, where the model is one of transformers."""
-    config: Any = getattr(restored.model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
-        config.architectures = [type(restored.model).__name__]
+        config.architectures = [type(model).__name__]
         if names := getattr(restored.plan.data("adapt"), "class_names", None):
             config.id2label = dict(enumerate(names))
             config.label2id = {name: i for i, name in enumerate(names)}

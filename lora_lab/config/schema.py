@@ -223,6 +223,8 @@ class Config(Node):
         for key in LEFT_OUT_AT_DEFAULT:
             if config.get(key) == Config.model_fields[key].default:
                 del config[key]
+        if config["model"].get("quantization") is None:  # which configs of earlier versions lack
+            config["model"].pop("quantization", None)
         for key in ("over_rank", "form", "cut", "heal"):  # which configs of earlier versions lack
             if config["adapter"].get(key) == Lora.model_fields[key].default:
                 del config["adapter"][key]

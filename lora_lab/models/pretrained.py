@@ -11,7 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_lab.adapters.quantized import keep_packing
 from lora_lab.config.errors import first_line
+from lora_lab.models import quantization as quantized
+from lora_lab.models.quantization import Quantization
 from lora_lab.models.transformers_config import HEADS, auto_class, config_of, quiet
 
 HeadName = Literal["classification", "language", "masked", "seq2seq", "tokens", "image"]
@@ -31,6 +34,7 @@ def pretrained(
     dropout: float | None = None,
     new_head: bool = False,
     pad_token_id: int | None = None,
+    quantization: Quantization | None = None,
 ) -> nn.Module:
     """A transformers model built from the config.json at `path`; its weights are not loaded.
 
@@ -49,9 +53,13 @@ def pretrained(
         pad_token_id: The token that fills the data's short rows. A classifier of GPT-2's or
             Llama's kind reads the last token that is another; None: the config's, or the end of
             text.
+        quantization: In which form load_weights holds the weights of linear layers below the head,
+            frozen; what is built here has none.
 
     Raises ValueError, `argument=value: rule`, where there is no such model.
     """
+    if quantization is not None:
+        quantized.check_available(quantization)
     config = config_of(path, head, out_features, revision, remote_code, dropout)
     with quiet():
         try:
@@ -79,18 +87,37 @@ def load_weights(*positional: Any, **named: Any) -> nn.Module:
     chosen = SimpleNamespace(**bound.arguments)
     asked = chosen.out_features, chosen.revision, chosen.remote_code, chosen.dropout
     config = config_of(chosen.path, chosen.head, *asked)
+    dtype = getattr(torch, chosen.dtype)
+    held: dict[str, Any] = {}
+    if chosen.quantization is not None:
+        with torch.device("meta"):
+            shapes = pretrained(**bound.arguments)
+        new = new_parameters(shapes, **bound.arguments)
+        held = quantized.loading_arguments(chosen.quantization, shapes, new, dtype)
     with quiet(), torch.random.fork_rng(devices=[]):  # new parameters are drawn in loading
         model = auto_class(chosen.head).from_pretrained(
             chosen.path,
             config=config,
             revision=chosen.revision,
-            dtype=getattr(torch, chosen.dtype),
+            dtype=dtype,
             attn_implementation=chosen.attention,
             trust_remote_code=chosen.remote_code,
             ignore_mismatched_sizes=chosen.new_head,
+            **held,
         )
+    for layer in model.modules():
+        keep_packing(layer)
     chosen_last = chosen.gradient_checkpointing, chosen.pad_token_id, chosen.dropout
     return _prepare(model, *chosen_last).train()
+
+
+def quantized_parameters(model: nn.Module, new: list[str], **arguments: Any) -> list[str]:
+    """The names of the parameters that `load_weights` holds quantized, by these arguments.
+
+    `model` is that of `pretrained`, `new` are its `new_parameters`.
+    """
+    layers = [] if arguments.get("quantization") is None else quantized.quantized_layers(model, new)
+    return [f"{name}.weight" for name in layers]
 
 
 def new_parameters(model: nn.Module, path: str, **arguments: Any) -> list[str]:

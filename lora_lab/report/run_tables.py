@@ -67,7 +67,7 @@ def _facts(run: Run, at: At) -> Rows:
 
 
 def _adapter_facts(config: dict[str, Any]) -> Rows:
-    """One row with the settings of the adapter; none where the method is not LoRA."""
+    """Rows on the adapter, and on a quantized base; none where the method is not LoRA."""
     adapter = config["adapter"]
     if adapter["method"] != "lora":
         return []
@@ -81,7 +81,10 @@ def _adapter_facts(config: dict[str, Any]) -> Rows:
     differ = any(target.get(key) for target in config["target"].values() for key in TARGET_KEYS)
     if differ or adapter.get("rank_pattern") or adapter.get("alpha_pattern"):
         parts.append("but for sites with their own (adapter/adapter.json)")
-    return [["adapter", ", ".join(parts)]]
+    facts = [["adapter", ", ".join(parts)]]
+    if quantization := config["model"].get("quantization"):
+        facts.append(["base", f"in {quantization}: ΔW is against the quantized weights"])
+    return facts
 
 
 def _loss_facts(run: Run, at: At) -> Rows:

@@ -12,7 +12,8 @@ from lora_lab import adapters
 from lora_lab.adapters import AdapterError
 from lora_lab.adapters.files import is_adapter_key
 from lora_lab.adapters.memory import full_tensor
-from lora_lab.adapters.slots import merged_adapters
+from lora_lab.adapters.quantized import is_quantized
+from lora_lab.adapters.slots import layer_of, merged_adapters
 from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates
 from lora_lab.runs import process_rank
@@ -140,11 +141,18 @@ def _select(trial: Trial) -> None:
 def _check_merge(trainer: pl.Trainer, trial: Trial) -> None:
     """Logs the merged model's validation metrics, and checks that unmerging restores the base.
 
+    Where a site's weight is quantized, nothing can be merged, and the log says so.
+
     ΔW that is too large for the weights' dtype, as float16, merges not: the log says so, and the
     run goes on without these metrics. Raises AdapterError unless each weight of the base is again
     what it was, bit for bit.
     """
     module = trial.module
+    changed = adapters.attached(module.model)
+    layers = [(layer_of(module.model, site, one), one.parameter) for site, one in changed.items()]
+    if any(is_quantized(layer, parameter) for layer, parameter in layers):
+        log.info("merging is not checked: the base is quantized, and cannot hold W + ΔW")
+        return
     try:
         adapters.merge(module.model)
     except AdapterError as error:

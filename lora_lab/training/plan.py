@@ -212,6 +212,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
             if not is_stored:
                 fit_checks.check_class_order(cfg, data, model, new_parameters)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
+    pretrained_base.check_quantized(cfg, model, new_parameters, also_trained)
     run_plan = Plan(cfg, sites, devices, tuple(new_parameters), tuple(also_trained))
     if not is_stored:
         check_same_code(cfg, Run(run_plan.path))

@@ -1,8 +1,9 @@
 """A base whose weights lie at model.path: which of them are new, what identifies them, loading.
 
 The module of such a model (models/pretrained.py) has three functions beside the model itself:
-`load_weights`, `new_parameters` and `weight_files`. It may have a fourth, `check_path`, that raises
-ValueError for what can be no path of such a model.
+`load_weights`, `new_parameters` and `weight_files`. It may have two more: `check_path`, that raises
+ValueError for what can be no path of such a model, and `quantized_parameters`, if it takes
+`quantization`.
 """
 
 import copy
@@ -18,7 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_lab.config.schema import Component, Config, ConfigError
+from lora_lab.config.components import PretrainedBase
+from lora_lab.config.schema import Component, Config, ConfigError, Full
 from lora_lab.data.content import check_hub_id, content_hash, hub_commit
 from lora_lab.runs import write_atomic
 from lora_lab.seeding import generator
@@ -110,6 +112,28 @@ def check(cfg: Config, model: nn.Module) -> tuple[list[str], str]:
             f"whose base.sha256 is {cfg.base.sha256[:12]}"
         )
     return _new_parameters[model], sha256
+
+
+def check_quantized(
+    cfg: Config, model: nn.Module, new: list[str], also_trained: Iterable[str]
+) -> None:
+    """Raises ConfigError where the weights that model.quantization holds would have to train.
+
+    `model` is on the meta device, `new` are its new parameters.
+    """
+    if (quantization := cfg.model.arguments.get("quantization")) is None:
+        return
+    where = f"model.quantization={quantization}"
+    if not isinstance(cfg.base, PretrainedBase):
+        raise ConfigError(f"{where}: is for weights that are loaded, base=pretrained")
+    if isinstance(cfg.adapter, Full):
+        raise ConfigError(f"{where}: quantized weights cannot train, and adapter=full trains all")
+    if cfg.trainer.model_dump().get("strategy") == "fsdp":
+        raise ConfigError(f"{where}: trainer.strategy=fsdp splits no quantized weights; ddp does")
+    held = _module(cfg).quantized_parameters(model, new, **cfg.model.arguments)
+    if both := [name for name in also_trained if name in {*held}]:
+        shown = ", ".join(both[:3]) + ", …" * (len(both) > 3)
+        raise ConfigError(f"also_train: {where} holds {shown}, which cannot train then")
 
 
 def load(cfg: Config, sizes: dict[str, int], new: Iterable[str], seed: int | None) -> nn.Module:

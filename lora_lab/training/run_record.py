@@ -40,7 +40,7 @@ from lora_lab.training.written_files import (
 log = logging.getLogger(__name__)
 
 PACKAGES = ("lora_lab", "torch", "lightning", "hydra-core", "omegaconf", "wandb", "numpy")
-PACKAGES += ("transformers", "timm")
+PACKAGES += ("transformers", "timm", "bitsandbytes")
 """Packages whose versions env.json names."""
 
 RESERVE = ".reserve"
