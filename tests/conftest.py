@@ -29,6 +29,7 @@ SMALL = {
         *("data.per_package=8", "data.batch_size=8", "data.max_length=8", "trainer.max_epochs=2"),
         "spectra.against_base=false",
     ],
+    "cut_digits": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
     "digits_rank": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
     "digits_targets": ["base.epochs=2", "trainer.max_epochs=2"],
     "bytes_bigram": [

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_lab.report import plotting, rank_series
+from lora_lab.report.cell_statistics import statistics_of
 from lora_lab.report.cells import RunResult, epoch_of
 from lora_lab.report.theory import TheoryCheck
 
@@ -21,8 +22,9 @@ from lora_lab.report.theory import TheoryCheck
 def metric_by_rank(results: Sequence[RunResult], metric: str) -> Figure | None:
     """A metric against r: each run as a point, the mean over the runs of a series and r as a line.
 
-    Full fine-tuning and the frozen base are horizontal lines. The validation loss also has the
-    truncation curve of each series' largest r. None where no series has two ranks.
+    Full fine-tuning and the frozen base are horizontal lines. The largest r of each series is also
+    shown cut to lower ranks, and cut and healed: mean ± standard deviation over its runs. None
+    where no series has two ranks.
     """
     series = rank_series.series_over_ranks(results, metric)
     if not series:
@@ -63,16 +65,18 @@ def _draw_series(
     by_rank = rank_series.values_by_rank(runs, metric)
     lines = {"trained at r, mean": _draw_runs_and_means(axes, by_rank, i)}
     points = [(r, value) for r, values in by_rank.items() for value in values]
-    losses, largest = rank_series.truncation_losses(runs) if metric == "val/loss" else ({}, 0)
     # ΔW, which is cut, and what theory says are of the training's end.
     suffix = ", at the end" if runs[0].at == "best" else ""
-    # k = 0, with nothing left of ΔW, has no place on a log axis.
-    if cut := {k: mean(at_rank) for k, at_rank in sorted(losses.items()) if k}:
-        label = f"cut from r = {largest}" if is_only else "cut from the largest r"
-        label += suffix
-        color, _ = plotting.series_style(i)
-        (lines[label],) = axes.plot(list(cut), list(cut.values()), "--", color=color, linewidth=1)
-        points += cut.items()
+    cut, largest = rank_series.values_after_cut(runs, metric)
+    source = f"r = {largest}" if is_only else "the largest r"
+    after_cut = {f"cut from {source}": ("--", cut)}
+    for steps, healed in rank_series.values_after_healing(runs, metric).items():
+        after_cut[f"cut, and trained {steps} steps more"] = "-.", healed
+    for label, (style, values) in after_cut.items():
+        # k = 0, with nothing left of ΔW, has no place on a log axis.
+        if values := {k: at_rank for k, at_rank in values.items() if k}:
+            lines[label + suffix], drawn = _draw_means_and_deviations(axes, values, i, style)
+            points += drawn
     theory = {(run.rank, c.theory) for run in runs for c in run.theory_checks if c.metric == metric}
     if theory:
         (lines[f"theory{suffix}"],) = axes.plot(
@@ -91,6 +95,24 @@ def _draw_runs_and_means(axes: Axes, by_rank: dict[int, list[float]], i: int) ->
     axes.plot(*zip(*points, strict=True), marker, color=color, alpha=0.45, markersize=4)
     (line,) = axes.plot(list(by_rank), list(map(mean, by_rank.values())), color=color)
     return line
+
+
+def _draw_means_and_deviations(
+    axes: Axes, by_rank: dict[int, list[float]], i: int, style: str
+) -> tuple[Line2D, list[tuple[int, float]]]:
+    """Draws the mean of each rank as a line in the colour of the i-th series, with ± deviations.
+
+    Returns the line and its points.
+    """
+    color, _ = plotting.series_style(i)
+    statistics = {k: s for k, values in by_rank.items() if (s := statistics_of(values))}
+    means = {k: s.mean for k, s in statistics.items()}
+    deviations = [s.std or 0.0 for s in statistics.values()]
+    bars = axes.errorbar(
+        *(list(means), list(means.values()), deviations),
+        **{"color": color, "linestyle": style, "linewidth": 1, "elinewidth": 0.8, "capsize": 2},
+    )
+    return bars.lines[0], list(means.items())
 
 
 def _add_legends(figure: Figure, series_names: Sequence[str], lines: dict[str, Line2D]) -> None:

@@ -5,7 +5,8 @@ A series is a line in a figure against r (rank_figures.py), and rows of the trun
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 import numpy as np
@@ -13,8 +14,12 @@ import numpy as np
 from lora_lab.report.cells import Cell, RunResult, cell_label, swept_keys
 from lora_lab.report.epochs import goal_of
 from lora_lab.report.matrices import SUFFIX, experts_of, site_of
+from lora_lab.run_files import CUTS, HEALED
 
-FREE_KEYS = ("adapter.r", "data.seed", "base.seed")
+CUT_KEYS = ("adapter.cut", "adapter.heal")
+"""Settings of what follows a training, which is the same whatever they are."""
+
+FREE_KEYS = ("adapter.r", "data.seed", "base.seed", *CUT_KEYS)
 """Settings that may differ within a series, besides the run's seed."""
 
 
@@ -93,30 +98,83 @@ def best_series(results: Sequence[RunResult]) -> tuple[str, list[RunResult]]:
 
 
 def values_by_rank(results: Sequence[RunResult], metric: str) -> dict[int, list[float]]:
-    """r, ascending → the metric's last value in each run of that r."""
+    """r, ascending → the metric's last value in each run of that r.
+
+    Runs that differ only in what is cut after the training count as one.
+    """
     values: dict[int, list[float]] = {}
-    for result in results:
+    for result in {_training(result): result for result in results}.values():
         if (r := result.rank) is not None and metric in result.metrics:
             values.setdefault(r, []).append(result.metrics[metric])
     return dict(sorted(values.items()))
 
 
-def truncation_losses(results: Sequence[RunResult]) -> tuple[dict[int, list[float]], int]:
-    """The truncation curves of the runs with the largest r, and that r.
+def _training(result: RunResult) -> str:
+    """What tells a run's training from others: all its settings but CUT_KEYS."""
+    settings = {key: value for key, value in result.settings.items() if key not in CUT_KEYS}
+    return json.dumps([result.config["seed"], settings], sort_keys=True)
 
-    The first is k → the validation loss of each of these runs with its ΔW cut to rank k.
+
+def values_after_cut(
+    results: Sequence[RunResult], metric: str
+) -> tuple[dict[int, list[float]], int]:
+    """k → a metric of each training with the largest r, with its ΔW cut to rank k; and that r.
+
+    The validation loss is that of the truncation curve. Other metrics, and a loss without a curve,
+    are known at the ranks of adapter.cut.
     """
     largest = max((r for result in results if (r := result.rank) is not None), default=0)
-    losses: dict[int, list[float]] = {}
+    by_training: dict[str, dict[int, float]] = {}
     for result in results:
-        path = result.run.path / "spectra.npz"
-        if result.rank == largest and path.exists():
-            with np.load(path) as arrays:
-                if "truncation/ranks" in arrays:
-                    ranks, curve = arrays["truncation/ranks"], arrays["truncation/loss"]
-                    for k, loss in zip(ranks.tolist(), curve.tolist(), strict=True):
-                        losses.setdefault(k, []).append(loss)
-    return losses, largest
+        if result.rank == largest:
+            values = _smaller_adapters(result, CUTS, metric)
+            values |= _truncation_curve(result) if metric == "val/loss" else {}
+            of_training = by_training.setdefault(_training(result), {})
+            of_training |= {k: v for k, v in values.items() if k not in of_training}
+    return _by_rank(by_training), largest
+
+
+def values_after_healing(
+    results: Sequence[RunResult], metric: str
+) -> dict[int, dict[int, list[float]]]:
+    """Steps of healing → k → a metric of each training, cut to rank k from the largest r of them.
+
+    The largest r is that of the runs that have healed adapters.
+    """
+    healed = [result for result in results if _smaller_adapters(result, HEALED, metric)]
+    largest = max((result.rank or 0 for result in healed), default=0)
+    by_steps: dict[int, dict[str, dict[int, float]]] = {}
+    for result in healed:
+        if result.rank == largest:
+            by_training = by_steps.setdefault(result.config["adapter"]["heal"], {})
+            values = _smaller_adapters(result, HEALED, metric)
+            by_training.setdefault(_training(result), {}).update(values)
+    return {steps: _by_rank(by_training) for steps, by_training in sorted(by_steps.items())}
+
+
+def _smaller_adapters(result: RunResult, folder: str, metric: str) -> dict[int, float]:
+    """k → a metric of the run's adapter cut to rank k (`folder` cut), or then healed (healed)."""
+    pattern = re.compile(rf"{folder}/(\d+)/{re.escape(metric)}")
+    matches = ((pattern.fullmatch(key), value) for key, value in result.metrics.items())
+    return {int(match[1]): value for match, value in matches if match}
+
+
+def _truncation_curve(result: RunResult) -> dict[int, float]:
+    """k → the validation loss with ΔW cut to rank k, by spectra.npz; {} where it has none."""
+    path = result.run.path / "spectra.npz"
+    if not path.exists():
+        return {}
+    with np.load(path) as arrays:
+        if "truncation/ranks" not in arrays:
+            return {}
+        ranks, curve = arrays["truncation/ranks"], arrays["truncation/loss"]
+        return dict(zip(ranks.tolist(), curve.tolist(), strict=True))
+
+
+def _by_rank(by_training: Mapping[str, Mapping[int, float]]) -> dict[int, list[float]]:
+    """Rank, ascending → the value of each training that has one."""
+    ranks = sorted({k for values in by_training.values() for k in values})
+    return {k: [v[k] for v in by_training.values() if k in v] for k in ranks}
 
 
 def mean_spectra(results: Sequence[RunResult]) -> dict[str, dict[int, np.ndarray]]:

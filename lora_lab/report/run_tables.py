@@ -17,6 +17,7 @@ from lora_lab.report.plotting import MAX_PANELS
 from lora_lab.report.run_figures import largest_updates
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.report.theory import CHECK_COLUMNS, check_against_theory, check_row
+from lora_lab.run_files import CUTS, HEALED
 from lora_lab.runs import Run
 
 TARGET_KEYS = ("r", "alpha", "dropout", "init")
@@ -108,7 +109,18 @@ def _loss_facts(run: Run, at: At) -> Rows:
         ]
         for key in tested
     ]
-    return [*facts, *_best_facts(run)]
+    return [*facts, *_best_facts(run), *_cut_facts(run)]
+
+
+def _cut_facts(run: Run) -> Rows:
+    """The validation loss of the adapter cut to each rank of adapter.cut, and after healing."""
+    adapter, facts = run.config["adapter"], []
+    for k in adapter.get("cut", ()):
+        healed = f"cut to rank {k}, and trained {adapter['heal']} steps more"
+        for folder, fact in ((CUTS, f"cut to rank {k}"), (HEALED, healed)):
+            if (loss := run.last(f"{folder}/{k}/val/loss")) is not None:
+                facts.append([f"loss of the adapter {fact}", format_number(loss)])
+    return facts
 
 
 def _best_facts(run: Run) -> Rows:

@@ -11,7 +11,12 @@ from pathlib import Path
 
 from lora_lab.report.cell_statistics import Statistics, statistics_of
 from lora_lab.report.cells import Cell, RunResult, cells_of, metrics_below, ranked_cells, swept_keys
-from lora_lab.report.rank_series import lora_runs_by_series, truncation_losses, values_by_rank
+from lora_lab.report.rank_series import (
+    lora_runs_by_series,
+    values_after_cut,
+    values_after_healing,
+    values_by_rank,
+)
 from lora_lab.report.tables import Rows, format_number
 from lora_lab.report.theory import CHECK_COLUMNS, TheoryCheck, check_row
 from lora_lab.run_files import PLANNED_FILE, DamagedRunError, planned_runs
@@ -145,25 +150,29 @@ def theory_by_run_table(cells: Sequence[Cell]) -> Rows:
 
 
 def truncation_table(finished: Sequence[RunResult], in_full: bool = False) -> Rows:
-    """The validation loss at rank k, once trained at r = k and once cut to rank k after training.
+    """The validation loss at rank k: trained at r = k, cut to rank k after training, and healed.
 
     The cut ΔW is that of the runs with the largest r, and all losses are those at the end. Rows are
     of each series of runs that differ in r and seeds alone. `in_full` gives all digits, with the
     deviation in a separate column.
     """
-    ways = ("trained at r = k", "cut from the largest r")
-    titles = [[way, f"{way} std", f"{way} n"] if in_full else [way, "n"] for way in ways]
-    rows = [["series", "k", *titles[0], *titles[1]]]
     at_the_end = [replace(result, at="last") for result in finished]
-    for name, results in lora_runs_by_series(at_the_end).items():
-        trained, (cut, _) = values_by_rank(results, "val/loss"), truncation_losses(results)
-        if len(trained) > 1 and cut:
-            for k in sorted({*trained, *cut}):
-                row = [name or "all", str(k)]
-                for s in (statistics_of(losses.get(k, [])) for losses in (trained, cut)):
-                    row += _mean_std_in_full(s) if in_full else [str(s) if s else "–"]
-                    row.append(str(s.n if s else 0))
-                rows.append(row)
+    series = lora_runs_by_series(at_the_end)
+    healed = {name: values_after_healing(runs, "val/loss") for name, runs in series.items()}
+    steps = sorted({steps for by_steps in healed.values() for steps in by_steps})
+    ways = ["trained at r = k", "cut from the largest r"]
+    ways += [f"cut, and trained {n} steps more" for n in steps]
+    head = [[way, f"{way} std", f"{way} n"] if in_full else [way, "n"] for way in ways]
+    rows = [["series", "k", *(title for titles in head for title in titles)]]
+    for name, results in series.items():
+        trained, cut = values_by_rank(results, "val/loss"), values_after_cut(results, "val/loss")[0]
+        losses = [trained, cut, *(healed[name].get(n, {}) for n in steps)]
+        for k in sorted({*trained, *cut}) if cut and (len(trained) > 1 or healed[name]) else ():
+            row = [name or "all", str(k)]
+            for s in (statistics_of(by_rank.get(k, [])) for by_rank in losses):
+                row += _mean_std_in_full(s) if in_full else [str(s) if s else "–"]
+                row.append(str(s.n if s else 0))
+            rows.append(row)
     return rows
 
 

@@ -23,6 +23,9 @@ from lora_lab.runs import Run, write_atomic
 
 NO_FIGURES = "none yet: those against r need finished runs of two ranks"
 
+HEALED_NOTE = " The steps after a cut come on top of the training's."
+"""What is said below the truncation table where adapters were trained further after a cut."""
+
 Figures = dict[str, tuple[str, Figure | None]]
 """File name → caption and figure; the figure is None where the runs have nothing to show in it."""
 
@@ -122,7 +125,8 @@ def _notes(cells: Sequence[Cell], finished: Sequence[RunResult]) -> dict[str, st
         + " ".join(["validation.", *more]),
         "theory": f"{GAP_NOTE}. All at the end. Run by run in theory.csv.",
         "truncation": "Validation loss at the end, with ΔW cut to rank k"
-        + (f", mean ± standard deviation over {kinds}." if kinds else "."),
+        + (f", mean ± standard deviation over {kinds}." if kinds else ".")
+        + (HEALED_NOTE if any(r.config["adapter"].get("heal") for r in finished) else ""),
     }
 
 
@@ -158,10 +162,11 @@ def _figures(all_cells: Sequence[Cell], finished: Sequence[RunResult]) -> Figure
     metrics = [m for m in metrics_below("val/", cells) if goal_of(m)]
     kinds = differing_seeds(finished)
     of_each = f"each run, and the mean of each r{f' over {kinds}' if kinds else ''}."
+    with_cuts = " Of what was cut: mean ± standard deviation."
     figures: Figures = {}
     for metric in metrics:
         where = epoch_of(metric, finished)
-        caption = f"{metric_label(metric).capitalize()} {where}, against r: {of_each}"
+        caption = f"{metric_label(metric).capitalize()} {where}, against r: {of_each}{with_cuts}"
         figures[f"rank{_suffix(metric)}"] = caption, rank_figures.metric_by_rank(finished, metric)
     for metric in metrics:
         where = f"{metric_label(metric)} {epoch_of(metric, finished)}"

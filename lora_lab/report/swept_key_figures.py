@@ -20,6 +20,7 @@ from matplotlib.patches import Rectangle
 from lora_lab.report.cells import Cell, epoch_of, swept_keys
 from lora_lab.report.epochs import goal_of
 from lora_lab.report.plotting import graded_colors, log_scale, metric_label, panels
+from lora_lab.report.rank_series import CUT_KEYS
 from lora_lab.report.setting_values import short_text, sort_key
 
 MAX_LABELS = 16
@@ -36,7 +37,8 @@ def metrics_by_swept_keys(cells: Sequence[Cell], metrics: Sequence[str]) -> Figu
     lora = [cell for cell in cells if cell.results[0].rank is not None]
     full = [cell for cell in cells if cell.results[0].config["adapter"]["method"] == "full"]
     cells = lora or list(cells)
-    keys = {key: name for key, name in swept_keys(cells).items() if key != "cell"}
+    # What is cut after a training changes none of these metrics.
+    keys = {k: name for k, name in swept_keys(cells).items() if k not in ("cell", *CUT_KEYS)}
     metrics = [m for m in metrics if any(m in cell.metrics for cell in cells)]
     if len(keys) < 2 or not metrics:
         return None

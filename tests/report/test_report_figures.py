@@ -5,10 +5,12 @@ computed here from the runs' own files; for the front, with a search of all pair
 Run: make test ARGS=tests/report/test_report_figures.py
 """
 
+import json
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from lora_lab.report import rank_figures
 from lora_lab.report.cells import RunResult, cells_of, read_run
 from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import log_scale, series_style
+from lora_lab.report.summary import truncation_table
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
 from lora_lab.report.tradeoff_figure import metric_by_parameters, pareto_front
 from lora_lab.runs import Run, find_runs
@@ -102,6 +105,41 @@ def test_a_metric_against_r(real_run: Run, metric: str):
             cut = dict(zip(arrays["truncation/ranks"], arrays["truncation/loss"], strict=True))
         assert drawn[2] == [(k, pytest.approx(cut[k])) for k in (1, 2, 3)]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "3"]
+
+
+def test_what_was_cut_and_healed_stands_beside_what_was_trained(real_run: Run):
+    """Two runs of r = 3 are there once more, with adapters cut to 1 and 2 and healed."""
+    results = sweep(real_run, adapter__r=RANKS, seed=SEEDS)
+    losses = {
+        "cut/1": (4.0, 5.0),
+        "healed/1": (2.0, 2.5),
+        "cut/2": (1.0, 3.0),
+        "healed/2": (0.5, 1),
+    }
+    healed = []
+    for i, result in enumerate(result for result in results if result.rank == 3):
+        config = json.loads(json.dumps(result.config))
+        config["adapter"] |= {"cut": [2, 1], "heal": 7}
+        values = {f"{at}/val/{m}": v[i] for at, v in losses.items() for m in ("loss", "accuracy")}
+        healed.append(replace(result, config=config, last=result.last | values))
+    figure = rank_figures.metric_by_rank([*results, *healed], "val/accuracy")
+    assert figure is not None
+    drawn = lines(figure.axes[0])
+    assert [(1, 4.5), (2, 2.0)] in drawn
+    assert [(1, 2.25), (2, 0.75)] in drawn
+    assert len(drawn[0]) == len(results)  # a training counts once
+    labels = [text.get_text() for text in figure.legends[0].texts]
+    assert labels[-2:] == ["cut from r = 3", "cut, and trained 7 steps more"]
+    head, *rows = truncation_table([*results, *healed], in_full=True)
+    table = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [row["k"] for row in table] == ["0", "1", "2", "3"]
+    for row, values in zip(table[1:3], (losses["healed/1"], losses["healed/2"]), strict=True):
+        way = "cut, and trained 7 steps more"
+        assert (float(row[way]), float(row[f"{way} std"])) == (mean(values), stdev(values))
+        assert (
+            row[f"{way} n"] == row["trained at r = k n"] == row["cut from the largest r n"] == "2"
+        )
+    assert table[3]["cut, and trained 7 steps more"] == ""
 
 
 def test_references_stand_at_the_mean_of_their_runs(lab: Lab):
