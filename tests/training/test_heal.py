@@ -11,6 +11,7 @@ from functools import partial
 from math import cos, pi
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -180,3 +181,21 @@ def test_a_heal_that_diverges_is_said_and_the_others_have_numbers(
     assert run.last("healed/2/val/loss") is None
     assert run.last("healed/1/val/loss") is not None
     assert not (run.path / "healed/2").exists()
+
+
+FORMS = ("loha", "lokr", "vera", "lora_xs", "lora_fa", "mica", "eva", "lora_ga")
+
+
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(a, marks=[pytest.mark.slow] if a != "loha" else []) for a in FORMS]
+)
+def test_each_form_is_cut_as_its_truncation_curve_says(lab: Lab, adapter: str):
+    """The curve is computed from the SVD of ΔW, without the files that the cut is made from."""
+    settings = (f"adapter={adapter}", "adapter.r=3", "adapter.cut=[1,2]", "adapter.heal=3")
+    assert lab("digits", *settings, "spectra.truncation=model", "spectra.against_base=false") == 0
+    run = only_run()
+    with np.load(run.path / "spectra.npz") as arrays:
+        curve = dict(zip(arrays["truncation/ranks"], arrays["truncation/loss"], strict=True))
+    for k in (1, 2):
+        assert run.last(f"cut/{k}/val/loss") == pytest.approx(curve[k], rel=1e-4)
+        assert run.last(f"healed/{k}/val/loss") is not None
