@@ -72,6 +72,13 @@ class Site:
         return numbered if self.kind == ExpertsAdapter.kind else (self.name,)
 
     @property
+    def form_tensors(self) -> tuple[str, ...]:
+        """The names of the tensors of its adapter's form; none where that is LoRA's."""
+        assert self.recipe is not None
+        form, (out, rest) = FORMS[self.recipe.form], self.shape
+        return () if form is None else (*form.shapes(out, rest, self.positions, self.recipe.r),)
+
+    @property
     def trainable_parameters(self) -> int:
         """How many numbers train at this site."""
         assert self.recipe is not None

@@ -111,7 +111,8 @@ def group_into_packs(
         assert plan is not None
         if reason := reason_to_run_alone(plan):
             reasons[reason] += 1
-        key = f"alone {i}" if reason else f"{pack_key(plan.cfg)} {plan.base_seed}"
+        tensors = [site.form_tensors for site in plan.sites if site.recipe is not None]
+        key = f"alone {i}" if reason else f"{pack_key(plan.cfg)} {plan.base_seed} {tensors}"
         jobs_by_key.setdefault(key, []).append(i)
     packs: list[Pack] = []
     for group in jobs_by_key.values():

@@ -443,6 +443,7 @@ MUST_AGREE = {
     "data.seed": "0,1",
     "adapter.trains": "both,zero",
     "adapter.dora": "true,false",
+    "adapter": "loha,lokr",
     "adapter.init": "kaiming,pissa",
     "optimizer": "adam,sgd",
     "trainer.max_epochs": "3,4",
@@ -479,6 +480,12 @@ def test_settings_that_separate_packs(key: str, capsys: pytest.CaptureFixture[st
     packs, printed = packs_of_command(capsys, f"{key}={MUST_AGREE[key]}")
     assert packs == [[0], [1]]
     assert "alone: 2 of the runs: no other has the same base, data, targets and training" in printed
+
+
+def test_ranks_that_make_a_matrix_whole_separate_packs(capsys: pytest.CaptureFixture[str]):
+    """Of 9 × 12, D is 3 × 4: for r = 1 it is B A, for r = 2 and 3 whole."""
+    packs, _ = packs_of_command(capsys, "adapter=lokr", "adapter.r=1,2,3")
+    assert packs == [[0], [1, 2]]
 
 
 RUN_ALONE = {
