@@ -78,6 +78,18 @@ def test_the_scale_is_stored_and_not_derived_again(tmp_path: Path):
     torch.testing.assert_close(base, 2 * (model(*x) - CASES[0].plain()(*x)))
 
 
+def test_a_folder_of_before_there_were_forms_is_lora(tmp_path: Path):
+    model, x = CASES[0].build(), CASES[0].inputs()
+    adapters.save(model, tmp_path)
+    path = tmp_path / "adapter.json"
+    about = json.loads(path.read_text())
+    del about["sites"]["site"]["form"]
+    path.write_text(json.dumps(about))
+    fresh = CASES[0].plain()
+    adapters.load(fresh, tmp_path)
+    assert torch.equal(fresh(*x), model(*x))
+
+
 def test_one_of_several_is_saved_by_its_name_and_loaded_under_another(tmp_path: Path):
     model, x = CASES[0].build(), CASES[0].inputs()
     y = model(*x)
