@@ -68,6 +68,7 @@ def test_a_run_over_a_quantized_base(
     log = (run.path / "log.txt").read_text()
     assert "merging is not checked: the base is quantized" in log
     assert "ERROR" not in log
+    assert "cut to one rank after another" not in log  # LoRA's cuts are a pack
     assert run.last("merged/val/loss") is None
     assert run.last("spectra/bert.encoder.layer.0.attention.self.query/amplification") is not None
     losses = run.curve("val/loss")
