@@ -5,6 +5,7 @@ function returns None where there is nothing to draw.
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 from statistics import mean
 
 import numpy as np
@@ -70,8 +71,9 @@ def _draw_series(
     cut, largest = rank_series.values_after_cut(runs, metric)
     source = f"r = {largest}" if is_only else "the largest r"
     after_cut = {f"cut from {source}": ("--", cut)}
-    for steps, healed in rank_series.values_after_healing(runs, metric).items():
-        after_cut[f"cut, and trained {steps} steps more"] = "-.", healed
+    all_healed = rank_series.values_after_healing(runs, metric).items()
+    for (steps, healed), style in zip(all_healed, cycle(("-.", ":")), strict=False):
+        after_cut[f"cut, and trained {steps} steps more"] = style, healed
     for label, (style, values) in after_cut.items():
         # k = 0, with nothing left of ΔW, has no place on a log axis.
         if values := {k: at_rank for k, at_rank in values.items() if k}:
@@ -134,7 +136,7 @@ def _add_legends(figure: Figure, series_names: Sequence[str], lines: dict[str, L
     dot = Line2D([], [], color="dimgray", marker="o", linestyle="", alpha=0.6, markersize=4)
     labels = ["a run", *lines]
     marks = [dot, *lines.values()]
-    figure.legend(marks, labels, loc="outside lower center", fontsize=8, ncols=len(labels))
+    figure.legend(marks, labels, loc="outside lower center", fontsize=8, ncols=min(len(labels), 4))
 
 
 def theory_by_rank(results: Sequence[RunResult]) -> Figure | None:
