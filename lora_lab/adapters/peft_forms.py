@@ -28,6 +28,7 @@ from lora_lab.adapters.linear import TransposedLinearAdapter
 from lora_lab.adapters.lycoris import LOHA, LOKR
 from lora_lab.adapters.peft_folder import ranks_and_alphas, read_files, target_modules
 from lora_lab.adapters.peft_parameters import holds_experts
+from lora_lab.adapters.peft_reasons import reason_form_differs
 from lora_lab.adapters.peft_tensors import alpha_for_scale, rank_and_scale
 from lora_lab.adapters.peft_trained_in_full import PREFIX, InFull
 from lora_lab.adapters.recipe import AdapterError, Recipe
@@ -84,7 +85,7 @@ def form_to_peft(
         len(forms) > 1
     )
     for site, adapter in adapters.items():
-        reason = _reason_not_held(layer_of(model, site, adapter), form, adapter)
+        reason = reason_form_differs(layer_of(model, site, adapter), TYPES[form], adapter)
         if not site:
             reason = "it is the model itself, and PEFT replaces layers of a model"
         errors += [f"'{site}': {reason}"] if reason else []
@@ -102,22 +103,6 @@ def form_to_peft(
     del config["bias"]
     tensors = _lycoris_to_peft(form, adapters, model) | in_full.tensors
     return config | _lycoris_config(form, adapters), tensors
-
-
-def _reason_not_held(layer: Any, form: str, adapter: Adapter) -> str | None:
-    """Why PEFT cannot compute what this adapter does; None where it can."""
-    kind = TYPES[form]
-    if adapter.magnitude is not None:
-        return f"PEFT's {kind} has no DoRA"
-    if isinstance(adapter, TransposedLinearAdapter) and form != "vera":
-        return f"PEFT's {kind} is not for {type(layer).__name__}, whose weight is in × out"
-    if isinstance(layer, nn.Conv3d):
-        return f"PEFT's {kind} is not for Conv3d"
-    if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.padding_mode != "zeros":
-        return f"padding_mode={layer.padding_mode!r}, and PEFT's ΔW pads with zeros"
-    if isinstance(layer, nn.Conv1d) and "D" in adapter.tensors():
-        return "a Conv1d whose D is whole, of which PEFT's LoKr is no Kronecker product"
-    return None
 
 
 def _lycoris_config(form: str, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -279,7 +264,7 @@ def form_from_peft(
     weight = adapter.weight_of(layer)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     named = {key: tensors[key].to(weight.device, dtype, copy=True) for key in wanted}
-    if reason := _reason_not_held(layer, form, adapter.fill(named)):
+    if reason := reason_form_differs(layer, TYPES[form], adapter.fill(named)):
         raise AdapterError(reason)
     return replace(site, recipe=recipe), adapter
 

@@ -4,7 +4,10 @@ from typing import Any
 
 from torch import nn
 
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.linear import TransposedLinearAdapter
 from lora_lab.adapters.peft_parameters import is_held_as_parameter, reason_no_parameter
+from lora_lab.adapters.quantized import is_packed, is_quantized
 from lora_lab.adapters.sites import Site
 
 TIED_TABLE = "embed_tokens"
@@ -75,4 +78,25 @@ def reason_layer_differs(layer: nn.Module, kind: str, dora: bool) -> str | None:
     weight = layer._parameters.get("weight")  # the base's, where reading it gives W + ΔW
     if dora and padding is not None and weight is not None and bool(weight[padding].any()):
         return f"padding_idx={padding} with DoRA: PEFT scales its vector, which is not zero here"
+    return None
+
+
+def reason_form_differs(layer: Any, kind: str, adapter: Adapter) -> str | None:
+    """Why PEFT's VERA, LOHA or LOKR (`kind`) computes otherwise than this adapter; None if not."""
+    is_vera = kind == "VERA"
+    weight = layer._parameters["weight"]
+    if adapter.magnitude is not None:
+        return f"PEFT's {kind} has no DoRA"
+    if isinstance(adapter, TransposedLinearAdapter) and not is_vera:
+        return f"PEFT's {kind} is not for {type(layer).__name__}, whose weight is in × out"
+    if isinstance(layer, nn.Conv3d):
+        return f"PEFT's {kind} is not for Conv3d"
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.padding_mode != "zeros":
+        return f"padding_mode={layer.padding_mode!r}, and PEFT's ΔW pads with zeros"
+    if isinstance(layer, nn.Conv1d) and "D" in adapter.tensors():
+        return "a Conv1d whose D is whole, of which PEFT's LoKr is no Kronecker product"
+    if not is_vera and is_packed(layer) and weight.shape != adapter.shape:
+        return f"its weight has 4 bits, and PEFT's {kind} takes their shape for that of the weight"
+    if is_vera and is_quantized(layer) and not is_packed(layer):
+        return "its weight is torchao's, on which PEFT's VERA raises an error"
     return None

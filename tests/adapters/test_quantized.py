@@ -81,7 +81,9 @@ def trained(model: nn.Module, **settings: Any) -> list[adapters.Site]:
     return sites
 
 
-@pytest.mark.parametrize("settings", [{}, {"dora": True}, {"init": "pissa"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"dora": True}, {"init": "pissa"}, {"form": "lokr"}], ids=str
+)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_outputs_and_gradients_are_those_of_dense_weights(name: str, settings: dict[str, Any]):
     model = Model(QUANTIZED[name])
@@ -244,3 +246,27 @@ def test_dense_weight_is_what_the_layer_multiplies_by():
         assert torch.allclose(before_a_call, W, atol=1e-6), name
         assert torch.equal(dense_weight(model.first), before_a_call), name
         assert dense_weight(model.head) is model.head.weight
+
+
+# Not 8 bits: their inputs are rounded, and a last digit moves an output by 0.004.
+@pytest.mark.parametrize(
+    ("name", "form", "says"),
+    [
+        ("nf4", "vera", None),
+        ("nf4", "loha", "'first': its weight has 4 bits, and PEFT's LOHA takes their shape"),
+        ("torchao-int8", "lokr", None),
+        ("torchao-int8", "vera", "'first': its weight is torchao's, on which PEFT's VERA raises"),
+    ],
+)
+def test_forms_in_peft(name: str, form: str, says: str | None, tmp_path: Path):
+    from peft import PeftModel
+
+    base, model = Model(QUANTIZED[name]), Model(QUANTIZED[name])
+    trained(model, form=form)
+    if says is not None:
+        with pytest.raises(AdapterError, match=says):
+            save_peft(model, tmp_path)
+        return
+    save_peft(model, tmp_path)
+    theirs: Any = PeftModel.from_pretrained(base, str(tmp_path))
+    assert torch.allclose(theirs(x()), model(x()), atol=1e-6)
