@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -17,6 +18,9 @@ from lora_lab.tracking.wandb_run import Server
 # Its first draw reads the constants of all modules that are imported by then, timm's among them.
 settings.register_profile("tests", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+# To embed fonts in a PDF takes a quarter of a report's time.
+matplotlib.rcParams["pdf.use14corefonts"] = True
 
 SMALL = {
     "shift": [

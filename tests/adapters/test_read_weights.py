@@ -120,7 +120,7 @@ def test_dropout_of_what_is_read_is_on_columns(case: Case):
     with adapters.disabled(model):
         torch.testing.assert_close(exact, model.site.weight + delta, **EXACT)
     model.train()
-    masked = torch.stack([model.site.weight.detach() for _ in range(2000)])
+    masked = torch.stack([model.site.weight.detach() for _ in range(300)])
     spread = masked.std(0) / len(masked) ** 0.5
     assert spread.max() > 0
     assert ((masked.mean(0) - exact).abs() <= 6 * spread + 1e-12).all()

@@ -20,6 +20,7 @@ def test_every_known_experiment_is_in_both_tables():
 
 
 SLOW = ("what_trains", "planted_conv", "planted_embedding", "group_shift", "subspace")
+SLOW += ("planted_linear", "intruders")
 """Their formulas are in test_theory_formulas.py; others go the same way from end to end."""
 
 

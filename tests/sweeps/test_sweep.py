@@ -174,7 +174,7 @@ def fail_run(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> 
     monkeypatch.setattr(finish, "_save_trained", keep)
 
 
-@pytest.mark.parametrize("method", ["random", "bayes"])
+@pytest.mark.parametrize("method", ["bayes", pytest.param("random", marks=pytest.mark.slow)])
 def test_an_interrupted_search_goes_on_and_gives_the_same_runs(
     run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, method: str
 ):

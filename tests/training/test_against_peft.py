@@ -239,7 +239,7 @@ def test_two_processes_share_a_padded_batch(here: Path):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in ("bert", "vit") else SLOW) for f in CASES]
+    "family", [pytest.param(f, marks=[] if f == "bert" else SLOW) for f in CASES]
 )
 def test_runs_of_a_pack_have_the_losses_of_plain_loops(family: str, here: Path):
     write_model(family)

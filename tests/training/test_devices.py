@@ -27,6 +27,7 @@ from tests.conftest import SMALL, Lab, command, only_run
 from tests.training.test_resume import assert_equal
 
 TWO = ("trainer.devices=2", "trainer.accelerator=cpu")
+TWO_PROCESSES = {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "strategy": "ddp"}
 
 CASES = {
     "shift": ("shift", "adapter.r=2"),
@@ -89,12 +90,11 @@ def test_two_processes_are_as_one(case: str, trainer: str):
     same(run(*CASES[case], root="one"), two)
 
 
-def test_the_first_process_alone_writes(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+def test_the_first_process_alone_writes(lab: Lab):
     assert lab("shift", "trainer=ddp", *TWO, tracking="offline") == 0
     two = only_run()
     assert two.finished
-    recorded = {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "strategy": "ddp"}
-    assert two.status["devices"] == recorded
+    assert two.status["devices"] == TWO_PROCESSES
     assert len(list(Path("runs/shift/wandb").glob("offline-run-*"))) == 1
     assert "wandb_rows_lost" not in two.status
     assert lab("shift", "runs_dir=one") == 0
@@ -102,10 +102,16 @@ def test_the_first_process_alone_writes(lab: Lab, monkeypatch: pytest.MonkeyPatc
     assert one.path.name == two.path.name  # devices are no part of what a run is
     same(one, two)
     assert lab("shift", "trainer=ddp", *TWO) == 0  # finished before
-    # Two processes again, which give the same bits; the stored run's threads are those of its two.
+
+
+@pytest.mark.slow
+def test_two_processes_reproduce_a_run_bit_for_bit(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    """The stored run's threads are those of its two processes."""
+    assert lab("shift", "trainer=ddp", *TWO) == 0
+    two = only_run()
     assert command(monkeypatch, "reproduce", str(two.path)) == 0
     new = only_run("reproduced")
-    assert new.status["devices"] == recorded
+    assert new.status["devices"] == TWO_PROCESSES
     for file in ("metrics.jsonl", "adapter/adapter.safetensors"):
         assert (new.path / file).read_bytes() == (two.path / file).read_bytes()
 

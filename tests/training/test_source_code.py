@@ -256,7 +256,13 @@ def test_versions_of_libraries_are_told_of_a_finished_run(
     assert f"1 runs (1 finished, 1 trained with torch 1.9.0 (here {torch.__version__}))" in shown
 
 
-@pytest.mark.parametrize("change", ["the model", "an import in a function", "a docstring"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(c, marks=[] if c == "an import in a function" else pytest.mark.slow)
+        for c in ("the model", "an import in a function", "a docstring")
+    ],
+)
 def test_analyze_refuses_a_model_with_another_loss(
     project: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, change: str, capsys
 ):
