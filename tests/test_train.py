@@ -226,7 +226,10 @@ def test_a_base_from_a_checkpoint(lab: Lab):
             "adapter.init=kaming: must be one of kaiming, gaussian, orthogonal, pissa, olora, svd, "
             "milora, mica, eva, corda, lora_ga; nearest: kaiming",
         ),
-        ("adapter.scaling=alfa", "must be one of alpha/r, alpha/sqrt(r), alpha, none; nearest: alpha"),
+        (
+            "adapter.scaling=alfa",
+            "must be one of alpha/r, alpha/sqrt(r), alpha, none; nearest: alpha",
+        ),
         ("adapter.dropout=1.0", "adapter.dropout=1.0: must be less than 1"),
         ("adapter=full adapter.r=3", "adapter.r=3: there is no such key with adapter=full"),
         ("adapter=lorra", "adapter=lorra: there is no such adapter; nearest: lora"),
