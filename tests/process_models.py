@@ -23,7 +23,8 @@ class KillsItself(Linear):
     training_steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        is_adapting = self.training and not self.linear._parameters["weight"].requires_grad
+        weight = dict(self.named_parameters())["linear.weight"]
+        is_adapting = self.training and not weight.requires_grad
         self.training_steps += is_adapting
         if self.training_steps > 8 and Path("kill").exists():
             Path("kill").unlink()

@@ -190,8 +190,8 @@ def test_experts_in_two_checkpoints_are_measured_one_by_one():
     after = {key: tensor + randn(3, 4, 5) for key, tensor in before.items()}
     save_file(before, "before.safetensors")
     save_file(after, "after.safetensors")
-    files = (Checkpoint(Path(f"{name}.safetensors")) for name in ("before", "after"))
-    difference = Difference(*files)
+    stored = [Checkpoint(Path(f"{name}.safetensors")) for name in ("before", "after")]
+    difference = Difference(stored[0], stored[1])
     sites = {s.site: s for s, _ in measure_difference(difference, difference.shared)}
     for expert in range(3):
         change = after["mlp.experts.down_proj"] - before["mlp.experts.down_proj"]
