@@ -36,7 +36,9 @@ def is_packed(layer: nn.Module) -> bool:
 
 
 def _is_torchao(weight: Any) -> bool:
-    return type(weight).__module__.partition(".")[0] == "torchao"
+    # torch.compile follows the first comparison, and not those of a class's module.
+    is_plain = type(weight) in (Tensor, nn.Parameter)
+    return not is_plain and type(weight).__module__.partition(".")[0] == "torchao"
 
 
 def _is_4bit(weight: Any) -> bool:
