@@ -23,7 +23,7 @@ from lora_lab.adapters.scaling import SCALINGS
 Rows = tuple[int, int] | None
 """Some rows of a weight: the first, and the one after the last. None: all rows."""
 
-OF_FORMS = ("lambda_b", "lambda_d", "A2", "B2", "C", "C2", "D")
+OF_FORMS = ("lambda_b", "lambda_d", "A2", "B2", "C", "C2", "D", "lambdas")
 """The tensors that only forms other than LoRA have: see `Form`."""
 
 TENSOR_NAMES = ("A", "B", "core", "A0", "B0", *OF_FORMS, "magnitude")
@@ -41,7 +41,7 @@ class Adapter(nn.Module, ABC):
     - With factors of which none starts at zero (PiSSA, OLoRA, svd): ΔW = scale · (B A − B₀ A₀),
       where A₀ and B₀ are their first values. So ΔW starts at zero and the base's weight stays as it
       is.
-    - With another form (VeRA, LoHa, LoKr): A and B are made of its tensors, see `Form`.
+    - With another form (VeRA, LoHa, LoKr, AdaLoRA): A and B are made of its tensors, see `Form`.
 
     DoRA (Liu et al. 2024, equation 5) then scales each row of W + ΔW to a trained norm, the
     magnitude.

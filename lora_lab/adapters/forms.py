@@ -1,5 +1,6 @@
 """The table of what an adapter can be made of."""
 
+from lora_lab.adapters.adalora import AdaLoRA
 from lora_lab.adapters.form import Form
 from lora_lab.adapters.loha import LoHa
 from lora_lab.adapters.lokr import LoKr
@@ -11,5 +12,6 @@ FORMS: dict[str, Form | None] = {
     "loha": LoHa(),
     "lokr": LoKr(),
     "lokr_both": LoKr(both=True),
+    "adalora": AdaLoRA(),
 }
 """All forms by name. "lora" is that of `Adapter` itself: two factors, or a core between them."""

@@ -21,7 +21,7 @@ from lora_lab.adapters.peft_folder import (
     target_modules,
     write_peft,
 )
-from lora_lab.adapters.peft_forms import PARTS, form_to_peft, load_form
+from lora_lab.adapters.peft_forms import PARTS, TYPES, form_to_peft, load_form
 from lora_lab.adapters.peft_parameters import (
     held_as_parameters,
     holds_experts,
@@ -55,10 +55,10 @@ def save_peft(
 
     `PeftModel.from_pretrained(base, directory)` then gives this model's outputs. PEFT stores one
     product B A for each layer, so other forms of ΔW are written as one: PiSSA and OLoRA with rank
-    2r, a grouped convolution with rank groups · r (see `peft_tensors`). Dropout is written where
-    all sites have the same, else as 0. VeRA, LoHa and LoKr are written as PEFT's (see
-    `peft_forms`). What trains in full is written as whole modules in modules_to_save, or as biases
-    (see `peft_trained_in_full`).
+    2r, a grouped convolution with rank groups · r (see `peft_tensors`), AdaLoRA with the ranks that
+    are left. VeRA, LoHa and LoKr are written as PEFT's (see `peft_forms`). Dropout is written where
+    all sites have the same, else as 0. What trains in full is written as whole modules in
+    modules_to_save, or as biases (see `peft_trained_in_full`).
 
     `task_type` (as "SEQ_CLS") and `base_model`, the base's folder or hub id, are what PEFT's
     AutoPeftModel classes read; with the first PEFT also trains heads in full by itself. Where there
@@ -76,7 +76,7 @@ def save_peft(
     )
     about: dict[str, Any] = {"inference_mode": True, "task_type": task_type}
     about["base_model_name_or_path"] = base_model and str(base_model)
-    if any(adapter.form is not None for adapter in adapters.values()):
+    if any(adapter.recipe.form in TYPES for adapter in adapters.values()):
         config, tensors = form_to_peft(model, adapters, extra)
         return write_peft(Path(directory), config | about, tensors)
     _check_savable(model, adapters, extra.errors)

@@ -74,13 +74,13 @@ def names_in_peft(form: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def form_to_peft(
     model: nn.Module, adapters: Mapping[str, Adapter], in_full: InFull
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of adapters of one form other than LoRA.
+    """The config and the tensors of adapters of one form of TYPES.
 
     `in_full` is what trains in full beside them. Raises AdapterError with the reason for each site
     that PEFT cannot hold.
     """
     forms = {adapter.recipe.form for adapter in adapters.values()}
-    form = next(form for form in forms if form != "lora")
+    form = next(form for form in forms if form in TYPES)
     errors = in_full.errors + [f"there are sites of the forms {', '.join(sorted(forms))}"] * (
         len(forms) > 1
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lab.adapters.adalora import without_pruned
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.peft_parameters import experts_from_peft, experts_to_peft
 from lora_lab.adapters.recipe import AdapterError, Recipe
@@ -60,9 +61,11 @@ def to_peft(layer: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's A, B and magnitude in PEFT's shapes.
 
     A is (groups · r, in, k…), B (out, r, 1…) and the magnitude (out,), of a convolution (1, out,
-    1…). Of experts see `peft_parameters`.
+    1…). Of experts see `peft_parameters`. AdaLoRA's have no pruned triplets, so a lower r.
     """
     A, B = (factor.detach() for factor in adapter.factors())
+    if adapter.recipe.form == "adalora":
+        A, B = without_pruned(A, B)
     if adapter.kind == "experts":
         return experts_to_peft(A, B)
     groups, kernel = groups_and_kernel(layer)

@@ -128,6 +128,7 @@ settings:
   adapter.trains=both    both | zero | core: LoRA, LoRA-FA, LoRA-XS
   adapter.dora=false     true trains the norms of the weight's rows as well
   adapter.form=lora      lora | vera | loha | lokr | lokr_both: what ΔW is made of
+  adapter.budget=4       adapter=adalora: the mean rank at the end of training, adapter.r at first
   adapter.lr_ratio=1.0   the learning rate of B over that of A (LoRA+)
   adapter.dropout=0.0    on what goes into A
   adapter.cut=[4,2]      ranks that the adapter is cut to after training, beside the result; with

@@ -163,6 +163,8 @@ def logged_metrics(plan: Plan) -> set[str]:
     if cfg.spectra.truncation == "sites":
         names |= {"advice/loss", "advice/share"}
     if cfg.adapter.method == "lora":
+        if cfg.adapter.allocation is not None:
+            names |= {f"spectra/{site}/allocated_rank" for site in sites}
         if cfg.spectra.first_step:
             names |= {"first_step/gradient_ratio", "first_step/descent"}
         names |= {f"merged/{name}" for name in validation}

@@ -59,7 +59,8 @@ class Component(Node, extra="allow"):
         return resolve_name(self.target)
 
 
-def _share_or_whole(value: float) -> float:
+def share_or_whole(value: float) -> float:
+    """The value. Raises ValueError unless it is a share below 1 or a whole number of steps."""
     if value > 1 and not value.is_integer():
         raise ValueError("must be a share below 1, or a whole number of steps")
     return value
@@ -74,7 +75,7 @@ class Optimizer(Component):
 
     lr: PositiveNumber
     schedule: Literal["constant", "linear", "cosine"]
-    warmup: Annotated[float, Field(ge=0), AfterValidator(_share_or_whole)]
+    warmup: Annotated[float, Field(ge=0), AfterValidator(share_or_whole)]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class Optimizer(Component):
 
 
 def warmup_steps(warmup: float, steps: int) -> float:
-    """The number of steps that an Optimizer's `warmup` means, of `steps` in all."""
+    """The number of steps that a share below 1, or a number, means of `steps` in all."""
     return warmup if warmup >= 1 else warmup * steps
 
 

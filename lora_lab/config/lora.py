@@ -1,11 +1,18 @@
 """The schema of low-rank adapters: their settings, and the ranks to which they are cut at last."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
 from lora_lab.adapters import FORMS, INITS, OVER_RANK, SCALINGS, TRAINS
-from lora_lab.config.components import Node, PositiveNumber
+from lora_lab.config.components import Node, NonNegativeNumber, PositiveNumber, share_or_whole
 from lora_lab.config.errors import one_of
 
 Alpha = PositiveNumber
@@ -34,6 +41,36 @@ def _steps_after_a_cut(steps: int, info: ValidationInfo) -> int:
     return steps
 
 
+Length = Annotated[float, Field(ge=0), AfterValidator(share_or_whole)]
+"""A share of a run's steps if below 1, else their number."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Allocation(Node):
+    """When and by what AdaLoRA prunes triplets: see training/callbacks/allocation.py.
+
+    `warmup` is the length before the first pruning, `final` that after the last, `interval` that
+    from one to the next. `beta1` and `beta2` are those of the running means of a number's
+    sensitivity and uncertainty. `orthogonality` is the weight of the penalty.
+    """
+
+    warmup: Length
+    final: Length
+    interval: Length
+    beta1: Beta
+    beta2: Beta
+    orthogonality: NonNegativeNumber
+
+    @model_validator(mode="after")
+    def _leaves_steps(self) -> Self:
+        if max(self.warmup, self.final) < 1 <= self.warmup + self.final:
+            raise ValueError(
+                f"warmup={self.warmup:g} and final={self.final:g} are shares of the steps and must "
+                "be less than 1 together"
+            )
+        return self
+
+
 class Lora(Node):
     """Low-rank adapters: ΔW = scale · B A, with r and alpha of all sites that set none of theirs.
 
@@ -43,7 +80,8 @@ class Lora(Node):
     `over_rank` is what becomes of an r over a weight's rank. `calibration` is how many training
     batches are read by inits that start from data. `cut` are ranks that the trained adapter is cut
     to at the end, and `heal` how many steps each of the smaller adapters trains then
-    (training/heal.py).
+    (training/heal.py). `allocation` is how AdaLoRA comes to its `budget`, the mean
+    rank at the end; None is two thirds of that at the start, as in the paper.
     """
 
     method: Literal["lora"]
@@ -62,3 +100,17 @@ class Lora(Node):
     calibration: PositiveInt = 8
     cut: Annotated[list[PositiveInt], AfterValidator(_ranks_to_cut_to)] = Field(default=[])
     heal: Annotated[NonNegativeInt, AfterValidator(_steps_after_a_cut)] = 0
+    budget: PositiveNumber | None = None
+    allocation: Allocation | None = None
+
+    @model_validator(mode="after")
+    def _is_all_of_adalora(self) -> Self:
+        is_adalora = self.form == "adalora"
+        if is_adalora and self.allocation is None:
+            raise ValueError("form=adalora has no allocation of ranks here; take adapter=adalora")
+        if not is_adalora and (self.allocation or self.budget):
+            raise ValueError(
+                f"form={self.form} has no budget and no allocation, which are AdaLoRA's; take "
+                "adapter=adalora, or adapter=lora without them"
+            )
+        return self

@@ -158,6 +158,9 @@ def _last_or_best(value: str) -> str:
 LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stopping")
 """Keys that the identity leaves out at their defaults, as configs of earlier versions lack them."""
 
+LORA_KEYS_LEFT_OUT_AT_DEFAULT = ("over_rank", "form", "cut", "heal", "budget", "allocation")
+"""Those of a low-rank adapter."""
+
 
 class Config(Node):
     """The complete config of one run.
@@ -225,9 +228,9 @@ class Config(Node):
                 del config[key]
         if config["model"].get("quantization") is None:  # which configs of earlier versions lack
             config["model"].pop("quantization", None)
-        for key in ("over_rank", "form", "cut", "heal"):  # which configs of earlier versions lack
+        for key in LORA_KEYS_LEFT_OUT_AT_DEFAULT:
             if config["adapter"].get(key) == Lora.model_fields[key].default:
-                del config["adapter"][key]
+                config["adapter"].pop(key, None)
         inits = [
             config["adapter"].get("init"),
             *(rule["init"] for rule in config["target"].values()),
@@ -254,6 +257,7 @@ class Config(Node):
         if isinstance(adapter, Lora):
             parts = [f"r{adapter.r}", f"alpha{adapter.alpha:g}", adapter.init]
             parts += [adapter.form.replace("_", "-")] if adapter.form != "lora" else []
+            parts += [f"budget{adapter.budget:g}"] if adapter.budget is not None else []
             parts += ["dora"] if adapter.dora else []
             parts += [f"trains-{adapter.trains}"] if adapter.trains != "both" else []
             parts += [f"ratio{adapter.lr_ratio:g}"] if adapter.lr_ratio != 1 else []

@@ -62,7 +62,7 @@ def _facts(run: Run, at: At) -> Rows:
     """(fact, value) rows, titles included: adapter, losses, sizes, ΔW, advice on ranks, seeds."""
     config = run.config
     facts = [["fact", "value"], *_adapter_facts(config), *_loss_facts(run, at)]
-    facts += _size_facts(run)
+    facts += [*_size_facts(run), *_allocation_facts(run)]
     seeds = f"{config['seed']}, {config['data'].get('seed', '–')}"
     return [*facts, *_update_facts(run), *_advice_facts(run), ["seed, data seed", seeds]]
 
@@ -74,6 +74,7 @@ def _adapter_facts(config: dict[str, Any]) -> Rows:
         return []
     parts = [f"r={adapter['r']}", f"alpha={adapter['alpha']:g}"]
     parts += [adapter["scaling"], adapter["init"]]
+    parts += [f"budget {adapter['budget']:g}"] if adapter.get("budget") else []
     parts += ["DoRA"] if adapter.get("dora") else []
     parts += [f"form {adapter['form']}"] if adapter.get("form", "lora") != "lora" else []
     trains, ratio = adapter.get("trains", "both"), adapter.get("lr_ratio", 1)
@@ -186,6 +187,18 @@ def _update_facts(run: Run) -> Rows:
     if (others := len(spectra) - MAX_PANELS) > 0:
         facts.append([f"and {others} sites more", "with a smaller ΔW, in spectra.npz"])
     return facts
+
+
+def _allocation_facts(run: Run) -> Rows:
+    """One row with the ranks that AdaLoRA has left of each site; none of other adapters."""
+    end = "/allocated_rank"
+    keys = dict.fromkeys(key for row in run.rows() for key in row if key.endswith(end))
+    if not keys:
+        return []
+    ranks = {key[len("spectra/") : -len(end)]: int(run.last(key) or 0) for key in keys}
+    shown = ", ".join(f"{site} {k}" for site, k in list(ranks.items())[:MAX_PANELS])
+    more = ", …" if len(ranks) > MAX_PANELS else ""
+    return [[f"ranks that AdaLoRA left, {sum(ranks.values())} in all", shown + more]]
 
 
 def _advice_facts(run: Run) -> Rows:

@@ -40,6 +40,8 @@ def reason_to_run_alone(plan: Plan) -> str | None:
     module, _, optimizer = cfg.optimizer.target.rpartition(".")
     if not isinstance(cfg.adapter, Lora):
         return f"adapter={cfg.adapter.method} trains no adapter"
+    if cfg.adapter.allocation is not None:
+        return "adapter=adalora prunes triplets by the numbers and gradients of one run"
     if cfg.spectra.first_step:
         return "spectra.first_step asks for the dense gradients"
     if any(site.tied_to for site in plan.sites):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from lora_lab.adapters import parameter_groups
+from lora_lab.adapters import attached, parameter_groups
+from lora_lab.adapters.adalora import add_penalty_gradients
 from lora_lab.adapters.model_call import Inputs, logits, row_count
 from lora_lab.config.components import Optimizer, warmup_steps
 from lora_lab.training.gradient_mean import GradientMean
@@ -283,13 +284,23 @@ class LoRAModule(BaseModule):
     Base weights take no gradient and are not in the optimizer; running statistics do not change.
     Weight decay pulls the adapted model toward the base, so it is 0 unless the config sets it.
     `lr_ratio` is LoRA+'s: the learning rate of the factor that starts at zero (B; of an embedding,
-    A) divided by that of the other (Hayou et al. 2024).
+    A) divided by that of the other (Hayou et al. 2024). `orthogonality` is the weight of AdaLoRA's
+    penalty, of which the gradients are added and the losses that are logged know nothing.
     """
 
-    def __init__(self, *arguments: Any, lr_ratio: float = 1.0, **settings: Any):
+    def __init__(
+        self, *arguments: Any, lr_ratio: float = 1.0, orthogonality: float = 0.0, **settings: Any
+    ):
         """`arguments` and `settings` are BaseModule's."""
         super().__init__(*arguments, **settings)
-        self.lr_ratio = lr_ratio
+        self.lr_ratio, self.orthogonality = lr_ratio, orthogonality
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Adds the penalty's gradients once they are those of one mean."""
+        super().on_before_optimizer_step(optimizer)
+        if self.orthogonality:
+            for adapter in attached(self.model).values():
+                add_penalty_gradients(adapter.B, adapter.A, self.orthogonality)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The adapters' parameters: one group, or two where LoRA+ gives B another rate."""

@@ -1,14 +1,17 @@
-"""Checks of a run's parts one by one: directories, the data's sizes, memory, optimizers."""
+"""Checks of a run's parts: directories, the data's sizes, memory, optimizers, AdaLoRA's budget."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lora_lab.adapters import Site
 from lora_lab.config.checks import check_kind, resolve_component
-from lora_lab.config.schema import Config, ConfigError, Optimizer
+from lora_lab.config.schema import Config, ConfigError, Lora, Optimizer
 from lora_lab.data import Data
+from lora_lab.training.callbacks.allocation import final_triplets
 
 
 def check_directory(key: str, path: Path) -> None:
@@ -56,3 +59,34 @@ def check_optimizer(key: str, optimizer: Optimizer) -> None:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(f"{key}: {error}") from None
     check_kind(key, optimizer, built, torch.optim.Optimizer)
+
+
+def check_allocation(cfg: Config, sites: Sequence[Site]) -> None:
+    """Raises ConfigError where AdaLoRA's budget is none, or its run may not come to it."""
+    if not isinstance(cfg.adapter, Lora) or cfg.adapter.allocation is None:
+        return
+    budget, trainer = cfg.adapter.budget, cfg.trainer.model_dump()
+    ranks = [site.recipe.r for site in sites if site.recipe is not None]
+    if not 1 <= final_triplets(budget, ranks) <= sum(ranks):
+        raise ConfigError(
+            f"adapter.budget={budget:g}: must be at least {1 / len(ranks):.3g}, a rank of 1 at one "
+            f"of the {len(ranks)} sites, and at most {sum(ranks) / len(ranks):g}, the mean of the "
+            "ranks at the start (adapter.r)"
+        )
+    if cfg.select != "last" or cfg.early_stopping is not None:
+        key = f"select={cfg.select}" if cfg.select != "last" else "early_stopping"
+        raise ConfigError(
+            f"{key}: not with adapter=adalora, whose ranks are above the budget until "
+            "adapter.allocation.final, so that an earlier result would have more of them"
+        )
+    if trainer.get("strategy") == "fsdp":
+        raise ConfigError(
+            "trainer=fsdp: not with adapter=adalora, which compares all numbers of all sites, and "
+            "each process would have a part of them; trainer=ddp trains it on several devices"
+        )
+    if str(trainer.get("precision")) in ("16", "16-mixed"):
+        raise ConfigError(
+            f"trainer.precision={trainer['precision']}: not with adapter=adalora, whose scores are "
+            "running means of gradients, which are scaled by a changing factor here; bf16-mixed "
+            "has none"
+        )

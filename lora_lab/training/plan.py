@@ -1,7 +1,7 @@
 """Checks that a run is possible before any data is drawn, and builds its parts from its config."""
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
         fit_checks.check_images(cfg, data, model)
     also_trained = _also_trained(cfg, model)
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
+    part_checks.check_allocation(cfg, sites)
     new_parameters = []
     if isinstance(cfg.base, TrainedBase):
         part_checks.check_memory(cfg, data, model)
@@ -278,8 +279,8 @@ def _recipe(adapter: Lora) -> tuple[Recipe, dict[str, Any]]:
     """The settings of all sites' adapters, and how those of single sites differ."""
     names = ("rank_pattern", "alpha_pattern", "over_rank")
     of_sites = {name: getattr(adapter, name) for name in names}
-    others = ("method", "lr_ratio", "calibration", "cut", "heal", *of_sites)
-    return Recipe(**adapter.model_dump(exclude={*others})), of_sites
+    settings = {field.name: getattr(adapter, field.name) for field in fields(Recipe)}
+    return Recipe(**settings), of_sites
 
 
 def _call(key: str, cfg: Config, kind: type, **arguments: Any) -> Any:

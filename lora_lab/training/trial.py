@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lora_lab import adapters
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Lora
 from lora_lab.data import Data
@@ -12,6 +13,7 @@ from lora_lab.runs import CHECKPOINTS, Run
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights
+from lora_lab.training.callbacks.allocation import RankAllocation
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.callbacks.spectra import SpectraCallback
@@ -38,6 +40,8 @@ class Trial:
     selection: Selection
     step_log: StepLog | None
     checkpoint: Checkpoint
+    allocation: RankAllocation | None
+    """AdaLoRA's; None of other adapters."""
 
 
 def build_trial(
@@ -55,9 +59,12 @@ def build_trial(
     """
     cfg, outputs = plan.cfg, data.sizes["out_features"]
     arguments = model, data.task, outputs, cfg.optimizer, "", data.metrics, cfg.label_smoothing
+    lora = cfg.adapter if isinstance(cfg.adapter, Lora) else None
+    schedule = lora.allocation if lora else None
     if cfg.freezes_base:
-        ratio = cfg.adapter.lr_ratio if isinstance(cfg.adapter, Lora) else 1.0
-        module = LoRAModule(*arguments, lr_ratio=ratio)
+        settings = {"lr_ratio": lora.lr_ratio} if lora else {}
+        settings |= {"orthogonality": schedule.orthogonality} if schedule else {}
+        module = LoRAModule(*arguments, **settings)
     else:
         module = BaseModule(*arguments)
     # Cast before the base is looked at: its file may have other dtypes than training.
@@ -72,5 +79,8 @@ def build_trial(
     step_log = StepLog(log_interval, tracking) if log_interval else None
     folder = run.path / CHECKPOINTS
     checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
-    callbacks = spectra_callback, selection, step_log, checkpoint
+    allocation = None
+    if lora and schedule:
+        allocation = RankAllocation(adapters.attached(model), lora.budget, schedule, tracking)
+    callbacks = spectra_callback, selection, step_log, checkpoint, allocation
     return Trial(plan, data, run, tracking, module, base, *callbacks)

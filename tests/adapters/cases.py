@@ -166,6 +166,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loha": {"form": "loha"},
     "lokr": {"form": "lokr"},
     "lokr-both": {"form": "lokr_both", "r": 1},
+    "adalora": {"form": "adalora"},
 }
 LIKE_OTHERS = ("milora", "eva", "corda", "lora-ga")
 """Variants that differ from others in their first values alone: tried on a few layers."""

@@ -88,7 +88,9 @@ def test_delta_is_the_formula(case: Case):
 
 
 def product_of_form(t: dict[str, Tensor]) -> Tensor:
-    """B A of VeRA, LoHa and LoKr, from tensors that are only these."""
+    """B A of VeRA, AdaLoRA, LoHa and LoKr, from tensors that are only these."""
+    if "lambdas" in t:
+        return t["B"] @ t["lambdas"].diag() @ t["A"]
     if "lambda_b" in t:
         return t["lambda_b"].diag() @ t["B"] @ t["lambda_d"].diag() @ t["A"]
     if "A2" in t:
@@ -99,7 +101,7 @@ def product_of_form(t: dict[str, Tensor]) -> Tensor:
 
 def rank_of_form(t: dict[str, Tensor], r: int) -> int:
     """The rank of `product_of_form` of random tensors."""
-    if "lambda_b" in t:
+    if "lambda_b" in t or "lambdas" in t:
         return r
     if "A2" in t:
         return r * r

@@ -497,6 +497,7 @@ def test_ranks_that_make_a_matrix_whole_separate_packs(capsys: pytest.CaptureFix
 RUN_ALONE = {
     "adapter=full": "adapter=full trains no adapter",
     "adapter=none": "adapter=none trains no adapter",
+    "adapter=adalora": "adapter=adalora prunes triplets by the numbers and gradients of one run",
     "spectra.first_step=true": "spectra.first_step asks for the dense gradients",
     "optimizer._target_=torch.optim.Adafactor ~optimizer.fused": "torch.optim.Adafactor",
     "trainer.precision=16-mixed": "16-mixed scales the gradients of all runs by one number",

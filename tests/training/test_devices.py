@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,9 @@ CASES = {
     },
 }
 
+ADALORA = ("digits", "adapter=adalora", "trainer.max_epochs=4")
+"""With ddp alone: fsdp is refused."""
+
 
 def run(experiment: str, *overrides: str, root: str) -> Run:
     """A run by a new process, in the folder `root`."""
@@ -83,11 +87,13 @@ def same(one: Run, two: Run, rtol: float = 1e-5) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "trainer"), [*product(CASES, ("ddp", "fsdp")), ("adalora", "ddp")]
+)
 def test_two_processes_are_as_one(case: str, trainer: str):
-    two = run(*CASES[case], f"trainer={trainer}", *TWO, root="two")
-    same(run(*CASES[case], root="one"), two)
+    settings = ADALORA if case == "adalora" else CASES[case]
+    two = run(*settings, f"trainer={trainer}", *TWO, root="two")
+    same(run(*settings, root="one"), two)
 
 
 def test_the_first_process_alone_writes(lab: Lab):

@@ -183,7 +183,7 @@ def test_a_heal_that_diverges_is_said_and_the_others_have_numbers(
     assert not (run.path / "healed/2").exists()
 
 
-FORMS = ("loha", "lokr", "vera", "lora_xs", "lora_fa", "mica", "eva", "lora_ga")
+FORMS = ("loha", "lokr", "vera", "adalora", "lora_xs", "lora_fa", "mica", "eva", "lora_ga")
 
 
 @pytest.mark.parametrize(

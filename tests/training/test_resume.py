@@ -85,6 +85,10 @@ RUNS = {
     "pissa": ("digits", "adapter=pissa", "adapter.r=2", "trainer.max_epochs=4"),
     "lora_ga": ("digits", "adapter=lora_ga", "adapter.r=2", "trainer.max_epochs=4"),
     "lora_fa": ("digits", "adapter=lora_fa", "trainer.max_epochs=4"),
+    "adalora": (
+        *("digits", "adapter=adalora", "adapter.allocation.final=0.2", "trainer.max_epochs=4"),
+        "trainer.gradient_clip_val=0.5",
+    ),
     "lora_plus": ("digits", "adapter=lora_plus", "optimizer=adamw", "trainer.max_epochs=4"),
     "momentum": ("shift", "optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.01"),
     "each third step": ("shift", "spectra.every_n_steps=3", "trainer.check_val_every_n_epoch=1"),
@@ -95,7 +99,7 @@ RUNS = {
 }
 """Settings whose runs must go on bit for bit."""
 
-QUICK = ("dropout", "schedule", "full", "dora", "lora_ga", "first step", "transformer")
+QUICK = ("dropout", "schedule", "full", "dora", "lora_ga", "adalora", "first step", "transformer")
 
 
 def quick(names: Iterable[str], some: Collection[str]) -> list[Any]:
