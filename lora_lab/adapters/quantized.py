@@ -164,15 +164,21 @@ OF_TRANSFORMERS |= {"quantization_method"}
 def dequantize(model: Any) -> None:
     """Puts W in the place of each quantized weight; layers of bitsandbytes become nn.Linear.
 
-    8-bit weights take the dtype of the model's other parameters.
+    Where no other parameter of the model has W's dtype, as after `model.to(torch.bfloat16)`, which
+    leaves quantized weights as they are, W takes that of the others; 8-bit weights always do.
     """
-    dtypes = (p.dtype for name, p in model.named_parameters() if "lora" not in name.split("."))
-    usual = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    dtypes = [
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and not ("lora" in name.split(".") or _is_torchao(parameter))
+    ]
     for layer in model.modules():
         for name in [name for name in layer._parameters if is_quantized(layer, name)]:
             W = dense_weight(layer, name)
+            if dtypes and (_is_8bit(layer) or W.dtype not in dtypes):
+                W = W.to(dtypes[0])
             if is_packed(layer):
-                W = W.to(usual) if _is_8bit(layer) else W
                 layer.__class__ = nn.Linear
                 for attribute in OF_BITSANDBYTES & vars(layer).keys():
                     del layer.__dict__[attribute]

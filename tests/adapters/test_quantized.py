@@ -206,6 +206,16 @@ def test_a_weight_that_is_read_is_the_adapted_one():
     assert torch.allclose(model.first.weight, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8"])
+def test_merged_is_of_one_dtype_after_a_cast(name: str):
+    """A cast leaves quantized weights as they are: W then takes the others' dtype."""
+    model = Model(QUANTIZED[name]).to(torch.bfloat16)
+    trained(model)
+    merged = adapters.merged(model)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert torch.allclose(merged(x().bfloat16()), model(x().bfloat16()), atol=0.05)
+
+
 def test_what_cannot_be_is_refused():
     dynamic = Model(lambda layer: torchao(layer, "Int8DynamicActivationInt8WeightConfig"))
     with pytest.raises(AdapterError, match=r"'first', 'second' cannot be adapted: .* no gradient"):
