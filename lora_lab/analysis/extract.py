@@ -47,6 +47,8 @@ class Extracted:
     sites: list[ExtractedSite] = field(default_factory=list)
     not_held: dict[str, str] = field(default_factory=dict)
     """Key of a changed weight → why it is not in the adapter."""
+    held_by_ours: list[str] = field(default_factory=list)
+    """Those of `not_held` that PEFT's format cannot hold, and ours can."""
     tied: dict[str, str] = field(default_factory=dict)
     """Key of a weight that is another one, which both files have twice → the key of that."""
     held_energy: float = 0.0
@@ -113,6 +115,8 @@ def extract(
             reason = _reason_not_held(model, site, format, is_mixture)
             if reason is not None:
                 result.not_held[key] = reason
+                if _reason_not_held(model, site, "lora_lab", is_mixture) is None:
+                    result.held_by_ours.append(key)
                 continue
             total = sum(map(squared_norm, matrices(model, site, change)))
             if total == 0:  # a block of rows in which nothing changed
@@ -121,6 +125,8 @@ def extract(
             if padding is not None and change[padding].any():
                 change[padding] = 0  # an adapter leaves the vector of a padding token as it is
                 result.not_held[key] = f"of the padding token {padding} alone, whose vector stays"
+                if not change.any():
+                    continue
             try:
                 members = matrices(model, site, change)
                 A, B, held, residual = _factors(members, rank, energy)

@@ -115,8 +115,8 @@ def _report(
     lines += [f"not held {key}: {reason}" for key, reason in reasons[:MOST_REASONS]]
     if len(reasons) > MOST_REASONS:
         lines.append(f"not held {shortened([*result.not_held])}")
-    if reasons and format == "peft":
-        lines.append("--format lora_lab holds what PEFT's cannot")
+    if result.held_by_ours:
+        lines.append(f"--format lora_lab holds {shortened(result.held_by_ours, 3)}")
     tied = [one.site for one in result.sites if one.site.tied_to]
     if tied and format == "peft":
         name, others = tied[0].name, ", ".join(tied[0].tied_to)

@@ -274,6 +274,11 @@ def test_the_vector_of_a_padding_token_stays():
     change = tensors["table.weight"] - layers().table.weight
     torch.testing.assert_close(delta[1:], change[1:], rtol=1e-5, atol=1e-6)
     assert not delta[0].any()
+    tensors["table.weight"][1:] = layers().table.weight[1:]  # now it alone has changed
+    save_file(tensors, state)
+    with pytest.raises(ValueError, match=r"no matrix changed .*of the padding token 0 alone"):
+        extract(difference, ["table.weight"], Path("none"), layers().to("meta"), rank=FULL)
+    assert not Path("none").exists()
 
 
 SHAPES: dict[str, tuple[tuple[int, ...], str, tuple[int, int]]] = {

@@ -62,6 +62,7 @@ def test_what_an_adapter_cannot_hold_is_said(lora_lab: Run):
     code, printed = lora_lab("extract", *given, "--energy", "1")
     assert code == 0, printed
     assert "not held experts: its name does not tell what layer it is of" in printed
+    assert "--format lora_lab holds experts\n" in printed
     assert "layers are told by their names" in printed
     tensors = load_file("extracted/adapter_model.safetensors")
     prefix = "base_model.model."
