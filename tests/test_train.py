@@ -253,7 +253,15 @@ def test_a_base_from_a_checkpoint(lab: Lab):
             "adapter.rank_pattern={linear:0}",
             "adapter.rank_pattern.linear=0: must be greater than 0",
         ),
-        ("adapter.cut=[2,4] adapter.r=4", "adapter.cut=[2, 4]: each must be below adapter.r=4"),
+        (
+            "adapter.cut=[2,4] adapter.r=4",
+            "adapter.cut=[4, 2]: each must be below 4, the highest rank that ΔW has at a site "
+            "('linear'); nearest: 3",
+        ),
+        ("adapter.cut=1 adapter.r=1", "each must be below 1, the highest rank that ΔW has"),
+        ("adapter.cut=3 adapter.r=4 target.linear.r=3", "adapter.cut=[3]: each must be below 3"),
+        ("adapter.cut=9 adapter=loha adapter.r=3", "each must be below 9, the highest rank"),
+        ("adapter.cut=6 adapter=pissa adapter.r=3", "each must be below 6, the highest rank"),
         ("adapter.cut=[2,2] adapter.r=4", "adapter.cut=[2, 2]: must be different ranks"),
         ("adapter.heal=9", "adapter.heal=9: are steps after a cut, and adapter.cut=[] has no rank"),
         ("adapter=dora adapter.cut=[2] adapter.r=4", "adapter.cut=[2]: not with adapter.dora=true"),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -77,6 +78,21 @@ class Site:
         assert self.recipe is not None
         form, (out, rest) = FORMS[self.recipe.form], self.shape
         return () if form is None else (*form.shapes(out, rest, self.positions, self.recipe.r),)
+
+    @property
+    def rank_of_update(self) -> int:
+        """The highest rank that ΔW can have: that of its factors, which is r unless they are made
+        of other tensors (LoHa: r²), or measured from their first values (PiSSA: 2r).
+        """
+        assert self.recipe is not None
+        (out, rest), r, init = self.shape, self.recipe.r, INITS[self.recipe.init]
+        if (form := FORMS[self.recipe.form]) is not None:
+            shapes = form.shapes(out, rest, self.positions, r)
+            A, _ = form.factors({n: torch.empty(s, device="meta") for n, s in shapes.items()})
+            r = A.shape[0]
+        elif init.starts_nonzero and self.recipe.trains != "core":
+            r *= 2
+        return min(out, rest, r)
 
     @property
     def trainable_parameters(self) -> int:

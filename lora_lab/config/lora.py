@@ -1,9 +1,10 @@
 """The schema of low-rank adapters: their settings, and the ranks to which they are cut at last."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -20,15 +21,19 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 InitName = Annotated[str, one_of(INITS)]
 
 
+def _as_list(value: Any) -> Any:
+    """One rank as a list of it: a sweep over adapter.cut=4,2 gives each by itself."""
+    return [value] if isinstance(value, int) else value
+
+
 def _ranks_to_cut_to(ranks: list[int], info: ValidationInfo) -> list[int]:
     """The ranks of `adapter.cut`, the largest first. Raises ValueError where there are none such.
 
-    `info` has the keys of the adapter before this one; those with an error of their own lack.
+    `info` has the keys of the adapter before this one. That they are below the rank of ΔW is
+    checked once the sites are known (training/part_checks.py).
     """
     if len({*ranks}) < len(ranks):
         raise ValueError("must be different ranks")
-    if ranks and max(ranks) >= (r := info.data.get("r", max(ranks) + 1)):
-        raise ValueError(f"each must be below adapter.r={r}, as [{max(1, r // 2)}]")
     if ranks and info.data.get("dora"):
         raise ValueError("not with adapter.dora=true, whose ΔW is no product of factors to be cut")
     return sorted(ranks, reverse=True)
@@ -98,7 +103,9 @@ class Lora(Node):
     alpha_pattern: dict[str, Alpha] | None
     over_rank: Annotated[str, one_of(OVER_RANK)] = "error"
     calibration: PositiveInt = 8
-    cut: Annotated[list[PositiveInt], AfterValidator(_ranks_to_cut_to)] = Field(default=[])
+    cut: Annotated[
+        list[PositiveInt], BeforeValidator(_as_list), AfterValidator(_ranks_to_cut_to)
+    ] = Field(default=[])
     heal: Annotated[NonNegativeInt, AfterValidator(_steps_after_a_cut)] = 0
     budget: PositiveNumber | None = None
     allocation: Allocation | None = None

@@ -33,6 +33,20 @@ def check_sizes(cfg: Config, data: Data) -> None:
         )
 
 
+def check_cuts(cfg: Config, sites: Sequence[Site]) -> None:
+    """Raises ConfigError for a rank of adapter.cut to which no site's ΔW would be cut."""
+    if not (isinstance(cfg.adapter, Lora) and cfg.adapter.cut and sites):
+        return
+    ranks = {site.name: site.rank_of_update for site in sites}
+    site = max(ranks, key=lambda name: ranks[name])
+    if cfg.adapter.cut[0] >= (most := ranks[site]):
+        nearest = f"; nearest: {most - 1}" if most > 1 else ", so that nothing can be cut"
+        raise ConfigError(
+            f"adapter.cut={cfg.adapter.cut}: each must be below {most}, the highest rank that ΔW "
+            f"has at a site ('{site}'){nearest}"
+        )
+
+
 def check_memory(cfg: Config, data: Data, model: nn.Module) -> None:
     """Raises ConfigError where a model that is trained from scratch, or drawn rows, take too much.
 

@@ -197,6 +197,8 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     also_trained = _also_trained(cfg, model)
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     part_checks.check_allocation(cfg, sites)
+    if not is_stored:
+        part_checks.check_cuts(cfg, sites)
     new_parameters = []
     if isinstance(cfg.base, TrainedBase):
         part_checks.check_memory(cfg, data, model)
