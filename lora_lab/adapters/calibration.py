@@ -222,7 +222,7 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(), slots.disabled(model):
             for module in model.eval().modules():
-                quantized.keep_packing(module)
+                quantized.keep_as_loaded(module)
             yield
     finally:
         for module, training in modes.items():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.calibration import Calibration, draw_adapters
-from lora_lab.adapters.quantized import allow_packing, is_packed, keep_packing
+from lora_lab.adapters.quantized import is_packed, keep_as_loaded, let_change
 from lora_lab.adapters.recipe import AdapterError, Recipe, python_scalar
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import Change, Slot
@@ -157,7 +157,7 @@ def freeze_base(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Change):
             continue
-        keep_packing(module)
+        keep_as_loaded(module)
         parameters = dict(module.named_parameters(recurse=False))
         # Each module remembers what was frozen here, so that detach undoes it, from whichever
         # parent it is called and after a deepcopy.
@@ -265,7 +265,7 @@ def restore_weight(layer: nn.Module, adapter: Change) -> None:
 
 def _unfreeze_base(model: nn.Module) -> None:
     for module in model.modules():
-        allow_packing(module)
+        let_change(module)
         for key in module.__dict__.pop("_frozen_by_lora", []):
             module.get_parameter(key).requires_grad_(True)
         if module.__dict__.pop("_held_by_lora", False):

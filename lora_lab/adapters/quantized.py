@@ -138,17 +138,48 @@ def reason_not_adaptable(layer: Any) -> str | None:
 
 # On CPUs with bf16 instructions bitsandbytes repacks a 4-bit weight in its first call in eval mode.
 # W then has other last digits, and no gradient passes, not even once the layer is in train mode.
-def keep_packing(layer: Any) -> None:
-    """Has a Linear4bit keep its weight as it is in eval mode, until `allow_packing`."""
+# And a layer's bias is cast, in place and to stay, to the dtype in which it computes: after a call
+# under autocast or of a layer that was cast it would not be the base's that an adapter belongs to.
+def keep_as_loaded(layer: Any) -> None:
+    """Has a layer of bitsandbytes leave its weight and bias as they are, until `let_change`."""
     if getattr(layer, "support_avx512bf16_for_cpu", False):
         layer.support_avx512bf16_for_cpu = False
         layer.__dict__["_packing_kept_by_lora"] = True
+    is_hooked = _cast_bias in layer._forward_pre_hooks.values()
+    if is_bitsandbytes_linear(type(layer)) and not is_hooked:
+        layer.register_forward_pre_hook(_cast_bias)
+        layer.register_forward_hook(_restore_bias, always_call=True)
 
 
-def allow_packing(layer: Any) -> None:
-    """Undoes `keep_packing`."""
+def let_change(layer: Any) -> None:
+    """Undoes `keep_as_loaded`."""
     if layer.__dict__.pop("_packing_kept_by_lora", False):
         layer.support_avx512bf16_for_cpu = True
+    for hooks, hook in (
+        (layer._forward_pre_hooks, _cast_bias),
+        (layer._forward_hooks, _restore_bias),
+    ):
+        for key in [key for key, one in hooks.items() if one is hook]:
+            del hooks[key]
+            layer._forward_hooks_always_called.pop(key, None)
+
+
+def _cast_bias(layer: Any, args: tuple) -> None:
+    """The forward pre-hook that puts a copy in the place of a bias that would be cast."""
+    if (bias := layer._parameters["bias"]) is None or not args:
+        return
+    dtype = args[0].dtype
+    if _is_4bit(layer._parameters["weight"]) and layer.compute_type_is_set:
+        dtype = layer.compute_dtype or dtype
+    if bias.dtype != dtype:
+        layer.__dict__["_bias_kept_by_lora"] = bias
+        layer._parameters["bias"] = bias.to(dtype)
+
+
+def _restore_bias(layer: Any, args: tuple, output: Any) -> None:
+    """The forward hook that puts the bias itself back, also where the call has failed."""
+    if (bias := layer.__dict__.pop("_bias_kept_by_lora", None)) is not None:
+        layer._parameters["bias"] = bias
 
 
 OF_BITSANDBYTES = {"compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "state"}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.quantized import keep_packing
+from lora_lab.adapters.quantized import keep_as_loaded
 from lora_lab.config.errors import first_line
 from lora_lab.models import quantization as quantized
 from lora_lab.models.quantization import Quantization
@@ -106,7 +106,7 @@ def load_weights(*positional: Any, **named: Any) -> nn.Module:
             **held,
         )
     for layer in model.modules():
-        keep_packing(layer)
+        keep_as_loaded(layer)
     chosen_last = chosen.gradient_checkpointing, chosen.pad_token_id, chosen.dropout
     return _prepare(model, *chosen_last).train()
 

@@ -216,6 +216,40 @@ def test_merged_is_of_one_dtype_after_a_cast(name: str):
     assert torch.allclose(merged(x().bfloat16()), model(x().bfloat16()), atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_cast"), [("nf4", True), ("int8", False)], ids=["nf4-cast", "int8-autocast"]
+)
+@pytest.mark.parametrize("also_train", [(), ("bias",)], ids=str)
+def test_a_bias_is_not_cast_in_place(
+    name: str, is_cast: bool, also_train: tuple[str, ...], tmp_path: Path
+):
+    """Else the adapter would belong to another base as soon as its model has been called."""
+
+    def make() -> Model:
+        model = Model(QUANTIZED[name])
+        return model.to(torch.bfloat16) if is_cast else model
+
+    def output(model: Model) -> Tensor:
+        inputs = x().bfloat16() if is_cast else x()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not is_cast):
+            return model(inputs)
+
+    model = make()
+    trained(model, also_train=also_train)
+    output(model).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    adapters.save(model, tmp_path)
+    other = make()
+    adapters.load(other, tmp_path)
+    assert torch.equal(output(other), output(model))
+    with pytest.raises(RuntimeError):
+        model.first(x()[..., :5].bfloat16())
+    held, before = held_bytes(model), held_bytes(make())
+    assert {key: value for key, value in held.items() if key in before} == before
+    adapters.detach(model)
+    assert [*model.first._forward_hooks, *model.first._forward_pre_hooks] == []
+
+
 def test_what_cannot_be_is_refused():
     dynamic = Model(lambda layer: torchao(layer, "Int8DynamicActivationInt8WeightConfig"))
     with pytest.raises(AdapterError, match=r"'first', 'second' cannot be adapted: .* no gradient"):
