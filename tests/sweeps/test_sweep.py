@@ -489,7 +489,7 @@ def test_a_parameter_that_names_no_form_is_refused():
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("digits", []),
+        ("digits", ["adapter=adalora"]),
         ("digits", ["adapter=full"]),
         ("digits", ["adapter=none"]),
         ("bytes_lm", []),

@@ -100,15 +100,25 @@ def smoothed(old: Tensor | float, new: Tensor, beta: float) -> Tensor:
 
 # 22 batches an epoch: with 4 of them a step, 6 steps, the last one of 2 batches.
 @pytest.mark.parametrize("batches_per_step", [1, 4])
-def test_the_numbers_are_those_of_a_plain_loop(lab: Lab, batches_per_step: int, tmp_path: Path):
-    steps = {1: 44, 4: 12}[batches_per_step]
+def test_the_numbers_are_those_of_a_plain_loop(
+    lab: Lab, batches_per_step: int, monkeypatch: pytest.MonkeyPatch
+):
+    steps, seen, real = {1: 44, 4: 12}[batches_per_step], [], RankAllocation.after_step
+
+    def after_step(allocation: RankAllocation, step: int) -> None:
+        seen.append(step)
+        real(allocation, step)
+
+    monkeypatch.setattr(RankAllocation, "after_step", after_step)
     assert lab(
         *("digits", "adapter=adalora", "adapter.r=3", "adapter.budget=1.5", "adapter.alpha=6"),
         *("trainer.precision=64-true", "optimizer.schedule=constant", "optimizer.lr=0.02"),
         *(f"trainer.accumulate_grad_batches={batches_per_step}", "adapter.allocation.interval=2"),
         *("adapter.allocation.warmup=0.2", "adapter.allocation.final=0.3"),
+        "spectra.every_n_steps=1",
     ) == 0  # fmt: skip
     run = only_run()
+    assert seen == list(range(1, steps + 1))
 
     data = Digits("adapt", 64, 0)
     data.setup("fit")
@@ -176,7 +186,10 @@ def test_the_numbers_are_those_of_a_plain_loop(lab: Lab, batches_per_step: int, 
     ranks = {site: int(mask.sum()) for site, mask in zip(sites, masks, strict=True)}
     assert sum(ranks.values()) == 3
     assert {s: run.last(f"spectra/{s}/allocated_rank") for s in sites} == ranks
-    assert {s: run.last(f"spectra/{s}/numerical_rank") for s in sites} == ranks
+    for site, rank in ranks.items():
+        key = f"spectra/{site}/numerical_rank"
+        measured = {row["step"]: row[key] for row in run.rows() if key in row}
+        assert [measured[step] for step in range(last, steps + 1)] == [rank] * (steps + 1 - last)
     adapters.detach(model)
     adapters.load(model.double(), run.path / "adapter")
     for site, change in zip(sites, changes(), strict=True):
