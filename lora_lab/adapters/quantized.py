@@ -140,15 +140,20 @@ def reason_not_adaptable(layer: Any) -> str | None:
 # W then has other last digits, and no gradient passes, not even once the layer is in train mode.
 # And a layer's bias is cast, in place and to stay, to the dtype in which it computes: after a call
 # under autocast or of a layer that was cast it would not be the base's that an adapter belongs to.
+# The first call of a layer of 8 bits takes the scales (SCB) from the weight to the layer's state. A
+# layer that shares the weight, as of another run, would find none, and quantize the integers again.
 def keep_as_loaded(layer: Any) -> None:
-    """Has a layer of bitsandbytes leave its weight and bias as they are, until `let_change`."""
+    """Has a layer of bitsandbytes leave its weight and bias as they are, until `let_change`.
+
+    It may be of any other kind, and then nothing is done.
+    """
     if getattr(layer, "support_avx512bf16_for_cpu", False):
         layer.support_avx512bf16_for_cpu = False
         layer.__dict__["_packing_kept_by_lora"] = True
-    is_hooked = _cast_bias in layer._forward_pre_hooks.values()
+    is_hooked = _before_call in layer._forward_pre_hooks.values()
     if is_bitsandbytes_linear(type(layer)) and not is_hooked:
-        layer.register_forward_pre_hook(_cast_bias)
-        layer.register_forward_hook(_restore_bias, always_call=True)
+        layer.register_forward_pre_hook(_before_call)
+        layer.register_forward_hook(_after_call, always_call=True)
 
 
 def let_change(layer: Any) -> None:
@@ -156,15 +161,15 @@ def let_change(layer: Any) -> None:
     if layer.__dict__.pop("_packing_kept_by_lora", False):
         layer.support_avx512bf16_for_cpu = True
     for hooks, hook in (
-        (layer._forward_pre_hooks, _cast_bias),
-        (layer._forward_hooks, _restore_bias),
+        (layer._forward_pre_hooks, _before_call),
+        (layer._forward_hooks, _after_call),
     ):
         for key in [key for key, one in hooks.items() if one is hook]:
             del hooks[key]
             layer._forward_hooks_always_called.pop(key, None)
 
 
-def _cast_bias(layer: Any, args: tuple) -> None:
+def _before_call(layer: Any, args: tuple) -> None:
     """The forward pre-hook that puts a copy in the place of a bias that would be cast."""
     if (bias := layer._parameters["bias"]) is None or not args:
         return
@@ -176,10 +181,13 @@ def _cast_bias(layer: Any, args: tuple) -> None:
         layer._parameters["bias"] = bias.to(dtype)
 
 
-def _restore_bias(layer: Any, args: tuple, output: Any) -> None:
-    """The forward hook that puts the bias itself back, also where the call has failed."""
+def _after_call(layer: Any, args: tuple, output: Any) -> None:
+    """The forward hook that puts bias and scales back, also where the call has failed."""
     if (bias := layer.__dict__.pop("_bias_kept_by_lora", None)) is not None:
         layer._parameters["bias"] = bias
+    weight, state = layer._parameters["weight"], getattr(layer, "state", None)
+    if _is_8bit(layer) and weight.SCB is None and state.SCB is not None:
+        weight.CB, weight.SCB = state.CB, state.SCB
 
 
 OF_BITSANDBYTES = {"compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "state"}

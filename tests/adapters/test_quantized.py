@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError, Calibration
-from lora_lab.adapters.pack import Pack
+from lora_lab.adapters.pack import Pack, copy_sharing_weights
 from lora_lab.adapters.peft import load_peft, save_peft
 from lora_lab.adapters.quantized import dense_weight
 from lora_lab.analysis.updates import Updates
@@ -248,6 +248,20 @@ def test_a_bias_is_not_cast_in_place(
     assert {key: value for key, value in held.items() if key in before} == before
     adapters.detach(model)
     assert [*model.first._forward_hooks, *model.first._forward_pre_hooks] == []
+
+
+def test_models_that_share_8_bits_are_called_in_any_order():
+    """As those of a pack's runs, which are copied before the first call."""
+    model = Model(int8)
+    copies = [copy_sharing_weights(model) for _ in range(2)]
+    for one in copies:
+        trained(one)
+    alone = Model(int8)
+    trained(alone)
+    for one in copies:
+        assert torch.equal(one(x()), alone(x()))
+    pack = Pack(model, [adapters.attached(one) for one in copies])
+    assert torch.allclose(pack(x()), alone(x()), atol=1e-6)
 
 
 def test_what_cannot_be_is_refused():
