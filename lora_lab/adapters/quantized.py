@@ -185,9 +185,9 @@ def _after_call(layer: Any, args: tuple, output: Any) -> None:
     """The forward hook that puts bias and scales back, also where the call has failed."""
     if (bias := layer.__dict__.pop("_bias_kept_by_lora", None)) is not None:
         layer._parameters["bias"] = bias
-    weight, state = layer._parameters["weight"], getattr(layer, "state", None)
-    if _is_8bit(layer) and weight.SCB is None and state.SCB is not None:
-        weight.CB, weight.SCB = state.CB, state.SCB
+    weight = layer._parameters["weight"]
+    if _is_8bit(layer) and weight.SCB is None:
+        weight.CB, weight.SCB = layer.state.CB, layer.state.SCB
 
 
 OF_BITSANDBYTES = {"compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "state"}
