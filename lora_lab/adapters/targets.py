@@ -229,7 +229,8 @@ def _with_possible_recipe(site: Site, over_rank: str) -> tuple[Site, str]:
     if form is not None and site.kind not in form.kinds:
         raise AdapterError(
             f"form={recipe.form}: '{site.name}' is of kind {site.kind}, it is for "
-            f"{', '.join(form.kinds)}; leave it out of the targets, or take form=lora"
+            f"{', '.join(form.kinds)}; leave it out of the targets, or take form=lora "
+            "(in a run adapter=lora)"
         )
     if site.tied_to:
         recipe.check_shared(site.name)
