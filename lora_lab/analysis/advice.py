@@ -45,8 +45,8 @@ class Advice:
         }
         return (
             "# The least ranks of ΔW that keep the share `keep` of what it gains in val/loss.\n"
-            "# With form=lora (of a run with another form: with adapter=lora) and the run's own "
-            "settings\n# (alpha too: alpha/r then scales each site anew) add\n"
+            "# With the run's own settings (adapter=lora where its form is another; alpha too: "
+            "alpha/r then scales each site anew) add\n"
             f"#   {self.overrides}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
         )
 
