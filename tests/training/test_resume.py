@@ -281,6 +281,7 @@ def test_whenever_it_is_stopped(lab: Lab, monkeypatch: pytest.MonkeyPatch, momen
     assert not [path for path in left_over if path.name.endswith((".part", "checkpoints"))]
 
 
+@pytest.mark.slow
 def test_interrupted_again_and_again_it_says_so(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -458,6 +459,7 @@ def test_an_adapters_checkpoint_is_without_its_base(lab: Lab, monkeypatch: pytes
     assert kept["lora"] == {f"model.linear.lora.default.weight.{part}" for part in "AB"}
 
 
+@pytest.mark.slow
 def test_offline_wandb_has_every_row_once(lab: Lab):
     kill(STEP, "tracking=offline", call=32 + 20)
     run = only_run()
