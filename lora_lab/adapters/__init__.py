@@ -3,14 +3,7 @@
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.calibration import Calibration
 from lora_lab.adapters.count import Count, count
-from lora_lab.adapters.files import (
-    adapter_state_dict,
-    base_hash,
-    base_state_dict,
-    load,
-    save,
-    weights_hash,
-)
+from lora_lab.adapters.files import adapter_state_dict, base_hash, base_state_dict, load, save
 from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.inject import attach, detach
@@ -24,6 +17,7 @@ from lora_lab.adapters.slots import also_trained, attached, disabled, names, swi
 from lora_lab.adapters.target import GROUPS, PatternError, RankError, Target, TargetError
 from lora_lab.adapters.targets import OVER_RANK, find_sites
 from lora_lab.adapters.trained_in_full import FullParameter, select
+from lora_lab.adapters.weights_hash import weights_hash
 
 __all__ = [
     "FORMS",

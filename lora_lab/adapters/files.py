@@ -22,12 +22,12 @@ from lora_lab.adapters.adaptable import (
 from lora_lab.adapters.adapter import TENSOR_NAMES, Adapter
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
-from lora_lab.adapters.quantized import stored_tensors
 from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import also_trained, merged_adapters, parameter_key, require_attached
 from lora_lab.adapters.trained_in_full import FullParameter, select
 from lora_lab.adapters.weight import WeightAdapter
+from lora_lab.adapters.weights_hash import weights_hash
 from lora_lab.runs import write_atomic
 
 FORMAT = 2
@@ -71,43 +71,6 @@ def _is_same(value: Any, weight: Tensor) -> bool:
     """Whether what a state dict holds, which may be sparse or no tensor, is this weight."""
     is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
     return is_dense and value.data_ptr() == weight.data_ptr()
-
-
-def weights_hash(state: Mapping[str, Any]) -> str:
-    """The SHA-256 of a state dict: names, dtypes, shapes and all bytes, in the order of names.
-
-    What is no tensor, as some modules give by `get_extra_state`, is left out. Values are read one
-    at a time.
-    """
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        if not isinstance(tensor := state[key], Tensor):
-            continue
-        parts = _dense_parts(tensor.detach().cpu())
-        shape = [tuple(p.shape) for p in parts] if tensor.is_nested else tuple(tensor.shape)
-        digest.update(f"{key} {tensor.dtype} {shape}\n".encode())
-        for part in parts:
-            flat = part.resolve_conj().resolve_neg().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _dense_parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a sparse, nested or quantized tensor is made of, or itself."""
-    if len(stored := stored_tensors(tensor)) > 1:
-        return stored
-    if tensor.is_nested:
-        return [*tensor.unbind()]
-    if tensor.is_quantized:
-        return [tensor.int_repr(), tensor.dequantize()]
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-        return [tensor.indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor if tensor.layout == torch.strided else tensor.to_dense()]
 
 
 def save(model: nn.Module, directory: str | Path, name: str | None = None) -> None:

@@ -1,10 +1,11 @@
 """Adapters to and from PEFT's folders, so that either library gives the other's outputs."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lab.adapters import peft_trained_in_full
 from lora_lab.adapters.adaptable import adaptable_sites
@@ -21,7 +22,13 @@ from lora_lab.adapters.peft_folder import (
     target_modules,
     write_peft,
 )
-from lora_lab.adapters.peft_forms import PARTS, TYPES, form_to_peft, load_form
+from lora_lab.adapters.peft_forms import (
+    PARTS,
+    TYPES,
+    AdaptersRead,
+    form_to_peft,
+    read_form_adapters,
+)
 from lora_lab.adapters.peft_parameters import (
     held_as_parameters,
     holds_experts,
@@ -36,7 +43,7 @@ from lora_lab.adapters.peft_reasons import (
     reason_not_tied,
 )
 from lora_lab.adapters.peft_tensors import alpha_for_scale, from_peft, tensor_keys, to_peft
-from lora_lab.adapters.peft_trained_in_full import PREFIX
+from lora_lab.adapters.peft_trained_in_full import PREFIX, InFull
 from lora_lab.adapters.recipe import AdapterError
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.slots import also_trained, layer_of, require_attached
@@ -76,10 +83,17 @@ def save_peft(
     )
     about: dict[str, Any] = {"inference_mode": True, "task_type": task_type}
     about["base_model_name_or_path"] = base_model and str(base_model)
-    if any(adapter.recipe.form in TYPES for adapter in adapters.values()):
-        config, tensors = form_to_peft(model, adapters, extra)
-        return write_peft(Path(directory), config | about, tensors)
-    _check_savable(model, adapters, extra.errors)
+    has_form = any(adapter.recipe.form in TYPES for adapter in adapters.values())
+    to_folder = form_to_peft if has_form else _lora_to_peft
+    config, tensors = to_folder(model, adapters, extra)
+    write_peft(Path(directory), config | about, tensors)
+
+
+def _lora_to_peft(
+    model: nn.Module, adapters: Mapping[str, Adapter], in_full: InFull
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of adapters that PEFT holds as LoRA, as `form_to_peft`."""
+    _check_savable(model, adapters, in_full.errors)
     rslora = all(adapter.recipe.scaling == "alpha/sqrt(r)" for adapter in adapters.values())
     scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
     parameters = held_as_parameters(model, adapters)
@@ -112,13 +126,14 @@ def save_peft(
         use_rslora=rslora,
         use_dora=any(adapter.magnitude is not None for adapter in adapters.values()),
         fan_in_fan_out=any(isinstance(a, TransposedLinearAdapter) for a in adapters.values()),
-        **about,
-        **extra.config,
+        **in_full.config,
     )
-    write_peft(Path(directory), config, tensors | extra.tensors)
+    return config, tensors | in_full.tensors
 
 
-def _check_savable(model: nn.Module, adapters: dict[str, Adapter], other_errors: list[str]) -> None:
+def _check_savable(
+    model: nn.Module, adapters: Mapping[str, Adapter], other_errors: list[str]
+) -> None:
     """Raises AdapterError with the reason for each site that PEFT would compute differently."""
     any_dora = any(adapter.magnitude is not None for adapter in adapters.values())
     is_mixture = holds_experts(model)
@@ -143,9 +158,18 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
     the config asks for more than LoRA, rsLoRA, DoRA, VeRA, LoHa or LoKr, or with all keys and
     layers that do not fit.
     """
-    if peft_type(Path(directory)) in PARTS:
-        return load_form(model, Path(directory), name)
-    config, tensors = read_peft(Path(directory))
+    read = read_form_adapters if peft_type(Path(directory)) in PARTS else _read_lora_adapters
+    adapters, in_full, errors = read(model, Path(directory))
+    if errors or not (adapters or in_full):
+        errors = errors or ["it holds no tensors"]
+        raise AdapterError(f"PEFT's adapter in {directory} does not fit: {'; '.join(errors)}")
+    place_adapters(model, adapters, name, in_full)
+    return list(adapters)
+
+
+def _read_lora_adapters(model: nn.Module, directory: Path) -> AdaptersRead:
+    """The adapters of PEFT's LoRA that lies in `directory`, for sites of `model`."""
+    config, tensors = read_peft(directory)
     tensors_by_layer, others = split_by_layer(tensors)
     in_full, errors = peft_trained_in_full.from_peft(model, base_state_dict(model), others, config)
     layers = dict(model.named_modules())
@@ -186,8 +210,4 @@ def load_peft(model: nn.Module, directory: str | Path, name: str = "default") ->
             adapters |= [from_peft(site, layer, layer_tensors, config, key or path)]
         except AdapterError as error:
             errors.append(f"'{path}': {error}")
-    if errors or not (adapters or in_full):
-        errors = errors or ["it holds no tensors"]
-        raise AdapterError(f"PEFT's adapter in {directory} does not fit: {'; '.join(errors)}")
-    place_adapters(model, adapters, name, in_full)
-    return list(adapters)
+    return adapters, in_full, errors

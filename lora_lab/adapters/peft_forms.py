@@ -23,7 +23,6 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.files import base_state_dict
 from lora_lab.adapters.form import uniform
 from lora_lab.adapters.forms import FORMS
-from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.linear import TransposedLinearAdapter
 from lora_lab.adapters.lycoris import LOHA, LOKR
 from lora_lab.adapters.peft_folder import ranks_and_alphas, read_files, target_modules
@@ -35,6 +34,10 @@ from lora_lab.adapters.recipe import AdapterError, Recipe
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import layer_of
 from lora_lab.adapters.target import TargetError
+from lora_lab.adapters.trained_in_full import FullParameter
+
+AdaptersRead = tuple[dict[Site, Adapter], dict[str, FullParameter], list[str]]
+"""What a folder of PEFT has for a model: adapters, parameters trained in full, and errors."""
 
 VERA = {"vera_lambda_b", "vera_lambda_d"}
 
@@ -269,8 +272,8 @@ def form_from_peft(
     return replace(site, recipe=recipe), adapter
 
 
-def load_form(model: nn.Module, directory: Path, name: str) -> list[Site]:
-    """Puts the VeRA, LoHa or LoKr that PEFT saved in `directory` on `model`, as `load_peft`."""
+def read_form_adapters(model: nn.Module, directory: Path) -> AdaptersRead:
+    """The adapters of PEFT's VeRA, LoHa or LoKr that lies in `directory`, for sites of `model`."""
     form, config, tensors = read_form(directory)
     by_site, others = split_by_site(config, tensors)
     in_full, errors = peft_trained_in_full.from_peft(model, base_state_dict(model), others, config)
@@ -296,8 +299,4 @@ def load_form(model: nn.Module, directory: Path, name: str) -> list[Site]:
             adapters |= [form_from_peft(sites[path], layer, form, named, config)]
         except AdapterError as error:
             errors.append(f"'{path}': {error}")
-    if errors or not (adapters or in_full):
-        errors = errors or ["it holds no tensors"]
-        raise AdapterError(f"PEFT's adapter in {directory} does not fit: {'; '.join(errors)}")
-    place_adapters(model, adapters, name, in_full)
-    return list(adapters)
+    return adapters, in_full, errors

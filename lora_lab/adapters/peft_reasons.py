@@ -94,7 +94,7 @@ def reason_form_differs(layer: Any, kind: str, adapter: Adapter) -> str | None:
     if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.padding_mode != "zeros":
         return f"padding_mode={layer.padding_mode!r}, and PEFT's ΔW pads with zeros"
     if isinstance(layer, nn.Conv1d) and "D" in adapter.tensors():
-        return "a Conv1d whose D is whole, of which PEFT's LoKr is no Kronecker product"
+        return "PEFT's LoKr is no Kronecker product for a Conv1d whose second matrix is whole"
     if not is_vera and is_packed(layer) and weight.shape != adapter.shape:
         return f"its weight has 4 bits, and PEFT's {kind} takes their shape for that of the weight"
     if is_vera and is_quantized(layer) and not is_packed(layer):

@@ -72,7 +72,7 @@ class Recipe:
         for name, default in (("init", "kaiming"), ("trains", "both")):
             if FORMS[self.form] is not None and (value := getattr(self, name)) != default:
                 raise AdapterError(
-                    f"{name}={value} with form={self.form}, which has tensors of its own: "
+                    f"{name}={value} with form={self.form}, which decides that itself: "
                     f"take {name}={default}, or form=lora"
                 )
         if self.trains == "core" and not INITS[self.init].starts_nonzero:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.files import FORMAT, describe, weights_hash, write_folder
+from lora_lab.adapters.files import FORMAT, describe, write_folder
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.peft import save_peft
 from lora_lab.adapters.peft_parameters import holds_experts
 from lora_lab.adapters.peft_reasons import reason_not_in_peft
 from lora_lab.adapters.recipe import Recipe
 from lora_lab.adapters.sites import Site, adapter_class
+from lora_lab.adapters.weights_hash import weights_hash
 from lora_lab.analysis.cut import balanced_factors
 from lora_lab.analysis.layers import UnknownModule, matrices, sites_by_key
 from lora_lab.analysis.leading_svd import first_triples, squared_norm

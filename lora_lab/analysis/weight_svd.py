@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lora_lab.adapters.files import weights_hash
+from lora_lab.adapters.weights_hash import weights_hash
 from lora_lab.analysis.spectra import SVD, svd_of_matrix
 from lora_lab.runs import write_atomic
 

@@ -43,8 +43,9 @@ class TransformersCheckpoint(Checkpoint):
         self._sources: dict[str, Sources] = {}
         """Key in the model → what it is made of."""
         for sources in self._all_sources():
-            made = [sources.name] if sources.patterns[0] is None else self._convert(sources, True)
-            self._sources |= dict.fromkeys(made, sources)
+            is_stored = sources.patterns[0] is None
+            keys = [sources.name] if is_stored else self._convert(sources, on_meta=True)
+            self._sources |= dict.fromkeys(keys, sources)
         self.files = {key: self._stored.files[one.keys[0]] for key, one in self._sources.items()}
 
     def _all_sources(self) -> list[Sources]:
@@ -81,8 +82,8 @@ class TransformersCheckpoint(Checkpoint):
             if sources.patterns[0] is None:
                 shapes[sources.name] = self._stored.shapes[sources.keys[0]]
             else:
-                made = self._convert(sources, on_meta=True)
-                shapes |= {key: tuple(tensor.shape) for key, tensor in made.items()}
+                tensors = self._convert(sources, on_meta=True)
+                shapes |= {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         return shapes
 
     def tensor(self, key: str, index: int | None = None) -> Tensor:
@@ -101,9 +102,9 @@ class TransformersCheckpoint(Checkpoint):
             tensor = torch.empty(shape, device="meta") if on_meta else self._stored.tensor(key)
             converter.add_tensor(sources.name, key, pattern, tensor)
         try:
-            made = converter.convert(sources.name, model=self._model, config=self._model.config)
+            tensors = converter.convert(sources.name, model=self._model, config=self._model.config)
         except (RuntimeError, ValueError, TypeError) as error:
             shown = f"{sources.keys[0]} to {sources.keys[-1]}"
             name = sources.name
             raise AdapterError(f"{self.path}: no {name} can be made of {shown}: {error}") from None
-        return {key: one[0] if isinstance(one, list) else one for key, one in made.items()}
+        return {key: one[0] if isinstance(one, list) else one for key, one in tensors.items()}

@@ -98,13 +98,13 @@ def _cut(adapter: Path, k: int, to: Path) -> None:
 @contextmanager
 def _in_place(model: nn.Module, folder: Path) -> Iterator[None]:
     """A context in which the adapter of `folder` is on the model in the place of its own."""
-    (own,) = adapters.names(model)
+    (trained,) = adapters.names(model)
     adapters.load(model, folder, name="smaller")
     try:
         yield
     finally:
         adapters.detach(model, "smaller")
-        adapters.switch(model, own)
+        adapters.switch(model, trained)
 
 
 def _measure(

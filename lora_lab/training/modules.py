@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
-from math import cos, pi
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +18,7 @@ from lora_lab.adapters.adalora import add_penalty_gradients
 from lora_lab.adapters.model_call import Inputs, logits, row_count
 from lora_lab.config.components import Optimizer, warmup_steps
 from lora_lab.training.gradient_mean import GradientMean
+from lora_lab.training.schedule import lr_factor
 from lora_lab.training.tasks import TASKS, metric_names, metrics_of
 
 Batch = tuple[Inputs, Tensor]
@@ -264,18 +264,6 @@ class BaseModule(pl.LightningModule):
         warmup = warmup_steps(self.optimizer.warmup, steps)
         factor = partial(lr_factor, self.optimizer.schedule, warmup, steps)
         return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
-
-
-def lr_factor(schedule: str, warmup: float, steps: int, step: int) -> float:
-    """The factor on the configured learning rate at `step` (from 0) of `steps`.
-
-    It rises from 0 to 1 over `warmup` steps. Then it stays 1 (`constant`), or falls along a line
-    (`linear`) or half a cosine wave (`cosine`) toward 0, which it would reach at step `steps`.
-    """
-    if step < warmup:
-        return step / warmup
-    done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}[schedule]
 
 
 class LoRAModule(BaseModule):

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lab import adapters
 from lora_lab.adapters import load_peft, save_peft
-from tests.adapters.test_peft import outputs, relative
+from tests.adapters.test_peft import outputs, relative, shake
 
 
 class Net(nn.Module):
@@ -48,14 +48,6 @@ def net() -> Net:
 def inputs() -> Tensor:
     torch.manual_seed(2)
     return torch.randn(3, 6, 5, 5).double()
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> None:
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter += 0.3 * torch.randn_like(parameter)
 
 
 pytestmark = [
@@ -291,5 +283,5 @@ def test_kinds_that_a_form_is_not_for(form: str, kind: str):
 
 @pytest.mark.parametrize("other", [{"init": "pissa"}, {"trains": "zero"}])
 def test_a_form_with_an_init_of_its_own_takes_no_other(other: dict[str, Any]):
-    with pytest.raises(adapters.AdapterError, match="with form=loha, which has tensors of its own"):
+    with pytest.raises(adapters.AdapterError, match="with form=loha, which decides that itself"):
         adapters.attach(nn.Linear(4, 4), r=2, form="loha", **other)
