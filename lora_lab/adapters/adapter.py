@@ -240,14 +240,14 @@ class Adapter(nn.Module, ABC):
         form it may be more. Where gradients are off, those that FSDP has split over processes are
         gathered. In training a gathered copy would give each process its own gradient.
         """
-        # A tied weight can be used in two orientations: as the table of an embedding (matrix
-        # features × tokens) and as the weight of the output layer (matrix tokens × features).
-        # (B A)ᵀ = Aᵀ Bᵀ, so the factors of the one are those of the other, transposed and swapped.
         if self.form is not None:
             tensors = self.form_tensors()
             if not torch.is_grad_enabled():
                 tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
             return self.form.factors(tensors)
+        # A tied weight can be used in two orientations: as the table of an embedding (matrix
+        # features × tokens) and as the weight of the output layer (matrix tokens × features).
+        # (B A)ᵀ = Aᵀ Bᵀ, so the factors of the one are those of the other, transposed and swapped.
         source = self.source or self
         is_transposed = source.zero_factor != self.zero_factor
         A, B, core = source.A, source.B, self.core
