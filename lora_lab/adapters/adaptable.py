@@ -27,7 +27,7 @@ def adaptable_sites(model: nn.Module) -> dict[str, Site | TargetError]:
     why.
     """
     parameters = parameters_in_memory(model)
-    candidates = [*candidate_sites(model)]
+    candidates = [*candidate_sites(model, with_blocks=True)]
     sites: dict[str, Site | TargetError] = {}
     for site in candidates:
         try:

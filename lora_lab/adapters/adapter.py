@@ -80,7 +80,9 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.parameter, self.rows, self.recipe = parameter, rows, recipe
         self.scale = SCALINGS[recipe.scaling](recipe.alpha, recipe.r)
-        self.shape = self._rows_of(weight_or_shape(layer, parameter)).shape
+        weight = weight_or_shape(layer, parameter)
+        assert weight is not None
+        self.shape = self.block_of(weight, rows).shape
         self.masked_token: int | None = None
         """The padding token of a table that several layers share: its change is held at zero."""
         self.is_tied = False
@@ -140,11 +142,16 @@ class Adapter(nn.Module, ABC):
 
         Of a quantized weight it is a dense copy, made anew each time.
         """
-        return self._rows_of(dense_weight(layer, self.parameter))
-
-    def _rows_of(self, weight: Tensor | None) -> Tensor:
+        weight = dense_weight(layer, self.parameter)
         assert weight is not None
-        return weight if self.rows is None else weight[slice(*self.rows)]
+        return self.block_of(weight, self.rows)
+
+    @classmethod
+    def block_of(cls, weight: Tensor, rows: Rows) -> Tensor:
+        """These rows of the matrix of a weight, in the weight's own layout: a view of it."""
+        if rows is None:
+            return weight
+        return weight[:, slice(*rows)] if cls.is_transposed else weight[slice(*rows)]
 
     @staticmethod
     def weight_to_matrix(weight: Tensor) -> Float[Tensor, "out rest"]:

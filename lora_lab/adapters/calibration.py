@@ -206,7 +206,7 @@ def _gradients(
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             for site, gradient in zip(adapters, gradients, strict=True):
                 if gradient is not None:
-                    part = gradient if site.rows is None else gradient[slice(*site.rows)]
+                    part = adapters[site].block_of(gradient, site.rows)
                     part = part.to(torch.promote_types(part.dtype, torch.float32))
                     sums[site] = part if (total := sums[site]) is None else total + part
     finally:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.quantized import dense
+from lora_lab.adapters.adapter import Adapter, Rows
+from lora_lab.adapters.quantized import dense, weight_or_shape
+from lora_lab.adapters.recipe import Recipe
 
 ByStack = Sequence[Tensor]
 """A tensor for each stack of a `Pack`: (k, …) for the k runs whose adapters are one stack."""
@@ -31,7 +33,19 @@ class FactoredAdapter(Adapter):
 
     Code that reads the layer's weight without a call gets `adapted_weight`, at the cost of forming
     ΔW.
+
+    Where it is for some rows of the weight, as q of a fused qkv, it adds zeros to the others.
     """
+
+    def __init__(self, layer: Any, parameter: str, rows: Rows, recipe: Recipe):
+        """As of all adapters."""
+        super().__init__(layer, parameter, rows, recipe)
+        self.other_rows = (0, 0)
+        """How many rows of the layer's weight are before this adapter's, and how many after."""
+        if rows is not None:
+            weight = weight_or_shape(layer, parameter)
+            assert weight is not None
+            self.other_rows = rows[0], len(self.weight_to_matrix(weight)) - rows[1]
 
     def forward(self, layer: Any, input: Tensor, output: Tensor) -> Tensor:
         """The layer's output with W + ΔW, from its `input` and its `output` with W."""
@@ -52,7 +66,7 @@ class FactoredAdapter(Adapter):
         A, B = self.factors()
         if A.dtype != output.dtype:
             A, B = A.to(output.dtype), B.to(output.dtype)
-        return self.up(layer, self.down(layer, input, A), B, output)
+        return self.up(layer, self.down(layer, input, A), self.in_all_rows(B, -2), output)
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         """W + ΔW in the dtype of `weight`, which is W: (*runs, *weight).
@@ -61,12 +75,22 @@ class FactoredAdapter(Adapter):
         """
         A, B = self.factors()
         weight = dense(weight)
-        delta = self.delta_of(self.drop_columns(A), B, weight)
+        delta = self.delta_of(self.drop_columns(A), B, self.block_of(weight, self.rows))
+        delta = self.in_all_rows(delta, -1 if self.is_transposed else -2)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     def align_with_output(self, values: Float[Tensor, "*runs out"]) -> Tensor:
         """One value for each output feature, in a shape that broadcasts over the output."""
         return values
+
+    # The block k of a fused layer of 3 · 64 output features: B (64, r) → (192, r), of which the
+    # rows 0 … 63 and 128 … 191 are zero.
+    def in_all_rows(self, rows: Tensor, dim: int) -> Tensor:
+        """What has this adapter's rows in `dim` (negative), with zeros for the layer's others."""
+        if self.rows is None:
+            return rows
+        # F.pad takes the dimensions from the last to the first.
+        return F.pad(rows, [0, 0] * (-dim - 1) + [*self.other_rows])
 
     @abstractmethod
     def down(self, layer: Any, input: Tensor, A: Tensor) -> Tensor:

@@ -59,8 +59,11 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for site, adapter in merged_adapters(model).items():
         key = parameter_key(site, adapter)
         weight = state[key].clone()
-        part = weight if adapter.rows is None else weight[slice(*adapter.rows)]
-        part.copy_(adapter.weight_before_merge)
+        part, before = weight, adapter.weight_before_merge
+        if isinstance(adapter, Adapter):
+            part = adapter.block_of(weight, adapter.rows)
+        assert before is not None
+        part.copy_(before)
         # The names that a tied weight also has
         merged = state[key]
         state |= {other: weight for other, value in state.items() if _is_same(value, merged)}

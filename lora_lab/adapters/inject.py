@@ -184,7 +184,7 @@ def place_on_layer(layer: nn.Module, name: str, site: str, adapter: Any) -> None
     if name not in slot:
         slot[name] = nn.ModuleDict()
     parts: Any = slot[name]
-    parts[site.rpartition(".")[2] if on_reading else "weight"] = adapter
+    parts[site.rpartition(".")[2] if slots.is_named_by_part(adapter) else "weight"] = adapter
     adapter.train(layer.training)
 
 
@@ -216,23 +216,28 @@ def _hold_in_eval_mode(norm: nn.Module, args: tuple) -> None:
     norm.eval()
 
 
-def _adapt_output(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+def _adapt_output(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
     """The forward hook of layers with a factored adapter: the output with W + ΔW."""
     slot: Any = layer._modules["lora"]
     for adapter in slot.active_adapters():
         if adapter.kind in KINDS_ON_READING:
             continue
         input = args[0] if args else next(iter(kwargs.values()))
-        if not output.is_nested:
-            return adapter(layer, input, output)
-        if output.layout == torch.jagged:
-            ragged: Any = output
-            values = adapter(layer, input.values(), ragged.values())
-            return torch.nested.nested_tensor_from_jagged(values, ragged.offsets())
-        # nn.TransformerEncoder makes these of padded sequences in eval mode.
-        pairs = zip(input.unbind(), output.unbind(), strict=True)
-        return torch.nested.as_nested_tensor([adapter(layer, *pair) for pair in pairs])
-    return None
+        output = _adapted(layer, adapter, input, output)
+    return output
+
+
+def _adapted(layer: nn.Module, adapter: Any, input: Tensor, output: Tensor) -> Tensor:
+    """The output of a factored adapter, also for nested tensors."""
+    if not output.is_nested:
+        return adapter(layer, input, output)
+    if output.layout == torch.jagged:
+        ragged: Any = output
+        values = adapter(layer, input.values(), ragged.values())
+        return torch.nested.nested_tensor_from_jagged(values, ragged.offsets())
+    # nn.TransformerEncoder makes these of padded sequences in eval mode.
+    pairs = zip(input.unbind(), output.unbind(), strict=True)
+    return torch.nested.as_nested_tensor([adapter(layer, *pair) for pair in pairs])
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

@@ -36,7 +36,8 @@ class LinearAdapter(FactoredAdapter):
         if self.form is None:
             return super().add_change(layer, input, output)
         tensors = {name: t.to(output.dtype) for name, t in self.form_tensors().items()}
-        return output + self.scale * self.form.product(tensors, self.apply_dropout(input))
+        change = self.form.product(tensors, self.apply_dropout(input))  # (*batch, out)
+        return output + self.scale * self.in_all_rows(change, dim=-1)
 
     def down(
         self, layer: Any, input: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]
@@ -161,3 +162,11 @@ class TransposedLinearAdapter(LinearAdapter):
     def matrix_to_weight(matrix: Float[Tensor, "*runs out in"], shape: Sequence[int]) -> Tensor:
         """The transpose, in × out as the weight."""
         return matrix.mT
+
+
+def is_fused_qkv(layer: Any, name: str) -> bool:
+    """Whether a layer gives queries, keys and values, one behind the other: GPT-2's `c_attn`.
+
+    Fused layers of other models hold the heads in other orders, or are read without a call.
+    """
+    return name == "c_attn" and TransposedLinearAdapter.fits(layer) and layer.nf == 3 * layer.nx

@@ -152,7 +152,8 @@ class PackedAdapter(nn.Module):
 
     def __init__(self, layer: nn.Module, first: Any, stacks: Sequence[Stack | FullStack]):
         super().__init__()
-        self.kind, self.parameter, self.stacks = first.kind, first.parameter, stacks
+        self.kind, self.parameter, self.rows = first.kind, first.parameter, first.rows
+        self.stacks = stacks
         # A function, since as an attribute the weight would become a parameter of this module.
         self.base_weight: Callable[[], Any] = partial(layer._parameters.get, first.parameter)
         # Here, since a step is recorded of plain tensors alone.
@@ -209,7 +210,8 @@ class PackedAdapter(nn.Module):
             adapter = stack.adapter
             stack_A, stack_B = adapter.factors()  # (k, r, rest), (k, out, r)
             hidden.append(adapter.down_stacked(layer, stack_input, stack_A.to(output.dtype)))
-            B.append((adapter.scale.to(stack_B.device) * stack_B).to(output.dtype))
+            stack_B = adapter.in_all_rows(adapter.scale.to(stack_B.device) * stack_B, -2)
+            B.append(stack_B.to(output.dtype))
             if adapter.magnitude is not None:
                 gains.append(adapter.row_gain(adapter.weight_of(layer)))  # (k, out)
         adapted = adapter.up_stacked(layer, hidden, B, output)

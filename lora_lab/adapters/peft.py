@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lab.adapters import peft_trained_in_full
 from lora_lab.adapters.adaptable import adaptable_sites
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.blocks import with_joined_blocks
 from lora_lab.adapters.files import base_state_dict
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
@@ -63,9 +64,10 @@ def save_peft(
     `PeftModel.from_pretrained(base, directory)` then gives this model's outputs. PEFT stores one
     product B A for each layer, so other forms of ΔW are written as one: PiSSA and OLoRA with rank
     2r, a grouped convolution with rank groups · r (see `peft_tensors`), AdaLoRA with the ranks that
-    are left. VeRA, LoHa and LoKr are written as PEFT's (see `peft_forms`). Dropout is written where
-    all sites have the same, else as 0. What trains in full is written as whole modules in
-    modules_to_save, or as biases (see `peft_trained_in_full`).
+    are left, the blocks of a fused layer with the sum of their ranks. VeRA, LoHa and LoKr are
+    written as PEFT's (see `peft_forms`). Dropout is written where all sites have the same, else as
+    0. What trains in full is written as whole modules in modules_to_save, or as biases (see
+    `peft_trained_in_full`).
 
     `task_type` (as "SEQ_CLS") and `base_model`, the base's folder or hub id, are what PEFT's
     AutoPeftModel classes read; with the first PEFT also trains heads in full by itself. Where there
@@ -81,6 +83,7 @@ def save_peft(
     extra = peft_trained_in_full.to_peft(
         model, base_state_dict(model), in_full, list(adapters), task_type
     )
+    adapters = with_joined_blocks(model, adapters)
     about: dict[str, Any] = {"inference_mode": True, "task_type": task_type}
     about["base_model_name_or_path"] = base_model and str(base_model)
     has_form = any(adapter.recipe.form in TYPES for adapter in adapters.values())

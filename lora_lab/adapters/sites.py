@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import torch
@@ -16,7 +16,7 @@ from lora_lab.adapters.embedding import EmbeddingAdapter
 from lora_lab.adapters.experts import ExpertsAdapter, TransposedExpertsAdapter
 from lora_lab.adapters.forms import FORMS
 from lora_lab.adapters.init import INITS
-from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter
+from lora_lab.adapters.linear import LinearAdapter, TransposedLinearAdapter, is_fused_qkv
 from lora_lab.adapters.quantized import weight_or_shape
 from lora_lab.adapters.recipe import Recipe
 from lora_lab.adapters.watch import KINDS_ON_READING
@@ -37,7 +37,8 @@ class Site:
     """A place where an adapter sits: one weight of a layer, or a block of its rows, as a matrix.
 
     It is named by its layer where that has one adaptable weight (`encoder.fc1`), else by its
-    parameter (`attn.out_proj_weight`) or block of one (`attn.in_proj_weight_q`). `layer` is the
+    parameter (`attn.out_proj_weight`) or block of one (`attn.in_proj_weight_q`). A fused layer is
+    one site, or one for each of its blocks (`c_attn.weight_q`, …). `layer` is the
     layer's name in the model, `parameter` the weight's name in the layer. `attention` says whether
     it belongs to attention.
     """
@@ -65,6 +66,11 @@ class Site:
     def key(self) -> str:
         """The weight's state-dict key in the model."""
         return f"{self.layer}.{self.parameter}" if self.layer else self.parameter
+
+    @property
+    def is_block_of_layer(self) -> bool:
+        """Whether it is a block of a fused layer, which can be one site, too."""
+        return self.rows is not None and self.kind != WeightAdapter.kind
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -115,8 +121,11 @@ def adapter_class(layer: nn.Module, parameter: str = "weight") -> type[Adapter]:
     return next(Adapter for Adapter in ADAPTERS if Adapter.fits_parameter(layer, parameter))
 
 
-def candidate_sites(model: nn.Module) -> Iterator[Site]:
-    """All weights of `model` on which an adapter could sit, in the model's order."""
+def candidate_sites(model: nn.Module, with_blocks: bool = False) -> Iterator[Site]:
+    """All weights of `model` on which an adapter could sit, in the model's order.
+
+    `with_blocks`: behind a fused layer also its blocks, which can be sites in its place.
+    """
     attention_modules = attention_names(model)
     for name, layer in model.named_modules():
         path = name.split(".")
@@ -136,7 +145,10 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
                 shape = (rest, out) if TransposedLinearAdapter.fits(layer) else (out, rest)
                 attention = in_attention and not is_position_table(name, kind)
                 positions = math.prod(weight.shape[2:])
-                yield Site(name, kind, shape, None, name, attention=attention, positions=positions)
+                site = Site(name, kind, shape, None, name, attention=attention, positions=positions)
+                yield site
+                if with_blocks and is_fused_qkv(layer, path[-1]):
+                    yield from _blocks(site)
             continue
         for parameter, weight in layer._parameters.items():
             if not _is_adaptable(weight) or weight.dim() < 2:
@@ -149,6 +161,15 @@ def candidate_sites(model: nn.Module) -> Iterator[Site]:
                 attention = in_attention and not is_position_table(site, kind)
                 where = (name, parameter, rows, attention, *experts[:1])
                 yield Site(site, Adapter.kind, shape, None, *where)  # pyright: ignore
+
+
+def _blocks(site: Site) -> Iterator[Site]:
+    """The sites of q, k and v in a fused layer: of 96 × 32, rows 0 … 31, 32 … 63 and 64 … 95."""
+    out, rest = site.shape
+    for i, block in enumerate("qkv"):
+        rows = i * out // 3, (i + 1) * out // 3
+        name = f"{site.name}.{site.parameter}_{block}"
+        yield replace(site, name=name, shape=(out // 3, rest), rows=rows)
 
 
 def _is_adaptable(weight: object) -> TypeGuard[Tensor]:

@@ -25,13 +25,15 @@ MERGED = "is_merged"
 #   fc1.lora.default.weight                     LinearAdapter; its A has the state-dict key
 #                                               fc1.lora.default.weight.A
 #   attn.lora.default.in_proj_weight_q          WeightAdapter on a block of in_proj_weight
+#   c_attn.lora.default.weight_q                TransposedLinearAdapter on a block of its weight
 # and a bias that is trained in full beside the adapter of fc1
 #   fc1.lora.default.bias                       FullParameter
 # So the base's keys stay as they are, and each key with `lora` between its dots is an adapter's.
 class Slot(nn.ModuleDict):
     """The child `lora` of an adapted layer: {adapter's name: {part of the layer: Change}}.
 
-    The part is "weight" for a factored adapter, and the parameter or its block for others.
+    The part is "weight" for a factored adapter of all rows, and the parameter or its block for
+    others.
     """
 
     active: str | None = None
@@ -82,7 +84,7 @@ def all_adapters(model: nn.Module) -> dict[tuple[str, str], Adapter]:
     for path, module in model.named_modules():
         if isinstance(module, Adapter) and module.source is None:
             *layer, _, name, part = path.split(".")  # layer . lora . name . part
-            site = [*layer, part] if module.kind in KINDS_ON_READING else layer
+            site = [*layer, part] if is_named_by_part(module) else layer
             adapters[name, ".".join(site)] = module
     return adapters
 
@@ -158,9 +160,14 @@ def names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for name, _ in [*all_adapters(model), *all_also_trained(model)]))
 
 
+def is_named_by_part(adapter: Any) -> bool:
+    """Whether the site is a part of its layer, by name too: `attn.in_proj_weight_q`."""
+    return adapter.kind in KINDS_ON_READING or adapter.rows is not None
+
+
 def layer_path(site: str, adapter: Change) -> str:
     """The name of the layer that holds a site."""
-    return site.rpartition(".")[0] if adapter.kind in KINDS_ON_READING else site
+    return site.rpartition(".")[0] if is_named_by_part(adapter) else site
 
 
 def layer_of(model: nn.Module, site: str, adapter: Change) -> nn.Module:

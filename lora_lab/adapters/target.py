@@ -28,7 +28,8 @@ class Target:
     """A rule that picks sites: those of `kind` (one of GROUPS) whose name fits a glob of `match`.
 
     A name is that of a layer (`encoder.fc1`), of a parameter (`attn.in_proj_weight`) or of one of
-    its blocks (`attn.in_proj_weight_q`). A glob that is itself a name, as `blocks[0]` may be,
+    its blocks (`attn.in_proj_weight_q`). The blocks of a fused layer (`c_attn.weight_q`) are picked
+    by globs that fit them and not the layer. A glob that is itself a name, as `blocks[0]` may be,
     stands for that name alone. Names that fit a glob of `exclude` are left out. r, alpha, dropout
     and init, where given, replace the recipe's at these sites. With `tied` a weight that several
     layers share is adapted, once for all of them; else it is left out.
@@ -63,8 +64,12 @@ class Target:
 
     def pick(self, sites: "SitesByName") -> list[Site]:
         """The sites that the rule picks, in the model's order."""
-        picked = sites.fitting(self.match) - sites.fitting(self.exclude)
-        return [site for i in sorted(picked) if self._is_for(site := sites.sites[i])]
+        fitting = sites.fitting(self.match)
+        layers = {sites.sites[i].name for i in fitting}
+        picked = [sites.sites[i] for i in sorted(fitting - sites.fitting(self.exclude))]
+        # A fused layer that fits is one site: its blocks are picked by globs that fit them alone.
+        picked = [s for s in picked if not (s.is_block_of_layer and s.layer in layers)]
+        return [site for site in picked if self._is_for(site)]
 
     def _is_for(self, site: Site) -> bool:
         """Whether the rule is for sites of that kind."""
@@ -85,7 +90,7 @@ class Target:
 
 def names_of(site: Site) -> set[str]:
     """The names by which a site can be picked: its own, its layer's and its parameter's."""
-    return {site.name, site.layer, site.key}
+    return {site.name} if site.is_block_of_layer else {site.name, site.layer, site.key}
 
 
 class SitesByName:

@@ -64,7 +64,7 @@ def find_sites(
         raise AdapterError(f"over_rank={over_rank!r}: must be one of {', '.join(OVER_RANK)}")
     targets = {targets: Target(kind=targets)} if isinstance(targets, str) else targets
     _check_targets(targets)
-    candidates = SitesByName([*candidate_sites(model)])
+    candidates = SitesByName([*candidate_sites(model, with_blocks=True)])
     label_by_site = _pick(model, targets, candidates, trained_in_full)
     patterns = {"r": rank_pattern, "alpha": alpha_pattern}
     settings_by_site = _settings_by_patterns(patterns, candidates, label_by_site)
@@ -135,7 +135,8 @@ def _lacks_dora(site: Site, model: nn.Module) -> bool:
     """Whether the site is to have DoRA and its kind has none."""
     wants = site.recipe is not None and site.recipe.dora
     layer = model.get_submodule(site.layer)
-    return wants and not adapter_class(layer, site.parameter).takes_dora
+    takes_dora = adapter_class(layer, site.parameter).takes_dora and not site.is_block_of_layer
+    return wants and not takes_dora
 
 
 def _check_targets(targets: Mapping[str, Target]) -> None:
@@ -182,6 +183,13 @@ def _pick(
                     "a weight takes one adapter; leave one of the two out, or narrow its match"
                 )
             label_by_site[name] = label
+    for site in sites.sites:
+        if site.is_block_of_layer and {site.name, site.layer} <= label_by_site.keys():
+            raise TargetError(
+                f"'{site.layer}' is picked by the target '{label_by_site[site.layer]}', and its "
+                f"block '{site.name}' by '{label_by_site[site.name]}': a weight takes one adapter; "
+                f"target.{label_by_site[site.layer]}.exclude='{site.layer}' leaves the layer out"
+            )
     return label_by_site
 
 

@@ -93,7 +93,6 @@ def sites_by_key(model: nn.Module) -> dict[str, list[Site]]:
 
 def matrices(model: nn.Module, site: Site, weight: Tensor) -> list[Tensor]:
     """A site's matrices (out × rest) in a tensor of its weight's shape: one, or each expert's."""
-    rows = weight if site.rows is None else weight[slice(*site.rows)]
-    layer = model.get_submodule(site.layer)
-    matrix = adapter_class(layer, site.parameter).weight_to_matrix(rows)
+    Adapter = adapter_class(model.get_submodule(site.layer), site.parameter)
+    matrix = Adapter.weight_to_matrix(Adapter.block_of(weight, site.rows))
     return list(matrix) if matrix.dim() == 3 else [matrix]

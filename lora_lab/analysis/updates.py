@@ -143,8 +143,7 @@ class Updates:
 
     def _site_rows(self, site: str, weight: Tensor) -> Tensor:
         """The rows of a parameter that belong to the site, as q of a fused qkv; a view."""
-        rows = self.sites[site].rows
-        return weight if rows is None else weight[slice(*rows)]
+        return self._adapter_class(site).block_of(weight, self.sites[site].rows)
 
     def _as_adapted(self, site: Site) -> Site:
         """The site; where experts have an adapter that takes them for one matrix, as that.

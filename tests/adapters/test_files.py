@@ -176,7 +176,9 @@ def test_two_adapters_on_one_tied_weight_are_refused(tmp_path: Path):
 
 def test_sites_are_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     walks, walk = [], adaptable.candidate_sites
-    monkeypatch.setattr(adaptable, "candidate_sites", lambda m: walks.append(m) or walk(m))
+    monkeypatch.setattr(
+        adaptable, "candidate_sites", lambda m, **b: walks.append(m) or walk(m, **b)
+    )
     model = seeded_layers()
     adapters.attach(model, r=1)
     adapters.save(model, tmp_path / "ours")
