@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +50,7 @@ def draw_adapters(
 
     Raises AdapterError that names all sites whose init cannot start from the data.
     """
-    adapters: dict[Site, Adapter] = {}
-    for site in sites:
-        assert site.recipe is not None
-        layer = model.get_submodule(site.layer)
-        kind = adapter_class(layer, site.parameter)
-        adapters[site] = kind(layer, site.parameter, site.rows, site.recipe)
+    adapters = {site: adapter_without_values(model, site) for site in sites}
     errors: list[tuple[Site, str]] = []
     for site, data in _statistics(model, adapters, calibration):
         layer, adapter = model.get_submodule(site.layer), adapters[site]
@@ -71,26 +66,44 @@ def draw_adapters(
     return adapters
 
 
+def adapter_without_values(model: nn.Module, site: Site) -> Adapter:
+    """The adapter of a site before it has tensors."""
+    assert site.recipe is not None
+    layer = model.get_submodule(site.layer)
+    kind = adapter_class(layer, site.parameter)
+    return kind(layer, site.parameter, site.rows, site.recipe)
+
+
 def _statistics(
     model: nn.Module, adapters: Mapping[Site, Adapter], calibration: Calibration | None
 ) -> Iterator[tuple[Site, Statistic | None]]:
-    """Each site, and what its init reads of the data: None for inits that read none.
+    """Each site, and what its init reads of the data: None for inits that read none."""
+    for reads in (None, "inputs", "gradient"):
+        chosen = {s: a for s, a in adapters.items() if INITS[a.recipe.init].reads == reads}
+        if reads is None:
+            yield from ((site, None) for site in chosen)
+        elif chosen:
+            yield from statistics(model, chosen, calibration, reads)
+
+
+def statistics(
+    model: nn.Module,
+    adapters: Mapping[Site, Adapter],
+    calibration: Calibration | None,
+    reads: Literal["inputs", "gradient"],
+) -> Iterator[tuple[Site, Any]]:
+    """Each site, and the moments of its inputs (InputMoments) or its gradient.
 
     The model is the base: other adapters on it are off, and it is in eval mode. Raises AdapterError
     where there are no batches, or no loss, for what has to be read, and with all sites that the
     model has not used on them.
     """
-    for reads in (None, "inputs", "gradient"):
-        sites = [site for site in adapters if INITS[adapters[site].recipe.init].reads == reads]
-        if reads is None:
-            yield from ((site, None) for site in sites)
-        elif sites:
-            read = _moments if reads == "inputs" else _gradients
-            calibration = _checked(calibration, reads, adapters[sites[0]].recipe.init)
-            with _evaluated(model):
-                for group in _groups(sites, reads):
-                    chosen = {site: adapters[site] for site in group}
-                    yield from _used(read(model, chosen, calibration)).items()
+    read, sites = _moments if reads == "inputs" else _gradients, [*adapters]
+    calibration = _checked(calibration, reads, adapters[sites[0]].recipe.init)
+    with _evaluated(model):
+        for group in _groups(sites, reads):
+            chosen = {site: adapters[site] for site in group}
+            yield from _used(read(model, chosen, calibration)).items()
 
 
 def _checked(calibration: Calibration | None, reads: str, init: str) -> Calibration:

@@ -41,16 +41,28 @@ def eva(
     """A is the first r principal directions of the inputs, B zero (EVA, Paischer et al. 2024).
 
     The directions are those of the covariance: the inputs less their mean, as in the authors' and
-    PEFT's incremental PCA. Each site has r of them; ranks are not moved between sites.
+    PEFT's incremental PCA. How ranks move between sites: adapters/rank_redistribution.py.
     """
-    if inputs.rows <= r:
-        raise DataError(f"init=eva: {inputs.rows} input rows have no {r} directions; more batches")
+    directions = principal_directions(inputs, r, generator)[1]
+    return directions, weight.new_zeros(weight.shape[0], r)
+
+
+def principal_directions(
+    inputs: InputMoments, k: int, generator: torch.Generator
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "k rest"]]:
+    """The share of the inputs' variance along their first k principal directions; the directions.
+
+    Inputs that are all equal have no variance, and shares of zero. Raises DataError for inputs that
+    have no k directions or are not finite.
+    """
+    if inputs.rows <= k:
+        raise DataError(f"init=eva: {inputs.rows} input rows have no {k} directions; more batches")
     mean = inputs.total / inputs.rows
     covariance = inputs.outer / inputs.rows - torch.outer(mean, mean)
     if not covariance.isfinite().all():
         raise DataError("init=eva: its inputs are not finite")
-    directions = first_triples(covariance, r, generator)[2]
-    return directions, weight.new_zeros(weight.shape[0], r)
+    _, variances, directions = first_triples(covariance, k, generator)
+    return variances / covariance.trace().clamp(min=1e-30), directions
 
 
 def corda(

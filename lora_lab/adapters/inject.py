@@ -11,6 +11,7 @@ from lora_lab.adapters import slots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.calibration import Calibration, draw_adapters
 from lora_lab.adapters.quantized import is_packed, keep_as_loaded, let_change
+from lora_lab.adapters.rank_redistribution import check_rho, redistributed
 from lora_lab.adapters.recipe import AdapterError, Recipe, python_scalar
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import Change, Slot
@@ -39,6 +40,7 @@ def attach(
     also_train: str | Sequence[str] = (),
     over_rank: str = "clip",
     calibration: Calibration | Sequence[Any] | None = None,
+    rho: float = 1.0,
     seed: int = 0,
     name: str = "default",
 ) -> list[Site]:
@@ -55,11 +57,13 @@ def attach(
             scale), "error" or "allow".
         calibration: batches for the inits eva, corda and lora_ga, which start from data: each is
             what the model is called with. lora_ga needs `Calibration(batches, loss)`.
+        rho: above 1 the sites with init eva share the sum of their ranks by the variance of their
+            inputs, and get at most rho · r each; one that gets none has no adapter.
         seed: Each site's factors are drawn from a generator of that site, seeded by (seed, site,
             r): what else is targeted never changes them.
         name: A second call with another name puts another adapter beside the first.
 
-    Returns the adapted sites, and logs what is clipped and which tied weights are left out. Raises
+    Returns the adapted sites, and logs what is clipped and which weights are left out. Raises
     what `find_sites` and `trained_in_full.select` raise, and AdapterError where a layer already has
     an adapter of that name.
 
@@ -81,6 +85,9 @@ def attach(
         raise AdapterError(f"targets={targets!r}: picks nothing, and also_train is empty too")
     if not isinstance(calibration, Calibration | None):
         calibration = Calibration(calibration)
+    check_rho(rho, sites)
+    if rho != 1:
+        sites = redistributed(model, sites, calibration, rho, note=log.warning)
     adapters = draw_adapters(model, sites, calibration, seed)
     also_trained = {}
     for key in keys:

@@ -1,7 +1,7 @@
 """How an adapter is built: its rank, scale, init and what of it trains."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lora_lab.adapters.forms import FORMS
@@ -82,6 +82,11 @@ class Recipe:
                 f"trains=core with init={self.init}: {zero} is zero, so no core could move ΔW; "
                 f"take an init from the weight: {able}"
             )
+
+    def with_rank(self, r: int) -> "Recipe":
+        """The recipe at another rank, with the alpha that keeps the scale."""
+        scale = SCALINGS[self.scaling]
+        return replace(self, r=r, alpha=self.alpha * scale(1, self.r) / scale(1, r))
 
     def check_shared(self, site: str) -> None:
         """Raises AdapterError where two layers with one, tied weight cannot share the adapter."""

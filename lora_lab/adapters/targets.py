@@ -11,7 +11,6 @@ from lora_lab.adapters.globs import as_list, check_pattern
 from lora_lab.adapters.init import INITS
 from lora_lab.adapters.memory import parameters_in_memory
 from lora_lab.adapters.recipe import AdapterError, Recipe
-from lora_lab.adapters.scaling import SCALINGS
 from lora_lab.adapters.sites import Site, adapter_class, candidate_sites
 from lora_lab.adapters.target import (
     GROUPS,
@@ -253,9 +252,7 @@ def _with_possible_recipe(site: Site, over_rank: str) -> tuple[Site, str]:
         if over_rank == "allow" and recipe.init in AT_MOST_FULL_RANK:
             raise RankError(f"{where}: init={recipe.init} has at most {most} directions")
         if over_rank == "clip":
-            scale = SCALINGS[recipe.scaling]
-            alpha = recipe.alpha * scale(1, recipe.r) / scale(1, most)  # the same scale
-            site = replace(site, recipe=replace(recipe, r=most, alpha=alpha))
+            site = replace(site, recipe=recipe.with_rank(most))
             clipping = f"{where}, where r is {most}"
     return site, clipping
 

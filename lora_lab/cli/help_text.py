@@ -125,6 +125,7 @@ settings:
                          | none
   adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd | milora | mica; from
                          adapter.calibration=8 training batches: eva | corda | lora_ga
+  adapter.rho=1.0        adapter=eva: 2 moves ranks between sites, up to 2 · r at each
   adapter.trains=both    both | zero | core: LoRA, LoRA-FA, LoRA-XS
   adapter.dora=false     true trains the norms of the weight's rows as well
   adapter.form=lora      lora | vera | loha | lokr | lokr_both: what ΔW is made of

@@ -163,7 +163,7 @@ def logged_metrics(plan: Plan) -> set[str]:
     if cfg.spectra.truncation == "sites":
         names |= {"advice/loss", "advice/share"}
     if cfg.adapter.method == "lora":
-        if cfg.adapter.allocation is not None:
+        if cfg.adapter.allocation is not None or cfg.adapter.rho != 1:
             names |= {f"spectra/{site}/allocated_rank" for site in sites}
         if cfg.spectra.first_step:
             names |= {"first_step/gradient_ratio", "first_step/descent"}

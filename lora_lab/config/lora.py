@@ -13,7 +13,13 @@ from pydantic import (
 )
 
 from lora_lab.adapters import FORMS, INITS, OVER_RANK, SCALINGS, TRAINS
-from lora_lab.config.components import Node, NonNegativeNumber, PositiveNumber, share_or_whole
+from lora_lab.config.components import (
+    Node,
+    NonNegativeNumber,
+    PositiveNumber,
+    check_float32,
+    share_or_whole,
+)
 from lora_lab.config.errors import one_of
 
 Alpha = PositiveNumber
@@ -83,7 +89,8 @@ class Lora(Node):
     a site decides. `lr_ratio` is the learning rate of the factor that starts at zero divided by
     that of the other one (LoRA+). `form` is what ΔW is made of, where that is not A and B alone.
     `over_rank` is what becomes of an r over a weight's rank. `calibration` is how many training
-    batches are read by inits that start from data. `cut` are ranks that the trained adapter is cut
+    batches are read by inits that start from data. With `rho` above 1 EVA moves ranks between sites
+    (adapters/rank_redistribution.py). `cut` are ranks that the trained adapter is cut
     to at the end, and `heal` how many steps each of the smaller adapters trains then
     (training/heal.py). `allocation` is how AdaLoRA comes to its `budget`, the mean
     rank at the end; None is two thirds of that at the start, as in the paper.
@@ -103,6 +110,7 @@ class Lora(Node):
     alpha_pattern: dict[str, Alpha] | None
     over_rank: Annotated[str, one_of(OVER_RANK)] = "error"
     calibration: PositiveInt = 8
+    rho: Annotated[float, Field(ge=1), AfterValidator(check_float32)] = 1.0
     cut: Annotated[
         list[PositiveInt], BeforeValidator(_as_list), AfterValidator(_ranks_to_cut_to)
     ] = Field(default=[])

@@ -158,7 +158,7 @@ def _last_or_best(value: str) -> str:
 LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stopping")
 """Keys that the identity leaves out at their defaults, as configs of earlier versions lack them."""
 
-LORA_KEYS_LEFT_OUT_AT_DEFAULT = ("over_rank", "form", "cut", "heal", "budget", "allocation")
+LORA_KEYS_LEFT_OUT_AT_DEFAULT = ("over_rank", "form", "cut", "heal", "budget", "allocation", "rho")
 """Those of a low-rank adapter."""
 
 
@@ -258,6 +258,7 @@ class Config(Node):
             parts = [f"r{adapter.r}", f"alpha{adapter.alpha:g}", adapter.init]
             parts += [adapter.form.replace("_", "-")] if adapter.form != "lora" else []
             parts += [f"budget{adapter.budget:g}"] if adapter.budget is not None else []
+            parts += [f"rho{adapter.rho:g}"] if adapter.rho != 1 else []
             parts += ["dora"] if adapter.dora else []
             parts += [f"trains-{adapter.trains}"] if adapter.trains != "both" else []
             parts += [f"ratio{adapter.lr_ratio:g}"] if adapter.lr_ratio != 1 else []

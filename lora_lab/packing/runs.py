@@ -112,13 +112,13 @@ def _build_trials(
     for _, tracking in others:
         tracking.replay(base_rows)
     models = {i: copy_sharing_weights(model) for i in open_runs}
-    for i, run_model in models.items():  # all of them before the weights get another dtype
-        plans[i].attach(run_model)
+    # All of them before the weights get another dtype.
+    attached_plans = {i: plans[i].attach(run_model) for i, run_model in models.items()}
     base_weights: Mapping[str, Tensor] | None = None  # of the first run, which all share
     trials: dict[int, Trial] = {}
     data = plans[first].data("adapt")  # in memory once: runs of a pack have the same data.seed
     for i, tracking in open_runs.items():
-        plan, run = plans[i], tracking.run
+        plan, run = attached_plans[i], tracking.run
         trials[i] = build_trial(plan, models[i], data, run, tracking, base_weights)
         base_weights = trials[i].base
     return model, trials

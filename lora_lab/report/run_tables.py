@@ -75,6 +75,7 @@ def _adapter_facts(config: dict[str, Any]) -> Rows:
     parts = [f"r={adapter['r']}", f"alpha={adapter['alpha']:g}"]
     parts += [adapter["scaling"], adapter["init"]]
     parts += [f"budget {adapter['budget']:g}"] if adapter.get("budget") else []
+    parts += [f"rho {adapter['rho']:g}"] if adapter.get("rho", 1) != 1 else []
     parts += ["DoRA"] if adapter.get("dora") else []
     parts += [f"form {adapter['form']}"] if adapter.get("form", "lora") != "lora" else []
     trains, ratio = adapter.get("trains", "both"), adapter.get("lr_ratio", 1)
@@ -190,7 +191,7 @@ def _update_facts(run: Run) -> Rows:
 
 
 def _allocation_facts(run: Run) -> Rows:
-    """One row with the ranks that AdaLoRA has left of each site; none of other adapters."""
+    """One row with the ranks of sites that AdaLoRA has left, or EVA given; none of other runs."""
     end = "/allocated_rank"
     keys = dict.fromkeys(key for row in run.rows() for key in row if key.endswith(end))
     if not keys:
@@ -198,7 +199,8 @@ def _allocation_facts(run: Run) -> Rows:
     ranks = {key[len("spectra/") : -len(end)]: int(run.last(key) or 0) for key in keys}
     shown = ", ".join(f"{site} {k}" for site, k in list(ranks.items())[:MAX_PANELS])
     more = ", …" if len(ranks) > MAX_PANELS else ""
-    return [[f"ranks that AdaLoRA left, {sum(ranks.values())} in all", shown + more]]
+    by = "AdaLoRA left" if run.config["adapter"].get("form") == "adalora" else "EVA gave"
+    return [[f"ranks that {by}, {sum(ranks.values())} in all", shown + more]]
 
 
 def _advice_facts(run: Run) -> Rows:

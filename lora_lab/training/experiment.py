@@ -50,7 +50,7 @@ def run(plan: Plan, console: Console) -> Run:
         seed = generator(cfg.seed, "dropout", process).initial_seed() if process else cfg.seed
         pl.seed_everything(seed % 2**32, verbose=False)
         if cfg.freezes_base:
-            plan.attach(model)
+            plan = plan.attach(model)
         if isinstance(cfg.adapter, Lora):
             console.print(report.site_table(plan.sites))
         trial = build_trial(plan, model, data, run, tracking, None)

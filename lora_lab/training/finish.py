@@ -16,11 +16,13 @@ from lora_lab.adapters.quantized import is_quantized
 from lora_lab.adapters.slots import layer_of, merged_adapters
 from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates
+from lora_lab.config.schema import Lora
 from lora_lab.runs import process_rank
 from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.cuts import cut_losses
 from lora_lab.training.heal import cut_and_heal
+from lora_lab.training.plan import Plan
 from lora_lab.training.result_files import save_weights
 from lora_lab.training.trial import Trial
 
@@ -107,10 +109,19 @@ def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
         costs["bytes/adapter"] = cost.adapter_bytes
         if cost.also_trained:
             costs["bytes/also_trained"] = cost.also_trained_bytes
+        costs |= _redistributed_ranks(trial.plan)
         costs["bytes/optimizer"] = cost.optimizer_bytes
         costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
     trial.tracking.store_artifact(saved, saved.name)
     trial.tracking.log(costs, int(trial.module.step_and_epoch()["step"]))
+
+
+def _redistributed_ranks(plan: Plan) -> dict[str, float]:
+    """The rank that EVA gave each site, where adapter.rho lets it; {} otherwise."""
+    if not isinstance(plan.cfg.adapter, Lora) or plan.cfg.adapter.rho == 1:
+        return {}
+    ranks = {site.name: site.recipe.r for site in plan.sites if site.recipe is not None}
+    return {f"spectra/{site}/allocated_rank": rank for site, rank in ranks.items()}
 
 
 def _select(trial: Trial) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_lab.adapters import Site
+from lora_lab.adapters import AdapterError, Site
+from lora_lab.adapters.rank_redistribution import check_rho
 from lora_lab.config.checks import check_kind, resolve_component
 from lora_lab.config.schema import Config, ConfigError, Lora, Optimizer
 from lora_lab.data import Data
@@ -45,6 +46,15 @@ def check_cuts(cfg: Config, sites: Sequence[Site]) -> None:
             f"adapter.cut={cfg.adapter.cut}: each must be below {most}, the highest rank that ΔW "
             f"has at a site ('{site}'){nearest}"
         )
+
+
+def check_redistribution(cfg: Config, sites: Sequence[Site]) -> None:
+    """Raises ConfigError where adapter.rho is to move ranks and no site's init is EVA's."""
+    if isinstance(cfg.adapter, Lora):
+        try:
+            check_rho(cfg.adapter.rho, sites)
+        except AdapterError as error:
+            raise ConfigError(f"adapter.{error}") from None
 
 
 def check_memory(cfg: Config, data: Data, model: nn.Module) -> None:

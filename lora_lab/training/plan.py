@@ -101,23 +101,28 @@ class Plan:
         """
         return self.cfg.seed if {*self.new_parameters} - {*self.also_trained} else None
 
-    def attach(self, model: nn.Module) -> None:
-        """Puts on the model what the config trains beside its base: adapters, also_train."""
+    def attach(self, model: nn.Module) -> "Plan":
+        """Puts on the model what the config trains beside its base: adapters, also_train.
+
+        Gives the plan with the sites as they are on the model: EVA may move ranks between them.
+        """
         cfg = self.cfg
         settings: dict[str, Any] = {"r": 1, "alpha": 1}
         if isinstance(cfg.adapter, Lora):
             recipe, patterns = _recipe(cfg.adapter)
-            settings = {**asdict(recipe), **patterns}
+            settings = {**asdict(recipe), **patterns, "rho": cfg.adapter.rho}
         targets = _targets(cfg) if isinstance(cfg.adapter, Lora) else {}
         new = [name for name in self.new_parameters if name in self.also_trained]
         first_values = pretrained_base.draw_new(model, new, cfg.seed)
         settings["calibration"] = calibration_of(cfg, self.sites)
         with with_values(model, first_values):  # what is read of the data is of this seed's head
-            adapters.attach(model, targets, **settings, also_train=cfg.also_train, seed=cfg.seed)
+            settings |= {"also_train": cfg.also_train, "seed": cfg.seed}
+            sites = adapters.attach(model, targets, **settings)
         in_full = adapters.also_trained(model)
         with torch.no_grad():
             for name, value in first_values.items():
                 in_full[name].value.copy_(value)
+        return replace(self, sites=sites)
 
     def single_device_trainer(
         self, tracking: Tracking | None, callbacks: list[pl.Callback], **change: Any
@@ -197,6 +202,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     also_trained = _also_trained(cfg, model)
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     part_checks.check_allocation(cfg, sites)
+    part_checks.check_redistribution(cfg, sites)
     if not is_stored:
         part_checks.check_cuts(cfg, sites)
     new_parameters = []

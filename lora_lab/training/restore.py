@@ -1,7 +1,7 @@
 """Loads a finished run's model from its run directory and the base it was trained on."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -58,10 +58,18 @@ def restore(
         model.load_state_dict(_base(cfg, run, model))
     if cfg.freezes_base:
         adapters.load(model, run.path / adapter)
-        return Restored(planned, model, BaseWeights(model, {}))
+        return Restored(_with_sites_of(model, planned), model, BaseWeights(model, {}))
     base = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(load_file(run.path / "model" / "model.safetensors"))
     return Restored(planned, model, base)
+
+
+def _with_sites_of(model: nn.Module, planned: Plan) -> Plan:
+    """The plan with the sites that have an adapter on the model, and their ranks there."""
+    attached = adapters.attached(model)
+    sites = [site for site in planned.sites if site.name in attached]
+    sites = [replace(site, recipe=attached[site.name].recipe) for site in sites]
+    return replace(planned, sites=sites)
 
 
 def _base(cfg: Config, run: Run, model: nn.Module) -> dict[str, Tensor]:

@@ -124,15 +124,15 @@ def test_a_first_step_of_lora_ga_goes_where_full_fine_tuning_does():
     assert distance(A, B) < min(distance(*pair) for pair in random)
 
 
-def peft_model(init: str, model: nn.Sequential, inputs: Tensor) -> Any:
+def peft_model(init: str, model: nn.Module, inputs: Tensor, rho: float = 1.0, **change: Any) -> Any:
     """PEFT's model after its preprocessing on one batch."""
     configs: dict[str, Any] = {
-        "eva": {"eva_config": EvaConfig(rho=1.0)},
+        "eva": {"eva_config": EvaConfig(rho=rho)},
         "corda": {"corda_config": CordaConfig(corda_method="ipm")},
         "lora_ga": {"lora_ga_config": LoraGAConfig(direction="ArB2r", scale="stable")},
     }
-    settings: dict[str, Any] = {"init_lora_weights": init, **configs[init]}
-    config = LoraConfig(r=R, lora_alpha=6, target_modules=[*SITES], **settings)
+    settings = {"r": R, "target_modules": [*SITES], "init_lora_weights": init} | configs[init]
+    config = LoraConfig(lora_alpha=6, **{**settings, **change})
     if init == "corda":
         preprocess_corda(model, config, run_model=lambda: model(inputs))
     if init == "lora_ga":
@@ -170,6 +170,88 @@ def test_the_start_is_pefts(init: str):
             torch.testing.assert_close(span(ours.B), span(B), rtol=0, atol=1e-3)
         if init == "corda":
             torch.testing.assert_close(ours.B @ ours.A, B @ A, rtol=1e-3, atol=1e-4)
+
+
+class Unlike(nn.Module):
+    """Layers with inputs of unlike spectra: `one` and `same` read one, `flat` white noise."""
+
+    def __init__(self):
+        super().__init__()
+        seeded(2)
+        self.one, self.same = nn.Linear(10, 9), nn.Linear(10, 9)
+        self.flat, self.last = nn.Linear(14, 9), nn.Linear(9, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, noise = x[:, :10].contiguous(), x[:, 10:].contiguous()
+        return self.last(self.one(x).tanh() * self.same(x) + self.flat(noise) / 9)
+
+    @staticmethod
+    def inputs() -> Tensor:
+        (x,) = batches(count=1, rows=400)
+        noise = torch.randn(400, 14)
+        return torch.cat([x, torch.linalg.qr(noise - noise.mean(0)).Q * 20], 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("r", "rho"), [(2, 1.0), (2, 2.0), (1, 3.0), (3, 1.5)])
+def test_redistributed_ranks_scales_and_directions_are_pefts(
+    r: int, rho: float, caplog: pytest.LogCaptureFixture
+):
+    x, model = Unlike.inputs(), Unlike()
+    sites = ["one", "same", "flat", "last"]
+    theirs = peft_model("eva", Unlike(), x, rho, r=r, target_modules=sites)
+    layers = {site: theirs.get_submodule(f"base_model.model.{site}") for site in sites}
+    layers = {site: layer for site, layer in layers.items() if hasattr(layer, "lora_A")}
+    attached_sites = adapters.attach(model, r=r, alpha=6, init="eva", calibration=[x], rho=rho)
+    ours = adapters.attached(model)
+    ranks = {site: len(layer.lora_A["default"].weight) for site, layer in layers.items()}
+    assert {site: adapter.r for site, adapter in ours.items()} == ranks
+    assert sum(ranks.values()) == 4 * r
+    assert (set(ranks.values()) == {r}) == (rho == 1)
+    assert ("'flat' gets no rank by init=eva with rho=" in caplog.text) == ("flat" not in ranks)
+    assert ("flat" in ranks) == (rho < 2)
+    assert [(site.name, site.recipe) for site in attached_sites] == [
+        (name, adapter.recipe) for name, adapter in ours.items()
+    ]
+    for site, layer in layers.items():
+        A = layer.lora_A["default"].weight
+        assert ours[site].scale == layer.scaling["default"] == 6 / r
+        cosines = (A * ours[site].A).sum(1).abs()
+        if site != "flat":  # which has no directions that are larger than others
+            torch.testing.assert_close(cosines, torch.ones(len(A)), rtol=0, atol=1e-4)
+
+
+def test_ranks_are_those_of_the_largest_shares_of_variance():
+    """In float64, where ranks and scales differ by site, and another init keeps its rank."""
+    x, model = Unlike.inputs().double(), Unlike().double()
+    first, last = x[:, :10], model.get_submodule("last")
+    seen = []
+    hook = last.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    model(x)
+    hook.remove()
+
+    def shares(inputs: Tensor) -> list[float]:
+        values = torch.linalg.svdvals((inputs - inputs.mean(0)).detach()) ** 2
+        return (values / values.sum()).tolist()
+
+    # round(1.6 · 3) = 5 of `one`, 2 of `last`, which has r = 1; 4 are taken
+    candidates = [(share, "one") for share in shares(first)[:5]]
+    candidates += [(share, "last") for share in shares(seen[0])[:2]]
+    taken = [site for _, site in sorted(candidates, reverse=True)[:4]]
+    targets = {
+        "eva": adapters.Target(match=["one", "last"]),
+        "other": adapters.Target(match="flat", init="gaussian", r=5),
+    }
+    how: dict[str, Any] = {"rank_pattern": {"last": 1}, "scaling": "alpha/sqrt(r)"}
+    data = [x[:150], x[150:]]
+    adapters.attach(model, targets, r=3, alpha=6, init="eva", calibration=data, rho=1.6, **how)
+    ours = adapters.attached(model)
+    assert {s: a.r for s, a in ours.items()} == {
+        "one": taken.count("one"), "flat": 5, "last": taken.count("last")
+    }  # fmt: skip
+    assert taken.count("last") == 2
+    expected = {"one": 6 / 3**0.5, "flat": 6 / 5**0.5, "last": 6.0}
+    assert {site: adapter.scale for site, adapter in ours.items()} == pytest.approx(expected)
 
 
 CONVS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -321,6 +403,13 @@ def test_what_cannot_start_from_data_is_refused_with_all_its_sites():
     rows = refused(Partly(), "eva", [torch.randn(3, 4)], {"": adapters.Target(match="used")}, r=3)
     assert rows == "'used': init=eva: 3 input rows have no 3 directions; more batches"
     used = {"": adapters.Target(match="used")}
+    with_rho = {"rho": 1.5, "r": 2}
+    rows = refused(Partly(), "eva", [torch.randn(3, 4)], used, **with_rho)
+    assert rows == "'used': init=eva: 3 input rows have no 3 directions; more batches"
+    assert "does not use 'one', 'other' on" in refused(Partly(), "eva", summed, **with_rho)
+    assert "with init=eva: there is none" in refused(Partly(), "corda", summed, **with_rho)
+    for rho in (0.5, torch.inf, True, "2"):
+        assert "must be a number of at least 1" in refused(Partly(), "eva", summed, rho=rho)
     for init in ("eva", "corda"):
         assert "not finite" in refused(Partly(), init, [torch.full((9, 4), torch.nan)], used)
     zero = Calibration(x, lambda model, x: (model(x) * 0).sum())

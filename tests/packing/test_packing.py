@@ -237,7 +237,14 @@ VARIANTS: dict[str, tuple[str, Points, list[str]]] = {
     ),
     "dora": ("digits", ranks_and_seeds(1, 2, 4), ["adapter=dora"]),
     "pissa": ("digits", STARTS, []),
-    "eva": ("digits", [["adapter=eva", "adapter.r=2"], ["adapter.r=3"]], []),
+    "eva": (
+        "digits",
+        [
+            *(["adapter=eva", "adapter.r=2"], ["adapter.r=3"]),
+            ["adapter=eva", "adapter.r=2", "adapter.rho=3"],  # ranks of 1 and 3
+        ],
+        [],
+    ),
     "lora_fa": ("digits", ranks_and_seeds(1, 2, 4), ["adapter=lora_fa"]),
     "lora_xs": ("digits", CORES, ["adapter=lora_xs"]),
     "spectra by step": (
@@ -411,6 +418,18 @@ def test_a_model_that_vmap_refuses_is_trained_run_by_run(caplog: pytest.LogCaptu
     for run, other in zip(
         runs, train_one_by_one("shift", ranks_and_seeds(1, 2), *settings), strict=True
     ):
+        check_same_run(run, other, 0)
+
+
+def test_runs_whose_sites_are_told_by_data_are_trained_run_by_run_where_these_differ(
+    caplog: pytest.LogCaptureFixture,
+):
+    points = [["adapter=eva", "adapter.r=1", f"adapter.rho={rho}"] for rho in (2, 1)]
+    runs = train_in_pack("digits", points, *NO_ANALYSIS)
+    assert "not packed" in caplog.text
+    assert "their adapters sit on different sites" in caplog.text
+    others = train_one_by_one("digits", points, *NO_ANALYSIS)
+    for run, other in zip(runs, others, strict=True):
         check_same_run(run, other, 0)
 
 
