@@ -21,7 +21,8 @@ Point = dict[str, Any]
 def copy_run(run: Run, points: Iterable[Point], root: Path) -> list[Run]:
     """A finished run for each point, in the directory that it would have had.
 
-    Metrics below `val/`, `train/`, `merged/` and `spectra/` are scaled, differently for each run.
+    Metrics below `val/`, `train/`, `merged/`, `forget/` and `spectra/` are scaled, differently for
+    each run.
     Spectra are cut or extended to the point's r.
     """
     rows, status = run.rows(), run.status
@@ -74,7 +75,7 @@ def _write_metrics(path: Path, rows: list[dict[str, Any]], scale: float, r: int)
 
 
 def _is_scaled(key: str) -> bool:
-    return key.startswith(("val/", "train/", "merged/", "spectra/"))
+    return key.startswith(("val/", "train/", "merged/", "spectra/", "forget/"))
 
 
 def _resized(sigma: np.ndarray, r: int) -> np.ndarray:

@@ -122,8 +122,11 @@ class Pack(nn.Module):
     # like (out, in). `inputs` are not batched. They and all that is computed from them alone are
     # computed once, up to the first adapter: there run_marker comes in, and makes vmap use the rule
     # that computes all runs (see vmap_rules.py).
-    def forward(self, *inputs: Inputs) -> Tensor:
-        """The outputs of all runs for one batch: (runs, …)."""
+    def forward(self, *inputs: Inputs, outputs_of: Callable[..., Tensor] = logits) -> Tensor:
+        """The outputs of all runs for one batch: (runs, …).
+
+        `outputs_of` takes the model of one run, and inputs.
+        """
         # Those that act where a parameter is read, and for each (runs, *weight), or factors.
         on_reading = [packed for packed in self.packed_adapters if packed.kind in KINDS_ON_READING]
         all_values = [packed.values_of_runs() for packed in on_reading]
@@ -133,7 +136,7 @@ class Pack(nn.Module):
                 packed.run_marker = run_marker
             for packed, value in zip(on_reading, values, strict=True):
                 packed.run_value = value
-            return logits(self.base, *inputs)
+            return outputs_of(self.base, *inputs)
 
         run_marker = torch.zeros(len(self.runs), device=next(self.parameters()).device)
         with folded_attention():

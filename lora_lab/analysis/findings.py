@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_lab.analysis import directions
 from lora_lab.analysis.advice import Advice, advise
 from lora_lab.analysis.spectra import INTRUDERS_AMONG, SVD, TRIPLES, Spectrum, svd_of_matrix
-from lora_lab.analysis.truncation import CutLosses, truncate
+from lora_lab.analysis.truncation import CutLosses, model_cuts, truncate
 from lora_lab.analysis.updates import Updates, split
 from lora_lab.analysis.weight_svd import svd_of_weight
 from lora_lab.config.schema import Spectra
@@ -28,13 +28,18 @@ class Findings:
 
 
 def analyze(
-    updates: Updates, losses: CutLosses, cfg: Spectra, bases_dir: str, console: Console
+    updates: Updates,
+    losses: Mapping[str, CutLosses],
+    cfg: Spectra,
+    bases_dir: str,
+    console: Console,
 ) -> Findings:
     """Analyzes a trained model's ΔW.
 
     The singular triples are always among the findings; the comparison with the base, the
-    truncation curve and the advice as `cfg` asks for them. `losses` measures the validation loss
-    with ΔW cut; `bases_dir` keeps the SVDs of the base's weights.
+    truncation curve and the advice as `cfg` asks for them. `losses` measure the validation loss
+    with ΔW cut (`loss`) and others, of which there is the curve of all sites alone. `bases_dir`
+    keeps the SVDs of the base's weights.
     """
     svds = {site: updates.svd(site) for site in updates.sites}
     findings = Findings(arrays={"experts": np.array(updates.experts)} if updates.experts else {})
@@ -47,7 +52,7 @@ def analyze(
         for site, svd in svds.items():
             _compare_with_base(updates, site, svd, Path(bases_dir), findings)
     if cfg.truncation != "none":
-        truncation = truncate(svds, losses, cfg.truncation, console)
+        truncation = truncate(svds, losses["loss"], cfg.truncation, console)
         if cfg.truncation == "sites" and (advice := advise(truncation, cfg.keep)):
             findings.advice = advice
             findings.metrics |= {"advice/loss": advice.loss, "advice/share": advice.share}
@@ -55,6 +60,10 @@ def analyze(
         for prefix, curve in {"truncation": truncation.model, **curves}.items():
             findings.arrays[f"{prefix}/ranks"] = np.array(curve.ranks)
             findings.arrays[f"{prefix}/loss"] = np.array(curve.losses)
+        cuts = model_cuts(svds, truncation.model.ranks)
+        for name, loss in losses.items():
+            if name != "loss":
+                findings.arrays[f"truncation/{name}"] = np.array([*loss(svds, cuts)])
     return findings
 
 

@@ -48,6 +48,11 @@ def ranks_to_measure(r: int) -> list[int]:
     return sorted(k for k in {*range(33), *wider, r} if k <= r)
 
 
+def model_cuts(svds: Mapping[str, SVD], ranks: Sequence[int]) -> list[RanksBySite]:
+    """The cuts of all sites at once to each of `ranks`, or to what a site's ΔW has."""
+    return [{site: min(k, svd.k) for site, svd in svds.items()} for k in ranks]
+
+
 def truncate(
     svds: Mapping[str, SVD], losses: CutLosses, scope: Literal["sites", "model"], console: Console
 ) -> Truncation:
@@ -57,7 +62,7 @@ def truncate(
     """
     full = {site: svd.k for site, svd in svds.items()}
     model_ranks = ranks_to_measure(max(full.values()))
-    of_model = [{site: min(k, n) for site, n in full.items()} for k in model_ranks]
+    of_model = model_cuts(svds, model_ranks)
     cut_sites = full.items() if scope == "sites" else ()
     of_sites = {s: [{**full, s: k} for k in ranks_to_measure(n)] for s, n in cut_sites}
     # Curves share cuts (each ends uncut): {(4, 2): {"fc1": 4, "fc2": 2}, …} holds each cut once.

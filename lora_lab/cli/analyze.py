@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -23,7 +22,8 @@ from lora_lab.config.schema import Config, Spectra
 from lora_lab.data import Data
 from lora_lab.report import SubspacePair
 from lora_lab.runs import Run
-from lora_lab.training.cuts import cut_losses
+from lora_lab.training.cuts import losses_of_cuts
+from lora_lab.training.forgetting import Forgetting
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.restore import restore
 from lora_lab.training.source_code import code_changes, other_versions
@@ -55,13 +55,15 @@ def analyze_again(
     restored = restore(run, trust, bases_dir)
     if not restored.plan.sites:
         raise ValueError(f"{run.path} has no ΔW: nothing but also_train was trained")
-    cfg, data = restored.plan.cfg, restored.plan.data("adapt")
+    cfg, data = restored.plan.cfg, restored.plan.training_data()
     module = BaseModule(restored.model, data.task, data.sizes["out_features"], cfg.optimizer)
+    if data.known is not None:
+        module.forgetting = Forgetting(data.known)
     updates = Updates(restored.model, restored.base, restored.plan.sites)
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = restored.plan.single_device_trainer(None, [])
     _check_loss(trainer, module, data, cfg, run)
-    losses = partial(cut_losses, trainer, module, data, updates)
+    losses = losses_of_cuts(trainer, module, data, updates)
     settings = Spectra.model_validate({**cfg.spectra.model_dump(), **change})
     with TemporaryDirectory() as scratch:  # no folder is made for SVDs where bases are not kept
         svds = cfg.bases_dir if Path(cfg.bases_dir).is_dir() else scratch

@@ -148,6 +148,9 @@ def logged_metrics(plan: Plan) -> set[str]:
         names |= {f"test/{name}" for name in measured}
     if isinstance(cfg.base, TrainedBase):
         names |= {f"base/{name}" for name in {*validation, "train/loss"}}
+    if (known := plan.training_data().known) is not None:
+        forgetting = {f"forget/{m}" for m in ("loss", *metric_names(known.task, known.metrics))}
+        validation, names = validation | forgetting, names | forgetting | {"forget/increase"}
     if cfg.adapter.method == "none":
         return names
     names.add("train/loss")

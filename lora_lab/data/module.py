@@ -1,7 +1,7 @@
 """The base class of data sets: two phases, tensors drawn from a seed, reproducible batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise, repeat
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from lora_lab.adapters.model_call import Inputs, logits
 from lora_lab.analysis.theory import Prediction
 from lora_lab.seeding import generator
 
@@ -36,6 +37,12 @@ class Data(pl.LightningDataModule, ABC):
 
     metrics: Sequence[str] | None = None
     """The validation metrics, by name in TASKS; None: the task's defaults."""
+
+    known: "Data | None" = None
+    """What the base knew: its validation rows are read in each validation too (`forget/…`)."""
+
+    outputs_of: Callable[[nn.Module, Inputs], Tensor] = staticmethod(logits)
+    """(model, inputs) → the outputs that `task` takes, where the data is what a base knew."""
 
     distinct_rows_in: Literal["batch", "epoch"] = "epoch"
     """Rows are drawn without replacement in each epoch (a permutation), or in each batch only."""
@@ -104,6 +111,8 @@ class Data(pl.LightningDataModule, ABC):
         is_tested = self.has_test and self.phase == "adapt" and stage in ("fit", "test")
         if is_tested and self.test is None:
             self.test = self.draw_test()
+        if self.known is not None:
+            self.known.setup(stage)
 
     def check_batch(self, rows: int) -> None:
         """Raises ValueError where `rows` training rows are fewer than one batch."""
@@ -127,10 +136,14 @@ class Data(pl.LightningDataModule, ABC):
         batches.drawn_rows = self.train if hasattr(self.train, "epoch") else None
         return _loader(self.train, batches)
 
-    def val_dataloader(self) -> DataLoader:
-        """The validation set in its order, `eval_rows` at a time."""
+    def val_dataloader(self) -> Any:
+        """The validation set in its order, `eval_rows` at a time; with `known`, a list of both."""
         assert self.val is not None
-        return self.eval_dataloader(self.val)
+        loader = self.eval_dataloader(self.val)
+        if self.known is None:
+            return loader
+        self.known.trainer = self.trainer
+        return [loader, self.known.val_dataloader()]
 
     def test_dataloader(self) -> DataLoader:
         """The rows of the test in their order, `eval_rows` at a time."""

@@ -7,6 +7,7 @@ from lora_lab.adapters.model_call import Inputs, logits, take_rows
 from lora_lab.packing.module import PackedModule
 from lora_lab.packing.recorded_step import RELATIVE_TOLERANCE
 from lora_lab.training.modules import Batch
+from lora_lab.training.pack_losses import loss_sums_by_run
 
 MAX_SAVED_BYTES_ON_CPU = 2**28
 """Bytes that one pass may save for backward on a CPU: with more, its caches thrash."""
@@ -68,7 +69,7 @@ def saved_bytes_of_one_run(module: PackedModule, inputs: Inputs, targets: Tensor
     pack = module.stack_runs(module.members[-1:]).train()
     # Autograd calls the first function with each tensor it saves, the second when it reads it.
     with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
-        module.loss_sums_by_run(pack(inputs), targets).sum()
+        loss_sums_by_run(module.task.loss_sum, pack(inputs), targets).sum()
     return sum(size for address, size in bytes_by_address.items() if address not in weights)
 
 

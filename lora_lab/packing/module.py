@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lora_lab.packing.optimizer import PackedOptimizer, optimizer_settings
 from lora_lab.packing.recorded_step import RecordedStep
 from lora_lab.training.cuts import PackValidationModule
 from lora_lab.training.modules import LOSS_READ_INTERVAL, Batch, DivergedError
+from lora_lab.training.pack_losses import PackLosses
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class PackedModule(PackValidationModule):
         """The micro-batches of one optimizer step; the last step of an epoch may have fewer."""
         self.micro_batches: list[Batch] = []
         """Those of the coming step, so far."""
+        self.known_losses = PackLosses(data.known) if data.known else None
+        """The losses on what the base knew; None where forgetting is not measured."""
 
     def stack_runs(self, members: Sequence[Member]) -> Pack:
         """One pass of some of the runs, with their parameters stacked, in this module's mode."""
@@ -240,21 +244,29 @@ class PackedModule(PackValidationModule):
         """Logs a run's mean training loss of the epoch, of what was read of it."""
         self._log_row(member, {"train/loss": member.module.epoch_loss.item()})
 
-    def update_metrics(self, first_run: int, outputs: Tensor, targets: Tensor) -> None:
-        """Updates each run's metrics with its outputs of a batch, from the run `first_run` on."""
-        for member, output in zip(self.members[first_run:], outputs, strict=False):
-            for metric in member.module.metrics.values():
-                metric.update(output, targets)  # pyright: ignore
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums at zero."""
+        super().on_validation_epoch_start()
+        if self.known_losses is not None:
+            self.known_losses.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to each run's validation loss, or to that on what the base knew."""
+        losses = self.known_losses if dataloader_idx else self.val_losses
+        if losses is not None:
+            modules = [member.module for member in self.members]
+            measured = [m.forgetting for m in modules] if dataloader_idx else modules
+            losses.add(self.packs, batch, partial(_update_metrics, measured))
 
     def on_validation_epoch_end(self) -> None:
         """Logs each run's validation loss and metrics; a run whose loss is not finite fails."""
-        means = self.mean_losses()
-        for member, mean in zip(list(self.members), means, strict=True):
-            metrics, of_loss = member.module.metrics.items(), member.module.metrics_of_loss(mean)
-            values = {f"val/{name}": value.item() for name, value in of_loss.items()}
-            values |= {f"val/{name}": metric.compute().item() for name, metric in metrics}  # pyright: ignore
+        known = self.known_losses.means() if self.known_losses and self.known_losses.sums else None
+        means = self.val_losses.means()
+        for i, (member, mean) in enumerate(zip(list(self.members), means, strict=True)):
+            row = _metrics_row("val/", member.module, mean)
+            if known is not None:
+                row |= _metrics_row("forget/", member.module.forgetting, known[i])
             member.module.reset_metrics()
-            row = {"val/loss": mean.item(), **values}
             try:
                 member.module.check_val_loss(mean)
                 self._log_row(member, row)
@@ -268,6 +280,25 @@ class PackedModule(PackValidationModule):
     def _log_row(self, member: Member, row: dict[str, float]) -> None:
         now = self.step_and_epoch()
         member.trial.tracking.log({**row, "epoch": now["epoch"]}, int(now["step"]))
+
+
+def _update_metrics(
+    measured: Sequence[Any], first_run: int, outputs: Tensor, targets: Tensor
+) -> None:
+    """Updates each run's metrics with its outputs of a batch, from the run `first_run` on.
+
+    `measured` are all runs' modules, or their `forgetting`.
+    """
+    for one, output in zip(measured[first_run:], outputs, strict=False):
+        for metric in one.metrics.values():
+            metric.update(output, targets)
+
+
+def _metrics_row(prefix: str, measured: Any, loss: Tensor) -> dict[str, float]:
+    """The loss and the metrics of one run, by the names under which they are logged."""
+    metrics = {name: metric.compute() for name, metric in measured.metrics.items()}
+    row = {"loss": loss, **measured.metrics_of_loss(loss), **metrics}
+    return {f"{prefix}{name}": value.item() for name, value in row.items()}
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

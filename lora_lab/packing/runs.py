@@ -116,7 +116,7 @@ def _build_trials(
     attached_plans = {i: plans[i].attach(run_model) for i, run_model in models.items()}
     base_weights: Mapping[str, Tensor] | None = None  # of the first run, which all share
     trials: dict[int, Trial] = {}
-    data = plans[first].data("adapt")  # in memory once: runs of a pack have the same data.seed
+    data = plans[first].training_data()  # in memory once: runs of a pack have the same data.seed
     for i, tracking in open_runs.items():
         plan, run = attached_plans[i], tracking.run
         trials[i] = build_trial(plan, models[i], data, run, tracking, base_weights)

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import mean
 from typing import Any
@@ -36,6 +36,8 @@ class RunResult:
     """The best value of each validation metric, and its epoch (epochs.py)."""
     epochs: float
     """The epoch of its last validation."""
+    first: dict[str, float] = field(default_factory=dict)
+    """The first value of each metric: of `val/loss`, that before the first step."""
     at: At = "last"
     """The epoch that the validation metrics in `metrics` are of; all others are the last."""
 
@@ -120,8 +122,10 @@ def read_run(
         rows = run.rows()
     last = {key: value for row in rows for key, value in row.items()}
     last = {key: value for key, value in last.items() if key not in ("step", "epoch")}
+    first = {key: value for row in reversed(rows) for key, value in row.items()}
     epochs = max((row.get("epoch", 0) for row in rows if "val/loss" in row), default=0)
-    return RunResult(run, status, config, last, best_values(rows, goals), epochs, at)
+    best = best_values(rows, goals)
+    return RunResult(run, status, config, last, best, epochs, first=first, at=at)
 
 
 def stop_cause(status: dict[str, Any]) -> str:

@@ -120,15 +120,15 @@ def values_after_cut(
 ) -> tuple[dict[int, list[float]], int]:
     """k → a metric of each training with the largest r, with its ΔW cut to rank k; and that r.
 
-    The validation loss is that of the truncation curve. Other metrics, and a loss without a curve,
-    are known at the ranks of adapter.cut.
+    The validation loss, and that on what the base knew (`forget/loss`), are those of the truncation
+    curve. Other metrics, and a loss without a curve, are known at the ranks of adapter.cut.
     """
     largest = max((r for result in results if (r := result.rank) is not None), default=0)
     by_training: dict[str, dict[int, float]] = {}
     for result in results:
         if result.rank == largest:
             values = _smaller_adapters(result, CUTS, metric)
-            values |= _truncation_curve(result) if metric == "val/loss" else {}
+            values |= _truncation_curve(result, metric)
             of_training = by_training.setdefault(_training(result), {})
             of_training |= {k: v for k, v in values.items() if k not in of_training}
     return _by_rank(by_training), largest
@@ -159,15 +159,19 @@ def _smaller_adapters(result: RunResult, folder: str, metric: str) -> dict[int, 
     return {int(match[1]): value for match, value in matches if match}
 
 
-def _truncation_curve(result: RunResult) -> dict[int, float]:
-    """k → the validation loss with ΔW cut to rank k, by spectra.npz; {} where it has none."""
+CURVES = {"val/loss": "truncation/loss", "forget/loss": "truncation/forget_loss"}
+"""Metric → its truncation curve in spectra.npz."""
+
+
+def _truncation_curve(result: RunResult, metric: str) -> dict[int, float]:
+    """k → the metric with ΔW cut to rank k, by spectra.npz; {} where it has none."""
     path = result.run.path / "spectra.npz"
-    if not path.exists():
+    if metric not in CURVES or not path.exists():
         return {}
     with np.load(path) as arrays:
-        if "truncation/ranks" not in arrays:
+        if CURVES[metric] not in arrays:
             return {}
-        ranks, curve = arrays["truncation/ranks"], arrays["truncation/loss"]
+        ranks, curve = arrays["truncation/ranks"], arrays[CURVES[metric]]
         return dict(zip(ranks.tolist(), curve.tolist(), strict=True))
 
 

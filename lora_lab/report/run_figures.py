@@ -82,6 +82,10 @@ def _loss(run: Run) -> Figure:
                 style = style if len(curve) > 1 else "s"  # a line of one point is not visible
                 points = zip(*curve.items(), strict=True)  # epochs, losses
                 axes.plot(*points, style, color=f"C{i}", linewidth=width, label=label)
+        if not prefix and (curve := run.curve("forget/loss")):
+            points = zip(*curve.items(), strict=True)
+            style = {"color": "dimgray", "linewidth": 1.2, "marker": ".", "linestyle": ":"}
+            axes.plot(*points, **style, label=f"{model}, what the base knew")
         if curve := published.get(published_key):
             points = zip(*curve.items(), strict=True)
             axes.plot(*points, "o", color=f"C{i}", fillstyle="none", label=f"{model}, published")

@@ -111,7 +111,21 @@ def _loss_facts(run: Run, at: At) -> Rows:
         ]
         for key in tested
     ]
-    return [*facts, *_best_facts(run), *_cut_facts(run)]
+    return [*facts, *_forgetting_facts(run), *_best_facts(run), *_cut_facts(run)]
+
+
+def _forgetting_facts(run: Run) -> Rows:
+    """The loss on what the base knew, before and after adaptation; none where it was not measured.
+
+    The one after is that of the result's weights.
+    """
+    if not (curve := run.curve("forget/loss")):
+        return []
+    facts = [["loss on what the base knew, before adaptation", format_number(curve[min(curve)])]]
+    if (increase := run.last("forget/increase")) is not None and len(curve) > 1:
+        value = f"{format_number(run.last('forget/loss'))} ({increase:+.5g})"
+        facts.append(["loss on what the base knew, at the end", value])
+    return facts
 
 
 def _cut_facts(run: Run) -> Rows:
@@ -122,6 +136,8 @@ def _cut_facts(run: Run) -> Rows:
         for folder, fact in ((CUTS, f"cut to rank {k}"), (HEALED, healed)):
             if (loss := run.last(f"{folder}/{k}/val/loss")) is not None:
                 facts.append([f"loss of the adapter {fact}", format_number(loss)])
+            if (loss := run.last(f"{folder}/{k}/forget/loss")) is not None:
+                facts.append([f"its loss on what the base knew, {fact}", format_number(loss)])
     return facts
 
 

@@ -50,8 +50,10 @@ def cells_table(cells: Sequence[Cell]) -> Rows:
 
 
 def _shown_metrics(cells: Sequence[Cell]) -> list[str]:
-    """The metrics of the main table: those of the validation and of the test, and train/loss."""
-    return [*metrics_below("val/", cells), *metrics_below("test/", cells), "train/loss"]
+    """The metrics of the main table: of the validation, the test, forgetting, and train/loss."""
+    forgetting = metrics_below("forget/increase", cells)
+    shown = [*metrics_below("val/", cells), *metrics_below("test/", cells), *forgetting]
+    return [*shown, "train/loss"]
 
 
 def _best_cells(cells: Sequence[Cell], metric: str) -> set[str]:

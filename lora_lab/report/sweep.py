@@ -11,6 +11,7 @@ from rich.console import Console
 from lora_lab.report import page, rank_figures, summary
 from lora_lab.report.cells import Cell, RunResult, cells_of, epoch_of, metrics_below, read_run
 from lora_lab.report.epochs import OPTIMISTIC, At, goal_of
+from lora_lab.report.forgetting_figure import gain_by_forgetting
 from lora_lab.report.plotting import metric_label, save
 from lora_lab.report.rank_series import differing_seeds
 from lora_lab.report.run import figures_line
@@ -25,6 +26,9 @@ NO_FIGURES = "none yet: those against r need finished runs of two ranks"
 
 HEALED_NOTE = " The steps after a cut come on top of the training's."
 """What is said below the truncation table where adapters were trained further after a cut."""
+
+FORGETTING_NOTE = " forget/increase: how much higher the loss on what the base knew is at the end."
+"""What is said below the main table where forgetting was measured."""
 
 Figures = dict[str, tuple[str, Figure | None]]
 """File name → caption and figure; the figure is None where the runs have nothing to show in it."""
@@ -122,7 +126,8 @@ def _notes(cells: Sequence[Cell], finished: Sequence[RunResult]) -> dict[str, st
     return {
         "cells": "Mean ± standard deviation (n − 1) over the n finished runs of a cell, each val/ "
         f"metric {epoch_of('val/', results)}, all else at the end; bold: the best mean of a "
-        + " ".join(["validation.", *more]),
+        + " ".join(["validation.", *more])
+        + (FORGETTING_NOTE if metrics_below("forget/increase", cells) else ""),
         "theory": f"{GAP_NOTE}. All at the end. Run by run in theory.csv.",
         "truncation": "Validation loss at the end, with ΔW cut to rank k"
         + (f", mean ± standard deviation over {kinds}." if kinds else ".")
@@ -173,6 +178,9 @@ def _figures(all_cells: Sequence[Cell], finished: Sequence[RunResult]) -> Figure
         caption = f"Trained parameters against {where}: mean ± standard deviation of each cell,"
         caption += " and the front."
         figures[f"tradeoff{_suffix(metric)}"] = caption, metric_by_parameters(cells, metric)
+    caption = "What was gained of the validation loss against what was forgotten of what the base"
+    caption += " knew, both at the end. Large points: mean ± standard deviation of each r."
+    figures["forgetting"] = caption, gain_by_forgetting(finished)
     caption = "What theory says, and what was measured at the end."
     figures["theory"] = caption, rank_figures.theory_by_rank(finished)
     caption = f"Effective and stable rank of ΔW against r: {of_each}"

@@ -14,6 +14,7 @@ TITLE = "Rank ablation"
 
 LOSS = wr.SummaryMetric("val/loss")
 EFFECTIVE_RANK = wr.SummaryMetric("spectra_of/all/effective_rank")
+FORGETTING = wr.SummaryMetric("forget/increase")
 RANK = wr.Config("adapter.r")
 
 MAX_CELLS = 100
@@ -67,6 +68,7 @@ def _loss_panels() -> list[Any]:
         wr.LinePlot("validation loss", y=["val/loss"], groupby="Group", **LINES),
         wr.LinePlot("validation loss by r", y=["val/loss"], groupby=RANK, **LINES),
         wr.LinePlot("training loss", y=["train/loss"], groupby="Group", **LINES),
+        wr.LinePlot("loss on what the base knew", y=["forget/loss"], groupby="Group", **LINES),
     ]
 
 
@@ -79,6 +81,7 @@ def _rank_panels() -> list[Any]:
         wr.ScatterPlot("loss against r", x=RANK, y=LOSS, **log),
         wr.BarPlot("loss by r", ["val/loss"], "v", **bars),
         wr.ScatterPlot("loss against trainable parameters", x=trainable, y=LOSS, **log),
+        wr.ScatterPlot("loss against forgetting", x=FORGETTING, y=LOSS),
         _truncation_chart(),
     ]
 

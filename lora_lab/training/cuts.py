@@ -4,8 +4,11 @@ Cutting ΔW to rank k replaces it by its best rank-k approximation, the first k 
 (Eckart & Young 1936).
 """
 
+import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,13 +17,15 @@ from torch import Tensor, nn
 
 from lora_lab import adapters
 from lora_lab.adapters import Adapter, Recipe, Site
-from lora_lab.adapters.model_call import split_rows
+from lora_lab.adapters.model_call import Inputs
 from lora_lab.adapters.pack import Pack, copy_sharing_weights
 from lora_lab.analysis.spectra import SVD
+from lora_lab.analysis.truncation import CutLosses
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Optimizer
 from lora_lab.data import Data
 from lora_lab.training.modules import BaseModule, Batch
+from lora_lab.training.pack_losses import PackLosses
 
 log = logging.getLogger(__name__)
 
@@ -28,59 +33,42 @@ CUTS_PER_PASS = 64
 """The most cuts of ΔW that are computed as one pack."""
 
 
+def _no_metrics(first_run: int, outputs: Tensor, targets: Tensor) -> None:
+    """Updates no metrics."""
+
+
 class PackValidationModule(BaseModule):
     """Computes many runs' validation losses in one pass over the data. `packs` hold all runs."""
 
     def __init__(self, model: nn.Module, data: Data, optimizer: Optimizer):
         super().__init__(model, data.task, data.sizes["out_features"], optimizer)
-        self.eval_rows = data.eval_rows
-        self.packs: list[Pack] = []
-        self.loss_sums: list[Tensor] = []
-        """Of each batch, the losses summed over its targets (runs,)."""
-        self.target_count = 0
-        """The number of these targets that count."""
+        self.packs: list[Any] = []
+        self.val_losses = PackLosses(data)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums at zero."""
-        self.loss_sums, self.target_count = [], 0
+        self.val_losses.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to each run's loss.
-
-        A pack of n runs gets the batch in pieces of 1/n of the rows that one run gets, so that all
-        runs' outputs take no more memory than one run's.
-        """
-        inputs, targets = batch
-        batch_sums, first_run = [], 0
-        for pack in self.packs:
-            rows = max(1, self.eval_rows // len(pack.runs))
-            total = torch.zeros(len(pack.runs), dtype=torch.float64)
-            # outputs (runs, piece, …), loss sums (runs,)
-            for piece, ys in zip(split_rows(inputs, rows), targets.split(rows), strict=True):
-                outputs = pack(piece)
-                total += self.loss_sums_by_run(outputs, ys).double().cpu()
-                self.update_metrics(first_run, outputs, ys)
-            batch_sums.append(total)
-            first_run += len(pack.runs)
-        self.loss_sums.append(torch.cat(batch_sums))  # (runs of all packs,)
-        self.target_count += int(self.task.count(targets))
-
-    def loss_sums_by_run(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss of each run (runs,), from outputs (runs, rows, …) and shared targets.
-
-        Computed run by run: vmap of a loss takes several passes over all outputs.
-        """
-        return torch.stack([self.task.loss_sum(output, targets) for output in outputs])
-
-    def update_metrics(self, first_run: int, outputs: Tensor, targets: Tensor) -> None:
-        """Updates the metrics of the runs from `first_run` on; none here."""
-
-    def mean_losses(self) -> Tensor:
-        """Each run's mean loss over all targets that count (runs,)."""
-        return torch.stack(self.loss_sums).sum(0) / self.target_count
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to each run's loss."""
+        self.val_losses.add(self.packs, batch, _no_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs nothing: `mean_losses` is read instead."""
+        """Logs nothing: the means of `val_losses` are read instead."""
+
+
+class OneModel(nn.Module):
+    """A model in the place of a pack: its outputs are those of one run, (1, …)."""
+
+    runs = (None,)
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs, outputs_of: Callable[..., Tensor]) -> Tensor:
+        """The outputs (1, rows, …)."""
+        return outputs_of(self.model, inputs)[None]
 
 
 class CutsModule(PackValidationModule):
@@ -141,6 +129,8 @@ def cut_losses(
     one pass, as the runs of a pack. Otherwise, and if the model cannot be computed under vmap, each
     cut in turn is written into the weights.
     """
+    data = copy.copy(data)
+    data.known = None  # the loss on it is asked for by itself
     if all(map(updates.is_product, updates.sites)):
         try:
             bare = _without_adapters(module.model)
@@ -152,12 +142,27 @@ def cut_losses(
             ]
             packed = CutsModule(bare, data, module.optimizer, runs)
             trainer.validate(packed, data, verbose=False)
-            yield from packed.mean_losses().tolist()
+            yield from packed.val_losses.means().tolist()
             return
         except (RuntimeError, ValueError, TypeError) as error:
             log.info("ΔW is cut to one rank after another: %s", error)
+    one_by_one = PackValidationModule(module.model, data, module.optimizer)
+    one_by_one.packs = [OneModel(module.model)]
     with updates.cut_weights(svds) as cut:
         for ranks in cuts:
             cut(ranks)
-            (result,) = trainer.validate(module, data, verbose=False)
-            yield result[f"{module.prefix}val/loss"]
+            trainer.validate(one_by_one, data, verbose=False)
+            yield one_by_one.val_losses.means().item()
+
+
+def losses_of_cuts(
+    trainer: pl.Trainer, module: BaseModule, data: Data, updates: Updates
+) -> dict[str, CutLosses]:
+    """`cut_losses` of the validation, as `loss`, and of what the base knew, as `forget_loss`.
+
+    The latter is left out where what it knew is not known.
+    """
+    losses: dict[str, CutLosses] = {"loss": partial(cut_losses, trainer, module, data, updates)}
+    if data.known is not None:
+        losses["forget_loss"] = partial(cut_losses, trainer, module, data.known, updates)
+    return losses

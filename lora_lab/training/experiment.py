@@ -43,7 +43,7 @@ def run(plan: Plan, console: Console) -> Run:
     with open_run(plan) as tracking:
         run = tracking.run
         model, _ = obtain_model(plan, tracking, console)
-        data = plan.data("adapt")
+        data = plan.training_data()
         # From here on only dropout draws from torch's global random stream: adapters and data have
         # their generators. Each further process draws other dropout masks than the first.
         process = process_rank()

@@ -20,7 +20,8 @@ from lora_lab.config.schema import Lora
 from lora_lab.runs import process_rank
 from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights
-from lora_lab.training.cuts import cut_losses
+from lora_lab.training.cuts import losses_of_cuts
+from lora_lab.training.forgetting import log_increase
 from lora_lab.training.heal import cut_and_heal
 from lora_lab.training.plan import Plan
 from lora_lab.training.result_files import save_weights
@@ -52,6 +53,7 @@ def finish_run(trial: Trial, console: Console) -> None:
     else:
         base_size = adapters.count(module.model).frozen
         tracking.log({"parameters/trainable": 0, "parameters/base": base_size}, 0)
+    log_increase(tracking)
     trainer = partial(plan.single_device_trainer, callbacks=[], **change)
     if trial.data.has_test:
         trainer(tracking).test(module, trial.data, verbose=False)
@@ -90,7 +92,7 @@ def _analyze(trainer: pl.Trainer, trial: Trial, console: Console) -> None:
     if not plan.sites:
         return  # nothing but parameters of also_train, which have no ΔW to analyze
     module.prefix = ""
-    losses = partial(cut_losses, trainer, module, trial.data, updates)
+    losses = losses_of_cuts(trainer, module, trial.data, updates)
     learned = findings.analyze(updates, losses, plan.cfg.spectra, plan.cfg.bases_dir, console)
     run.replace_files(findings.files({**arrays, **learned.arrays}, learned.advice))
     assert module.final_step is not None

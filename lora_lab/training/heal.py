@@ -133,6 +133,7 @@ def _heal(
     arguments = data.task, outputs, cfg.optimizer, prefix, data.metrics, cfg.label_smoothing
     settings: dict[str, Any] = {"lr_ratio": trained.lr_ratio, "start": trained.final_step}
     module = HealingModule(trained.model, *arguments, **settings)
+    module.forgetting = trained.forgetting
     pl.seed_everything(generator(cfg.seed, HEALED, k).initial_seed() % 2**32, verbose=False)
     bar = ProgressBar(f"rank {k}", console)
     length = {"max_steps": steps, "limit_val_batches": 0}

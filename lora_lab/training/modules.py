@@ -17,6 +17,7 @@ from lora_lab.adapters import attached, parameter_groups
 from lora_lab.adapters.adalora import add_penalty_gradients
 from lora_lab.adapters.model_call import Inputs, logits, row_count
 from lora_lab.config.components import Optimizer, warmup_steps
+from lora_lab.training.forgetting import Forgetting
 from lora_lab.training.gradient_mean import GradientMean
 from lora_lab.training.schedule import lr_factor
 from lora_lab.training.tasks import TASKS, metric_names, metrics_of
@@ -73,6 +74,8 @@ class BaseModule(pl.LightningModule):
         """Summed losses of this validation's batches, on the device."""
         self._val_counts: list[Tensor] = []
         """How many targets count in each of them."""
+        self.forgetting: Forgetting | None = None
+        """Measures at each validation what is forgotten of `Data.known`; None without that."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning sets `_current_fx_name` to the running hook's name some 40 times a step.
@@ -208,10 +211,16 @@ class BaseModule(pl.LightningModule):
         with torch.inference_mode(False):
             for metric in self.metrics.values():
                 metric.reset()  # pyright: ignore
+            if self.forgetting is not None:
+                self.forgetting.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the validation loss and metrics."""
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the validation loss and metrics; one of `Data.known` to `forgetting`."""
         inputs, targets = batch
+        if dataloader_idx:
+            if self.forgetting is not None:
+                self.forgetting.add(self.model, inputs, targets)
+            return
         output = self(inputs)
         self._val_losses.append(self.task.loss_sum(output, targets))
         self._val_counts.append(self.task.count(targets))
@@ -220,8 +229,12 @@ class BaseModule(pl.LightningModule):
                 metric.update(output, targets)  # pyright: ignore
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the loss and metrics as means over all targets, with step and epoch."""
+        """Logs the losses and metrics as means over all targets, with step and epoch."""
         self._log_evaluation("val")
+        if self.forgetting is not None:
+            row = self.forgetting.row(self._sum).items()
+            self.log_dict({f"{self.prefix}forget/{name}": value for name, value in row})
+        self.log_dict(self.step_and_epoch())
 
     # A test is computed as a validation is.
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
@@ -229,13 +242,13 @@ class BaseModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Logs the same of the test, as `test/…`."""
         self._log_evaluation("test")
+        self.log_dict(self.step_and_epoch())
 
     def _log_evaluation(self, split: str) -> None:
         loss = self._sum(self._val_losses).sum() / self._sum(self._val_counts).sum()
         self.check_val_loss(loss, split)
         row = {"loss": loss, **self.metrics_of_loss(loss), **dict(self.metrics.items())}
         self.log_dict({f"{self.prefix}{split}/{name}": value for name, value in row.items()})
-        self.log_dict(self.step_and_epoch())
 
     def check_val_loss(self, loss: Tensor, split: str = "val") -> None:
         """Raises DivergedError if the loss of a validation, or of the test, is infinite or NaN."""

@@ -34,6 +34,7 @@ from lora_lab.runs import Run
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, fit_checks, part_checks, pretrained_base
 from lora_lab.training.calibration import calibration_of, with_values
+from lora_lab.training.known_data import known_data
 from lora_lab.training.loop import TrainingLoop, Unprofiled, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
@@ -77,6 +78,12 @@ class Plan:
     def data(self, phase: Phase) -> Data:
         """The data module of one phase (`base` or `adapt`). It draws its data in `setup`."""
         return self.cfg.data.callee(phase=phase, **self.cfg.data.arguments)
+
+    def training_data(self) -> Data:
+        """The data module that the run trains on; it validates on what the base knew, too."""
+        data = self.data("adapt")
+        data.known = known_data(self.cfg, self.data("base"))
+        return data
 
     def model(self) -> nn.Module:
         """A new model. Sizes that the config leaves open, as `out_features`, are the data's."""

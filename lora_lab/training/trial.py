@@ -18,6 +18,7 @@ from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.callbacks.spectra import SpectraCallback
 from lora_lab.training.callbacks.step_log import StepLog
+from lora_lab.training.forgetting import Forgetting
 from lora_lab.training.modules import BaseModule, LoRAModule
 from lora_lab.training.plan import Plan
 
@@ -67,6 +68,8 @@ def build_trial(
         module = LoRAModule(*arguments, **settings)
     else:
         module = BaseModule(*arguments)
+    if data.known is not None:
+        module.forgetting = Forgetting(data.known)
     # Cast before the base is looked at: its file may have other dtypes than training.
     precision.cast(module, cfg.trainer)
     if cfg.freezes_base:

@@ -86,7 +86,7 @@ def test_how_an_epoch_is_told(metric: str, at: Any, selects: list[str], text: st
 )
 def test_a_last_value_is_not_called_the_best(best: dict[str, BestValue], select: str, text: str):
     run, status = Run(Path("run")), {"state": "finished"}
-    result = RunResult(run, status, {"select": select}, {"val/loss": 1.0}, best, 2, "best")
+    result = RunResult(run, status, {"select": select}, {"val/loss": 1.0}, best, 2, at="best")
     assert epoch_of("val/loss", [result]) == epoch_of("val/", [result]) == text
 
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from lora_lab.report import rank_figures
 from lora_lab.report.cells import RunResult, cells_of, read_run
+from lora_lab.report.forgetting_figure import gain_by_forgetting
 from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import log_scale, series_style
 from lora_lab.report.summary import truncation_table
@@ -31,6 +32,7 @@ from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, only_run, small
 from tests.copied_runs import copy_run
 
+LOSSES = ("val/loss", "forget/loss")
 RANKS, ALPHAS, SEEDS = (1, 2, 3), (4.0, 8.0), (0, 1)
 
 
@@ -170,6 +172,37 @@ def test_a_reference_is_the_best_of_what_was_swept(lab: Lab, real_run: Run):
     assert levels == [[(0.0, level), (1.0, level)]]
     labels = [text.get_text() for text in figure.legends[0].texts]
     assert f"full fine-tuning, lr={best.settings['optimizer.lr']:g}" in labels
+
+
+def test_gain_stands_against_forgetting(lab: Lab, real_run: Run):
+    results = sweep(real_run, adapter__r=RANKS, seed=SEEDS)
+    assert lab("digits", "adapter=full,none", "-m", "spectra.truncation=none") == 0
+    others = {r.config["adapter"]["method"]: read_run(r) for r in find_runs(Path("runs"))}
+    figure = gain_by_forgetting([*results, *others.values()])
+    assert figure is not None
+    (axes,) = figure.axes
+
+    def point(result: RunResult) -> tuple[float, float]:
+        values = [[row[m] for row in result.run.rows() if m in row] for m in LOSSES]
+        (start, *_, end), (known, *_, at_end) = values if len(values[0]) > 1 else ([0, 0], [0, 0])
+        return at_end - known, start - end
+
+    by_rank = {r: [point(x) for x in results if x.rank == r] for r in RANKS}
+    means = [tuple(map(mean, zip(*points, strict=True))) for points in by_rank.values()]
+    drawn = [line for line in lines(axes) if len(line) > 1 and line[0][0] != line[1][0]]
+    with np.load(real_run.path / "spectra.npz") as arrays:
+        curves = [arrays[f"truncation/{name}"] for name in ("loss", "forget_loss")]
+    before = [mean(x.first[m] for x in results if x.rank == 3) for m in LOSSES]
+    cut = [(known - before[1], before[0] - loss) for loss, known in zip(*curves, strict=True)]
+    assert drawn[0] == [pytest.approx(at_k) for at_k in cut]
+    points = sorted(p for at_r in by_rank.values() for p in at_r)
+    assert sorted(drawn[1]) == [pytest.approx(p) for p in points]
+    assert drawn[2] == [pytest.approx(at_r) for at_r in means]
+    assert [text.get_text() for text in axes.texts] == ["r=1", "r=2", "r=3"]
+    markers = {line[0] for line in lines(axes) if len(line) == 1}
+    assert {point(others[method]) for method in ("full", "none")} <= markers
+    without = [replace(r, last={"val/loss": 1.0}) for r in results]  # of earlier versions
+    assert gain_by_forgetting(without) is None
 
 
 def test_ranks_of_the_update_against_r(real_run: Run):

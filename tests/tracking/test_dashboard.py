@@ -19,8 +19,8 @@ from tests.tracking.test_tracking import use_server
 from tests.wandb_server import ServedRun, WandbServer
 
 PANELS = {
-    "Run History Line Plot": 5,
-    "Scatter Plot": 3,
+    "Run History Line Plot": 6,
+    "Scatter Plot": 4,
     "Bar Chart": 1,
     "Vega2": 1,
     "Parallel Coordinates Plot": 1,

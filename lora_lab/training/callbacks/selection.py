@@ -84,7 +84,8 @@ class Selection(Callback):
         assert isinstance(pl_module, BaseModule)
         if self.reported and trainer.state.fn == TrainerFn.FITTING:
             values = trainer.callback_metrics.items()
-            metrics = {name: value.item() for name, value in values if name.startswith("val/")}
+            kept = ("val/", "forget/")
+            metrics = {name: value.item() for name, value in values if name.startswith(kept)}
             self.observe(pl_module, metrics, **pl_module.step_and_epoch())
             # All processes have the same metrics, and so end at the same step.
             trainer.should_stop |= self.ends_training

@@ -1,0 +1,64 @@
+"""The losses of the runs of packs, batch by batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.model_call import split_rows
+from lora_lab.data import Data
+from lora_lab.training.modules import Batch
+from lora_lab.training.tasks import TASKS, Loss
+
+UpdateMetrics = Callable[[int, Tensor, Tensor], None]
+"""Takes the index of a pack's first run, its runs' outputs for some rows, and their targets."""
+
+
+class PackLosses:
+    """The losses of many runs on the validation rows of `data`, summed batch by batch."""
+
+    def __init__(self, data: Data):
+        self.task, self.eval_rows = TASKS[data.task], data.eval_rows
+        self.outputs_of = data.outputs_of
+        self.sums: list[Tensor] = []
+        """Of each batch, the losses summed over its targets (runs,)."""
+        self.target_count = 0
+        """The number of these targets that count."""
+
+    def reset(self) -> None:
+        """Starts the sums at zero."""
+        self.sums, self.target_count = [], 0
+
+    def add(self, packs: Sequence[Any], batch: Batch, update_metrics: UpdateMetrics) -> None:
+        """Adds a batch to each run's loss. `packs` hold all runs.
+
+        A pack of n runs gets the batch in pieces of 1/n of the rows that one run gets, so that all
+        runs' outputs take no more memory than one run's.
+        """
+        inputs, targets = batch
+        batch_sums, first_run = [], 0
+        for pack in packs:
+            rows = max(1, self.eval_rows // len(pack.runs))
+            total = torch.zeros(len(pack.runs), dtype=torch.float64)
+            # outputs (runs, piece, …), loss sums (runs,)
+            for piece, ys in zip(split_rows(inputs, rows), targets.split(rows), strict=True):
+                outputs = pack(piece, outputs_of=self.outputs_of)
+                total += loss_sums_by_run(self.task.loss_sum, outputs, ys).double().cpu()
+                update_metrics(first_run, outputs, ys)
+            batch_sums.append(total)
+            first_run += len(pack.runs)
+        self.sums.append(torch.cat(batch_sums))  # (runs of all packs,)
+        self.target_count += int(self.task.count(targets))
+
+    def means(self) -> Tensor:
+        """Each run's mean loss over all targets that count (runs,)."""
+        return torch.stack(self.sums).sum(0) / self.target_count
+
+
+def loss_sums_by_run(loss_sum: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss of each run (runs,), from outputs (runs, rows, …) and shared targets.
+
+    Computed run by run: vmap of a loss takes several passes over all outputs.
+    """
+    return torch.stack([loss_sum(output, targets) for output in outputs])
