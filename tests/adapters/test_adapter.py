@@ -159,7 +159,8 @@ def test_gradcheck(case: Case):
         return functional_call(model, dict(zip(named, values, strict=True)), x)
 
     values = [p.detach().clone().requires_grad_() for p in named.values()]
-    assert torch.autograd.gradcheck(forward, values)
+    # Fast mode: differences along random directions, not one for each entry of each tensor.
+    assert torch.autograd.gradcheck(forward, values, fast_mode=True)
 
 
 @cases_where(lambda case: case.inputs()[0].is_floating_point())
