@@ -19,7 +19,13 @@ from zipfile import BadZipFile, ZipFile
 
 import yaml
 
-TEXTS = ("config.yaml", "metrics.jsonl", "advice.yaml")
+COST = "cost.json"
+"""The file with what a run's training cost: its metrics `cost/…`, and how they were measured.
+
+They are apart from metrics.jsonl because they differ each time that a run is trained.
+"""
+
+TEXTS = ("config.yaml", "metrics.jsonl", "advice.yaml", COST)
 """Files whose content is always compared, whatever their size."""
 
 FILES = (*TEXTS, "spectra.npz")
@@ -236,6 +242,24 @@ def read_rows(file: Path, is_complete: bool = False) -> list[dict[str, Any]]:
     if is_complete and not rows:
         raise DamagedRunError(f"{file} is cut: it has no rows")
     return rows
+
+
+def read_cost(folder: Path) -> dict[str, Any]:
+    """The content of a run's cost.json; {} where it has none, as a run of an earlier version.
+
+    Raises DamagedRunError where it cannot be read.
+    """
+    try:
+        return {**json.loads((folder / COST).read_text())}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        raise DamagedRunError(f"{folder / COST} cannot be read: no costs of a run") from None
+
+
+def cost_metrics(folder: Path) -> dict[str, float]:
+    """The metrics `cost/…` of a run. Raises DamagedRunError as `read_cost`."""
+    return {k: v for k, v in read_cost(folder).items() if k.startswith("cost/")}
 
 
 def planned_runs(folder: Path) -> dict[str, list[str]]:

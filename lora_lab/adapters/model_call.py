@@ -25,6 +25,15 @@ def row_count(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
 
 
+def token_count(inputs: Inputs) -> int:
+    """The number of tokens of a batch, padding included; 0 where its inputs are no token indices.
+
+    Token indices are whole numbers (rows, tokens): the inputs, or the first of several.
+    """
+    first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+    return first.numel() if first.dim() == 2 and not first.is_floating_point() else 0
+
+
 def split_rows(inputs: Inputs, rows: int) -> Iterator[Inputs]:
     """Consecutive pieces of at most `rows` rows."""
     for start in range(0, row_count(inputs), rows):

@@ -156,5 +156,5 @@ class PackedCheckpoint(Checkpoint):
 def _callbacks(member: Member) -> list[pl.Callback]:
     """A run's callbacks that remember something, in the order that they have in a run by itself."""
     trial = member.trial
-    callbacks = (trial.spectra_callback, trial.selection, trial.step_log)
+    callbacks = (trial.spectra_callback, trial.selection, trial.step_log, trial.cost)
     return [callback for callback in callbacks if callback]

@@ -13,6 +13,7 @@ from lora_lab.adapters.pack import copy_sharing_weights
 from lora_lab.data import Data
 from lora_lab.packing.callbacks import EachRun, PackedCheckpoint
 from lora_lab.packing.check import UnpackableError, runs_per_pass
+from lora_lab.packing.cost import PackCost
 from lora_lab.packing.member import Member
 from lora_lab.packing.module import PackedModule
 from lora_lab.seeding import generator
@@ -181,7 +182,8 @@ def _train_together(module: PackedModule, members: Sequence[Member], console: Co
     module.batches_per_step = arguments.get("accumulate_grad_batches", 1)
     log.info("packed: %d runs, %d at once", len(members), module.runs_per_pass)
     checkpoint = PackedCheckpoint(members)
-    callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(), checkpoint]
+    cost = PackCost(members, checkpoint)
+    callbacks = [ProgressBar(f"{len(members)} runs", console), EachRun(), cost, checkpoint]
     trainer = first.plan.trainer(None, callbacks, gradient_clip_val=None, accumulate_grad_batches=1)
     try:
         if not checkpoint.contents:  # what is logged before the first step of a fresh training

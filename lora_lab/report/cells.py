@@ -17,7 +17,7 @@ from lora_lab.report.cell_statistics import Statistics, statistics_of
 from lora_lab.report.epochs import At, BestValue, best_values, epoch_text, goal_of
 from lora_lab.report.setting_values import full_text, short_text, sort_key
 from lora_lab.report.theory import TheoryCheck, check_against_theory
-from lora_lab.run_files import DamagedRunError, fault
+from lora_lab.run_files import DamagedRunError, cost_metrics, fault
 from lora_lab.runs import DEVICE_KEYS, NOT_IN_IDENTITY, Run
 
 
@@ -31,7 +31,7 @@ class RunResult:
     config: dict[str, Any]
     """The resolved config; {} where it cannot be read or was changed."""
     last: dict[str, float]
-    """The last value of each metric in metrics.jsonl, without step and epoch."""
+    """The last value of each metric in metrics.jsonl, without step and epoch, and of cost.json."""
     best: dict[str, BestValue]
     """The best value of each validation metric, and its epoch (epochs.py)."""
     epochs: float
@@ -113,15 +113,16 @@ def read_run(
     finished run whatever their size (`Run.check`). The state is `damaged` where they differ.
     `goals` are as in `best_values`.
     """
-    status, config, rows = run.status, {}, []
+    status, config, rows, cost = run.status, {}, [], {}
     if status["state"] == "finished" and (problem := fault(run.path, status, in_full)):
         status |= {"state": "damaged", "error": problem}
     with suppress(OSError, DamagedRunError):
         if not status.get("error", "").startswith("config.yaml"):
             config = run.config if isinstance(run.config.get("adapter"), dict) else {}
         rows = run.rows()
+        cost = cost_metrics(run.path)
     last = {key: value for row in rows for key, value in row.items()}
-    last = {key: value for key, value in last.items() if key not in ("step", "epoch")}
+    last = {key: value for key, value in last.items() if key not in ("step", "epoch")} | cost
     first = {key: value for row in reversed(rows) for key, value in row.items()}
     epochs = max((row.get("epoch", 0) for row in rows if "val/loss" in row), default=0)
     best = best_values(rows, goals)

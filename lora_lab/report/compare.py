@@ -9,16 +9,25 @@ from lora_lab.runs import Run
 
 
 def difference_tables(first: Run, second: Run) -> dict[str, Rows]:
-    """Title → table of what differs: config, results and environment.
+    """Title → table of what differs: config, results, cost and environment.
 
     A table without rows has its column titles alone. The relative difference of a result is over
     the first run's value.
     """
     one, other = read_run(first), read_run(second)
+    # What training cost is never twice the same, and says nothing of the results.
+    results, costs = (
+        [
+            {key: value for key, value in run.metrics.items() if key.startswith("cost/") is wanted}
+            for run in (one, other)
+        ]
+        for wanted in (False, True)
+    )
     environments = [flatten_config(run.environment) for run in (first, second)]
     return {
         "config": _differing_rows("key", flatten_config(one.config), flatten_config(other.config)),
-        "results": _differing_results(one.metrics, other.metrics),
+        "results": _differing_results(*results),
+        "cost": _differing_results(*costs),
         "environment": _differing_rows("what", *environments),
     }
 

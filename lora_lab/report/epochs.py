@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 At = Literal["last", "best"]
 """The epoch that a metric's value is of, as `--at` of the commands names it."""
 
-LOWER_IS_BETTER = ("loss", "perplexity", "error")
+LOWER_IS_BETTER = ("loss", "perplexity", "error", "_per_step", "memory_bytes")
 """Endings of the names of metrics that are to be minimized."""
 HIGHER_IS_BETTER = ("accuracy", "f1", "auroc", "r2", "matthews", "pearson", "spearman")
+HIGHER_IS_BETTER += ("_per_second",)
 """Endings of the names of metrics that are to be maximized."""
 
 OPTIMISTIC = "The best of several validations is optimistic: a test split tells what to expect."

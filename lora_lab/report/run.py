@@ -12,7 +12,7 @@ from lora_lab.report.matrices import singular_values_by_matrix
 from lora_lab.report.printed_tables import simple_table
 from lora_lab.report.run_figures import write_figures
 from lora_lab.report.run_tables import run_tables
-from lora_lab.report.tables import csv_of, markdown, markdown_text
+from lora_lab.report.tables import Rows, csv_of, markdown, markdown_text
 from lora_lab.report.theory import GAP_NOTE
 from lora_lab.runs import Run, write_atomic
 
@@ -33,13 +33,18 @@ def write_run(run: Run, to: Path | None = None, draw: bool = True, at: At = "las
     theory = [markdown(tables["theory"], "r"), GAP_NOTE] if "theory" in tables else []
     heading = markdown_text(f"# {run.config['name']}: {run.path.name}")
     parts = [heading, markdown(tables["curves"], "r"), *theory]
-    parts.append(markdown([["", ""], *tables["facts"][1:]], "l"))
+    parts.append(markdown([["", ""], *_facts_and_cost(tables)], "l"))
     parts += [f"![{name}]({name}.png)" for name in figures]
     write_atomic(directory / "table.md", "\n\n".join(parts) + "\n")
     for title, rows in tables.items():
         write_atomic(directory / f"{title}.csv", csv_of(rows))
     page.write_run_page(run, tables, figures, directory)
     return directory
+
+
+def _facts_and_cost(tables: dict[str, Rows]) -> Rows:
+    """The rows of both tables, without their titles."""
+    return [*tables["facts"][1:], *tables.get("cost", [])[1:]]
 
 
 def show_run(run: Run, console: Console, directory: Path | None = None, at: At = "last") -> None:
@@ -51,7 +56,7 @@ def show_run(run: Run, console: Console, directory: Path | None = None, at: At =
     for rows in [tables[title] for title in ("curves", "theory") if title in tables]:
         columns = [Column(title, justify="right") for title in rows[0]]
         console.print(simple_table(columns, rows[1:]))
-    console.print(simple_table([], tables["facts"][1:], show_header=False))
+    console.print(simple_table([], _facts_and_cost(tables), show_header=False))
     if "theory" in tables:
         console.print(f"{GAP_NOTE}\n", highlight=False)
     seconds, wandb = run.status.get("seconds"), run.status.get("wandb")

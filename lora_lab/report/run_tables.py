@@ -3,9 +3,9 @@
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import yaml
 
+from lora_lab.report.cost import run_cost_table
 from lora_lab.report.epochs import OPTIMISTIC, At, best_values, epoch_text
 from lora_lab.report.matrices import (
     experts_of_run,
@@ -15,7 +15,7 @@ from lora_lab.report.matrices import (
 )
 from lora_lab.report.plotting import MAX_PANELS
 from lora_lab.report.run_figures import largest_updates
-from lora_lab.report.tables import Rows, format_number
+from lora_lab.report.tables import Rows, format_number, format_unit
 from lora_lab.report.theory import CHECK_COLUMNS, check_against_theory, check_row
 from lora_lab.run_files import CUTS, HEALED
 from lora_lab.runs import Run
@@ -27,10 +27,13 @@ TARGET_KEYS = ("r", "alpha", "dropout", "init")
 def run_tables(run: Run, at: At = "last") -> dict[str, Rows]:
     """Makes a run's tables, by title, from the files in its directory alone.
 
-    `facts` has (fact, value) rows, `curves` the validation metrics by epoch. `theory` is left out
-    where the run has none. `at` is the epoch of the loss among the facts.
+    `facts` has (fact, value) rows, `cost` (cost, value) rows, `curves` the validation metrics by
+    epoch. `theory` and `cost` are left out where the run has none. `at` is the epoch of the loss
+    among the facts.
     """
     tables = {"facts": _facts(run, at), "curves": _curves(run)}
+    if len(cost := run_cost_table(run)) > 1:
+        tables["cost"] = cost
     if checks := check_against_theory(run):
         rows = [[check.metric, *check_row([check])] for check in checks]
         tables["theory"] = [CHECK_COLUMNS, *rows]
@@ -165,19 +168,13 @@ def _size_facts(run: Run) -> Rows:
         facts.append(["trainable parameters", share])
     if (size := run.last("bytes/adapter")) is not None:
         in_full = run.last("bytes/also_trained")
-        beside = f", and {_bytes(in_full)} of weights trained in full" if in_full else ""
-        facts.append(["adapter on disk", _bytes(size) + beside])
+        beside = f", and {format_unit(in_full, 'B')} of weights trained in full" if in_full else ""
+        facts.append(["adapter on disk", format_unit(size, "B") + beside])
     if (size := run.last("bytes/optimizer")) is not None:
         full = run.last("bytes/full_optimizer")
-        beside = f", {_bytes(full)} for full fine-tuning" if full else ""
-        facts.append(["optimizer state", f"{_bytes(size)}{beside}"])
+        beside = f", {format_unit(full, 'B')} for full fine-tuning" if full else ""
+        facts.append(["optimizer state", f"{format_unit(size, 'B')}{beside}"])
     return facts
-
-
-def _bytes(size: float) -> str:
-    """A number of bytes with its decimal unit: 1234 → 1.23 kB."""
-    unit = min(3, int(np.log10(max(size, 1)) // 3))
-    return f"{size / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB')[unit]}"
 
 
 def _update_facts(run: Run) -> Rows:

@@ -6,6 +6,7 @@ A table is a list of rows of text, and its first row holds the column titles. A 
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable
 
@@ -38,6 +39,15 @@ def format_number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.5g}"
+
+
+def format_unit(value: float, unit: str) -> str:
+    """A number in three significant digits with its decimal unit: 1234, "B" → 1.23 kB."""
+    rounded = float(f"{value:.3g}")
+    thousands = math.floor(math.log10(rounded) / 3) if rounded > 0 else 0
+    prefixes = dict(enumerate(("µ", "m", "", "k", "M", "G", "T", "P", "E"), start=-2))
+    thousands = min(max(thousands, min(prefixes)), max(prefixes))
+    return f"{rounded / 1000**thousands:.3g} {prefixes[thousands]}{unit}"
 
 
 def format_seconds(seconds: float | None) -> str:

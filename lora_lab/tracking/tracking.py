@@ -4,6 +4,7 @@ What W&B is sent:
 - config, name, group, job type and tags: `wandb_run.start`
 - each row of metrics.jsonl: `Tracking.log`; with a row of spectra, histograms of the singular
   values: `Tracking.log_spectra`
+- what training cost, from cost.json: `Tracking.log_cost`
 - line charts of singular values and of the truncation curve: `Tracking.log_line_series`
 - heat maps of φ and a table of singular values: `Tracking.log_findings`
 - the adapter and the trained model: `Tracking.log_artifact`
@@ -24,6 +25,7 @@ from lightning.pytorch.loggers import Logger
 
 from lora_lab.analysis.spectra import Spectrum
 from lora_lab.config.schema import Config
+from lora_lab.run_files import cost_metrics
 from lora_lab.runs import Run, process_rank
 from lora_lab.tracking import charts, wandb_run
 from lora_lab.tracking.metrics_file import JsonlLogger
@@ -103,6 +105,11 @@ class Tracking:
                 for key, (counts, edges) in histograms.items():
                     row[key] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
         self.wandb.log_metrics(row, step)
+
+    def log_cost(self, step: int) -> None:
+        """Logs what the run's cost.json has, to W&B alone: metrics.jsonl has no times."""
+        if self.wandb is not None:
+            self.wandb.log_metrics(cost_metrics(self.run.path), step)
 
     def replay(
         self, rows: list[dict[str, Any]], histograms_by_row: Mapping[str, Any] | None = None
@@ -205,6 +212,8 @@ def copy_to_wandb(cfg: Config, run: Run) -> None:
         return
     for row in run.rows():
         copy.log_metrics(_metrics(row), row["step"])
+    if cost := cost_metrics(run.path):
+        copy.log_metrics(cost, run.rows()[-1]["step"])
     for kind in ("adapter", "model"):
         if (run.path / kind).is_dir():
             copy.log_artifact(run.path / kind, kind)

@@ -139,7 +139,7 @@ def adapt_model(trial: Trial, console: Console) -> None:
         callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))
     if trial.step_log:
         callbacks.append(trial.step_log)
-    trainer = plan.trainer(tracking, [*callbacks, trial.checkpoint])
+    trainer = plan.trainer(tracking, [*callbacks, trial.cost, trial.checkpoint])
     if (checkpoint := trial.checkpoint.resume_path()) is None:
         if cfg.trains:
             log_theory(data, module.model, tracking)

@@ -1,5 +1,6 @@
 """What follows a run's last step: the result's weights, test, merge check, analysis and cuts."""
 
+import json
 import logging
 from functools import partial
 
@@ -17,7 +18,8 @@ from lora_lab.adapters.slots import layer_of, merged_adapters
 from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Lora
-from lora_lab.runs import process_rank
+from lora_lab.run_files import COST
+from lora_lab.runs import process_rank, write_atomic
 from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.cuts import losses_of_cuts
@@ -49,6 +51,7 @@ def finish_run(trial: Trial, console: Console) -> None:
     if process_rank():
         return
     if plan.cfg.trains:
+        _save_cost(trial)
         _select(trial)
     else:
         base_size = adapters.count(module.model).frozen
@@ -124,6 +127,14 @@ def _redistributed_ranks(plan: Plan) -> dict[str, float]:
         return {}
     ranks = {site.name: site.recipe.r for site in plan.sites if site.recipe is not None}
     return {f"spectra/{site}/allocated_rank": rank for site, rank in ranks.items()}
+
+
+def _save_cost(trial: Trial) -> None:
+    """Writes what the training cost to cost.json, and logs it to W&B."""
+    assert trial.module.final_step is not None
+    if cost := trial.cost.measured:
+        write_atomic(trial.run.path / COST, json.dumps(cost, indent=2) + "\n")
+        trial.tracking.log_cost(int(trial.module.final_step["step"]))
 
 
 def _select(trial: Trial) -> None:

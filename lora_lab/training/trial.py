@@ -15,6 +15,7 @@ from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.callbacks.allocation import RankAllocation
 from lora_lab.training.callbacks.checkpoint import Checkpoint
+from lora_lab.training.callbacks.cost import Cost
 from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.callbacks.spectra import SpectraCallback
 from lora_lab.training.callbacks.step_log import StepLog
@@ -43,6 +44,7 @@ class Trial:
     checkpoint: Checkpoint
     allocation: RankAllocation | None
     """AdaLoRA's; None of other adapters."""
+    cost: Cost
 
 
 def build_trial(
@@ -85,5 +87,7 @@ def build_trial(
     allocation = None
     if lora and schedule:
         allocation = RankAllocation(adapters.attached(model), lora.budget, schedule, tracking)
-    callbacks = spectra_callback, selection, step_log, checkpoint, allocation
+    cost = Cost()
+    cost.pause_for(spectra_callback, checkpoint)
+    callbacks = spectra_callback, selection, step_log, checkpoint, allocation, cost
     return Trial(plan, data, run, tracking, module, base, *callbacks)

@@ -20,7 +20,7 @@ WRITTEN = (
     *(f"{folder}/[0-9]*/{file}" for folder in (CUTS, HEALED) for file in WEIGHTS[:2]),
     *(f"{CHECKPOINTS}/last{suffix}" for suffix in (".ckpt", ".part")),
     *(f"report/{name}" for name in ("table.md", "index.html", ".*.[0-9]*.part")),
-    *(f"report/{table}.csv" for table in ("facts", "curves", "theory")),
+    *(f"report/{table}.csv" for table in ("facts", "cost", "curves", "theory")),
     *(f"report/{figure}{suffix}" for figure in CAPTIONS for suffix in (".png", ".pdf")),
     *(f"{_BASE}{suffix}" for suffix in (".safetensors", ".json", ".lock")),
     *(f"{_BASE}.checkpoints/last{suffix}" for suffix in (".ckpt", ".part")),

@@ -109,7 +109,10 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
     measured: dict[tuple[str, str], list[float]] = {}
     cell_of: dict[tuple[str, str], str] = {}  # (r, lr) as the main table has them
     for run in find_runs(Path("runs")):
-        for metric, value in final_metrics(run).items() if run.finished else ():
+        cost = run.path / "cost.json"
+        costs = json.loads(cost.read_text()) if run.finished else {}
+        costs = {key: value for key, value in costs.items() if key.startswith("cost/")}
+        for metric, value in (final_metrics(run) | costs).items() if run.finished else ():
             measured.setdefault((run.status["cell"], metric), []).append(value)
         point = (str(run.config["adapter"].get("r", "")), str(run.config["optimizer"]["lr"]))
         cell_of[point] = run.status["cell"]

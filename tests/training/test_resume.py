@@ -42,7 +42,7 @@ def contents(run: Run) -> dict[str, bytes]:
     """A run's files, by name, without those that hold a time or a path."""
     wanted = [run.path / "metrics.jsonl", run.path / "spectra.npz"]
     for files in ("advice.yaml", "adapter/*", "model/*", "report/*.csv", "cut/*/*", "healed/*/*"):
-        wanted += sorted(run.path.glob(files))
+        wanted += sorted(set(run.path.glob(files)) - {run.path / "report/cost.csv"})
     content = {}
     for path in wanted:
         if path.suffix == ".npz":  # a zip, which dates its entries

@@ -73,6 +73,8 @@ class Checkpoint(Callback):
         """Step and time at which process 0 was asked last whether a checkpoint is due."""
         self.next_question = 0
         """The step from which on it is asked again."""
+        self.before_saving: Callable[[], None] = lambda: None
+        """Called before a checkpoint is written, which is no part of a step."""
         self.streams: dict[str, Any] | None = None
         """Random streams to set when a resumed training begins."""
 
@@ -229,6 +231,7 @@ class Checkpoint(Callback):
     def _save_if_due(self, trainer: Trainer) -> None:
         if not self._is_due(trainer) or (place := _place(trainer)) <= self.saved_place:
             return
+        self.before_saving()
         started = time.monotonic()
         self._save(trainer)
         self.saved_place, now = place, time.monotonic()

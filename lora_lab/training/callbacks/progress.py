@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import progress
 from rich.console import Console
 
-from lora_lab.adapters.model_call import row_count
+from lora_lab.adapters.model_call import row_count, token_count
 from lora_lab.training.modules import LOSS_READ_INTERVAL, BaseModule, Batch
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,9 @@ class ProgressBar(Callback):
         batch_idx: int,
     ) -> None:
         """Moves the bar each time the training loss was read from the device."""
-        inputs = next(iter(batch[0].values())) if isinstance(batch[0], dict) else batch[0]
-        is_tokens = inputs.dim() == 2 and not inputs.is_floating_point()
-        self.unit = "tokens" if is_tokens else "rows"
-        self.units += inputs.numel() if is_tokens else row_count(batch[0])
+        tokens = token_count(batch[0])
+        self.unit = "tokens" if tokens else "rows"
+        self.units += tokens or row_count(batch[0])
         if (batch_idx + 1) % LOSS_READ_INTERVAL == 0:
             self._show(trainer, pl_module)
 

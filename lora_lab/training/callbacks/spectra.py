@@ -1,7 +1,7 @@
 """Measures the singular values of ΔW during training and logs them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class SpectraCallback(Callback):
         """The epoch of each measurement, with a fraction within an epoch."""
         self.step = 0
         """The optimizer step of the last measurement."""
+        self.before_measuring: Callable[[], None] = lambda: None
+        """Called before each measurement, which is no part of a step."""
         self.history: dict[str, list[Spectrum]] = {}
         """By matrix (a site's, or one of its experts'), the spectrum at each measurement."""
 
@@ -99,6 +101,7 @@ class SpectraCallback(Callback):
 
     def _measure(self, epoch: float, step: int) -> None:
         """Measures and logs all sites. Raises DivergedError if ΔW is infinite or NaN."""
+        self.before_measuring()
         try:
             by_site = self.updates.spectra_by_site()
         except ValueError as error:
