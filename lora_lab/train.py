@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab.config import compose
+from lora_lab.config import compose, project
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, print_labelled, show_log, silence_lightning
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C, FAILED, end_on_hangup, interruption_code
@@ -88,6 +88,7 @@ def run_job(content: DictConfig, pack: "Sequence[list[str] | Plan]" = ()) -> Non
 
         multirun.set_directory(Path(hydra_config.sweep.dir))
     try:
+        project.enter()  # this may be a new process, of a launcher or of a cluster
         if pack:
             _run_pack(pack)
         else:

@@ -1,4 +1,4 @@
-"""The wheel: it has all packages, and `lora-lab train` runs from it.
+"""The wheel: it has all packages, and a project of one's own runs from it, with nothing edited.
 
 Truth: a real installation in a new virtual environment, run from another folder.
 
@@ -12,8 +12,9 @@ import tomllib
 import venv
 from pathlib import Path
 
+import pytest
+
 import lora_lab
-from tests.conftest import SMALL
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,10 +24,12 @@ def test_every_package_is_packaged():
         "packages"
     ]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "lora_lab").rglob("__init__.py")}
-    assert set(declared) == {".".join(path.parts) for path in folders} | {"lora_lab.conf"}
+    at_the_top = {"lora_lab.conf", "lora_lab.sweep_files"}
+    assert set(declared) == {".".join(path.parts) for path in folders} | at_the_top
 
 
-def test_a_wheel_runs_elsewhere(tmp_path: Path):
+def test_a_wheel_runs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -49,7 +52,20 @@ def test_a_wheel_runs_elsewhere(tmp_path: Path):
         version, cwd=elsewhere, check=True, capture_output=True, text=True
     ).stdout
     assert printed.split() == ["lora_lab", lora_lab.__version__]
-    train = [bin_ / "lora-lab", "train", "tracking=off", *SMALL["shift"]]
-    trained = subprocess.run(train, cwd=elsewhere, capture_output=True, text=True)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert list((elsewhere / "runs" / "shift").glob("*/report/table.md"))
+    assert (packages / "lora_lab/sweep_files/rank.yaml").read_text() == (
+        ROOT / "sweeps/rank.yaml"
+    ).read_text()
+    runs_a_project_of_ones_own(bin_ / "lora-lab", elsewhere)
+
+
+def runs_a_project_of_ones_own(lora_lab: Path, folder: Path) -> None:
+    """Makes a project, sweeps over two ranks in it, and writes the report; without PYTHONPATH."""
+    brief = ["base.epochs=1", "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1"]
+    train = ["train", "-m", "experiment=mine", "adapter.r=1,2", "tracking=off", *brief]
+    for cwd, arguments in ((folder, ["new", "mine"]), (folder / "mine", train)):
+        done = subprocess.run([lora_lab, *arguments], cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    report = [lora_lab, "report"]
+    printed = subprocess.run(report, cwd=folder / "mine", capture_output=True, text=True)
+    assert "2 finished" in printed.stdout, printed.stdout + printed.stderr
+    assert (folder / "mine/runs/report/index.html").exists()

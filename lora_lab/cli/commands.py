@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab.cli.help_text import train_help
+from lora_lab.config import project
 from lora_lab.exit_codes import FAILED, FINISHED
 from lora_lab.sweeps.launchers import fork_server
 
@@ -67,11 +68,33 @@ def _report_folder(folder: Path) -> Path:
 def sweep(file: Path, overrides: list[str], count: int | None, seed: int, dry_run: bool) -> None:
     """Runs a W&B sweep file here; prints and exits as `train` does. `dry_run`: prints commands."""
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}")
+        file = _packaged_sweep(file)
     fork_server.start(overrides)
     from lora_lab.cli import sweep
 
     sweep.run(file, overrides, count, seed, dry_run)
+
+
+def _packaged_sweep(file: Path) -> Path:
+    """lora_lab's own sweeps/NAME.yaml, where the package is installed and there is none here."""
+    folder = project.package_folder("lora_lab.sweep_files")
+    packaged = folder / file.name if folder else file
+    if file.parent != Path("sweeps") or not packaged.is_file():
+        from lora_lab.config.errors import nearest_path
+
+        raise FileNotFoundError(f"there is no file {file}{nearest_path(str(file))}")
+    _print(f"{file}: lora_lab's own, as there is none in this folder ({packaged})")
+    return packaged
+
+
+def new(folder: Path) -> None:
+    """Writes a project, and prints the commands that come next."""
+    from lora_lab.cli.new import write_project
+
+    name = write_project(folder)
+    settings = "adapter.r=1,2,4,8 seed=0,1 hydra/launcher=packed"
+    _print(f"a project in {folder}: its README.md says what each file is. Next:")
+    _print(f"  cd {folder}\n  lora-lab train -m experiment={name} {settings}\n  lora-lab report")
 
 
 def analyze(

@@ -32,6 +32,7 @@ examples:
   lora-lab spectra --before A --after B       ΔW of a full fine-tune, from two checkpoints
   lora-lab cut PATH --energy .95              an adapter at the rank that keeps 95% of ‖ΔW‖²
   lora-lab extract --before A --after B --rank 32    an adapter of a full fine-tune
+  lora-lab new FOLDER                         a project: your own model, data and experiment
   lora-lab ls                                 every run: status, cell, seed, loss, time
   lora-lab ls --state failed                  those that failed
 """
@@ -42,10 +43,17 @@ first step, the least or the largest as its name says. That epoch is chosen by l
 itself, so that it is optimistic: what a model does on other data a test split tells (data.test).
 All other metrics are at the end."""
 
-# argparse wraps the next seven texts to the width of the terminal.
+PROJECT = "the folder with conf/ and lora_lab.yaml (the one that this folder is in)"
+
+# argparse wraps the next eight texts to the width of the terminal.
 REPORT = f"""Of a run: its tables and figures again. Of a folder: every metric as mean ± standard
 deviation by cell, the best marked, figures, and what is not finished; as Markdown, CSV, LaTeX, PNG,
 PDF and one page, report/index.html. Runs may go on meanwhile. {AT}"""
+
+NEW = """Writes a small project into a new folder: lora_lab.yaml, which marks it, conf/ with an
+experiment, a model and a data set, their Python files, a sweep file, a test, and a README with the
+commands. In that folder, below it, and with --project FOLDER, all commands know its conf/ and its
+modules. The files run as they are: change them into your own."""
 
 REPRODUCE = """Runs a finished run again from its stored config, in a new directory, and prints the
 stored numbers beside the new, with what differs of the environment. The same environment gives the
@@ -108,7 +116,7 @@ examples:
 """
 
 TRAIN = """\
-usage: lora-lab train [-m] [KEY=VALUE ...]
+usage: lora-lab train [-m] [--project DIR] [KEY=VALUE ...]
        lora-lab train GROUP=OPTION ... --help    each key of these options
 
 Trains (or finds) a base, adapts it, measures ΔW, and writes a run directory with a table and

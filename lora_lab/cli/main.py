@@ -17,12 +17,15 @@ from lora_lab.cli.help_text import (
     DASHBOARD,
     EPILOG,
     EXTRACT,
+    NEW,
+    PROJECT,
     REPORT,
     REPRODUCE,
     SPECTRA,
     SWEEP,
     SWEEPS,
 )
+from lora_lab.config import project
 from lora_lab.exit_codes import CONFIG_ERROR, CTRL_C
 
 STATES = ("finished", "running", "failed", "interrupted", "damaged")
@@ -47,11 +50,16 @@ def _run_subcommand() -> None:
     parser = ArgumentParser("lora-lab", description=ABOUT, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"lora_lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--project", metavar="DIR", help=PROJECT)
     commands.add_parser("train", help="run one experiment, or with -m several", add_help=False)
     # In the order in which --help lists them.
     run_commands = (_report, _sweep, _export, _analyze, _reproduce, _dashboard, _ls, _best, _diff)
-    for define in (*run_commands, _spectra, _cut, _extract):
+    for define in (*run_commands, _spectra, _cut, _extract, _new):
         define(commands)
+    try:
+        sys.argv[1:] = project.enter(sys.argv[1:])
+    except ValueError as error:
+        parser.exit(CONFIG_ERROR, f"lora-lab: {error}\n")
     # The arguments of train are in Hydra's grammar, which argparse cannot read.
     if sys.argv[1:2] == ["train"]:
         return do.train(sys.argv[2:])
@@ -59,7 +67,7 @@ def _run_subcommand() -> None:
         arguments = vars(commands.choices["sweep"].parse_intermixed_args(sys.argv[2:]))
     else:
         arguments = vars(parser.parse_args())
-        del arguments["command"]
+        del arguments["command"], arguments["project"]
     run = arguments.pop("run")
     try:
         run(**arguments)
@@ -83,7 +91,8 @@ def _add(
 
 def _report(commands: Any) -> None:
     add = _add(commands, do.report, "write a run's tables, figures and page, or many runs'", REPORT)
-    add("path", type=path, help="a run directory, the start of its hash, or a folder")
+    where = "a run directory, the start of its hash, or a folder (runs)"
+    add("path", type=path, nargs="?", default=Path("runs"), help=where)
     add("--to", type=path, default=None, help="where it is written (report/ in that folder)")
     _add_at(add)
 
@@ -197,6 +206,11 @@ def _extract(commands: Any) -> None:
     )
     add("--format", choices=("peft", "lora_lab"), default="peft", help=formats)
     add("--to", type=path, default=Path("extracted"), help="where it is written (extracted)")
+
+
+def _new(commands: Any) -> None:
+    add = _add(commands, do.new, "write a project: your model, data, experiment", NEW)
+    add("folder", type=path, help="a new or an empty folder; its name is the project's")
 
 
 def _add_at(add: Callable[..., Action]) -> None:

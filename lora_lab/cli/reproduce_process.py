@@ -14,11 +14,13 @@ def main(config: Path) -> None:
     """Trains this process's part of the run. The command that started it has checked the config."""
     import yaml
 
+    from lora_lab.config import project
     from lora_lab.config.checks import parse_config
     from lora_lab.console import console, show_log, silence_lightning
     from lora_lab.training import devices
     from lora_lab.training.plan import plan
 
+    project.enter()
     silence_lightning()
     show_log()
     cfg = parse_config(yaml.safe_load(config.read_text()))

@@ -11,6 +11,7 @@ from pydantic.errors import PydanticUserError
 
 from lora_lab.config import schema
 from lora_lab.config.components import check_float32
+from lora_lab.config.import_failure import import_failure
 from lora_lab.config.schema import Component, Config, ConfigError, TargetRule, nearest
 
 
@@ -151,7 +152,7 @@ def import_target(key: str, component: Component, kind: type) -> Callable[..., A
     try:
         callee = component.callee
     except Exception as error:
-        why = " ".join(str(error).split())
+        why = import_failure(component.target, error)
         raise ConfigError(f"{setting}: cannot be imported: {why}") from None
     result = callee if inspect.isclass(callee) else _return_type(callee)
     if not (inspect.isclass(result) and issubclass(result, kind)):

@@ -9,10 +9,11 @@ from hydra.errors import OverrideParseException
 
 from lora_lab.config.errors import ConfigError, nearest
 from lora_lab.config.options import options
+from lora_lab.config.project import CONFIG_DIR_FLAGS, PROJECT_FLAG
 
 MULTIRUN = ("-m", "--multirun")
-FLAGS_WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cd", "--config-dir")
-"""Flags of Hydra's with a value: to print the config or a part of it, and a folder of options."""
+FLAGS_WITH_VALUE = ("-c", "--cfg", "-p", "--package")
+"""Flags of Hydra's with a value: to print the config or a part of it."""
 
 MOST_RUNS = 100_000
 """The most runs of one command. All are checked before the first begins, in about 1 ms each."""
@@ -30,7 +31,9 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
             overrides.append(argument)
             continue
         if flag not in known:
-            hint = "; `lora-lab sweep FILE` has it" if flag == "--dry-run" else nearest(flag, known)
+            # Those of config/project.py have been read before: none of them is among `arguments`.
+            like = nearest(flag, (*known, PROJECT_FLAG, *CONFIG_DIR_FLAGS))
+            hint = "; `lora-lab sweep FILE` has it" if flag == "--dry-run" else like
             raise ConfigError(
                 f"{flag}: lora-lab train has no such option{hint}; it has -m, for several runs, "
                 "and --help"

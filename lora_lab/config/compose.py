@@ -6,9 +6,8 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from functools import cache, partial
-from importlib.resources import files
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,8 +30,9 @@ from lora_lab.config.command_line import (
     swept_values,
 )
 from lora_lab.config.messages import hydra_error_message
-from lora_lab.config.options import options
+from lora_lab.config.options import option_text, options
 from lora_lab.config.schema import Config, ConfigError
+from lora_lab.config.search_path import ConfigFolders
 from lora_lab.runs import NOT_IN_IDENTITY
 
 
@@ -48,6 +49,7 @@ def package_folder(package: str, folder: str) -> str:
 
 
 OmegaConf.register_new_resolver("package_folder", package_folder, replace=True)
+Plugins.instance().register(ConfigFolders)
 
 
 def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
@@ -66,6 +68,11 @@ def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
         raise ConfigError(f"{error.full_key}: {cause}") from None
     assert isinstance(plain, dict)
     return parse_config({str(key): value for key, value in plain.items()}, explicit_keys)
+
+
+def composition() -> AbstractContextManager[None]:
+    """Within it Hydra composes conf/, with the other folders of configs (config/folders.py)."""
+    return hydra.initialize_config_module("lora_lab.conf", version_base="1.3")
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -89,8 +96,7 @@ def sweep_points(arguments: Sequence[str]) -> list[list[str]]:
 def compose_points(points: Iterable[list[str]]) -> Iterator[tuple[list[str], Config | ConfigError]]:
     """The overrides of each point of a multirun with its config, or the error where it has none."""
     is_ready = GlobalHydra.instance().is_initialized()  # as when Hydra's sweeper is the caller
-    start = partial(hydra.initialize_config_module, "lora_lab.conf", version_base="1.3")
-    with nullcontext() if is_ready else start():
+    with nullcontext() if is_ready else composition():
         for overrides in points:
             try:
                 yield overrides, _compose_point(overrides)
@@ -186,7 +192,7 @@ def train_command(config: dict[str, Any], shown_keys: Collection[str] = ()) -> s
         start = [f"experiment={config['name']}"]
     else:
         start = ["~experiment", f"name={config['name']}", *_choices(config)]
-    with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
+    with composition():
         try:
             wanted, defaults = parse_config(dict(config)), compose_config(start).to_dict()
             changes = _overrides_between(defaults, wanted.to_dict(), shown_keys)
@@ -203,9 +209,7 @@ def _choices(config: dict[str, Any]) -> list[str]:
     choices = []
     for group, key in {"data": "_target_", "model": "_target_", "base": "method"}.items():
         for option in options()[group]:
-            content = yaml.safe_load(
-                (files("lora_lab.conf") / group / f"{option}.yaml").read_text()
-            )
+            content = yaml.safe_load(option_text(group, option)) or {}
             if content.get(key) == config[group].get(key):
                 choices.append(f"{group}={option}")
                 break

@@ -2,25 +2,37 @@
 
 from collections.abc import Iterator
 from functools import cache
-from importlib.abc import Traversable
-from importlib.resources import files
+from pathlib import Path
+
+from lora_lab.config.folders import config_folders
 
 
-@cache
 def options() -> dict[str, dict[str, str]]:
     """Group → option → the first comment of its YAML, as {"adapter": {"dora": "…"}}.
 
-    Read once, as each point of a multirun asks for it. Not to be changed by callers.
+    Of all folders of configs: a project's and plugins' options are among lora_lab's own. Not to be
+    changed by callers.
     """
-    return dict(_groups(files("lora_lab.conf"), ""))
+    return _options_in(config_folders())
+
+
+@cache
+def _options_in(folders: tuple[Path, ...]) -> dict[str, dict[str, str]]:
+    """The options in these folders: read once, as each point of a multirun asks for them."""
+    merged: dict[str, dict[str, str]] = {}
+    for folder in reversed(folders):  # an earlier folder's option stands in a later one's place
+        for group, choices in _groups(folder, ""):
+            merged[group] = merged.get(group, {}) | choices
+    return {group: dict(sorted(merged[group].items())) for group in sorted(merged)}
 
 
 def option_text(group: str, option: str) -> str:
     """The YAML of an option, with its comments."""
-    return files("lora_lab.conf").joinpath(*group.split("/"), f"{option}.yaml").read_text()
+    files = (folder.joinpath(group, f"{option}.yaml") for folder in config_folders())
+    return next(file for file in files if file.exists()).read_text()
 
 
-def _groups(folder: Traversable, prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _groups(folder: Path, prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Each group below a folder of conf/ with its options; `prefix` is its path, as "hydra/"."""
     for group in sorted(folder.iterdir(), key=lambda group: group.name):
         if group.is_dir() and not group.name.startswith("_"):

@@ -19,9 +19,10 @@ def check_trusted(cfg: Config, folder: Path) -> None:
     """Raises ConfigError where the config in a run directory names code that may be anything's.
 
     What may be run is lora_lab, the classes of LIBRARIES, and what the user's own import path
-    holds: modules of the current folder or of PYTHONPATH, and installed packages that lora_lab does
-    not need. Not Python's library, what lora_lab depends on, a module in the run directory, or the
-    code that lies beside a model's weights (`model.remote_code`).
+    holds: modules of PYTHONPATH and of the project that the command belongs to, and installed
+    packages that lora_lab does not need. Not Python's library, what lora_lab depends on, what came
+    with the run (a module in the run directory, or a package or folder of modules that it lies in,
+    as runs.study.RUN.model), or the code beside a model's weights (`model.remote_code`).
     """
     settings = [
         f"{key}._target_={component.target}"
@@ -33,7 +34,7 @@ def check_trusted(cfg: Config, folder: Path) -> None:
     if settings:
         raise ConfigError(
             f"{folder / 'config.yaml'} would run code that is neither lora_lab's nor in your "
-            f"import path: {', '.join(settings)}; --trust runs it"
+            f"import path, or that lies with the run: {', '.join(settings)}; --trust runs it"
         )
 
 
@@ -62,8 +63,9 @@ def _is_trusted(component: Component, folder: Path) -> bool:
         return False
     if module is None:
         return True
-    places = [module.origin, *(module.submodule_search_locations or [])]
-    return not any(Path(p).resolve().is_relative_to(folder.resolve()) for p in places if p)
+    named = [module.origin, *(module.submodule_search_locations or [])]
+    places, run = [Path(place).resolve() for place in named if place], folder.resolve()
+    return not any(run.is_relative_to(p) or p.is_relative_to(run) for p in places)
 
 
 def _is_dependency(package: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lora_lab.config import compose
+from lora_lab.config import compose, project
 from lora_lab.config.command_line import MULTIRUN, check_single
 from lora_lab.config.schema import ConfigError
 from lora_lab.console import console, print_error, print_labelled, silence_lightning
@@ -26,7 +26,7 @@ def plan_command(jobs: "list[Job] | None") -> "list[Job]":
     are checked. Exits where the command line is wrong.
     """
     try:
-        sys.argv[1:] = arguments = compose.hydra_arguments(sys.argv[1:])
+        sys.argv[1:] = arguments = compose.hydra_arguments(project.enter(sys.argv[1:]))
         fork_server.start(arguments)
         if any(argument.lstrip("+~").startswith("hydra") for argument in arguments):
             check_launcher(arguments)

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from lora_lab.config.checks import import_target
 from lora_lab.config.schema import CheckpointBase, Config
+from lora_lab.data import Data
 from lora_lab.data.content import split_of
 from lora_lab.runs import Run
 
@@ -16,16 +20,18 @@ def with_paths_from_here(cfg: Config, run: Run, bases_dir: Path | None = None) -
     A relative path that leads nowhere from here is taken from the folder in which the run was
     started, if that is where the run directory lies in `runs_dir`. `bases_dir`: where bases are
     looked for instead; there a base that was loaded from a file is known by its SHA-256. Raises
-    FileNotFoundError where that is nowhere.
+    FileNotFoundError where that is nowhere, and ConfigError where the data or the model cannot be
+    imported.
     """
     depth = 1 + len(Path(cfg.runs_dir).parts)
     started_in = run.path.resolve().parents[depth : depth + 1]
     changes: dict[str, Any] = {"bases_dir": str(bases_dir or _from_here(cfg.bases_dir, started_in))}
-    for key in ("data", "model"):
+    for key, kind in {"data": Data, "model": nn.Module}.items():
         component = getattr(cfg, key)
+        callee = import_target(key, component, kind)
         paths = {
             name: _from_here(path, started_in)
-            for name in getattr(component.callee, "path_arguments", ())
+            for name in getattr(callee, "path_arguments", ())
             if isinstance(path := component.arguments.get(name), str)
         }
         changes[key] = component.model_copy(update=paths)

@@ -80,6 +80,7 @@ def test_no_command_calls_what_a_config_names(
     ("target", "is_trusted"),
     [
         *(("sent.Model", False), ("sent:Model", False), ("mine.Model", True)),
+        *(("runs.sent.Model", False), ("runs.planted_linear.sent:Model", False)),
         *(("os.system", False), ("subprocess:Popen", False), ("__main__.Model", False)),
         *(("torch.nn.Linear", True), ("torch.hub.load", False), ("torch.os.system", False)),
         *(("lora_lab.models.mlp.MLP", True), ("lightning.pytorch.LightningModule", False)),

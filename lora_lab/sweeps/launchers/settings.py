@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
+from lora_lab.config import compose
 from lora_lab.config.checks import error_messages
 from lora_lab.config.components import Node
 from lora_lab.config.messages import hydra_error_message
@@ -44,7 +45,7 @@ def check_hydra_settings(arguments: Sequence[str]) -> None:
     if not overrides:
         return
     try:
-        with hydra.initialize_config_module("lora_lab.conf", version_base="1.3"):
+        with compose.composition():
             composed = hydra.compose("train", overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(hydra_error_message(error)) from None
