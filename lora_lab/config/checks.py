@@ -130,7 +130,11 @@ def _example(key: str, error: Any) -> str:
 
 
 def resolve_component(
-    key: str, component: Component, kind: type, given: Collection[str] = ()
+    key: str,
+    component: Component,
+    kind: type,
+    given: Collection[str] = (),
+    sizes: Collection[str] = (),
 ) -> Callable[..., Any]:
     """The callable that a component's `_target_` names, after a check of the arguments.
 
@@ -138,7 +142,7 @@ def resolve_component(
     and `check_arguments` do.
     """
     callee = import_target(key, component, kind)
-    check_arguments(key, callee, component.arguments, given)
+    check_arguments(key, callee, component.arguments, given, sizes)
     return callee
 
 
@@ -185,11 +189,16 @@ def _a(kind: type) -> str:
 
 
 def check_arguments(
-    key: str, callee: Callable[..., Any], arguments: dict[str, Any], given: Collection[str] = ()
+    key: str,
+    callee: Callable[..., Any],
+    arguments: dict[str, Any],
+    given: Collection[str] = (),
+    sizes: Collection[str] = (),
 ) -> None:
     """Checks `arguments` against the signature and the annotations of `callee`.
 
-    `given` are the names of arguments that the program itself passes. Raises ConfigError for an
+    `given` are the names of arguments that the program itself passes, `sizes` those that the data
+    offers a model, for the message of one that is missing. Raises ConfigError for an
     unknown or missing argument, and for a value of the wrong type or out of its range.
     """
     parameters, hints = parameters_of(callee)
@@ -226,7 +235,9 @@ def check_arguments(
             inspect.Parameter.VAR_KEYWORD,
         )
         if is_required and name not in arguments and name not in given:
-            raise ConfigError(f"{key}.{name}: must be given, {_name_of(callee)} needs it")
+            offered = f" (the data's sizes are {', '.join(sizes)})" if sizes else ""
+            hint = f"{nearest(name, sizes)}{offered}"
+            raise ConfigError(f"{key}.{name}: must be given, {_name_of(callee)} needs it{hint}")
 
 
 def parameters_of(

@@ -1,4 +1,4 @@
-"""Checks of a run's parts: directories, the data's sizes, memory, optimizers, AdaLoRA's budget."""
+"""Checks of a run's parts: directories, memory, optimizers, AdaLoRA's budget."""
 
 import os
 from collections.abc import Sequence
@@ -23,15 +23,6 @@ def check_directory(key: str, path: Path) -> None:
         raise ConfigError(f"{key}={path}: {error.strerror}") from None
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise ConfigError(f"{key}={path}: {existing} is no directory that can be written to")
-
-
-def check_sizes(cfg: Config, data: Data) -> None:
-    """Raises ConfigError where the data does not say how many numbers the model predicts."""
-    if "out_features" not in data.sizes:
-        raise ConfigError(
-            f"data._target_={cfg.data.target}: its `sizes` must have out_features, the number of "
-            f"classes or of numbers to be predicted; they have {', '.join(data.sizes) or 'nothing'}"
-        )
 
 
 def check_cuts(cfg: Config, sites: Sequence[Site]) -> None:

@@ -32,7 +32,7 @@ from lora_lab.config.schema import (
 from lora_lab.data import Data, Phase
 from lora_lab.runs import Run
 from lora_lab.tracking.tracking import Tracking
-from lora_lab.training import bases, fit_checks, part_checks, pretrained_base
+from lora_lab.training import bases, data_contract, fit_checks, part_checks, pretrained_base
 from lora_lab.training.calibration import calibration_of, with_values
 from lora_lab.training.known_data import known_data
 from lora_lab.training.loop import TrainingLoop, Unprofiled, trainer_arguments
@@ -180,18 +180,20 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     """
     for key in () if is_stored else ("runs_dir", "bases_dir"):
         part_checks.check_directory(key, Path(getattr(cfg, key)))
+    import_target("data", cfg.data, Data)
+    data_contract.check_class(cfg.data)
     resolve_component("data", cfg.data, Data, ["phase"])
     import_target("model", cfg.model, nn.Module)
     pretrained_base.check_path(cfg.model)
     _call("data", cfg, Data, phase="base")
     data = _call("data", cfg, Data, phase="adapt")
-    part_checks.check_sizes(cfg, data)
+    data_contract.check_object(cfg, data)
     if not is_stored:
         fit_checks.check_head(cfg, data)
     check_metrics(cfg, data)
     cfg = pretrained_base.with_content(cfg)
     sizes = _sizes(cfg, data)
-    resolve_component("model", cfg.model, nn.Module, list(sizes))
+    resolve_component("model", cfg.model, nn.Module, list(sizes), data.sizes)
     part_checks.check_optimizer("optimizer", cfg.optimizer)
     devices = check_trainer(cfg)
     processes = devices.processes
@@ -229,6 +231,8 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
                 fit_checks.check_class_order(cfg, data, model, new_parameters)
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"sha256": sha256})})
     pretrained_base.check_quantized(cfg, model, new_parameters, also_trained)
+    if not is_stored:
+        data_contract.check_rows(cfg)
     run_plan = Plan(cfg, sites, devices, tuple(new_parameters), tuple(also_trained))
     if not is_stored:
         check_same_code(cfg, Run(run_plan.path))
