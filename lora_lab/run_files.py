@@ -28,7 +28,10 @@ They are apart from metrics.jsonl because they differ each time that a run is tr
 TEXTS = ("config.yaml", "metrics.jsonl", "advice.yaml", COST)
 """Files whose content is always compared, whatever their size."""
 
-FILES = (*TEXTS, "spectra.npz")
+GENERATED = "generated.jsonl"
+"""The file of the texts that the trained model generated, a line for each prompt."""
+
+FILES = (*TEXTS, "spectra.npz", GENERATED)
 """The files of a run that lie in its directory itself; one that no record names is a fault."""
 
 PLANNED_FILE = "planned.json"

@@ -160,6 +160,9 @@ settings:
   label_smoothing=0.0    in training; val/loss is plain
   select=last            the run's result: last | "best val/accuracy"
   early_stopping=null    'early_stopping={{metric: val/loss, patience: 3}}'
+  generate.rows=50       texts of the result from so many prompts (generate=null: none), as
+                         'generate={{metrics: [exact_match, bleu, rougeL], num_beams: 4}}';
+                         generate.answer=REGEX: what exact_match compares; every_n_steps=N
   spectra.every_n_epochs=10   when ΔW is measured in training; spectra.every_n_steps=N
   spectra.truncation=sites    the loss with ΔW cut to lower ranks: sites | model | none
   spectra.keep=0.99      the share of the gain that the advised ranks keep

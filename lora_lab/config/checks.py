@@ -12,7 +12,14 @@ from pydantic.errors import PydanticUserError
 from lora_lab.config import schema
 from lora_lab.config.components import check_float32
 from lora_lab.config.import_failure import import_failure
-from lora_lab.config.schema import Component, Config, ConfigError, TargetRule, nearest
+from lora_lab.config.schema import (
+    Component,
+    Config,
+    ConfigError,
+    Generate,
+    TargetRule,
+    nearest,
+)
 
 
 def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -> Config:
@@ -95,7 +102,8 @@ def _setting_and_rule(path: list[str], error: Any) -> tuple[str, str]:
     rule = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
     rule = re.sub(r"^(Input|Tuple|List|Dictionary|String) should ", "must ", rule)
     if kind == "extra_forbidden":
-        known = TargetRule.model_fields if path[0] == "target" else ()
+        below = {"target": TargetRule, "generate": Generate}
+        known = below[path[0]].model_fields if path[0] in below else ()
         known = Config.model_fields if len(path) == 1 else known
         where = f" with {path[0]}={error['loc'][1]}" if path[0] in ("adapter", "base") else ""
         return f"{key}={value}", f"there is no such key{where}{nearest(path[-1], known)}"

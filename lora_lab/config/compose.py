@@ -157,8 +157,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
 
     - A glob on module names, target='*.fc1', is registered as an option of conf/target, as if a
       YAML file had it. A word with a *, a ? or a dot is a glob, any other the name of an option.
-    - Keys of a target, and the globs of a pattern, need not be in the YAML before: they get Hydra's
-      ++, which adds a key or changes it.
+    - Keys of a target and of generate, and the globs of a pattern, need not be in the YAML before:
+      they get Hydra's ++, which adds a key or changes it.
     - Any argument of Lightning's Trainer gets ++ too, also where it is given with one +.
     - The brackets of alpha/sqrt(r) are escaped: Hydra would read a function call.
     - Where a name, a model or a data set is chosen and no experiment, there is none: the run starts
@@ -176,7 +176,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
             for word in re.findall(r"[^\s,\[\]'\"]+", argument.removeprefix("target=")):
                 if re.search(r"[*?.]", word):
                     ConfigStore.instance().store(word, {word: {"match": word}}, group="target")
-    new_key = r"^\+?(target\.|trainer\.|adapter\.(rank|alpha)_pattern)"
+    new_key = r"^\+?(target\.|trainer\.|generate\.|adapter\.(rank|alpha)_pattern)"
     brackets = r"(?<=/sqrt)\((r)\)(?!['\"])"
     arguments = [re.sub(new_key, r"++\1", argument) for argument in arguments]
     return [re.sub(brackets, r"\(\1\)", argument) for argument in arguments]

@@ -25,6 +25,7 @@ from lora_lab.config.components import Seed as Seed
 from lora_lab.config.errors import ConfigError as ConfigError
 from lora_lab.config.errors import nearest as nearest
 from lora_lab.config.errors import one_of
+from lora_lab.config.generate import Generate as Generate
 from lora_lab.config.hashes import content_hash as content_hash
 from lora_lab.config.lora import Alpha, Dropout, InitName
 from lora_lab.config.lora import Lora as Lora
@@ -155,7 +156,7 @@ def _last_or_best(value: str) -> str:
     return value
 
 
-LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stopping")
+LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stopping", "generate")
 """Keys that the identity leaves out at their defaults, as configs of earlier versions lack them."""
 
 LORA_KEYS_LEFT_OUT_AT_DEFAULT = ("over_rank", "form", "cut", "heal", "budget", "allocation", "rho")
@@ -183,6 +184,7 @@ class Config(Node):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     select: Annotated[str, AfterValidator(_last_or_best)] = "last"
     early_stopping: EarlyStopping | None = None
+    generate: Generate | None = None
     spectra: Spectra
     tracking: Tracking
     sweep: Sweep = Sweep()  # a default, as the config.yaml of older runs has no such key

@@ -35,18 +35,24 @@ def _completion(
     train_on: str,
 ) -> Encoded:
     """A prompt, then its completion, tokenized apart as they are when a completion is generated."""
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     encoded: Encoded = {"input_ids": [], "learned": []}
-    starts = tokenizer(prompts)["input_ids"]
     rests = tokenizer(completions, add_special_tokens=False)["input_ids"]
-    for start, rest in zip(starts, rests, strict=True):
-        while start and start[-1] in ends:
-            start = start[:-1]
+    for start, rest in zip(prompt_tokens(tokenizer, prompts), rests, strict=True):
         rest = _with_end(tokenizer, rest)
         learned = [int(train_on == "all")] * len(start) + [1] * len(rest)
         encoded["input_ids"].append((start + rest)[:max_length])
         encoded["learned"].append(learned[:max_length])
     return encoded
+
+
+def prompt_tokens(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """The tokens of prompts that a completion follows: without those that end a text."""
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    rows = tokenizer(prompts)["input_ids"]
+    for row in rows:
+        while row and row[-1] in ends:
+            row.pop()
+    return rows
 
 
 def _chat(
@@ -55,7 +61,7 @@ def _chat(
     """Chats as the tokenizer's template writes them, of which the assistant's turns are learned."""
     encoded: Encoded = {"input_ids": [], "learned": []}
     for chat in chats:
-        text = _written(tokenizer, chat)
+        text = written_chat(tokenizer, chat)
         tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = [(0, len(text))] if train_on == "all" else _assistant_spans(tokenizer, chat, text)
         learned = [
@@ -67,7 +73,8 @@ def _chat(
     return encoded
 
 
-def _written(tokenizer: Any, chat: list[dict], **options: Any) -> str:
+def written_chat(tokenizer: Any, chat: list[dict], **options: Any) -> str:
+    """A chat as the tokenizer's template writes it. Raises ValueError where it refuses the chat."""
     from jinja2 import TemplateError
 
     try:
@@ -86,8 +93,8 @@ def _assistant_spans(tokenizer: Any, chat: list[dict], text: str) -> list[tuple[
     spans = []
     for i, turn in enumerate(chat):
         if turn["role"] == "assistant":
-            before = _written(tokenizer, chat[:i], add_generation_prompt=True)
-            upto = _written(tokenizer, chat[: i + 1])
+            before = written_chat(tokenizer, chat[:i], add_generation_prompt=True)
+            upto = written_chat(tokenizer, chat[: i + 1])
             if not (text.startswith(upto) and upto.startswith(before)):
                 raise ValueError(
                     "train_on=completion: the tokenizer's chat template writes earlier turns in"

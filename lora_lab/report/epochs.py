@@ -10,6 +10,7 @@ LOWER_IS_BETTER = ("loss", "perplexity", "error", "_per_step", "memory_bytes")
 """Endings of the names of metrics that are to be minimized."""
 HIGHER_IS_BETTER = ("accuracy", "f1", "auroc", "r2", "matthews", "pearson", "spearman")
 HIGHER_IS_BETTER += ("_per_second",)
+HIGHER_IS_BETTER += ("exact_match", "bleu", "rouge1", "rouge2", "rougel")
 """Endings of the names of metrics that are to be maximized."""
 
 OPTIMISTIC = "The best of several validations is optimistic: a test split tells what to expect."

@@ -114,7 +114,8 @@ def _loss_facts(run: Run, at: At) -> Rows:
         ]
         for key in tested
     ]
-    return [*facts, *_forgetting_facts(run), *_best_facts(run), *_cut_facts(run)]
+    facts += [*_generated_facts(run), *_forgetting_facts(run)]
+    return [*facts, *_best_facts(run), *_cut_facts(run)]
 
 
 def _forgetting_facts(run: Run) -> Rows:
@@ -129,6 +130,14 @@ def _forgetting_facts(run: Run) -> Rows:
         value = f"{format_number(run.last('forget/loss'))} ({increase:+.5g})"
         facts.append(["loss on what the base knew, at the end", value])
     return facts
+
+
+def _generated_facts(run: Run) -> Rows:
+    """The metrics of the texts that the result has generated."""
+    prefix, split = "generate/", (run.config.get("generate") or {}).get("split")
+    logged = dict.fromkeys(key for row in run.rows() for key in row if key.startswith(prefix))
+    names = {key: f"{key.removeprefix(prefix)} of texts generated from {split}" for key in logged}
+    return [[name, format_number(run.last(key))] for key, name in names.items()]
 
 
 def _cut_facts(run: Run) -> Rows:

@@ -50,10 +50,9 @@ def cells_table(cells: Sequence[Cell]) -> Rows:
 
 
 def _shown_metrics(cells: Sequence[Cell]) -> list[str]:
-    """The metrics of the main table: of the validation, the test, forgetting, and train/loss."""
-    forgetting = metrics_below("forget/increase", cells)
-    shown = [*metrics_below("val/", cells), *metrics_below("test/", cells), *forgetting]
-    return [*shown, "train/loss"]
+    """The metrics of the main table: validation, test, texts, forgetting, and train/loss."""
+    prefixes = ("val/", "test/", "generate/", "forget/increase")
+    return [*(m for prefix in prefixes for m in metrics_below(prefix, cells)), "train/loss"]
 
 
 def _best_cells(cells: Sequence[Cell], metric: str) -> set[str]:

@@ -44,6 +44,8 @@ def reason_to_run_alone(plan: Plan) -> str | None:
         return "adapter=adalora prunes triplets by the numbers and gradients of one run"
     if cfg.spectra.first_step:
         return "spectra.first_step asks for the dense gradients"
+    if cfg.generate and cfg.generate.every_n_steps:
+        return "generate.every_n_steps asks for the texts of one model during training"
     if any(site.tied_to for site in plan.sites):
         return "its adapters are tied"
     if not (module.startswith("torch.optim") and optimizer in ELEMENTWISE_OPTIMIZERS):

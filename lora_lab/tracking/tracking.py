@@ -7,6 +7,7 @@ What W&B is sent:
 - what training cost, from cost.json: `Tracking.log_cost`
 - line charts of singular values and of the truncation curve: `Tracking.log_line_series`
 - heat maps of φ and a table of singular values: `Tracking.log_findings`
+- a table of generated texts: `Tracking.log_texts`
 - the adapter and the trained model: `Tracking.log_artifact`
 """
 
@@ -33,6 +34,9 @@ from lora_lab.tracking.wandb_run import WandbRun
 
 MAX_LINES = 16
 """How many lines a line chart in W&B shows, at most."""
+
+MAX_TEXTS = 1000
+"""How many generated texts W&B's table has, at most; generated.jsonl has all."""
 
 Histograms = dict[str, tuple[list[int], list[float]]]
 """W&B key → (counts, edges of the bins)."""
@@ -180,6 +184,21 @@ class Tracking:
             ranks, lines = arrays["truncation/ranks"].tolist(), charts.truncation_lines(arrays)
             title = "validation loss with ΔW cut to rank k"
             self.log_line_series("truncation/chart", title, ranks, lines, "k")
+
+    def log_texts(self, texts: Sequence[Mapping[str, Any]]) -> None:
+        """Has W&B show the first MAX_TEXTS generated texts as a table. Their keys are its columns.
+
+        A list, as of references, is shown with a line for each.
+        """
+
+        def table() -> dict[str, Any]:
+            rows: list[Any] = [
+                ["\n".join(v) if isinstance(v, list) else v for v in text.values()]
+                for text in texts[:MAX_TEXTS]
+            ]
+            return {"generate/texts": wandb.Table(columns=[*texts[0]], data=rows)}
+
+        self.at_end.append(lambda run: run.log_media(table))
 
     def store_artifact(self, directory: Path, kind: str) -> None:
         """Has W&B store a directory's files at the run's end, as an artifact of type `kind`."""

@@ -137,6 +137,8 @@ def adapt_model(trial: Trial, console: Console) -> None:
     callbacks += [trial.spectra_callback, trial.selection]
     if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
         callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))
+    if trial.generation:
+        callbacks.append(trial.generation)
     if trial.step_log:
         callbacks.append(trial.step_log)
     trainer = plan.trainer(tracking, [*callbacks, trial.cost, trial.checkpoint])

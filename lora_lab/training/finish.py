@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 from functools import partial
 
 import lightning.pytorch as pl
@@ -18,12 +19,15 @@ from lora_lab.adapters.slots import layer_of, merged_adapters
 from lora_lab.analysis import findings
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Lora
-from lora_lab.run_files import COST
+from lora_lab.data.language import Language
+from lora_lab.data.prompts import prompts
+from lora_lab.run_files import COST, GENERATED
 from lora_lab.runs import process_rank, write_atomic
 from lora_lab.training import precision
 from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.cuts import losses_of_cuts
 from lora_lab.training.forgetting import log_increase
+from lora_lab.training.generation import as_lines, generate
 from lora_lab.training.heal import cut_and_heal
 from lora_lab.training.plan import Plan
 from lora_lab.training.result_files import save_weights
@@ -33,8 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def finish_run(trial: Trial, console: Console) -> None:
-    """What follows the last step: tests and saves the result, checks that ΔW merges, analyzes and
-    cuts ΔW.
+    """What follows the last step: tests and saves the result, checks that ΔW merges, generates
+    texts, analyzes and cuts ΔW.
 
     Where several processes trained the run, the first does this on one device.
     """
@@ -62,8 +66,28 @@ def finish_run(trial: Trial, console: Console) -> None:
         trainer(tracking).test(module, trial.data, verbose=False)
     if plan.cfg.trains:
         _save_trained(trainer(tracking), trial)
+    _generate(trainer(None), trial)
+    if plan.cfg.trains:
         _analyze(trainer(None), trial, console)
         cut_and_heal(trainer, trial, console)
+
+
+def _generate(trainer: pl.Trainer, trial: Trial) -> None:
+    """Generates texts by the run's result: writes generated.jsonl, logs their metrics and a table.
+
+    `trainer` has the device and the precision. Nothing is done without `generate` in the config.
+    """
+    cfg, data = trial.plan.cfg, trial.data
+    if (settings := cfg.generate) is None:
+        return
+    assert isinstance(data, Language)
+    chosen = prompts(data, settings.split, settings.rows)
+    texts, metrics = generate(trainer, trial.module.model, data, chosen, settings)
+    trial.run.replace_files({GENERATED: as_lines(texts)})
+    trial.tracking.log_texts([asdict(text) for text in texts])
+    row = {f"generate/{name}": value for name, value in metrics.items()}
+    place = trial.module.step_and_epoch() if cfg.trains else {"step": 0, "epoch": 0.0}
+    trial.tracking.log({**row, "epoch": place["epoch"]}, int(place["step"]))
 
 
 def _gather(trial: Trial) -> None:

@@ -34,6 +34,7 @@ from lora_lab.runs import Run
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import bases, data_contract, fit_checks, part_checks, pretrained_base
 from lora_lab.training.calibration import calibration_of, with_values
+from lora_lab.training.generate_checks import check_generate
 from lora_lab.training.known_data import known_data
 from lora_lab.training.loop import TrainingLoop, Unprofiled, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
@@ -208,6 +209,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
         fit_checks.check_vocabulary(cfg, data, model)
         fit_checks.check_reading_direction(cfg, model)
         fit_checks.check_images(cfg, data, model)
+        check_generate(cfg, data, model, processes)
     also_trained = _also_trained(cfg, model)
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     part_checks.check_allocation(cfg, sites)

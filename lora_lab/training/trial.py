@@ -9,6 +9,7 @@ from lora_lab import adapters
 from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Lora
 from lora_lab.data import Data
+from lora_lab.data.language import Language
 from lora_lab.runs import CHECKPOINTS, Run
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import precision
@@ -16,6 +17,7 @@ from lora_lab.training.base_weights import BaseWeights
 from lora_lab.training.callbacks.allocation import RankAllocation
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.cost import Cost
+from lora_lab.training.callbacks.generation import GenerationCallback
 from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.callbacks.spectra import SpectraCallback
 from lora_lab.training.callbacks.step_log import StepLog
@@ -45,6 +47,8 @@ class Trial:
     allocation: RankAllocation | None
     """AdaLoRA's; None of other adapters."""
     cost: Cost
+    generation: GenerationCallback | None
+    """None where no texts are generated during training."""
 
 
 def build_trial(
@@ -89,5 +93,9 @@ def build_trial(
         allocation = RankAllocation(adapters.attached(model), lora.budget, schedule, tracking)
     cost = Cost()
     cost.pause_for(spectra_callback, checkpoint)
-    callbacks = spectra_callback, selection, step_log, checkpoint, allocation, cost
+    generation = None
+    if cfg.generate and cfg.generate.every_n_steps:
+        assert isinstance(data, Language)
+        generation = GenerationCallback(cfg.generate, data, tracking, cost.pause)
+    callbacks = spectra_callback, selection, step_log, checkpoint, allocation, cost, generation
     return Trial(plan, data, run, tracking, module, base, *callbacks)
