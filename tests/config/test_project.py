@@ -8,6 +8,7 @@ Run: make test ARGS=tests/config/test_project.py
 import importlib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -226,6 +227,31 @@ def test_commands_of_a_project(study: Path, monkeypatch, capsys):
     forget()
     assert command(monkeypatch, "train", *STUDY, "adapter.r=1") == 2
     assert "study.model changed" in " ".join("".join(capsys.readouterr()).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["-m", "hydra/launcher=packed", "seed=1,2"],
+        ["-m", "hydra/launcher=joblib", "seed=1,2"],
+        ["-m", "hydra/launcher=submitit_local", "seed=1,2"],
+        ["-m", "hydra/launcher=submitit_local", "hydra.launcher.pack=true", "seed=1,2"],
+        ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
+    ],
+)
+def test_other_processes_know_the_project_and_its_folders(study: Path, monkeypatch, settings):
+    """From another folder, so that only the environment tells them of the project."""
+    write(Path("more/model/wide.yaml"), "_target_: study.model.Net\nwidth: 65\n")
+    for name in (project.PROJECT_VARIABLE, project.CONFIG_DIRS_VARIABLE):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    lora_lab = [sys.executable, "-m", "lora_lab.cli", "train", "--project", "study", "-cd", "more"]
+    subprocess.run([*lora_lab, *STUDY, "model=wide", *settings], check=True)
+    runs = find_runs(Path("runs"))
+    assert [run.finished for run in runs] == [True] * len(runs)
+    assert len(runs) == (2 if "-m" in settings else 1)
+    assert {run.config["model"]["width"] for run in runs} == {65}
 
 
 @pytest.mark.parametrize(
