@@ -38,7 +38,9 @@ def test_links_lead_to_files(page: Path):
 def test_files_and_functions_exist(page: Path):
     spans = re.findall(r"`([\w./]+\.py)(?:: ([\w.]+))?`", page.read_text())
     for path, name in spans:
-        if "NAME" in path:
+        if "NAME" in path or path.startswith(
+            "mine/"
+        ):  # files that docs/own-project.md has one write
             continue
         file = next((f for f in (ROOT / "lora_lab" / path, ROOT / path) if f.exists()), None)
         assert file is not None, path
