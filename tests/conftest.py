@@ -71,6 +71,7 @@ SMALL = {
         *("data.in_features=20", "data.out_features=8", "data.groups=[8,6]", "data.steps=2"),
         *("base.epochs=2", "trainer.max_epochs=2"),
     ],
+    "spam_gpt2": [],
 }
 """Experiment → settings that make it small enough for tests."""
 

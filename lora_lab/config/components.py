@@ -34,6 +34,11 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+DATA_LEFT_OUT_AT_DEFAULT = {"column_names": None, "shares": None}
+DATA_LEFT_OUT_AT_DEFAULT |= {"balance": False, "mask_padding": True}
+"""Arguments of our data sets that earlier configs lack, with the values that change nothing."""
+
+
 class Component(Node, extra="allow"):
     """A node that names a callable by `_target_`; its other keys are the callable's arguments.
 
@@ -51,7 +56,12 @@ class Component(Node, extra="allow"):
 
     def identifying_settings(self) -> dict[str, Any]:
         """The node's keys and values with content in the place of paths."""
-        return self.model_dump(by_alias=True, exclude={"content"}) | (self.content or {})
+        settings = self.model_dump(by_alias=True, exclude={"content"}) | (self.content or {})
+        if self.target.startswith("lora_lab.data."):
+            for key, default in DATA_LEFT_OUT_AT_DEFAULT.items():
+                if settings.get(key) == default:
+                    settings.pop(key, None)
+        return settings
 
     @property
     def callee(self) -> Callable[..., Any]:

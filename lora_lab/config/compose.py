@@ -65,6 +65,8 @@ def config_from_hydra(content: DictConfig, overrides: Sequence[str]) -> Config:
         raise ConfigError(f"{error.full_key}: must be given") from None
     except OmegaConfBaseException as error:
         cause = " ".join(str(error).partition("full_key:")[0].split())
+        if is_needed := re.search("ConfigError raised .*?: (.*)", cause):
+            raise ConfigError(is_needed[1]) from None
         raise ConfigError(f"{error.full_key}: {cause}") from None
     assert isinstance(plain, dict)
     return parse_config({str(key): value for key, value in plain.items()}, explicit_keys)
@@ -136,20 +138,48 @@ def _compose_choices(choices: tuple[str, ...]) -> DictConfig:
     return hydra.compose("train", list(choices))
 
 
-def published_config(experiment: str, cfg: Config) -> Config:
-    """The config that an experiment's published losses belong to, with the seeds of `cfg`.
+def needed(key: str, what: str) -> str:
+    """What `${needed:KEY,WHAT}` in an experiment's YAML gives for a path that its user must set.
 
-    It is the experiment as its YAML has it, but with the seeds and the spectra settings of `cfg`:
-    a run that differs in these alone may be shown beside the published losses.
+    Raises ConfigError, which says what it must be.
+    """
+    raise ConfigError(f"{key}: must be given, {what}")
+
+
+OmegaConf.register_new_resolver("needed", needed, replace=True)
+
+
+def published_config(experiment: str, cfg: Config, settings: str = "") -> Config:
+    """The config that published numbers belong to, with the seeds and the files of `cfg`.
+
+    It is the experiment as its YAML has it, with the `settings` of a published cell, as they are
+    typed, but with the spectra settings of `cfg`, its seeds, and what lies at its paths: a run that
+    differs in these alone may be shown beside the published numbers.
     """
     choice = f"experiment={experiment}"
-    published = config_from_hydra(_compose_choices((choice,)), [choice])
+    typed = [choice, *shlex.split(settings), *_needed_paths(choice, cfg)]
+    published = _compose_point(hydra_arguments(typed))
     changes: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra}
-    for key in ("data", "base"):
+    for key in ("data", "model", "base"):
         node, run_node = getattr(published, key), getattr(cfg, key)
-        if hasattr(node, "seed") and hasattr(run_node, "seed"):
-            changes[key] = node.model_copy(update={"seed": run_node.seed})
+        same = [n for n in ("seed", "sha256") if hasattr(node, n) and hasattr(run_node, n)]
+        update = {name: getattr(run_node, name) for name in same}
+        if content := getattr(run_node, "content", None):
+            paths = {n: c for n, c in content.items() if node.arguments.get(n) is not None}
+            update["content"] = paths
+        changes[key] = node.model_copy(update=update)
     return published.model_copy(update=changes)
+
+
+def _needed_paths(choice: str, cfg: Config) -> list[str]:
+    """The overrides that give an experiment the paths that it needs, as `cfg` has them."""
+    experiment: Any = OmegaConf.to_container(_compose_choices((choice,)), resolve=False)
+    return [
+        f"{key}.{name}={_grammar(getattr(cfg, key).arguments.get(name))}"
+        for key in ("data", "model")
+        for name, value in experiment[key].items()
+        if str(value).startswith("${needed:")
+    ]
 
 
 def hydra_arguments(arguments: list[str]) -> list[str]:
@@ -194,7 +224,10 @@ def train_command(config: dict[str, Any], shown_keys: Collection[str] = ()) -> s
         start = ["~experiment", f"name={config['name']}", *_choices(config)]
     with composition():
         try:
-            wanted, defaults = parse_config(dict(config)), compose_config(start).to_dict()
+            wanted = parse_config(dict(config))
+            if start[0].startswith("experiment="):
+                start += _needed_paths(start[0], wanted)
+            defaults = compose_config(start).to_dict()
             changes = _overrides_between(defaults, wanted.to_dict(), shown_keys)
             if compose_config([*start, *changes]).identity() != wanted.identity():
                 return None

@@ -140,10 +140,17 @@ class EarlyStopping(Node):
 
 
 class Published(Node):
-    """Published losses of an experiment, on all data, by epoch: of the base, and when adapted."""
+    """What was published of an experiment, and where (`source`).
 
+    `base` and `adapted` are losses on all data by epoch, of the base and when adapted. `cells` has
+    metrics at the end, by the settings that are typed behind experiment=NAME to run that cell:
+    {"adapter.r=16": {"test/accuracy": 0.9667}}.
+    """
+
+    source: str | None = None
     base: dict[int, float] = Field(default={})
     adapted: dict[int, float] = Field(default={})
+    cells: dict[str, dict[str, float]] = Field(default={})
 
 
 def _as_list(value: Any) -> Any:

@@ -27,8 +27,11 @@ def broken_line(file: Path) -> str | None:
     return None
 
 
-def lines_of_rows(file: Path) -> Iterator[str]:
-    """The place of each row in a file: `line 3`, or `row 3` where rows are not lines."""
+def lines_of_rows(file: Path, has_header: bool = True) -> Iterator[str]:
+    """The place of each row in a file: `line 3`, or `row 3` where rows are not lines.
+
+    `has_header`: the first line of a CSV or TSV file names the columns.
+    """
     kind = FORMATS[file.suffix]
     if kind == "parquet":
         from pyarrow import parquet
@@ -39,7 +42,7 @@ def lines_of_rows(file: Path) -> Iterator[str]:
             reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
             line = 1
             for i, fields in enumerate(reader):
-                if i and fields:  # the first names the columns, blank lines are no rows
+                if (i or not has_header) and fields:  # blank lines are no rows
                     yield f"line {line}"
                 line = reader.line_num + 1
     elif kind == "text":

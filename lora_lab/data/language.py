@@ -130,7 +130,8 @@ class Language(TableData):
         """The source that is one document, whose end is for validation; None: there is none."""
         source = self.sources.get("train" if self.phase == "adapt" else "base")
         validates_itself = self.phase == "base" or "val" not in self.sources
-        if source is None or not (validates_itself and self.block and self.val_share):
+        is_cut = validates_itself and self.block and self.val_share and not self.shares
+        if source is None or not is_cut:
             return None
         return source if row_count(source) == 1 else None
 

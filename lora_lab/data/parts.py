@@ -1,5 +1,8 @@
-"""Which rows of a source are for training and which for validation, drawn from a seed."""
+"""Which rows of a source are for training, validation and testing, drawn from a seed."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,3 +28,34 @@ def limited(rows: Tensor, limit: int | None, seed: int) -> Tensor:
         return rows
     order = torch.randperm(len(rows), generator=generator(seed, "limit"))
     return rows[order[:limit].sort().values]
+
+
+# numpy's RandomState is what pandas draws from, so that these are the rows of scripts that split a
+# data frame: df.sample(frac=1, random_state=seed), then df[:n], df[n:m] and df[m:].
+def shared_out(rows: Tensor, shares: Sequence[float], seed: int) -> tuple[Tensor, ...]:
+    """The rows in an order drawn by `seed`, cut into consecutive parts of these shares.
+
+    Each part but the last has ⌊share · rows⌋ rows. Raises ValueError where one would be empty.
+    """
+    order = np.random.RandomState(seed).choice(len(rows), len(rows), replace=False)
+    sizes = [int(len(rows) * share) for share in shares[:-1]]
+    sizes.append(len(rows) - sum(sizes))
+    if min(sizes) == 0:
+        raise ValueError(f"shares={list(shares)}: leaves none of {len(rows)} rows for one of them")
+    return rows[torch.from_numpy(order)].split(sizes)
+
+
+def balanced(classes: Tensor, seed: int) -> Tensor:
+    """The rows of each class (N,), those of larger ones drawn down to the number of the rarest.
+
+    They are class by class; of each the rows are df.sample(n, random_state=seed).
+    """
+    by_class = [(classes == c).nonzero().flatten() for c in range(int(classes.max()) + 1)]
+    least = min(map(len, by_class))
+    chosen = []
+    for rows in by_class:
+        if len(rows) > least:
+            draw = np.random.RandomState(seed).choice(len(rows), least, replace=False)
+            rows = rows[torch.from_numpy(draw)]
+        chosen.append(rows)
+    return torch.cat(chosen)

@@ -48,13 +48,14 @@ class Table:
 
     `key` and `path` are the argument of the data set and its value, for messages. `rows` is a
     `datasets.Dataset`. `files`, in the order of their rows, are empty where rows come from a hub or
-    a saved data set.
+    a saved data set. `has_header`: the first line of a CSV or TSV file names the columns.
     """
 
     key: str
     path: str
     rows: Any
     files: tuple[Path, ...] = ()
+    has_header: bool = True
 
     def column(self, argument: str, name: str) -> list[Any]:
         """The values of a column. `argument` is the data set's that names it, for the error."""
@@ -73,7 +74,7 @@ class Table:
         """The place of a row, for messages: `train=train.jsonl, line 3`."""
         before = 0
         for file in self.files:
-            lines = list(lines_of_rows(file))
+            lines = list(lines_of_rows(file, self.has_header))
             if row < before + len(lines):
                 name = f" {file.name}," if len(self.files) > 1 else ""
                 return f"{self.key}={self.path},{name} {lines[row - before]}"
@@ -90,16 +91,24 @@ class Source:
     revision: str | None
     subset: str | None
     content: str
+    column_names: tuple[str, ...] | None = None
 
     def table(self) -> Table:
         """The rows. Raises ValueError where there are none, or where a file cannot be read."""
         return _read(self)
 
 
-def source(key: str, path: str, revision: str | None = None, subset: str | None = None) -> Source:
+def source(
+    key: str,
+    path: str,
+    revision: str | None = None,
+    subset: str | None = None,
+    column_names: Sequence[str] | None = None,
+) -> Source:
     """The source at a path or hub id. `subset` is a hub set's configuration, as sst2 of glue.
 
-    Raises ValueError, with `key` and the path, where there is none.
+    `column_names` are those of CSV or TSV files without a line that names them. Raises ValueError,
+    with `key` and the path, where there is none.
     """
     location, split = split_of(path)
     place = Path(location).expanduser()
@@ -111,7 +120,8 @@ def source(key: str, path: str, revision: str | None = None, subset: str | None 
                 f"{name}={value}: of a hub id only, and {key}={path} is a local file or folder"
             )
     try:
-        return Source(key, path, revision, subset, content_hash(path, revision))
+        names = tuple(column_names) if column_names else None
+        return Source(key, path, revision, subset, content_hash(path, revision), names)
     except ValueError as error:
         raise ValueError(f"{key}={error}") from None
 
@@ -122,13 +132,14 @@ def _read(source: Source) -> Table:
     location, split = split_of(path)
     place = Path(location).expanduser()
     if place.is_file():
-        table = _read_files(key, path, [place])
+        table = _read_files(key, path, [place], source.column_names)
     elif (place / "dataset_dict.json").exists() or (place / "state.json").exists():
         table = _read_saved(key, path, place, split)
     elif place.is_dir() and (images := _images_by_class(key, path, place, split)):
         table = _read_images(key, path, images)
     elif place.is_dir():
-        table = _read_files(key, path, _files_of_split(key, path, place, split))
+        files = _files_of_split(key, path, place, split)
+        table = _read_files(key, path, files, source.column_names)
     else:
         table = _read_hub(source, location, split)
     if not len(table.rows):
@@ -221,7 +232,9 @@ def _read_hub(source: Source, repo: str, split: str | None) -> Table:
     return Table(source.key, source.path, rows)
 
 
-def _read_files(key: str, path: str, files: list[Path]) -> Table:
+def _read_files(
+    key: str, path: str, files: list[Path], column_names: tuple[str, ...] | None
+) -> Table:
     """The rows of files of one kind, which `datasets` keeps in its cache as Arrow tables."""
     import datasets
 
@@ -233,12 +246,18 @@ def _read_files(key: str, path: str, files: list[Path]) -> Table:
             )
         if not file.stat().st_size:
             raise ValueError(f"{key}={path}: {file.name} is empty")
+    kind, names = FORMATS[files[0].suffix], column_names and list(column_names)
+    if names and kind != "csv":
+        raise ValueError(f"column_names={names}: of .csv and .tsv files only, and {key}={path}")
     options = {
         # pandas would read the text "None" or "NA" as a missing one.
-        "csv": {"sep": "\t" if files[0].suffix == ".tsv" else ",", "keep_default_na": False},
+        "csv": {
+            "sep": "\t" if files[0].suffix == ".tsv" else ",",
+            "keep_default_na": False,
+            "column_names": names,
+        },
         "text": {"sample_by": "document"},
     }
-    kind = FORMATS[files[0].suffix]
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
@@ -256,7 +275,7 @@ def _read_files(key: str, path: str, files: list[Path]) -> Table:
         raise ValueError(f"{key}={path}{broken or f': {_one_line(error)}'}") from None
     finally:
         datasets.enable_progress_bars()
-    return Table(key, path, rows, tuple(files))
+    return Table(key, path, rows, tuple(files), has_header=not names)
 
 
 def _one_line(error: BaseException) -> str:

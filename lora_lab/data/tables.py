@@ -22,10 +22,11 @@ class TableData(Data):
 
     The `adapt` phase trains on `train` and validates on `val`, or, where that is None, on the share
     `val_share` of the rows of `train`, drawn by `seed`. A run's result is tested on all rows of
-    `test`, once. The `base` phase has the rows of `base`,
-    what the base knew, in the same shares; it can be drawn only where `base` is given. `limit` and
-    `val_limit` are the most rows of training and validation. `revision` and `subset` are those of
-    hub ids. A subclass takes these arguments as **table and passes them on.
+    `test`, once. With `shares`, of training, validation and the test, all three are of `train`. The
+    `base` phase has the rows of `base`, what the base knew, in the same shares; it can be drawn
+    only where `base` is given. `limit` and `val_limit` are the most rows of training and
+    validation. `revision` and `subset` are those of hub ids, `column_names` those of CSV or TSV
+    files that do not name them. A subclass takes these arguments as **table and passes them on.
     """
 
     path_arguments: tuple[str, ...] = ("train", "val", "test", "base", "tokenizer")
@@ -48,15 +49,18 @@ class TableData(Data):
         val_limit: PositiveInt | None = None,
         revision: str | None = None,
         subset: str | None = None,
+        column_names: list[str] | None = None,
+        shares: list[Share] | None = None,
         eval_batch_size: PositiveInt = 128,
         metrics: Sequence[str] | None = None,
     ):
         super().__init__(phase, batch_size, seed)
         self.eval_rows, self.metrics = eval_batch_size, metrics
         self.val_share, self.limit, self.val_limit = val_share, limit, val_limit
+        self.shares = _checked_shares(shares, val, test)
         paths = {"train": train, "val": val, "test": test, "base": base}
         self.sources = {
-            key: source(key, path, revision, subset)
+            key: source(key, path, revision, subset, column_names)
             for key, path in paths.items()
             if path is not None
         }
@@ -79,7 +83,9 @@ class TableData(Data):
             self.check_base()
         train = self.sources["train" if self.phase == "adapt" else "base"]
         val = self.sources.get("val") if self.phase == "adapt" else None
-        if val is None:
+        if self.shares:
+            numbers = self._shared_out(train)[:2]
+        elif val is None:
             numbers = parts.split(row_count(train), self.val_share, self.seed)
         else:
             numbers = torch.arange(row_count(train)), torch.arange(row_count(val))
@@ -88,6 +94,14 @@ class TableData(Data):
             (source, parts.limited(n, limit, self.seed))
             for source, n, limit in zip((train, val or train), numbers, limits, strict=True)
         ]
+
+    def usable(self, source: Source) -> Tensor:
+        """The numbers of a source's rows, before they are shared out."""
+        return torch.arange(row_count(source))
+
+    def _shared_out(self, source: Source) -> tuple[Tensor, ...]:
+        """The row numbers of training, validation and the test, by `shares`."""
+        return parts.shared_out(self.usable(source), self.shares or (), self.seed)
 
     def check_chosen(self) -> None:
         """Raises ValueError where there are too few rows to train on or to validate on."""
@@ -102,13 +116,30 @@ class TableData(Data):
 
     @property
     def has_test(self) -> bool:
-        """Whether `test` is given."""
-        return "test" in self.sources
+        """Whether there are rows of a test."""
+        return "test" in self.sources or self.shares is not None
 
     def draw_test(self) -> Rows:
-        """All rows of `test`."""
+        """All rows of `test`, or the last share of `train`."""
+        if self.shares:
+            train = self.sources["train"]
+            return self.rows(train, self._shared_out(train)[2], "test")
         test = self.sources["test"]
         return self.rows(test, torch.arange(row_count(test)), "test")
+
+
+def _checked_shares(
+    shares: Sequence[float] | None, val: str | None, test: str | None
+) -> Sequence[float] | None:
+    """The shares. Raises ValueError where they are not all rows, or rows are given beside them."""
+    if shares is None:
+        return None
+    if len(shares) != 3 or abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(f"shares={list(shares)}: must be three that sum to 1")
+    for key, path in (("val", val), ("test", test)):
+        if path is not None:
+            raise ValueError(f"shares={list(shares)}: takes them from train, and {key}={path}")
+    return shares
 
 
 def row_count(source: Source) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 from torch import Tensor
 
-from lora_lab.data import columns, tokens
+from lora_lab.data import columns, parts, tokens
 from lora_lab.data.module import Phase
 from lora_lab.data.sources import Source
 from lora_lab.data.tables import TableData
@@ -30,7 +30,10 @@ class Text(TableData):
     (premise and hypothesis). `label` names that of the classes (texts, or integers) or, with
     task=regression, of the numbers. `classes` are the classes' names in their order; None: those of
     a hub set, or the sorted labels of `train`. Texts of more than `max_length` tokens are cut.
-    Rows are padded to the longest of their batch, in a multiple of `pad_to_multiple`.
+    Rows are padded to the longest of their batch, in a multiple of `pad_to_multiple`. With
+    `mask_padding=False` the tokens that fill a row are read as its text: no attention mask hides
+    them, and a model that classifies by the last token takes that of the padded row. `balance`
+    draws the rows of each class of `train` down to the number of the rarest; it needs `shares`.
     """
 
     usual_length = 512
@@ -46,10 +49,16 @@ class Text(TableData):
         max_length: PositiveInt | None = None,
         pad_to_multiple: PositiveInt = 1,
         classes: list[str | int] | None = None,
+        mask_padding: bool = True,
+        balance: bool = False,
         **table: Any,
     ):
         super().__init__(phase, **table)
         self.task, self.max_length, self.pad_to_multiple = task, max_length, pad_to_multiple
+        self.mask_padding, self.balance = mask_padding, balance
+        if balance and (task == "regression" or not self.shares):
+            lacking = "data.task=classification" if task == "regression" else "data.shares"
+            raise ValueError(f"balance=true: needs {lacking}")
         text = [text] if isinstance(text, str) else text
         if not 1 <= len(text) <= 2:
             raise ValueError(f"text={text}: must be one column, or two for pairs")
@@ -78,7 +87,15 @@ class Text(TableData):
     def sizes(self) -> dict[str, int]:
         """An output for each class, or one number; and the token that fills short rows."""
         outputs = len(self.class_names) if self.class_names else 1
-        return {"out_features": outputs, "pad_token_id": tokens.pad_id(self.tokenizer)}
+        # No token has the id −1: then the last one is the last that is no padding.
+        padding = tokens.pad_id(self.tokenizer) if self.mask_padding else -1
+        return {"out_features": outputs, "pad_token_id": padding}
+
+    def usable(self, source: Source) -> Tensor:
+        """All rows, or as many of each class."""
+        if not self.balance:
+            return super().usable(source)
+        return parts.balanced(_examples(source, self.columns, self.class_names)[1], self.seed)
 
     def rows(self, source: Source, numbers: Tensor, split: str) -> tokens.TokenRows:
         """Rows of tokens, with a class (B,) or a number (B, 1) for each."""
@@ -87,7 +104,9 @@ class Text(TableData):
         encode = partial(_encode, self.tokenizer, **settings)
         flat = tokens.tokenize(source.path, texts, self.tokenizer, settings, encode)
         padding = tokens.padding(self.tokenizer, flat)
-        return tokens.TokenRows(flat, padding, targets, numbers, self.pad_to_multiple)
+        rows = tokens.TokenRows(flat, padding, targets, numbers, self.pad_to_multiple)
+        rows.has_mask = self.mask_padding
+        return rows
 
 
 @lru_cache(maxsize=4)

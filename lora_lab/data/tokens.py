@@ -236,12 +236,14 @@ class TokenRows:
         self.flat = {name: flat[name] for name in padding}
         self.padding, self.targets, self.multiple = padding, targets, multiple
         self.rows = torch.arange(len(self.offsets) - 1) if rows is None else rows
+        self.has_mask = True
+        """Whether the inputs say which tokens are no padding."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
-        """The inputs (B, T) by name, with their attention mask, and the targets."""
+        """The inputs (B, T) by name, mostly with their attention mask, and the targets."""
         rows = self.rows[index]
         start = self.offsets[rows]  # (B,)
         lengths = self.offsets[rows + 1] - start
@@ -256,4 +258,5 @@ class TokenRows:
             for name, flat in self.flat.items()
         }
         targets = batch.pop("targets") if self.targets is None else self.targets[rows]
-        return {**batch, "attention_mask": is_token.long()}, targets
+        mask = {"attention_mask": is_token.long()} if self.has_mask else {}
+        return {**batch, **mask}, targets

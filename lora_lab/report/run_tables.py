@@ -114,8 +114,18 @@ def _loss_facts(run: Run, at: At) -> Rows:
         ]
         for key in tested
     ]
-    facts += [*_generated_facts(run), *_forgetting_facts(run)]
+    facts += [*_published_facts(run), *_generated_facts(run), *_forgetting_facts(run)]
     return [*facts, *_best_facts(run), *_cut_facts(run)]
+
+
+def _published_facts(run: Run) -> Rows:
+    """The published metrics of the run's cell, where its config has any."""
+    published = run.config.get("published") or {}
+    return [
+        [f"{metric} as published ({published['source']})", format_number(value)]
+        for metrics in published.get("cells", {}).values()
+        for metric, value in metrics.items()
+    ]
 
 
 def _forgetting_facts(run: Run) -> Rows:
