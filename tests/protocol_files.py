@@ -1,6 +1,7 @@
 """Models and data of the shapes that the protocols' experiments read, small and random."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.text_files import WORDS, save_tokenizer
@@ -28,3 +29,9 @@ def save_gpt2(folder: str = "gpt2") -> list[str]:
     tiny_model("gpt2", folder, "language", n_positions=128, n_embd=16, pad_token_id=None)
     save_tokenizer(folder, "gpt")
     return [f"model.path={folder}"]
+
+
+FILES: dict[str, Callable[[], list[str]]] = {
+    "spam_gpt2": lambda: [*save_sms(spam=40, ham=60), *save_gpt2()],
+}
+"""What an experiment reads, small and random: writes it and gives the overrides of its paths."""

@@ -23,7 +23,7 @@ from lora_lab.training.plan import plan
 from lora_lab.training.published import with_published
 from tests.config.test_conf import composed
 from tests.conftest import Lab, only_run
-from tests.protocol_files import save_gpt2, save_sms
+from tests.protocol_files import FILES, save_gpt2, save_sms
 from tests.text_files import IDS
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -134,18 +134,9 @@ def test_what_an_experiment_needs_is_told(experiment: str):
             compose_config([f"experiment={experiment}", *others])
 
 
-SMALLER = (
-    "spectra.against_base=false",
-    "spectra.truncation=none",
-    "trainer.max_epochs=1",
-    "trainer.max_steps=2",
-)
+SMALLER = ["spectra.against_base=false", "spectra.truncation=none"]
+SMALLER += ["trainer.max_epochs=1", "trainer.max_steps=2"]
 """What makes the run of an experiment brief."""
-
-FILES: dict[str, Any] = {
-    "spam_gpt2": lambda: [*save_sms(spam=40, ham=60), *save_gpt2()],
-}
-"""What an experiment reads, small and random: writes it and gives the overrides of its paths."""
 
 
 @pytest.mark.parametrize("experiment", FILES)

@@ -428,6 +428,21 @@ BAD_INPUTS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         r"leaves none of 4 rows for training",
     ),
     "share is null": ({}, {"val": None, "val_share": None}, r"val_share=None: leaves none"),
+    "shares": ({}, {"val": None, "shares": [0.5, 0.2, 0.2]}, r"shares=.*three that sum to 1"),
+    "two shares": ({}, {"val": None, "shares": [0.5, 0.5]}, r"shares=.*three that sum to 1"),
+    "an empty share": (
+        {},
+        {"val": None, "shares": [0.8, 0.1, 0.1]},
+        r"shares=.* leaves none of 4 rows for one of them",
+    ),
+    "shares and a file": ({}, {"shares": [0.5, 0.25, 0.25]}, r"from train, and val=val.jsonl"),
+    "balance alone": ({}, {"balance": True}, r"balance=true: needs data.shares"),
+    "names of JSON": ({}, {"column_names": ["a"]}, r"column_names=\['a'\]: of .csv and .tsv"),
+    "no line of names": (
+        {"bad.tsv": "good\ta\nbad\t\n"},
+        {"train": "bad.tsv", "val": None, "column_names": ["label", "text"]},
+        r"train=bad.tsv, line 2: 'text' is an empty text",
+    ),
     "large batch": ({}, {"batch_size": 5}, r"batch_size=5 is more than the 4 training rows"),
     "no tokenizer": ({}, {"tokenizer": None}, r"tokenizer: must be given"),
     "tokenizer missing": (

@@ -16,8 +16,10 @@ from torch import Tensor
 from lora_lab import train
 from lora_lab.adapters.init import INITS
 from lora_lab.runs import find_runs
+from tests.protocol_files import FILES
 
-EXPERIMENTS = sorted(path.stem for path in Path("conf/experiment").glob("*.yaml"))
+EXPERIMENTS = sorted({path.stem for path in Path("conf/experiment").glob("*.yaml")} - {*FILES})
+"""Those that need no files of their user."""
 
 
 def move_first_values(monkeypatch: pytest.MonkeyPatch) -> None:
