@@ -112,7 +112,7 @@ examples:
   lora-lab sweep sweeps/rank.yaml
   lora-lab sweep sweeps/rank.yaml --dry-run
   lora-lab sweep sweeps/rank.yaml adapter.r=1,2 seed=0 hydra/launcher=joblib
-  lora-lab sweep sweeps/lr_by_rank.yaml --count 20
+  lora-lab sweep sweeps/lr_search.yaml --count 20
 """
 
 TRAIN = """\

@@ -6,8 +6,10 @@ A series is a line in a figure against r (rank_figures.py), and rows of the trun
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
@@ -28,18 +30,21 @@ def lora_runs_by_series(results: Sequence[RunResult]) -> dict[str, list[RunResul
     return runs_by_series([result for result in results if result.rank is not None])
 
 
-def runs_by_series(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+def runs_by_series(
+    results: Sequence[RunResult], free: Collection[str] = ()
+) -> dict[str, list[RunResult]]:
     """Groups runs of any method into series: settings in words → runs with these settings.
 
-    A series' name has only what tells it from the other series, as `alpha=8`. It is "" where there
-    is only one series.
+    The keys `free` may differ within a series too. A series' name has only what tells it from the
+    other series, as `alpha=8`. It is "" where there is only one series.
     """
+    separates = partial(_separates_series, free=free)
     members: dict[str, list[RunResult]] = {}
     for result in results:
-        settings = {k: v for k, v in result.settings.items() if _separates_series(k)}
+        settings = {k: v for k, v in result.settings.items() if separates(k)}
         members.setdefault(json.dumps(settings, sort_keys=True), []).append(result)
     cells = [Cell(key, runs) for key, runs in members.items()]
-    keys = {key: name for key, name in swept_keys(cells).items() if _separates_series(key)}
+    keys = {key: name for key, name in swept_keys(cells).items() if separates(key)}
     series: dict[str, list[RunResult]] = {}
     for cell in cells:
         name = cell_label(cell, keys) if keys else ""
@@ -48,9 +53,16 @@ def runs_by_series(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     return series
 
 
-def _separates_series(key: str) -> bool:
+def _separates_series(key: str, free: Collection[str]) -> bool:
     """Whether runs with different values of this setting belong to different series."""
-    return key not in FREE_KEYS and key != "cell" and not key.startswith("spectra.")
+    is_free = key in FREE_KEYS or key in free or key.startswith("spectra.")
+    return not is_free and key != "cell"
+
+
+def seeds_of(result: RunResult) -> tuple[Any, ...]:
+    """The seeds of a run, its data and its base: runs that are compared in pairs share them."""
+    settings = result.settings
+    return result.config["seed"], settings.get("data.seed"), settings.get("base.seed")
 
 
 def series_over_ranks(results: Sequence[RunResult], metric: str) -> dict[str, list[RunResult]]:

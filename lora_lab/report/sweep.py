@@ -8,12 +8,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from lora_lab.report import page, rank_figures, summary
+from lora_lab.report import cut_report, learning_rate_report, page, rank_figures, summary
 from lora_lab.report.cells import Cell, RunResult, cells_of, epoch_of, metrics_below, read_run
+from lora_lab.report.cut_against_trained import comparisons
 from lora_lab.report.epochs import OPTIMISTIC, At, goal_of
 from lora_lab.report.forgetting_figure import gain_by_forgetting
+from lora_lab.report.learning_rate_figure import learning_rate_figure
 from lora_lab.report.plotting import metric_label, save
 from lora_lab.report.rank_series import differing_seeds
+from lora_lab.report.rate_by_rank import RateSweep, rate_sweeps
 from lora_lab.report.run import figures_line
 from lora_lab.report.sections import ExperimentReport, SweepReport
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
@@ -69,7 +72,8 @@ def _sweep_markdown(sweep: SweepReport) -> str:
     for experiment in sweep.experiments:
         parts += [markdown_text(f"# {experiment.name}")] if len(sweep.experiments) > 1 else []
         for title, rows in experiment.tables.items():
-            parts += [f"## {title}", markdown(rows, "l"), experiment.notes[title]]
+            note = "\n".join(map(markdown_text, experiment.notes[title].splitlines()))
+            parts += [f"## {title}", markdown(rows, "l"), note]
         folder = experiment.directory.relative_to(sweep.report)
         for file, caption in experiment.captions.items():
             parts.append(f"![{markdown_text(caption)}]({(folder / file).as_posix()}.png)")
@@ -96,24 +100,36 @@ def _write_experiment(
     to.mkdir(parents=True, exist_ok=True)
     cells = cells_of(results)
     finished = [result for cell in cells for result in cell.finished]
+    compared, rates = comparisons(finished), _rate_sweeps(cells)
+    all_rates = [sweep for sweeps in rates.values() for sweep in sweeps]
     tables = {
         "cells": summary.cells_table(cells),
         "theory": summary.theory_table(cells),
         "truncation": summary.truncation_table(finished),
+        "cut against trained": cut_report.comparison_table(compared),
+        "best learning rate": learning_rate_report.rate_table(all_rates),
     }
     in_full = summary.cells_table_in_full(cells)
     _write_table(tables["cells"], to, "cells", in_full, f"val/ {epoch_of('val/', results)}")
     _write_table(tables["theory"], to, "theory", summary.theory_by_run_table(cells))
     truncation = summary.truncation_table(finished, in_full=True)
     _write_table(tables["truncation"], to, "truncation", truncation)
+    in_full = cut_report.comparison_table_in_full(compared)
+    _write_table(tables["cut against trained"], to, "cut_against_trained", in_full)
+    in_full = learning_rate_report.rate_table_in_full(all_rates)
+    _write_table(tables["best learning rate"], to, "best_learning_rate", in_full)
     write_atomic(to / "metrics.csv", csv_of(summary.all_metrics_table(cells)))
-    captions = _write_figures(_figures(cells, finished), to)
+    figures = _figures(cells, finished) | _rate_figures(rates)
+    captions = _write_figures(figures, to)
     for old in earlier:
         if old.parent == to and old.stem not in captions:
             old.unlink(missing_ok=True)
             old.with_suffix(".pdf").unlink(missing_ok=True)
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
-    return ExperimentReport(name, to, cells, tables, _notes(cells, finished), captions)
+    notes = _notes(cells, finished)
+    notes["cut against trained"] = cut_report.comparison_note(finished, compared)
+    notes["best learning rate"] = learning_rate_report.rate_note(all_rates)
+    return ExperimentReport(name, to, cells, tables, notes, captions)
 
 
 def _notes(cells: Sequence[Cell], finished: Sequence[RunResult]) -> dict[str, str]:
@@ -190,6 +206,23 @@ def _figures(all_cells: Sequence[Cell], finished: Sequence[RunResult]) -> Figure
     caption = "What was swept, and what came of it: the mean of each cell"
     caption += f", each val/ metric {epoch_of('val/', finished)}."
     figures["swept"] = caption, metrics_by_swept_keys(all_cells, metrics)
+    return figures
+
+
+def _rate_sweeps(cells: Sequence[Cell]) -> dict[str, list[RateSweep]]:
+    """The series over r and learning rates of each validation metric that has a best value."""
+    results = [result for cell in cells for result in cell.results]
+    metrics = [metric for metric in metrics_below("val/", cells) if goal_of(metric)]
+    return {metric: rate_sweeps(results, metric) for metric in metrics}
+
+
+def _rate_figures(rates: dict[str, list[RateSweep]]) -> Figures:
+    """Draws each metric's figure of learning rates and ranks."""
+    figures: Figures = {}
+    for metric, sweeps in rates.items():
+        caption = f"{metric_label(metric).capitalize()} over the learning rate for each r, and the "
+        caption += "best rate by r. Hollow: no interval, or at the edge of the rates (triangle)."
+        figures[f"learning_rate{_suffix(metric)}"] = caption, learning_rate_figure(sweeps)
     return figures
 
 

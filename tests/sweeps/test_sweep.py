@@ -102,6 +102,8 @@ def test_all_points_of_our_sweep_files_can_be_run(path: Path):
         without = [{o for o in point if not o.startswith("tracking")} for point in points]
         ours = [set(read.overrides_at(values)) for values in read.grid_points()]
         assert sorted(map(sorted, ours)) == sorted(map(sorted, without))
+        # A seed changes no plan.
+        points = [point for point in points if not {"seed=1", "seed=2"} & {*point}]
     for point in points:
         assert plan(composed(*point)).sites
 
