@@ -13,7 +13,7 @@ from lora_lab.report import rank_series
 from lora_lab.report.cells import RunResult
 from lora_lab.report.paired_test import PairedTest, holm, paired_test
 
-COMPARED = ("val/", "test/", "forget/")
+COMPARED = ("val/", "test/", "forget/", "generate/")
 """How the names of metrics begin that are compared."""
 
 BySeeds = dict[tuple[Any, ...], float]

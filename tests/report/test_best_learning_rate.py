@@ -309,7 +309,9 @@ def test_a_report_has_both_comparisons(
 
         return [run.last("val/loss") or 0.0 for run in runs if has(run)]
 
-    rows = {row["series"]: row for row in rows_of(folder / "cut_against_trained.csv")}
+    table = rows_of(folder / "cut_against_trained.csv")
+    assert {row["metric"] for row in table} == {"val/loss", "forget/loss"}
+    rows = {row["series"]: row for row in table if row["metric"] == "val/loss"}
     assert list(rows) == ["lr=0.01", "lr=0.05", "lr=0.2"]
     for row, lr in zip(rows.values(), (0.01, 0.05, 0.2), strict=True):
         test: Any = stats.ttest_1samp(np.array(losses(1, lr)) - curve[1], 0.0)
