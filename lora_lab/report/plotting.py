@@ -41,9 +41,11 @@ def graded_colors(count: int) -> list[tuple[float, float, float, float]]:
     return [matplotlib.colormaps["viridis"](0.92 * i / max(1, count - 1)) for i in range(count)]
 
 
-def panels(count: int, width: float, height: float = 4) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, at most three in a row, each of a size in inches."""
-    columns = min(count, 3)
+def panels(
+    count: int, width: float, height: float = 4, in_row: int = 3
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, at most `in_row` in a row, each of a size in inches."""
+    columns = min(count, in_row)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -10,6 +10,12 @@ from rich.console import Console
 
 from lora_lab.report import cut_report, learning_rate_report, page, rank_figures, summary
 from lora_lab.report.cells import Cell, RunResult, cells_of, epoch_of, metrics_below, read_run
+from lora_lab.report.cost import (
+    cells_cost_table,
+    cells_cost_table_in_full,
+    cost_note,
+    differing_costs,
+)
 from lora_lab.report.cut_against_trained import comparisons
 from lora_lab.report.epochs import OPTIMISTIC, At, goal_of
 from lora_lab.report.forgetting_figure import gain_by_forgetting
@@ -22,7 +28,7 @@ from lora_lab.report.sections import ExperimentReport, SweepReport
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
 from lora_lab.report.tables import Rows, csv_of, latex, markdown, markdown_text, terminal_table
 from lora_lab.report.theory import GAP_NOTE
-from lora_lab.report.tradeoff_figure import metric_by_parameters
+from lora_lab.report.tradeoff_figure import metric_by_costs
 from lora_lab.runs import Run, write_atomic
 
 NO_FIGURES = "none yet: those against r need finished runs of two ranks"
@@ -104,6 +110,7 @@ def _write_experiment(
     all_rates = [sweep for sweeps in rates.values() for sweep in sweeps]
     tables = {
         "cells": summary.cells_table(cells),
+        "cost": cells_cost_table(cells),
         "theory": summary.theory_table(cells),
         "truncation": summary.truncation_table(finished),
         "cut against trained": cut_report.comparison_table(compared),
@@ -111,6 +118,7 @@ def _write_experiment(
     }
     in_full = summary.cells_table_in_full(cells)
     _write_table(tables["cells"], to, "cells", in_full, f"val/ {epoch_of('val/', results)}")
+    _write_table(tables["cost"], to, "cost", cells_cost_table_in_full(cells))
     _write_table(tables["theory"], to, "theory", summary.theory_by_run_table(cells))
     truncation = summary.truncation_table(finished, in_full=True)
     _write_table(tables["truncation"], to, "truncation", truncation)
@@ -139,11 +147,14 @@ def _notes(cells: Sequence[Cell], finished: Sequence[RunResult]) -> dict[str, st
     is_chosen = any(r.is_at_best("val/") or r.select != "last" for r in results)
     more = [OPTIMISTIC] if is_chosen else []
     more += [note] if (note := summary.identical_seeds_note(cells)) else []
+    cost = cost_note(cells)
+    more += [] if differing_costs(cells) or not cost else [f"Cost: {cost}"]
     return {
         "cells": "Mean ± standard deviation (n − 1) over the n finished runs of a cell, each val/ "
         f"metric {epoch_of('val/', results)}, all else at the end; bold: the best mean of a "
         + " ".join(["validation.", *more])
         + (FORGETTING_NOTE if metrics_below("forget/increase", cells) else ""),
+        "cost": cost,
         "theory": f"{GAP_NOTE}. All at the end. Run by run in theory.csv.",
         "truncation": "Validation loss at the end, with ΔW cut to rank k"
         + (f", mean ± standard deviation over {kinds}." if kinds else ".")
@@ -191,9 +202,9 @@ def _figures(all_cells: Sequence[Cell], finished: Sequence[RunResult]) -> Figure
         figures[f"rank{_suffix(metric)}"] = caption, rank_figures.metric_by_rank(finished, metric)
     for metric in metrics:
         where = f"{metric_label(metric)} {epoch_of(metric, finished)}"
-        caption = f"Trained parameters against {where}: mean ± standard deviation of each cell,"
-        caption += " and the front."
-        figures[f"tradeoff{_suffix(metric)}"] = caption, metric_by_parameters(cells, metric)
+        caption = f"What a cell costs against {where}: mean ± standard deviation of each, and the "
+        caption += "front. Measured costs are shown where cells differ in them by more than noise."
+        figures[f"tradeoff{_suffix(metric)}"] = caption, metric_by_costs(cells, metric)
     caption = "What was gained of the validation loss against what was forgotten of what the base"
     caption += " knew, both at the end. Large points: mean ± standard deviation of each r."
     figures["forgetting"] = caption, gain_by_forgetting(finished)

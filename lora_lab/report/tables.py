@@ -44,10 +44,16 @@ def format_number(value: float | None) -> str:
 def format_unit(value: float, unit: str) -> str:
     """A number in three significant digits with its decimal unit: 1234, "B" → 1.23 kB."""
     rounded = float(f"{value:.3g}")
-    thousands = math.floor(math.log10(rounded) / 3) if rounded > 0 else 0
+    size, name = unit_of(rounded, unit)
+    return f"{rounded / size:.3g} {name}"
+
+
+def unit_of(value: float, unit: str) -> tuple[float, str]:
+    """The decimal unit for a number of its size, and that unit's name: 1234, "B" → 1000, kB."""
+    thousands = math.floor(math.log10(value) / 3) if value > 0 else 0
     prefixes = dict(enumerate(("µ", "m", "", "k", "M", "G", "T", "P", "E"), start=-2))
     thousands = min(max(thousands, min(prefixes)), max(prefixes))
-    return f"{rounded / 1000**thousands:.3g} {prefixes[thousands]}{unit}"
+    return 1000.0**thousands, f"{prefixes[thousands]}{unit}"
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -8,6 +8,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 from wandb_workspaces.reports.v2 import interface as wr
 
+from lora_lab.report.cost import FLOPS, MEMORY, SECONDS
 from lora_lab.report.tables import Rows
 
 TITLE = "Rank ablation"
@@ -24,7 +25,7 @@ COLUMNS = (
     *("config:adapter.value.r", "config:adapter.value.alpha", "config:optimizer.value.lr"),
     *("summary:val/loss", "summary:merged/val/loss", "summary:parameters/trainable"),
     *("summary:spectra_of/all/effective_rank", "summary:spectra_of/all/numerical_rank"),
-    "summary:advice/loss",
+    *("summary:advice/loss", f"summary:{FLOPS}", f"summary:{SECONDS}", f"summary:{MEMORY}"),
 )
 """Columns of the table of runs, by the keys that W&B gives them."""
 
@@ -52,6 +53,7 @@ def sections() -> list[Section]:
             _loss_panels(),
         ),
         Section("Rank", "What does each rank buy, and at what cost?", _rank_panels()),
+        Section("Cost", "What does a step take of time and memory?", _cost_panels()),
         Section(
             "ΔW",
             "What does the learned update look like? Where its effective rank stays well below r, "
@@ -83,6 +85,17 @@ def _rank_panels() -> list[Any]:
         wr.ScatterPlot("loss against trainable parameters", x=trainable, y=LOSS, **log),
         wr.ScatterPlot("loss against forgetting", x=FORGETTING, y=LOSS),
         _truncation_chart(),
+    ]
+
+
+def _cost_panels() -> list[Any]:
+    """The final loss against the FLOPs and the seconds of a step, and the peak memory by r."""
+    flops, seconds = wr.SummaryMetric(FLOPS), wr.SummaryMetric(SECONDS)
+    bars: dict[str, Any] = {"groupby": RANK, "max_bars_to_show": MAX_CELLS, **MEAN}
+    return [
+        wr.ScatterPlot("loss against FLOPs a step", x=flops, y=LOSS, log_x=True, log_y=True),
+        wr.ScatterPlot("loss against seconds a step", x=seconds, y=LOSS, log_x=True, log_y=True),
+        wr.BarPlot("peak memory in training by r", [MEMORY], "v", **bars),
     ]
 
 

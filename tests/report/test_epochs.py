@@ -19,7 +19,7 @@ from lora_lab.report import best_by_experiment, rank_figures
 from lora_lab.report.cells import RunResult, cells_of, epoch_of, read_run
 from lora_lab.report.epochs import OPTIMISTIC, BestValue, best_values, epoch_text
 from lora_lab.report.tables import format_mean_std, format_number
-from lora_lab.report.tradeoff_figure import metric_by_parameters
+from lora_lab.report.tradeoff_figure import metric_by_costs
 from lora_lab.run_files import file_records
 from lora_lab.runs import Run, write_status
 from tests.conftest import Lab, command, only_run
@@ -193,7 +193,7 @@ def test_a_report_at_an_epoch_says_which(
     results = [read_run(run, at=at) for run in runs]
     figures = (
         rank_figures.metric_by_rank(results, "val/loss"),
-        metric_by_parameters(cells_of(results), "val/loss"),
+        metric_by_costs(cells_of(results), "val/loss"),
     )
     for figure in figures:
         assert figure is not None

@@ -27,7 +27,7 @@ from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import log_scale, series_style
 from lora_lab.report.summary import truncation_table
 from lora_lab.report.swept_key_figures import metrics_by_swept_keys
-from lora_lab.report.tradeoff_figure import metric_by_parameters, pareto_front
+from lora_lab.report.tradeoff_figure import metric_by_costs, pareto_front
 from lora_lab.runs import Run, find_runs
 from tests.conftest import Lab, only_run, small
 from tests.copied_runs import copy_run
@@ -293,7 +293,7 @@ def test_a_sampled_setting_is_an_axis_of_points(real_run: Run):
 @pytest.mark.parametrize("alphas", [(4.0,), ALPHAS])
 def test_the_front_is_labelled_with_r_or_with_letters(real_run: Run, alphas: tuple[float, ...]):
     cells = cells_of(sweep(real_run, adapter__r=RANKS, adapter__alpha=alphas))
-    figure = metric_by_parameters(cells, "val/loss")
+    figure = metric_by_costs(cells, "val/loss")
     assert figure is not None
     cost = "parameters/trainable"
     points = [(c.metrics[cost].mean, c.metrics["val/loss"].mean) for c in cells]
@@ -333,7 +333,7 @@ def test_one_run_has_no_figure_of_a_sweep(real_run: Run):
     assert rank_figures.update_ranks_by_rank(results) is None
     assert rank_figures.spectra_by_rank(results) is None
     assert rank_figures.theory_by_rank(results) is None
-    assert metric_by_parameters(cells_of(results), "val/loss") is None
+    assert metric_by_costs(cells_of(results), "val/loss") is None
     assert metrics_by_swept_keys(cells_of(results), ["val/loss"]) is None
 
 
@@ -358,7 +358,7 @@ def test_the_front_against_brute_force(points: list[tuple[int, int]], goal: str)
 def test_the_front_is_marked(real_run: Run):
     results = sweep(real_run, adapter__r=RANKS, adapter__alpha=ALPHAS, seed=SEEDS)
     cells = cells_of(results)
-    figure = metric_by_parameters(cells, "val/loss")
+    figure = metric_by_costs(cells, "val/loss")
     assert figure is not None
     points = [(c.metrics["parameters/trainable"].mean, c.metrics["val/loss"].mean) for c in cells]
     front = pareto_front(points, "minimize")

@@ -20,8 +20,8 @@ from tests.wandb_server import ServedRun, WandbServer
 
 PANELS = {
     "Run History Line Plot": 6,
-    "Scatter Plot": 4,
-    "Bar Chart": 1,
+    "Scatter Plot": 6,
+    "Bar Chart": 2,
     "Vega2": 1,
     "Parallel Coordinates Plot": 1,
     "Parameter Importance": 1,
@@ -65,8 +65,9 @@ def of_config(served: ServedRun, path: str) -> Any:
 
 
 def check_keys(spec: dict[str, Any], run: Run, served: ServedRun) -> None:
-    """All that a view names of a run exists: in metrics.jsonl, and in W&B."""
+    """All that a view names of a run exists: in metrics.jsonl or cost.json, and in W&B."""
     logged = {key for row in run.rows() for key in row}
+    logged |= json.loads((run.path / "cost.json").read_text()).keys()
     history = {key for row in served.history for key in row}
     keys = {n for panel in panels(spec) for n in panel["config"].get("metrics", [])}
     keys |= {s.partition(":")[2] for s in strings(spec) if s.startswith("summary:")}
@@ -125,7 +126,7 @@ def test_the_saved_views_have_all_panels_of_keys_that_runs_log(
         section["name"]
         for section in json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
     ]
-    assert named == ["Loss", "Rank", "ΔW", "Settings"]
+    assert named == ["Loss", "Rank", "Cost", "ΔW", "Settings"]
     lines = [p["config"] for p in panels(json.loads(view["spec"])) if "Line Plot" in p["viewType"]]
     assert all((p["groupAgg"], p["groupArea"]) == ("mean", "stddev") for p in lines)
 

@@ -22,7 +22,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lora_lab.data.module import Batches
-from lora_lab.run_files import file_records
+from lora_lab.run_files import file_records, read_cost
 from lora_lab.runs import Run, find_runs
 from tests.conftest import SMALL, Lab, command, only_run
 from tests.training.test_resume import assert_equal
@@ -107,6 +107,11 @@ def test_the_first_process_alone_writes(lab: Lab):
     one = only_run("one")
     assert one.path.name == two.path.name  # devices are no part of what a run is
     same(one, two)
+    costs = [read_cost(run.path) for run in (one, two)]
+    assert costs[0]["cost/flops_per_step"] == costs[1]["cost/flops_per_step"]
+    rows = [cost["cost/rows_per_second"] * cost["cost/seconds_per_step"] for cost in costs]
+    assert rows == pytest.approx([32, 32])
+    assert [cost["processes"] for cost in costs] == [1, 2]
     assert lab("shift", "trainer=ddp", *TWO) == 0  # finished before
 
 
