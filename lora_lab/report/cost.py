@@ -34,7 +34,7 @@ COLUMNS = (
     Column(SECONDS, "a step", "seconds a step", "s", 0.2),
     Column(TOKENS, "tokens a second", "tokens a second", "", 0.2),
     Column(ROWS, "rows a second", "rows a second", "", 0.2),
-    Column(MEMORY, "peak", "peak memory in training", "B", 0.05),
+    Column(MEMORY, "at the peak", "peak memory in training", "B", 0.05),
 )
 """The costs of a sweep's table, in its order."""
 
@@ -98,8 +98,12 @@ def _unit(cells: Sequence[Cell], column: Column) -> tuple[float, str]:
 def _in_unit(s: Statistics, size: float) -> str:
     """`12.3 ± 0.4`, in a unit of some size."""
     if not s.std:
-        return format_number(float(f"{s.mean / size:.4g}"))
+        return _rounded(s.mean / size, 4)
     return format_mean_std(s.mean / size, s.std / size)
+
+
+def _rounded(number: float, digits: int) -> str:
+    return format_number(float(f"{number:.{digits}g}"))
 
 
 def cells_cost_table_in_full(cells: Sequence[Cell]) -> Rows:
@@ -128,7 +132,7 @@ def cost_note(cells: Sequence[Cell]) -> str:
     for column in COLUMNS:
         if column not in differing and (s := _statistics(cells, column)):
             size, unit = _unit(cells, column)
-            low, high = (f"{f(x.mean for x in s) / size:.3g}" for f in (min, max))
+            low, high = (_rounded(f(x.mean for x in s) / size, 3) for f in (min, max))
             numbers = low if low == high else f"{low}–{high}"
             equal.append(f"{column.label} {numbers} {unit}".strip())
     packed = any(result.status.get("packed") for cell in cells for result in cell.finished)
@@ -146,7 +150,7 @@ def run_cost_table(run: Run) -> Rows:
         rows.append(["seconds a step", _seconds_text(cost)])
     for key, name in ((ROWS, "rows a second"), (TOKENS, "tokens a second")):
         if key in cost:
-            rows.append([name, format_number(float(f"{cost[key]:.3g}"))])
+            rows.append([name, _rounded(cost[key], 3)])
     if FLOPS in cost:
         text = f"{format_unit(cost[FLOPS], 'FLOP')} (forward and backward)"
         rows.append(["FLOPs a step", text])

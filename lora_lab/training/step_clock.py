@@ -1,8 +1,8 @@
 """Times the steps of a training, without what comes between them, as validations."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +62,7 @@ class StepClock:
         if self._began is None:
             self._wait()
             self._step, self._rows, self._tokens, self._runs = done, 0, 0, runs
-            self._began = time.perf_counter()
+            self._began = perf_counter()
         self._rows += rows
         self._tokens += tokens
 
@@ -71,7 +71,7 @@ class StepClock:
         if self._began is None:
             return
         self._wait()
-        seconds, self._began = time.perf_counter() - self._began, None
+        seconds, self._began = perf_counter() - self._began, None
         if steps := step - self.first_step - self._step:
             sizes = self._rows, self._tokens, self._runs
             self.windows.append(Window(self._step, steps, seconds, *sizes))

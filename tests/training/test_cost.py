@@ -6,6 +6,7 @@ counts for the process, and on a GPU torch; steps on a clock that the test moves
 Run: make test ARGS=tests/training/test_cost.py
 """
 
+import functools
 import json
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -17,11 +18,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lora_lab import adapters
+from lora_lab.analysis.updates import Updates
 from lora_lab.config.schema import Optimizer
 from lora_lab.data import Data
 from lora_lab.run_files import read_cost
 from lora_lab.runs import Run
 from lora_lab.training import step_clock
+from lora_lab.training.callbacks import checkpoint
+from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.cost import Cost
 from lora_lab.training.modules import BaseModule, LoRAModule
 from tests.conftest import Lab, only_run
@@ -174,7 +178,7 @@ def test_the_peak_of_a_gpu_is_torchs():
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time on the clock, which the test moves."""
     time = [0.0]
-    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: time[0])
+    monkeypatch.setattr(step_clock, "perf_counter", lambda: time[0])
     return time
 
 
@@ -206,6 +210,43 @@ def test_steps_are_timed_without_pauses(now: list[float], case: str):
     assert clock.speed is not None
     assert clock.speed.seconds_per_step == pytest.approx(seconds)
     assert (clock.speed.steps, clock.speed.rows_per_step) == (steps, rows)
+
+
+def test_nothing_but_steps_is_timed(lab: Lab, monkeypatch: pytest.MonkeyPatch, now: list[float]):
+    """A step takes a second; validations, measurements of ΔW and checkpoints take hours."""
+    slow = (Updates, "spectra_by_site"), (Checkpoint, "_save"), (BaseModule, "validation_step")
+    seen: dict[str, int] = {}
+    for seconds, owner, name in [
+        (1, BaseModule, "training_step"),
+        *((9999, *each) for each in slow),
+    ]:
+        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name), now, seen))
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)  # a checkpoint before each step
+    clocks = []
+    end = Cost.on_train_end
+
+    def keep_clock(cost: Cost, *args: Any) -> None:
+        end(cost, *args)
+        clocks.append(cost.clock)
+
+    monkeypatch.setattr(Cost, "on_train_end", keep_clock)
+    often = ("spectra.every_n_steps=3", "trainer.val_check_interval=4", "checkpoint_every=1e-9")
+    assert lab("shift", *often, "trainer.max_epochs=2") == 0
+    windows = clocks[-1].windows
+    assert sum(window.steps for window in windows) == 16
+    assert [window.seconds for window in windows] == [window.steps for window in windows]
+    assert min(seen[name] for _, name in slow) > 2
+
+
+def taking(seconds: float, function: Any, now: list[float], seen: dict[str, int]) -> Any:
+    """The function, of which each call takes so long and is counted by its name."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        now[0] += seconds
+        seen[function.__name__] = seen.get(function.__name__, 0) + 1
+        return function(*args, **kwargs)
+
+    return functools.wraps(function)(call)
 
 
 def cost_of(run: Run) -> dict[str, Any]:
@@ -280,9 +321,9 @@ def test_a_pack_says_what_each_of_its_runs_costs(lab: Lab):
     from tests.packing.test_packing import train_in_pack
 
     points = [["adapter.r=1"], ["adapter.r=4"], ["adapter.r=4", "seed=1"]]
-    packed = [cost_of(run) for run in train_in_pack("digits", points, "runs_dir=packed")]
+    packed = [cost_of(run) for run in train_in_pack("shift", points, "runs_dir=packed")]
     for r, cost in zip((1, 4), packed, strict=False):
-        assert lab("digits", f"adapter.r={r}", f"runs_dir=alone{r}") == 0
+        assert lab("shift", f"adapter.r={r}", f"runs_dir=alone{r}") == 0
         alone = cost_of(only_run(f"alone{r}"))
         assert cost["cost/flops_per_step"] == alone["cost/flops_per_step"]
         assert (cost["runs"], alone["runs"]) == (3, 1)
