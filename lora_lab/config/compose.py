@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lab.config import project
 from lora_lab.config.checks import parse_config
 from lora_lab.config.command_line import (
     check_choice,
@@ -48,7 +49,18 @@ def package_folder(package: str, folder: str) -> str:
     return str(Path(spec.submodule_search_locations[0], folder))
 
 
+def project_path(path: str) -> str:
+    """A file or folder in the user's project, which `${project:PATH}` gives from any folder.
+
+    Raises ValueError where the command belongs to no project.
+    """
+    if project.project is None:
+        raise ValueError("this is no project: --project DIR names one (`lora-lab new` makes one)")
+    return str(project.project.folder / path)
+
+
 OmegaConf.register_new_resolver("package_folder", package_folder, replace=True)
+OmegaConf.register_new_resolver("project", project_path, replace=True)
 Plugins.instance().register(ConfigFolders)
 
 

@@ -26,6 +26,9 @@ METHODS = {
 }
 """What a class has to define → what that is."""
 
+MEAN_OUT_FEATURES = ("classes", "num_classes", "n_classes", "num_labels", "n_labels", "outputs")
+"""Names that others have for out_features."""
+
 ROWS = "rows[0:2] must give (inputs, targets) of these rows, as torch's TensorDataset does"
 
 
@@ -63,10 +66,12 @@ def check_object(cfg: Config, data: Data) -> None:
             f"{start}: its `sizes` must be a dict of whole numbers, not {sizes!r:.80}"
         )
     if "out_features" not in sizes:
+        meant = [name for name in sizes if name in MEAN_OUT_FEATURES]
+        near = f"; nearest: {meant[0]}" if meant else nearest("out_features", sizes)
         raise ConfigError(
             f"{start}: its `sizes` must have out_features, the number of classes or of numbers to "
             f"be predicted; they have {', '.join(sizes) or 'nothing'}"
-            f"{nearest('out_features', sizes)}"
+            f"{near}"
         )
 
 

@@ -83,7 +83,8 @@ def test_ways_into_a_project(study: Path, monkeypatch, folder, arguments, variab
         monkeypatch.setenv(project.PROJECT_VARIABLE, variable)
     monkeypatch.chdir(study.parent / folder)
     assert project.enter(["train", *arguments, "seed=1"]) == ["train", "seed=1"]
-    cfg = composed("experiment=study", "data.quarter_turns=2")
+    cfg = composed("experiment=study", "data.quarter_turns=2", "runs_dir=${project:out}")
+    assert cfg.runs_dir == str(study / "out")
     assert cfg.model.callee.__module__ == "study.model"
     assert os.environ[project.PROJECT_VARIABLE] == str(study)
     assert options()["experiment"]["study"].startswith("A network that")
@@ -94,6 +95,8 @@ def test_ways_into_a_project(study: Path, monkeypatch, folder, arguments, variab
 def test_outside_a_project_nothing_of_it_is_known(study: Path):
     project.enter()
     assert project.project is None
+    ((_, error),) = compose.compose_points([["runs_dir=${project:out}"]])
+    assert "--project DIR names one" in str(error)
     assert "study" not in options()["experiment"]
     assert find_spec("study") is None
 
