@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ Rows = tuple[int, int] | None
 """Some rows of a weight: the first, and the one after the last. None: all rows."""
 
 OF_FORMS = ("lambda_b", "lambda_d", "A2", "B2", "C", "C2", "D", "lambdas")
+OF_FORMS += ("A_merged", "B_merged")
 """The tensors that only forms other than LoRA have: see `Form`."""
 
 TENSOR_NAMES = ("A", "B", "core", "A0", "B0", *OF_FORMS, "magnitude")
@@ -41,7 +42,8 @@ class Adapter(nn.Module, ABC):
     - With factors of which none starts at zero (PiSSA, OLoRA, svd): ΔW = scale · (B A − B₀ A₀),
       where A₀ and B₀ are their first values. So ΔW starts at zero and the base's weight stays as it
       is.
-    - With another form (VeRA, LoHa, LoKr, AdaLoRA): A and B are made of its tensors, see `Form`.
+    - With another form (VeRA, LoHa, LoKr, AdaLoRA, ReLoRA): A and B are made of its tensors, see
+      `Form`.
 
     DoRA (Liu et al. 2024, equation 5) then scales each row of W + ΔW to a trained norm, the
     magnitude.
@@ -226,6 +228,14 @@ class Adapter(nn.Module, ABC):
                 setattr(self, name, nn.Parameter(tensor.contiguous()))
         self.set_trainable(True)
         return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *how: Any) -> None:
+        """As nn.Module's. A tensor that grows in training takes the size that is loaded."""
+        for name in self.form.grows if self.form else ():
+            if (stored := state_dict.get(prefix + name)) is not None:
+                parameter = self.get_parameter(name)
+                parameter.data = parameter.new_empty(stored.shape)
+        super()._load_from_state_dict(state_dict, prefix, *how)
 
     def set_trainable(self, trainable: bool) -> None:
         """Turns gradients on or off for the tensors that the recipe trains; others take none."""

@@ -23,6 +23,7 @@ from lora_lab.adapters.adapter import TENSOR_NAMES, Adapter
 from lora_lab.adapters.finite import require_finite
 from lora_lab.adapters.inject import place_adapters
 from lora_lab.adapters.recipe import AdapterError, Recipe
+from lora_lab.adapters.relora import MERGED
 from lora_lab.adapters.sites import Site, adapter_class
 from lora_lab.adapters.slots import also_trained, merged_adapters, parameter_key, require_attached
 from lora_lab.adapters.trained_in_full import FullParameter, select
@@ -42,12 +43,13 @@ def is_adapter_key(key: str) -> bool:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the active adapter that train, by their state-dict keys.
 
-    Tensors that do not train (LoRA-FA's A, the first values of PiSSA's factors) are left out. To
-    load the result elsewhere, first call `attach` with the same arguments, which draws them again.
-    `save` writes all tensors.
+    Tensors that do not train (LoRA-FA's A, the first values of PiSSA's factors) are left out, but
+    for those that ReLoRA has merged. To load the result elsewhere, first call `attach` with the
+    same arguments, which draws them again. `save` writes all tensors.
     """
-    trained = {k for k, p in model.named_parameters() if is_adapter_key(k) and p.requires_grad}
-    return {key: value for key, value in model.state_dict().items() if key in trained}
+    trained = {k for k, p in model.named_parameters() if p.requires_grad or k.endswith(MERGED)}
+    state = model.state_dict().items()
+    return {key: value for key, value in state if is_adapter_key(key) and key in trained}
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -272,7 +274,9 @@ def _check_fit(adapter: Adapter, description: dict[str, Any], tensors: dict[str,
     elif "A0" in tensors or "B0" in tensors:
         wanted |= {"A0": wanted["A"], "B0": wanted["B"]}
     if adapter.form is not None:
-        wanted = {key: [*shape] for key, shape in adapter.form_shapes().items()}
+        stored = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        of_form = adapter.form.stored_shapes(adapter.form_shapes(), stored)
+        wanted = {key: [*shape] for key, shape in of_form.items()}
     if recipe.dora:
         wanted["magnitude"] = [out]
     shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}

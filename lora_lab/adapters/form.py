@@ -20,13 +20,15 @@ class Form(ABC):
     What an adapter does (forward, merge, spectra, packs, files) follows from the factors.
 
     `kinds` are the kinds of layers it is for. `zero_tensor` is the tensor that starts at zero, so
-    that ΔW does, and `frozen` are those that keep their first values. With `is_shared` all sites of
-    a rank draw from one stream of numbers, else each site from its own.
+    that ΔW does, and `frozen` are those that no gradient moves. `grows` are those whose rank grows
+    in training. With `is_shared` all sites of a rank draw from one stream of numbers, else each
+    site from its own.
     """
 
     kinds: ClassVar[tuple[str, ...]]
     zero_tensor: str
     frozen: ClassVar[tuple[str, ...]] = ()
+    grows: ClassVar[tuple[str, ...]] = ()
     is_shared: ClassVar[bool] = False
 
     @abstractmethod
@@ -36,6 +38,15 @@ class Form(ABC):
         `positions` are those of a convolution's kernel, 1 of other layers: a row of the matrix has
         that many numbers for each input channel.
         """
+
+    def stored_shapes(
+        self, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, tuple[int, ...]]:
+        """The shapes that tensors in a file must have, which have the shapes `stored`.
+
+        They are those of `shapes`, the first ones, but where tensors grow in training.
+        """
+        return shapes
 
     @abstractmethod
     def factors(self, tensors: Tensors) -> tuple[Tensor, Tensor]:

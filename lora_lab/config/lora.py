@@ -1,5 +1,6 @@
 """The schema of low-rank adapters: their settings, and the ranks to which they are cut at last."""
 
+from math import ceil
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,6 +20,7 @@ from lora_lab.config.components import (
     PositiveNumber,
     check_float32,
     share_or_whole,
+    warmup_steps,
 )
 from lora_lab.config.errors import one_of
 
@@ -82,6 +84,22 @@ class Allocation(Node):
         return self
 
 
+class Restarts(Node):
+    """When ReLoRA's factors begin anew: see training/callbacks/restarts.py.
+
+    `every` is the length from one restart to the next, `warmup` that over which the learning rate
+    then rises from 0. `prune` is the share of the optimizer's moments that is set to zero.
+    """
+
+    every: Annotated[float, Field(gt=0), AfterValidator(share_or_whole)]
+    warmup: Length
+    prune: Annotated[float, Field(ge=0, le=1)]
+
+    def lengths(self, steps: int) -> tuple[int, float]:
+        """The steps of `every` and of `warmup`, of a training of so many steps."""
+        return ceil(warmup_steps(self.every, steps)), warmup_steps(self.warmup, steps)
+
+
 class Lora(Node):
     """Low-rank adapters: ΔW = scale · B A, with r and alpha of all sites that set none of theirs.
 
@@ -93,7 +111,8 @@ class Lora(Node):
     (adapters/rank_redistribution.py). `cut` are ranks that the trained adapter is cut
     to at the end, and `heal` how many steps each of the smaller adapters trains then
     (training/heal.py). `allocation` is how AdaLoRA comes to its `budget`, the mean
-    rank at the end; None is two thirds of that at the start, as in the paper.
+    rank at the end; None is two thirds of that at the start, as in the paper. `restarts` are
+    ReLoRA's.
     """
 
     method: Literal["lora"]
@@ -117,6 +136,7 @@ class Lora(Node):
     heal: Annotated[NonNegativeInt, AfterValidator(_steps_after_a_cut)] = 0
     budget: PositiveNumber | None = None
     allocation: Allocation | None = None
+    restarts: Restarts | None = None
 
     @model_validator(mode="after")
     def _is_all_of_adalora(self) -> Self:
@@ -127,5 +147,16 @@ class Lora(Node):
             raise ValueError(
                 f"form={self.form} has no budget and no allocation, which are AdaLoRA's; take "
                 "adapter=adalora, or adapter=lora without them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_all_of_relora(self) -> Self:
+        if self.form == "relora" and self.restarts is None:
+            raise ValueError("form=relora has no restarts here; take adapter=relora")
+        if self.form != "relora" and self.restarts is not None:
+            raise ValueError(
+                f"form={self.form} has no restarts, which are ReLoRA's; take adapter=relora, or "
+                "adapter=lora without them"
             )
         return self

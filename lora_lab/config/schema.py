@@ -167,6 +167,7 @@ LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stoppin
 """Keys that the identity leaves out at their defaults, as configs of earlier versions lack them."""
 
 LORA_KEYS_LEFT_OUT_AT_DEFAULT = ("over_rank", "form", "cut", "heal", "budget", "allocation", "rho")
+LORA_KEYS_LEFT_OUT_AT_DEFAULT += ("restarts",)
 """Those of a low-rank adapter."""
 
 

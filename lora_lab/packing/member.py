@@ -7,7 +7,7 @@ from typing import Any
 from lora_lab.adapters import Adapter, also_trained, attached
 from lora_lab.adapters.trained_in_full import FullParameter
 from lora_lab.packing.optimizer import optimizer_settings
-from lora_lab.training.modules import LoRAModule
+from lora_lab.training.lora_module import LoRAModule
 from lora_lab.training.trial import Trial
 
 

@@ -11,7 +11,7 @@ from lora_lab.adapters.optimizer_groups import groups_of
 from lora_lab.adapters.pack import Pack
 from lora_lab.adapters.stacks import FullStack, Stack
 from lora_lab.config.components import warmup_steps
-from lora_lab.training.modules import LoRAModule
+from lora_lab.training.lora_module import LoRAModule
 from lora_lab.training.schedule import lr_factor
 
 Schedule = tuple[float, str, float]

@@ -22,7 +22,8 @@ from lora_lab.training import experiment
 from lora_lab.training.callbacks.checkpoint import Place
 from lora_lab.training.callbacks.progress import ProgressBar
 from lora_lab.training.finish import finish_run
-from lora_lab.training.modules import DivergedError, LoRAModule
+from lora_lab.training.lora_module import LoRAModule
+from lora_lab.training.modules import DivergedError
 from lora_lab.training.plan import Plan
 from lora_lab.training.precision import device_type, precision_plugin
 from lora_lab.training.run_record import log_only_to

@@ -78,6 +78,8 @@ def _adapter_facts(config: dict[str, Any]) -> Rows:
     parts = [f"r={adapter['r']}", f"alpha={adapter['alpha']:g}"]
     parts += [adapter["scaling"], adapter["init"]]
     parts += [f"budget {adapter['budget']:g}"] if adapter.get("budget") else []
+    if restarts := adapter.get("restarts"):
+        parts.append(f"begun anew every {restarts['every']:g}")
     parts += [f"rho {adapter['rho']:g}"] if adapter.get("rho", 1) != 1 else []
     parts += ["DoRA"] if adapter.get("dora") else []
     parts += [f"form {adapter['form']}"] if adapter.get("form", "lora") != "lora" else []

@@ -42,6 +42,8 @@ def reason_to_run_alone(plan: Plan) -> str | None:
         return f"adapter={cfg.adapter.method} trains no adapter"
     if cfg.adapter.allocation is not None:
         return "adapter=adalora prunes triplets by the numbers and gradients of one run"
+    if cfg.adapter.restarts is not None:
+        return "adapter=relora has factors that grow, which a pack does not stack"
     if cfg.spectra.first_step:
         return "spectra.first_step asks for the dense gradients"
     if cfg.generate and cfg.generate.every_n_steps:

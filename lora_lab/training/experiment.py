@@ -133,7 +133,7 @@ def adapt_model(trial: Trial, console: Console) -> None:
     cfg = plan.cfg
     callbacks: list[pl.Callback] = [ProgressBar(cfg.adapter.method, console)]
     # What is measured after a step is what the allocation leaves of it.
-    callbacks += [trial.allocation] if trial.allocation else []
+    callbacks += [trial.adaptation] if trial.adaptation else []
     callbacks += [trial.spectra_callback, trial.selection]
     if cfg.spectra.first_step and isinstance(cfg.adapter, Lora):
         callbacks.append(FirstStep(trial.spectra_callback.updates, tracking))

@@ -22,7 +22,8 @@ from lora_lab.run_files import CUTS, HEALED
 from lora_lab.seeding import generator
 from lora_lab.training.callbacks.progress import ProgressBar
 from lora_lab.training.loop import TrainingLoop
-from lora_lab.training.modules import BaseModule, DivergedError, LoRAModule
+from lora_lab.training.lora_module import LoRAModule
+from lora_lab.training.modules import BaseModule, DivergedError
 from lora_lab.training.trial import Trial
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
-"""The LightningModules of training: BaseModule trains all weights, LoRAModule the adapters."""
+"""The LightningModule of training all weights. That of adapters is in lora_module.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from lora_lab.adapters import attached, parameter_groups
-from lora_lab.adapters.adalora import add_penalty_gradients
 from lora_lab.adapters.model_call import Inputs, logits, row_count
 from lora_lab.config.components import Optimizer, warmup_steps
 from lora_lab.training.forgetting import Forgetting
@@ -271,39 +269,17 @@ class BaseModule(pl.LightningModule):
             # Lightning clips no gradients of a fused optimizer in mixed precision.
             arguments["fused"] = not isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = self.optimizer.callee(self.optimizer_groups(), **arguments)
-        if self.optimizer.schedule == "constant" and not self.optimizer.warmup:
+        if self.has_constant_rate:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = warmup_steps(self.optimizer.warmup, steps)
-        factor = partial(lr_factor, self.optimizer.schedule, warmup, steps)
+        factor = self.lr_factor(int(self.trainer.estimated_stepping_batches))
         return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
 
+    @property
+    def has_constant_rate(self) -> bool:
+        """Whether the learning rate is the same in all steps."""
+        return self.optimizer.schedule == "constant" and not self.optimizer.warmup
 
-class LoRAModule(BaseModule):
-    """Trains the adapters on a model; its base stays frozen.
-
-    Base weights take no gradient and are not in the optimizer; running statistics do not change.
-    Weight decay pulls the adapted model toward the base, so it is 0 unless the config sets it.
-    `lr_ratio` is LoRA+'s: the learning rate of the factor that starts at zero (B; of an embedding,
-    A) divided by that of the other (Hayou et al. 2024). `orthogonality` is the weight of AdaLoRA's
-    penalty, of which the gradients are added and the losses that are logged know nothing.
-    """
-
-    def __init__(
-        self, *arguments: Any, lr_ratio: float = 1.0, orthogonality: float = 0.0, **settings: Any
-    ):
-        """`arguments` and `settings` are BaseModule's."""
-        super().__init__(*arguments, **settings)
-        self.lr_ratio, self.orthogonality = lr_ratio, orthogonality
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Adds the penalty's gradients once they are those of one mean."""
-        super().on_before_optimizer_step(optimizer)
-        if self.orthogonality:
-            for adapter in attached(self.model).values():
-                add_penalty_gradients(adapter.B, adapter.A, self.orthogonality)
-
-    def optimizer_groups(self) -> list[dict[str, Any]]:
-        """The adapters' parameters: one group, or two where LoRA+ gives B another rate."""
-        decay = self.optimizer.arguments.get("weight_decay", 0.0)
-        return parameter_groups(self.model, self.optimizer.lr, self.lr_ratio, decay)
+    def lr_factor(self, steps: int) -> Callable[[int], float]:
+        """The factor on the learning rate by step, in a training of so many steps."""
+        warmup = warmup_steps(self.optimizer.warmup, steps)
+        return partial(lr_factor, self.optimizer.schedule, warmup, steps)

@@ -29,13 +29,24 @@ def check_cuts(cfg: Config, sites: Sequence[Site]) -> None:
     """Raises ConfigError for a rank of adapter.cut to which no site's ΔW would be cut."""
     if not (isinstance(cfg.adapter, Lora) and cfg.adapter.cut and sites):
         return
-    ranks = {site.name: site.rank_of_update for site in sites}
+    has_rounds = cfg.adapter.restarts is not None  # of which each adds to the rank
+    ranks = {s.name: min(s.shape) if has_rounds else s.rank_of_update for s in sites}
     site = max(ranks, key=lambda name: ranks[name])
     if cfg.adapter.cut[0] >= (most := ranks[site]):
         nearest = f"; nearest: {most - 1}" if most > 1 else ", so that nothing can be cut"
         raise ConfigError(
             f"adapter.cut={cfg.adapter.cut}: each must be below {most}, the highest rank that ΔW "
             f"has at a site ('{site}'){nearest}"
+        )
+
+
+def check_restarts(cfg: Config) -> None:
+    """Raises ConfigError where ReLoRA cannot begin anew."""
+    is_relora = isinstance(cfg.adapter, Lora) and cfg.adapter.restarts is not None
+    if is_relora and cfg.trainer.model_dump().get("strategy") == "fsdp":
+        raise ConfigError(
+            "trainer=fsdp: not with adapter=relora, whose factors grow, where each process would "
+            "hold a part of them; trainer=ddp trains it on several devices"
         )
 
 

@@ -214,6 +214,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     part_checks.check_allocation(cfg, sites)
     part_checks.check_redistribution(cfg, sites)
+    part_checks.check_restarts(cfg)
     if not is_stored:
         part_checks.check_cuts(cfg, sites)
     new_parameters = []

@@ -1,6 +1,18 @@
 """The schedule of the learning rate."""
 
+from collections.abc import Callable
 from math import cos, pi
+
+
+def jagged(factor: Callable[[int], float], every: int, warmup: float, step: int) -> float:
+    """A schedule's factor at `step`, from 0 again after each `every` steps, but not the first ones.
+
+    Over `warmup` steps it rises back to what it is without restarts (ReLoRA, Lialin et al. 2023,
+    figure 2).
+    """
+    since = step % every
+    is_rising = step >= every and since < warmup
+    return factor(step) * (since / warmup if is_rising else 1)
 
 
 def lr_factor(schedule: str, warmup: float, steps: int, step: int) -> float:

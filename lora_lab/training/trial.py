@@ -18,11 +18,13 @@ from lora_lab.training.callbacks.allocation import RankAllocation
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.cost import Cost
 from lora_lab.training.callbacks.generation import GenerationCallback
+from lora_lab.training.callbacks.restarts import MergeAndRestart
 from lora_lab.training.callbacks.selection import Selection
 from lora_lab.training.callbacks.spectra import SpectraCallback
 from lora_lab.training.callbacks.step_log import StepLog
 from lora_lab.training.forgetting import Forgetting
-from lora_lab.training.modules import BaseModule, LoRAModule
+from lora_lab.training.lora_module import LoRAModule
+from lora_lab.training.modules import BaseModule
 from lora_lab.training.plan import Plan
 
 
@@ -44,8 +46,8 @@ class Trial:
     selection: Selection
     step_log: StepLog | None
     checkpoint: Checkpoint
-    allocation: RankAllocation | None
-    """AdaLoRA's; None of other adapters."""
+    adaptation: RankAllocation | MergeAndRestart | None
+    """What changes the adapters between steps: of AdaLoRA and ReLoRA; None of others."""
     cost: Cost
     generation: GenerationCallback | None
     """None where no texts are generated during training."""
@@ -71,6 +73,7 @@ def build_trial(
     if cfg.freezes_base:
         settings = {"lr_ratio": lora.lr_ratio} if lora else {}
         settings |= {"orthogonality": schedule.orthogonality} if schedule else {}
+        settings |= {"restarts": lora.restarts} if lora else {}
         module = LoRAModule(*arguments, **settings)
     else:
         module = BaseModule(*arguments)
@@ -88,14 +91,16 @@ def build_trial(
     step_log = StepLog(log_interval, tracking) if log_interval else None
     folder = run.path / CHECKPOINTS
     checkpoint = Checkpoint(folder, cfg.identity(), cfg.checkpoint_every, tracking, base)
-    allocation = None
+    adaptation = None
     if lora and schedule:
-        allocation = RankAllocation(adapters.attached(model), lora.budget, schedule, tracking)
+        adaptation = RankAllocation(adapters.attached(model), lora.budget, schedule, tracking)
+    if lora and lora.restarts:
+        adaptation = MergeAndRestart(adapters.attached(model), lora.restarts, cfg.seed)
     cost = Cost()
     cost.pause_for(spectra_callback, checkpoint)
     generation = None
     if cfg.generate and cfg.generate.every_n_steps:
         assert isinstance(data, Language)
         generation = GenerationCallback(cfg.generate, data, tracking, cost.pause)
-    callbacks = spectra_callback, selection, step_log, checkpoint, allocation, cost, generation
+    callbacks = spectra_callback, selection, step_log, checkpoint, adaptation, cost, generation
     return Trial(plan, data, run, tracking, module, base, *callbacks)

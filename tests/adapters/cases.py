@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lab import adapters
 from lora_lab.adapters import FORMS, INITS, Adapter, Calibration
+from lora_lab.adapters.relora import ReLoRA
 from lora_lab.adapters.watch import KINDS_ON_READING
 
 seeded = torch.default_generator.manual_seed
@@ -167,6 +168,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lokr": {"form": "lokr"},
     "lokr-both": {"form": "lokr_both", "r": 1},
     "adalora": {"form": "adalora"},
+    "relora": {"form": "relora"},
 }
 LIKE_OTHERS = ("milora", "eva", "corda", "lora-ga")
 """Variants that differ from others in their first values alone: tried on a few layers."""
@@ -212,8 +214,15 @@ class Case:
         model = self.plain(dtype)
         self.attach(model)
         if trained:
-            move(model)
+            self.train(model)
         return model
+
+    def train(self, model: nn.Module) -> None:
+        """Moves all that trains; with ReLoRA in two rounds."""
+        move(model)
+        if self.variant == "relora":
+            restart(model)
+            move(model, seed=6)
 
     def attach(self, model: nn.Module) -> None:
         adapters.attach(model, "all", **self.how)
@@ -258,6 +267,13 @@ def move(model: nn.Module, seed: int = 4) -> None:
                 if padding is not None and parameter is adapter.A:
                     step[:, padding] = 0
                 parameter.data.add_(step)
+
+
+def restart(model: nn.Module) -> None:
+    """Ends a round of ReLoRA's adapters."""
+    for adapter in adapters.attached(model).values():
+        assert isinstance(adapter.form, ReLoRA)
+        adapter.form.restart(adapter.form_tensors(), torch.Generator().manual_seed(5))
 
 
 def weight_names(model: nn.Module) -> dict[str, str]:

@@ -88,7 +88,9 @@ def test_delta_is_the_formula(case: Case):
 
 
 def product_of_form(t: dict[str, Tensor]) -> Tensor:
-    """B A of VeRA, AdaLoRA, LoHa and LoKr, from tensors that are only these."""
+    """B A of ReLoRA, VeRA, AdaLoRA, LoHa and LoKr, from tensors that are only these."""
+    if "A_merged" in t:
+        return t["B"] @ t["A"] + t["B_merged"] @ t["A_merged"]
     if "lambdas" in t:
         return t["B"] @ t["lambdas"].diag() @ t["A"]
     if "lambda_b" in t:
@@ -103,6 +105,8 @@ def rank_of_form(t: dict[str, Tensor], r: int) -> int:
     """The rank of `product_of_form` of random tensors."""
     if "lambda_b" in t or "lambdas" in t:
         return r
+    if "A_merged" in t:
+        return 2 * r
     if "A2" in t:
         return r * r
     return min(t["C"].shape) * (min(t["D"].shape) if "D" in t else r)
@@ -250,13 +254,14 @@ def test_only_what_the_variant_says_trains(case: Case):
     moves = {"both": {"A", "B"}, "zero": {zero}, "core": {"core"}}[case.how.get("trains", "both")]
     if case.variant == "vera":
         moves = {"lambda_b", "lambda_d"}
-    elif "form" in case.how:
+    elif "form" in case.how and case.variant != "relora":
         moves = {*the_adapter(model).tensors()}
     moves = moves | ({"magnitude"} if case.how.get("dora") else set())
     for key, value in model.state_dict().items():
         moved = "lora" in key.split(".") and key.rpartition(".")[2] in moves
         assert torch.equal(value, start[key]) != moved, key
-        assert (key in adapters.adapter_state_dict(model)) == moved, key
+        is_stored = moved or key.endswith("_merged")
+        assert (key in adapters.adapter_state_dict(model)) == is_stored, key
 
 
 @every_layer
@@ -295,7 +300,7 @@ def test_train_equals_eval_without_dropout(case: Case):
 def test_dropout_is_on_in_training_alone_and_right_in_the_mean(case: Case):
     model, x = case.plain(), case.inputs()
     adapters.attach(model, "all", **case.how, dropout=0.5)
-    move(model)
+    case.train(model)
     without_dropout = case.build()
     assert torch.equal(model.eval()(*x), without_dropout(*x))
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ from lora_lab.adapters.peft import save_peft
 from lora_lab.config.compose import compose_config, hydra_arguments, package_folder
 from lora_lab.console import silence_lightning
 from lora_lab.models.transformers_config import HEADS
-from lora_lab.training.modules import LoRAModule
+from lora_lab.training.lora_module import LoRAModule
 from lora_lab.training.plan import Plan, plan
 from tests.tiny_models import WORDS, tiny_tokenizer
 

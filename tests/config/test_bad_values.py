@@ -183,8 +183,10 @@ SCHEMA = dict(schema_cases(Config))
 
 @pytest.mark.parametrize("key", SCHEMA)
 def test_a_key_of_the_schema(key: str):
-    is_adaloras = key.startswith(("adapter.budget", "adapter.allocation"))
-    where = "adapter=adalora " * is_adaloras
+    owners = {"adapter.budget": "adalora", "adapter.allocation": "adalora"}
+    owners["adapter.restarts"] = "relora"
+    owner = next((owner for start, owner in owners.items() if key.startswith(start)), None)
+    where = f"adapter={owner} " if owner else ""
     refused(*(f"{where}{key}={value}" for value in SCHEMA[key]))
 
 

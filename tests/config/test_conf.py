@@ -92,7 +92,7 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str):
 @pytest.mark.parametrize("adapter", options()["adapter"])
 def test_every_adapter_trains(lab: Lab, adapter: str):
     from_data = adapter in ("eva", "corda", "lora_ga")  # which are for layers of features
-    of_features = from_data or adapter in ("loha", "lokr", "lokr_both")
+    of_features = from_data or adapter in ("loha", "lokr", "lokr_both", "relora")
     targets = "target=[linear,conv]" if of_features else "target=[linear,conv,embedding]"
     targets = "target=linear" if adapter in ("vera", "adalora") else targets
     assert lab("shift", EVERYTHING, targets, f"adapter={adapter}", *BRIEF) == 0

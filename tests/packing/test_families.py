@@ -22,7 +22,8 @@ from lora_lab.adapters.pack import Pack, copy_sharing_weights
 from lora_lab.config.components import Optimizer
 from lora_lab.packing.optimizer import PackedOptimizer, optimizer_settings
 from lora_lab.packing.recorded_step import RecordedStep
-from lora_lab.training.modules import Batch, LoRAModule
+from lora_lab.training.lora_module import LoRAModule
+from lora_lab.training.modules import Batch
 from lora_lab.training.tasks import IGNORED, cross_entropy
 from tests.adapters.cases import seeded
 

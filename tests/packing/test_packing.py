@@ -517,6 +517,7 @@ RUN_ALONE = {
     "adapter=full": "adapter=full trains no adapter",
     "adapter=none": "adapter=none trains no adapter",
     "adapter=adalora": "adapter=adalora prunes triplets by the numbers and gradients of one run",
+    "adapter=relora": "adapter=relora has factors that grow, which a pack does not stack",
     "spectra.first_step=true": "spectra.first_step asks for the dense gradients",
     "optimizer._target_=torch.optim.Adafactor ~optimizer.fused": "torch.optim.Adafactor",
     "trainer.precision=16-mixed": "16-mixed scales the gradients of all runs by one number",

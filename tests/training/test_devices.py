@@ -51,7 +51,11 @@ CASES = {
     },
 }
 
-ADALORA = ("digits", "adapter=adalora", "trainer.max_epochs=4")
+OF_DDP = {
+    "adalora": ("digits", "adapter=adalora", "trainer.max_epochs=4"),
+    "relora": ("digits", "adapter=relora", "adapter.r=2", "optimizer.lr=0.01"),
+}
+"""Settings that fsdp refuses."""
 """With ddp alone: fsdp is refused."""
 
 
@@ -88,10 +92,10 @@ def same(one: Run, two: Run, rtol: float = 1e-5) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "trainer"), [*product(CASES, ("ddp", "fsdp")), ("adalora", "ddp")]
+    ("case", "trainer"), [*product(CASES, ("ddp", "fsdp")), *product(OF_DDP, ("ddp",))]
 )
 def test_two_processes_are_as_one(case: str, trainer: str):
-    settings = ADALORA if case == "adalora" else CASES[case]
+    settings = {**CASES, **OF_DDP}[case]
     two = run(*settings, f"trainer={trainer}", *TWO, root="two")
     same(run(*settings, root="one"), two)
 

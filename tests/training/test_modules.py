@@ -15,7 +15,8 @@ from torch import nn
 from lora_lab import adapters
 from lora_lab.config.schema import Optimizer
 from lora_lab.data.digits import Digits
-from lora_lab.training.modules import LOSS_READ_INTERVAL, BaseModule, DivergedError, LoRAModule
+from lora_lab.training.lora_module import LoRAModule
+from lora_lab.training.modules import LOSS_READ_INTERVAL, BaseModule, DivergedError
 from lora_lab.training.schedule import lr_factor
 
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01, "schedule": "constant", "warmup": 0.0}

@@ -89,6 +89,10 @@ RUNS = {
         *("digits", "adapter=adalora", "adapter.allocation.final=0.2", "trainer.max_epochs=4"),
         "trainer.gradient_clip_val=0.5",
     ),
+    "relora": (
+        *("digits", "adapter=relora", "adapter.r=2", "trainer.max_epochs=4"),
+        *("adapter.restarts.every=20", "adapter.restarts.warmup=3"),
+    ),
     "lora_plus": ("digits", "adapter=lora_plus", "optimizer=adamw", "trainer.max_epochs=4"),
     "momentum": ("shift", "optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.01"),
     "each third step": ("shift", "spectra.every_n_steps=3", "trainer.check_val_every_n_epoch=1"),
@@ -99,7 +103,8 @@ RUNS = {
 }
 """Settings whose runs must go on bit for bit."""
 
-QUICK = ("dropout", "schedule", "full", "dora", "lora_ga", "adalora", "first step", "transformer")
+QUICK = ("dropout", "schedule", "full", "dora", "lora_ga", "adalora", "relora", "first step")
+QUICK += ("transformer",)
 
 
 def quick(names: Iterable[str], some: Collection[str]) -> list[Any]:

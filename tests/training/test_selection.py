@@ -19,7 +19,7 @@ from lora_lab.config.schema import EarlyStopping, Optimizer
 from lora_lab.runs import Run, find_runs
 from lora_lab.training import finish
 from lora_lab.training.callbacks.selection import Selection
-from lora_lab.training.modules import LoRAModule
+from lora_lab.training.lora_module import LoRAModule
 from tests.conftest import Lab
 
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01, "schedule": "constant", "warmup": 0.0}

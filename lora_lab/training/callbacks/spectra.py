@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.adapters import Site
 from lora_lab.analysis.spectra import Spectrum, spectrum_of_blocks
@@ -86,10 +87,7 @@ class SpectraCallback(Callback):
             "step": self.step,
             "shapes": {site: spectrum.shape for site, spectrum in first.items()},
             "eps": {site: spectrum.eps for site, spectrum in first.items()},
-            "values": {
-                site: torch.stack([spectrum.singular_values for spectrum in spectra])
-                for site, spectra in self.history.items()
-            },
+            "values": {site: stacked(spectra) for site, spectra in self.history.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -129,7 +127,7 @@ class SpectraCallback(Callback):
             of_site = []
             for matrix, delta in zip(site.matrices, deltas, strict=True):
                 spectra = self.history[matrix]
-                of_site.append(np.stack([s.singular_values.numpy() for s in spectra]))
+                of_site.append(stacked(spectra).numpy())
                 arrays[f"{matrix}/singular_values"] = of_site[-1]
                 arrays[f"{matrix}/shape"] = np.array(spectra[-1].shape)
                 arrays[f"{matrix}/delta"] = delta[:CORNER, :CORNER].cpu().float().numpy()
@@ -143,6 +141,14 @@ class SpectraCallback(Callback):
         lines = {f"σ{i + 1}": column for i, column in enumerate(values.T)}
         title = f"ΔW of {site}: singular values"
         self.tracking.log_line_series(f"spectra/{site}/chart", title, self.epochs, lines, "epoch")
+
+
+def stacked(spectra: Sequence[Spectrum]) -> Tensor:
+    """The singular values of several measurements (measurements, k).
+
+    ReLoRA's ΔW gets more of them in training: the earlier measurements have zeros for these.
+    """
+    return pad_sequence([spectrum.singular_values for spectrum in spectra], batch_first=True)
 
 
 def groups(
