@@ -27,7 +27,8 @@ from lora_lab.training import step_clock
 from lora_lab.training.callbacks import checkpoint
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.cost import Cost
-from lora_lab.training.modules import BaseModule, LoRAModule
+from lora_lab.training.lora_module import LoRAModule
+from lora_lab.training.modules import BaseModule
 from tests.conftest import Lab, only_run
 from tests.tracking.test_tracking import wandb_content
 
