@@ -229,13 +229,13 @@ class Adapter(nn.Module, ABC):
         self.set_trainable(True)
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *how: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any):
         """As nn.Module's. A tensor that grows in training takes the size that is loaded."""
         for name in self.form.grows if self.form else ():
             if (stored := state_dict.get(prefix + name)) is not None:
                 parameter = self.get_parameter(name)
                 parameter.data = parameter.new_empty(stored.shape)
-        super()._load_from_state_dict(state_dict, prefix, *how)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_trainable(self, trainable: bool) -> None:
         """Turns gradients on or off for the tensors that the recipe trains; others take none."""

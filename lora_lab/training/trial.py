@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,9 +72,10 @@ def build_trial(
     lora = cfg.adapter if isinstance(cfg.adapter, Lora) else None
     schedule = lora.allocation if lora else None
     if cfg.freezes_base:
-        settings = {"lr_ratio": lora.lr_ratio} if lora else {}
+        settings: dict[str, Any] = {}
+        if lora:
+            settings = {"lr_ratio": lora.lr_ratio, "restarts": lora.restarts}
         settings |= {"orthogonality": schedule.orthogonality} if schedule else {}
-        settings |= {"restarts": lora.restarts} if lora else {}
         module = LoRAModule(*arguments, **settings)
     else:
         module = BaseModule(*arguments)
