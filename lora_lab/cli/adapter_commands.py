@@ -1,4 +1,4 @@
-"""The subcommands on adapters and checkpoints in files: `spectra`, `cut` and `extract`.
+"""The subcommands on adapters and checkpoints: `spectra`, `cut`, `extract` and `evaluate`.
 
 As in `commands`, what is heavy is imported after the checks that need nothing heavy.
 """
@@ -128,3 +128,36 @@ def check_new_folder(to: Path, given: Path) -> None:
     check_outside(to, given)
     if to.is_dir() and any(to.iterdir()):
         raise ValueError(f"--to {to} is not empty: give a new folder")
+
+
+def evaluate(
+    path: Path,
+    overrides: list[str],
+    cut: int | None,
+    rows: int | None,
+    data: str | None,
+    harness: str | None,
+    to: Path | None,
+    trust: bool,
+    bases: Path | None,
+) -> None:
+    """Generates texts by a finished run's model, and prints their metrics and the file of them."""
+    from lora_lab.runs import find_run
+
+    run = find_run(path)
+    from lora_lab import report
+    from lora_lab.cli.evaluate import Question, evaluate
+    from lora_lab.config.stored_config import checked_config
+    from lora_lab.console import console, silence_lightning, visible
+
+    silence_lightning()
+    tasks = [task for task in (harness or "").split(",") if task]
+    question = Question(overrides, rows, cut, data, tasks)
+    found = evaluate(checked_config(run), question, to, trust, bases)
+    lines = [
+        ["metric", "value"],
+        *([name, f"{value:.6g}"] for name, value in found.metrics.items()),
+    ]
+    count = f"{len(found.texts)} texts" if found.texts else "lm-eval-harness"
+    console.print(report.terminal_table(count, lines))
+    print(visible(str(found.file)))

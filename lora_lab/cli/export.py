@@ -31,7 +31,7 @@ def export(
 
     `adapter` is the folder in the run directory with the adapter, as `cut/8` of a smaller one.
     Returns the path of the file written. A fully fine-tuned model is written as it was stored. A
-    whole model of transformers has its config beside it, for `from_pretrained`.
+    whole model of transformers has its config and tokenizer beside it, for `from_pretrained`.
     Raises AdapterError where the run has no such adapter, the format cannot represent it or the
     file exists, and what `restore` raises: all files are compared with their records first.
     """
@@ -70,14 +70,19 @@ def export(
 
 
 def _save_config(model: Any, restored: Restored, directory: Path) -> None:
-    """Writes config.json, with the classes' names, where the model is one of transformers."""
+    """Writes config.json, with the classes' names, and the tokenizer of a transformers model."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         config.architectures = [type(model).__name__]
-        if names := getattr(restored.plan.data("adapt"), "class_names", None):
+        data = restored.plan.data("adapt")
+        if names := getattr(data, "class_names", None):
             config.id2label = dict(enumerate(names))
             config.label2id = {name: i for i, name in enumerate(names)}
         config.save_pretrained(directory)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(directory)
+        if tokenizer := getattr(data, "tokenizer", None):
+            tokenizer.save_pretrained(directory)
 
 
 def _about_base(restored: Restored) -> dict[str, str | None]:

@@ -26,6 +26,7 @@ examples:
   lora-lab analyze RUN RUN                    how the directions of their ΔW compare
   lora-lab export RUN DIR                     its adapter, as PEFT loads it
   lora-lab export RUN DIR --format merged     its model, ΔW in the weights
+  lora-lab evaluate RUN --cut 8 --data FILE   texts that it generates, ΔW cut to rank 8
   lora-lab reproduce RUN                      the run again, every number beside the stored one
   lora-lab dashboard PROJECT                  a workspace and a report of its runs in W&B
   lora-lab spectra PATH                       ΔW of any adapter: PEFT's, ours, LyCORIS, kohya
@@ -89,6 +90,21 @@ of a rank, and what share of ‖W − W₀‖² that holds. What it cannot hold 
 with the reason. The folder's config.json says what the layers are (transformers, timm); without one
 their names do. A rank over that of a weight is the weight's. Experts that are one parameter have an
 adapter for each matrix. The checkpoints are read tensor by tensor."""
+
+EVALUATE = """\
+Texts that a finished run's model generates, compared with references: by its `generate` settings,
+or their defaults, and what KEY=VALUE changes of them (lora-lab train --help). Numbers and texts are
+written to RUN/evaluations/, and the run stays what it is. The same question again replaces them.
+--cut K cuts ΔW to rank K at each site first. --data takes other rows of the same columns.
+--harness runs tasks of lm-eval-harness on the merged model (pip install 'lora_lab[harness]').
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  lora-lab evaluate RUN 'metrics=[bleu,rougeL]' num_beams=10 length_penalty=0.8
+  lora-lab evaluate RUN --cut 8 --rows 200 --data test.jsonl
+  lora-lab evaluate RUN --harness arc_easy,my_task.yaml --rows 100
+"""
 
 SWEEP = """\
 Runs a W&B sweep file here, with no account. `wandb sweep FILE` and `wandb agent ID` run the same

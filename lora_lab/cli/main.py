@@ -16,6 +16,8 @@ from lora_lab.cli.help_text import (
     CUT,
     DASHBOARD,
     EPILOG,
+    EVALUATE,
+    EVALUATE_EXAMPLES,
     EXTRACT,
     NEW,
     PROJECT,
@@ -54,7 +56,7 @@ def _run_subcommand() -> None:
     commands.add_parser("train", help="run one experiment, or with -m several", add_help=False)
     # In the order in which --help lists them.
     run_commands = (_report, _sweep, _export, _analyze, _reproduce, _dashboard, _ls, _best, _diff)
-    for define in (*run_commands, _spectra, _cut, _extract, _new):
+    for define in (*run_commands, _evaluate, _spectra, _cut, _extract, _new):
         define(commands)
     try:
         sys.argv[1:] = project.enter(sys.argv[1:])
@@ -63,8 +65,9 @@ def _run_subcommand() -> None:
     # The arguments of train are in Hydra's grammar, which argparse cannot read.
     if sys.argv[1:2] == ["train"]:
         return do.train(sys.argv[2:])
-    if sys.argv[1:2] == ["sweep"]:  # its options may stand between its overrides
-        arguments = vars(commands.choices["sweep"].parse_intermixed_args(sys.argv[2:]))
+    if (name := "".join(sys.argv[1:2])) in ("sweep", "evaluate"):
+        # Their options may stand between their overrides.
+        arguments = vars(commands.choices[name].parse_intermixed_args(sys.argv[2:]))
     else:
         arguments = vars(parser.parse_args())
         del arguments["command"], arguments["project"]
@@ -173,6 +176,25 @@ def _best(commands: Any) -> None:
 def _diff(commands: Any) -> None:
     add = _add(commands, do.diff, "what differs between two runs")
     add("paths", type=path, nargs=2, help="run directories, or starts of hashes")
+
+
+def _evaluate(commands: Any) -> None:
+    options = "[--cut K] [--rows N] [--data PATH] [--harness TASKS] [--to DIR]"
+    usage = f"lora-lab evaluate RUN {options} [KEY=VALUE …]"
+    about = {"usage": usage, "epilog": EVALUATE_EXAMPLES}
+    raw = RawDescriptionHelpFormatter
+    short_help = "texts that a run's model generates, and their metrics, later"
+    do_it = adapter_commands.evaluate
+    add = _add(commands, do_it, short_help, EVALUATE, formatter_class=raw, **about)
+    add("path", type=path, help="a run directory, or the start of its hash")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="settings of generate, as num_beams=4")
+    add("--cut", type=count, default=None, metavar="K", help="ΔW cut to rank K")
+    add("--rows", type=count, default=None, metavar="N", help="prompts, or rows of a task, at most")
+    add("--data", default=None, metavar="PATH", help="other rows, of the same columns")
+    tasks = "lm-eval-harness instead: its tasks, or YAML files of tasks, with commas between"
+    add("--harness", default=None, metavar="TASKS", help=tasks)
+    add("--to", type=path, default=None, help="where it is written (evaluations/ in the run)")
+    _add_foreign(add)
 
 
 def _spectra(commands: Any) -> None:

@@ -29,16 +29,21 @@ def check_generate(cfg: Config, data: Data, model: nn.Module, processes: int) ->
         )
 
 
-def check_texts(settings: Generate, data: Data, model: nn.Module) -> None:
-    """Raises ConfigError where this model cannot generate texts, or this data has no prompts."""
-    head = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+def check_head(data: Data, model: nn.Module) -> None:
+    """Raises ConfigError where the model, or what the data teaches it, writes no texts."""
     if not isinstance(data, Language) or data.heads[0] not in HEADS:
         raise ConfigError(
             "generate: needs model.head=language or seq2seq and data=language with data.prompt and "
             "data.completion, or data.messages"
         )
     if not callable(getattr(model, "generate", None)):
-        raise ConfigError(f"generate: {head} generates no texts (transformers' `generate`)")
+        raise ConfigError(f"generate: {type(model).__name__} has no `generate` of transformers")
+
+
+def check_texts(settings: Generate, data: Data, model: nn.Module) -> None:
+    """Raises ConfigError where this model cannot generate texts, or this data has no prompts."""
+    check_head(data, model)
+    assert isinstance(data, Language)
     if missing := missing_library(settings):
         raise ConfigError(f"generate.metrics: {missing}")
     positions = position_count(model)

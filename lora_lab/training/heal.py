@@ -77,7 +77,7 @@ def cut_and_heal(make_trainer: Callable[..., pl.Trainer], trial: Trial, console:
     """
     adapter = trial.plan.cfg.adapter
     for k in adapter.cut if isinstance(adapter, Lora) else ():
-        _cut(trial.run.path / "adapter", k, folder := trial.run.path / CUTS / str(k))
+        write_cut(trial.run.path / "adapter", folder := trial.run.path / CUTS / str(k), k)
         with _in_place(trial.module.model, folder):
             try:
                 _measure(make_trainer, trial, trial.module, f"{CUTS}/{k}/")
@@ -87,7 +87,7 @@ def cut_and_heal(make_trainer: Callable[..., pl.Trainer], trial: Trial, console:
                 log.error("%s: cut to rank %d, the adapter has no such numbers", error, k)
 
 
-def _cut(adapter: Path, k: int, to: Path) -> None:
+def write_cut(adapter: Path, to: Path, k: int) -> None:
     """Writes the adapter of a folder, cut to rank k, to the folder `to`."""
 
     def cut(site: str, update: StoredUpdate) -> CutSite:

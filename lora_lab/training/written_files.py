@@ -24,6 +24,7 @@ WRITTEN = (
     *(f"report/{figure}{suffix}" for figure in CAPTIONS for suffix in (".png", ".pdf")),
     *(f"{_BASE}{suffix}" for suffix in (".safetensors", ".json", ".lock")),
     *(f"{_BASE}.checkpoints/last{suffix}" for suffix in (".ckpt", ".part")),
+    *(f"evaluations/*-{'[0-9a-f]' * 6}{suffix}" for suffix in (".json", ".jsonl")),
     f"bases/svd/*-{'[0-9a-f]' * 16}.safetensors",
 )
 """Globs of all files of a run but its lock and status.json; bases/ is of `reproduce --fresh`."""
