@@ -86,6 +86,8 @@ def test_evaluations_of_a_run(
     assert len([*(run.path / "evaluations").iterdir()]) == 8
     assert command(monkeypatch, "evaluate", str(run.path), "--to", "elsewhere") == 0
     assert len([*Path("elsewhere").iterdir()]) == 2
+    capsys.readouterr()
+    check_what_is_refused(run, monkeypatch, capsys)
 
 
 BAD = {
@@ -97,9 +99,9 @@ BAD = {
 }
 
 
-def test_what_does_not_fit_is_refused(
+def check_what_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     for arguments, error in BAD.items():
         code = command(monkeypatch, "evaluate", str(run.path), *arguments.split())
         shown = capsys.readouterr().err
