@@ -110,10 +110,10 @@ class Tracking:
                     row[key] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
         self.wandb.log_metrics(row, step)
 
-    def log_cost(self, step: int) -> None:
+    def log_cost(self) -> None:
         """Logs what the run's cost.json has, to W&B alone: metrics.jsonl has no times."""
         if self.wandb is not None:
-            self.wandb.log_metrics(cost_metrics(self.run.path), step)
+            self.wandb.log_metrics(cost_metrics(self.run.path))
 
     def replay(
         self, rows: list[dict[str, Any]], histograms_by_row: Mapping[str, Any] | None = None
@@ -232,7 +232,7 @@ def copy_to_wandb(cfg: Config, run: Run) -> None:
     for row in run.rows():
         copy.log_metrics(_metrics(row), row["step"])
     if cost := cost_metrics(run.path):
-        copy.log_metrics(cost, run.rows()[-1]["step"])
+        copy.log_metrics(cost)
     for kind in ("adapter", "model"):
         if (run.path / kind).is_dir():
             copy.log_artifact(run.path / kind, kind)

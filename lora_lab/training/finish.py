@@ -155,10 +155,9 @@ def _redistributed_ranks(plan: Plan) -> dict[str, float]:
 
 def _save_cost(trial: Trial) -> None:
     """Writes what the training cost to cost.json, and logs it to W&B."""
-    assert trial.module.final_step is not None
     if cost := trial.cost.measured:
         write_atomic(trial.run.path / COST, json.dumps(cost, indent=2) + "\n")
-        trial.tracking.log_cost(int(trial.module.final_step["step"]))
+        trial.tracking.log_cost()
 
 
 def _select(trial: Trial) -> None:

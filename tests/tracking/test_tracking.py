@@ -83,7 +83,7 @@ def test_offline_all_that_was_logged_is_in_wandbs_file(lab: Lab):
     ):
         assert any(key.startswith(wanted) for key in shown), wanted
     assert any(key.startswith("spectra/table") for key in shown)
-    assert len(pictures) == 3
+    assert len(pictures) == 4  # one of them is what training cost
     rows = [as_metrics_row(row) for row in content["history"] if row not in pictures]
     assert rows == run.rows()
     assert content["summary"]["val/loss"] == run.last("val/loss")
@@ -141,10 +141,11 @@ def test_rows_that_wandb_lost_are_reported_as_an_error(
     run = only_run()
     (path,) = wandb_directory(run).glob("*.wandb")
     left = sum(record.HasField("history") for record in read_beginning(path))
-    # And three rows that only W&B has: two charts, and pictures with a table.
-    assert run.status["wandb_rows_lost"] == len(run.rows()) + 3 - left
-    # base: 4 train, 2 val; adapter: 3 val, 4 train, 3 spectra, findings; merged; parameters.
-    assert len(run.rows()) == 4 + 2 + 3 + 4 + 3 + 1 + 1 + 1
+    # And four rows that only W&B has: the cost, two charts, and pictures with a table.
+    assert run.status["wandb_rows_lost"] == len(run.rows()) + 4 - left
+    # base: 4 train, 2 val; adapter: 3 val, 4 train, 3 spectra, findings; merged; parameters; what
+    # was forgotten.
+    assert len(run.rows()) == 4 + 2 + 3 + 4 + 3 + 1 + 1 + 1 + 1
 
 
 def test_a_damaged_byte_ends_the_reading(lab: Lab):

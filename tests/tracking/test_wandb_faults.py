@@ -26,8 +26,8 @@ from tests.conftest import Lab, only_run
 from tests.tracking.test_tracking import use_server
 from tests.wandb_server import WandbServer
 
-ROWS = 19 + 3
-"""Rows that W&B is to have: those of metrics.jsonl, two charts, and pictures with a table."""
+ROWS = 20 + 4
+"""Rows that W&B is to have: those of metrics.jsonl, the cost, two charts, pictures with a table."""
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def is_complete(run: Run) -> bool:
     """Whether the run is finished and has its files."""
     files = ("spectra.npz", "advice.yaml", "adapter/adapter.safetensors")
     present = all((run.path / file).exists() for file in files)
-    return run.finished and present and len(run.rows()) == ROWS - 3
+    return run.finished and present and len(run.rows()) == ROWS - 4
 
 
 FAULTS = [500, "hang", "ArtifactType"]
