@@ -52,7 +52,7 @@ def _run_subcommand() -> None:
     parser = ArgumentParser("lora-lab", description=ABOUT, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"lora_lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parser.add_argument("--project", metavar="DIR", help=PROJECT)
+    parser.add_argument("--project", dest="project_folder", metavar="DIR", help=PROJECT)
     commands.add_parser("train", help="run one experiment, or with -m several", add_help=False)
     # In the order in which --help lists them.
     run_commands = (_report, _sweep, _export, _analyze, _reproduce, _dashboard, _ls, _best, _diff)
@@ -70,7 +70,7 @@ def _run_subcommand() -> None:
         arguments = vars(commands.choices[name].parse_intermixed_args(sys.argv[2:]))
     else:
         arguments = vars(parser.parse_args())
-        del arguments["command"], arguments["project"]
+        del arguments["command"], arguments["project_folder"]
     run = arguments.pop("run")
     try:
         run(**arguments)

@@ -25,7 +25,9 @@ def gain_by_forgetting(results: Sequence[RunResult]) -> Figure | None:
     deviations, and a dashed one through the cuts of its largest rank; full fine-tuning and the
     frozen base are points. None where no run that trained has measured forgetting.
     """
-    results = [r for r in results if {"forget/increase", "val/loss"} <= r.last.keys()]
+    results = [
+        r for r in results if {"forget/increase", "forget/loss", "val/loss"} <= r.last.keys()
+    ]
     if not any(result.config["adapter"]["method"] != "none" for result in results):
         return None
     figure, (axes,) = plotting.panels(1, width=7, height=4.5)
