@@ -14,6 +14,7 @@ from lora_lab import train
 from lora_lab.cli import main as cli
 from lora_lab.runs import Run, find_runs
 from lora_lab.tracking.wandb_run import Server
+from tests.protocol_files import FILES
 
 # Its first draw reads the constants of all modules that are imported by then, timm's among them.
 settings.register_profile("tests", suppress_health_check=[HealthCheck.too_slow])
@@ -71,7 +72,7 @@ SMALL = {
         *("data.in_features=20", "data.out_features=8", "data.groups=[8,6]", "data.steps=2"),
         *("base.epochs=2", "trainer.max_epochs=2"),
     ],
-    "spam_gpt2": [],
+    **{experiment: [] for experiment in FILES},
 }
 """Experiment → settings that make it small enough for tests."""
 

@@ -34,7 +34,7 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-DATA_LEFT_OUT_AT_DEFAULT = {"column_names": None, "shares": None}
+DATA_LEFT_OUT_AT_DEFAULT = {"column_names": None, "shares": None, "templates": None}
 DATA_LEFT_OUT_AT_DEFAULT |= {"balance": False, "mask_padding": True}
 """Arguments of our data sets that earlier configs lack, with the values that change nothing."""
 

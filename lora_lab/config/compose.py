@@ -172,9 +172,12 @@ def published_config(experiment: str, cfg: Config, settings: str = "") -> Config
     typed = [choice, *shlex.split(settings), *_needed_paths(choice, cfg)]
     published = _compose_point(hydra_arguments(typed))
     changes: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra}
-    for key in ("data", "model", "base"):
+    for key in ("data", "model", "base", "adapter"):
         node, run_node = getattr(published, key), getattr(cfg, key)
-        same = [n for n in ("seed", "sha256") if hasattr(node, n) and hasattr(run_node, n)]
+        same = ("seed", "sha256")
+        same = [name for name in same if hasattr(node, name) and hasattr(run_node, name)]
+        if getattr(node, "start_from", None) and getattr(run_node, "start_from", None):
+            same += ["start_from", "start_sha256"]
         update = {name: getattr(run_node, name) for name in same}
         if content := getattr(run_node, "content", None):
             paths = {n: c for n, c in content.items() if node.arguments.get(n) is not None}

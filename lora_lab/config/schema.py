@@ -167,7 +167,7 @@ LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stoppin
 """Keys that the identity leaves out at their defaults, as configs of earlier versions lack them."""
 
 LORA_KEYS_LEFT_OUT_AT_DEFAULT = ("over_rank", "form", "cut", "heal", "budget", "allocation", "rho")
-LORA_KEYS_LEFT_OUT_AT_DEFAULT += ("restarts",)
+LORA_KEYS_LEFT_OUT_AT_DEFAULT += ("restarts", "start_from", "start_sha256")
 """Those of a low-rank adapter."""
 
 
@@ -238,6 +238,8 @@ class Config(Node):
                 del config[key]
         if config["model"].get("quantization") is None:  # which configs of earlier versions lack
             config["model"].pop("quantization", None)
+        if config["adapter"].get("start_sha256") is not None:  # which stands for the path
+            del config["adapter"]["start_from"]
         for key in LORA_KEYS_LEFT_OUT_AT_DEFAULT:
             if config["adapter"].get(key) == Lora.model_fields[key].default:
                 config["adapter"].pop(key, None)

@@ -22,7 +22,8 @@ class Language(TableData):
     One of these names the columns: `text`; `prompt` and `completion`; `messages`, chats as lists of
     {role, content} that the tokenizer's template writes out. None of them means text=text. Of a
     prompt or a chat only the completion (the assistant's turns) is learned, or with train_on=all
-    all tokens. A text file (.txt) is one document.
+    all tokens. `templates` are what texts are put in, at {}, by what they are: {prompt:
+    "Question: {}\\nAnswer:", completion: " {}"}. A text file (.txt) is one document.
 
     A document ends with the tokenizer's end of text. Rows are documents of at most `max_length`
     tokens, padded to the longest of their batch. Or, with `block`, all documents follow each other
@@ -52,12 +53,14 @@ class Language(TableData):
         max_length: PositiveInt | None = None,
         mask_share: Share = 0.15,
         pad_to_multiple: PositiveInt = 1,
+        templates: dict[str, str] | None = None,
         **table: Any,
     ):
         super().__init__(phase, **table)
         self.objective, self.train_on, self.mask_share = objective, train_on, mask_share
         self.block, self.max_length, self.pad_to_multiple = block, max_length, pad_to_multiple
         self.columns = _chosen_columns(text, prompt, completion, messages)
+        self.templates = _checked_templates(templates or {}, self.columns)
         self._check_objective()
         self.tokenizer_path = tokenizer
         self.tokenizer = tokens.load_tokenizer(tokenizer)
@@ -83,8 +86,12 @@ class Language(TableData):
                 f"block={self.block}: not with objective=seq2seq, whose rows are pairs"
             )
 
+    def documents(self, source: Source) -> dict[str, list[Any]]:
+        """The texts or chats of a source, by what they are, checked, in their templates."""
+        return _documents(source, tuple(self.columns.items()), tuple(self.templates.items()))
+
     def _check_source(self, source: Source) -> None:
-        _documents(source, tuple(self.columns.items()))
+        self.documents(source)
         files = source.table().files
         if files and files[0].suffix == ".txt" and self.block is None:
             raise ValueError(
@@ -185,7 +192,7 @@ class Language(TableData):
         self, source: Source, names: tuple[str, ...], how: str | None = None
     ) -> dict[str, Tensor]:
         """The tokens of columns of a source, by `how` they are encoded: by default as `names`."""
-        documents = _documents(source, tuple(self.columns.items()))
+        documents = self.documents(source)
         texts = [documents[name] for name in names]
         how = how or names[0]
         cut = self.max_length if self.block is None else None
@@ -229,9 +236,28 @@ def _chosen_columns(
     return given
 
 
+def _checked_templates(templates: dict[str, str], chosen: dict[str, str]) -> dict[str, str]:
+    """The templates. Raises ValueError where one is of no text that is read, or has no one {}."""
+    for kind, template in templates.items():
+        if kind not in chosen or kind == "messages":
+            texts = ", ".join(kind for kind in chosen if kind != "messages") or "none"
+            raise ValueError(f"templates={{{kind}: …}}: the texts that are read are {texts}")
+        if template.count("{}") != 1:
+            raise ValueError(f"templates={{{kind}: {template!r}}}: must have one {{}} for the text")
+    return templates
+
+
+Pairs = tuple[tuple[str, str], ...]
+
+
 @lru_cache(maxsize=8)
-def _documents(source: Source, chosen: tuple[tuple[str, str], ...]) -> dict[str, list[Any]]:
+def _documents(source: Source, chosen: Pairs, templates: Pairs) -> dict[str, list[Any]]:
     """The texts or chats of a source, by what they are, checked."""
-    table = source.table()
+    table, of_kind = source.table(), dict(templates)
     read = {"messages": columns.chats}
-    return {kind: read.get(kind, columns.texts)(table, kind, name) for kind, name in chosen}
+    documents: dict[str, list[Any]] = {
+        kind: read.get(kind, columns.texts)(table, kind, name) for kind, name in chosen
+    }
+    for kind, template in of_kind.items():
+        documents[kind] = [template.replace("{}", text) for text in documents[kind]]
+    return documents

@@ -8,7 +8,6 @@ import torch
 from lora_lab.data import columns, encodings, parts
 from lora_lab.data.language import Language
 from lora_lab.data.sources import Source
-from lora_lab.data.tables import row_count
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def _rows(data: Language, split: Literal["val", "test"]) -> tuple[Source, list[i
         return source, numbers.tolist()
     if not data.has_test:
         raise ValueError("test=null: must be given, as generate.split=test takes its prompts")
-    source = data.sources["test"]
-    return source, [*range(row_count(source))]
+    source, numbers = data.test_rows()
+    return source, numbers.tolist()
 
 
 def _pairs(data: Language, source: Source, numbers: list[int]) -> list[tuple[str, str]]:
@@ -72,7 +71,10 @@ def _pairs(data: Language, source: Source, numbers: list[int]) -> list[tuple[str
             f"text={names['text']}: generate needs prompts and what is to follow them:"
             " data.prompt and data.completion, or data.messages"
         )
-    starts, rests = (columns.texts(table, n, names[n]) for n in ("prompt", "completion"))
+    starts, rests = (
+        data.documents(source)["prompt"],
+        columns.texts(table, "completion", names["completion"]),
+    )
     return [(starts[i], rests[i]) for i in numbers]
 
 

@@ -119,13 +119,17 @@ class TableData(Data):
         """Whether there are rows of a test."""
         return "test" in self.sources or self.shares is not None
 
-    def draw_test(self) -> Rows:
-        """All rows of `test`, or the last share of `train`."""
+    def test_rows(self) -> tuple[Source, Tensor]:
+        """The source of the test, and its row numbers: all of `test`, or the last share."""
         if self.shares:
             train = self.sources["train"]
-            return self.rows(train, self._shared_out(train)[2], "test")
+            return train, self._shared_out(train)[2]
         test = self.sources["test"]
-        return self.rows(test, torch.arange(row_count(test)), "test")
+        return test, torch.arange(row_count(test))
+
+    def draw_test(self) -> Rows:
+        """The rows of the test."""
+        return self.rows(*self.test_rows(), "test")
 
 
 def _checked_shares(

@@ -32,7 +32,14 @@ from lora_lab.config.schema import (
 from lora_lab.data import Data, Phase
 from lora_lab.runs import Run
 from lora_lab.tracking.tracking import Tracking
-from lora_lab.training import bases, data_contract, fit_checks, part_checks, pretrained_base
+from lora_lab.training import (
+    bases,
+    data_contract,
+    fit_checks,
+    part_checks,
+    pretrained_base,
+    start_from,
+)
 from lora_lab.training.calibration import calibration_of, with_values
 from lora_lab.training.generate_checks import check_generate
 from lora_lab.training.known_data import known_data
@@ -126,6 +133,8 @@ class Plan:
         with with_values(model, first_values):  # what is read of the data is of this seed's head
             settings |= {"also_train": cfg.also_train, "seed": cfg.seed}
             sites = adapters.attach(model, targets, **settings)
+        if isinstance(cfg.adapter, Lora) and cfg.adapter.start_from is not None:
+            start_from.fill(model, cfg.adapter.start_from)
         in_full = adapters.also_trained(model)
         with torch.no_grad():
             for name, value in first_values.items():
@@ -217,6 +226,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     part_checks.check_restarts(cfg)
     if not is_stored:
         part_checks.check_cuts(cfg, sites)
+        cfg = start_from.checked(cfg, sites)
     new_parameters = []
     if isinstance(cfg.base, TrainedBase):
         part_checks.check_memory(cfg, data, model)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora_lab.config.checks import import_target
-from lora_lab.config.schema import CheckpointBase, Config
+from lora_lab.config.schema import CheckpointBase, Config, Lora
 from lora_lab.data import Data
 from lora_lab.data.content import split_of
 from lora_lab.runs import Run
@@ -35,6 +35,9 @@ def with_paths_from_here(cfg: Config, run: Run, bases_dir: Path | None = None) -
             if isinstance(path := component.arguments.get(name), str)
         }
         changes[key] = component.model_copy(update=paths)
+    if isinstance(cfg.adapter, Lora) and cfg.adapter.start_from is not None:
+        path = _from_here(cfg.adapter.start_from, started_in)
+        changes["adapter"] = cfg.adapter.model_copy(update={"start_from": path})
     if isinstance(cfg.base, CheckpointBase):
         path = _from_here(cfg.base.path, started_in)
         if not Path(path).exists():

@@ -26,6 +26,7 @@ from lora_lab.training import bases
 from lora_lab.training.plan import plan
 from tests.conftest import SMALL, Lab, only_run
 from tests.protocol_files import FILES as PROTOCOLS
+from tests.protocol_files import paths
 from tests.text_files import save_jsonl, save_rows, save_tokenizer
 from tests.tiny_models import tiny_model
 from tests.vision import save_images, tiny_convnext, use_torchvision
@@ -56,7 +57,7 @@ NEEDS = {
     ("model", "pretrained"): PRETRAINED[1:],
     ("model", "timm"): ["model.path=convnext", "target=all"],
     ("base", "pretrained"): PRETRAINED,
-    **{("experiment", option): ["model.path=x", "data.train=x"] for option in PROTOCOLS},
+    **{("experiment", option): paths(option) for option in PROTOCOLS},
 }
 """What an option cannot do without on a machine with no GPU and no files."""
 BRIEF = ("base.epochs=1", "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1")

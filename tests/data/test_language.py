@@ -263,3 +263,21 @@ def test_bad_inputs_are_errors(change: dict[str, Any], message: str):
     save_tokenizer("rewrites", "gpt", chat_template="{{ messages | length }}" + TEMPLATE)
     with pytest.raises(ValueError, match=message):
         ready(**change)
+
+
+def test_texts_are_put_in_their_templates():
+    plain = ready(prompt="prompt", completion="completion")
+    put = {"prompt": "user {} answer", "completion": "the {}"}
+    data = ready(prompt="prompt", completion="completion", templates=put)
+    for i in range(len(plain.train)):
+        (before, _), (after, _) = (d.train[slice(i, i + 1)] for d in (plain, data))
+        prompt, completion = (ROWS[plain.train.rows[i]][k].split() for k in put)
+        words = ["user", *prompt, "answer", "the", *completion, "<eos>"]
+        assert after["input_ids"].tolist() == [[IDS[word] for word in words]]
+        assert before["input_ids"].shape[1] == len(words) - 3
+    for templates, message in (
+        ({"text": "{}"}, r"templates={text: …}: the texts that are read are prompt, completion"),
+        ({"prompt": "no place"}, r"must have one {} for the text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ready(prompt="prompt", completion="completion", templates=templates)
