@@ -722,26 +722,26 @@ def test_finished_runs_are_not_repeated_and_busy_ones_are_errors():
 def test_out_of_memory_it_goes_on_with_fewer_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    settings = [*NO_ANALYSIS, "trainer.precision=64-true"]
+    overrides = [*NO_ANALYSIS, "trainer.precision=64-true"]
     points = [
         *ranks_and_seeds(1, 2, seeds=2),
         ["adapter.r=2", "optimizer.lr=0.02", "adapter=lora_plus"],
     ]
     original_forward, refused = Pack.forward, []
 
-    def forward(pack: Pack, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(pack: Pack, *inputs: torch.Tensor, **settings: Any) -> torch.Tensor:
         if len(pack.runs) > 2 and pack.training and torch.is_grad_enabled():
             refused.append(len(pack.runs))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original_forward(pack, *inputs)
+        return original_forward(pack, *inputs, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pack, "forward", forward)
-        runs = train_in_pack("shift", points, *settings)
+        runs = train_in_pack("shift", points, *overrides)
     assert refused == [5, 3]
     assert "out of memory: going on with 3 runs at once" in caplog.text
     assert "out of memory: going on with 2 runs at once" in caplog.text
-    check_same_runs(runs, train_one_by_one("shift", points, *settings), 1e-10)
+    check_same_runs(runs, train_one_by_one("shift", points, *overrides), 1e-10)
 
 
 def test_out_of_memory_in_the_middle_of_training(monkeypatch: pytest.MonkeyPatch):
