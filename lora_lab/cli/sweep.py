@@ -153,7 +153,7 @@ def logged_metrics(plan: Plan) -> set[str]:
         validation, names = validation | forgetting, names | forgetting | {"forget/increase"}
     if cfg.adapter.method == "none":
         return names
-    names.add("train/loss")
+    names |= {"train/loss", "bytes/optimizer", "bytes/full_optimizer"}
     # A spectrum of one singular value: it has the names of the measures of any other.
     spectrum = Spectrum(torch.ones(1, dtype=torch.float64), (1, 1), 0.0)
     sites = {site.name: site for site in plan.sites}
@@ -171,7 +171,7 @@ def logged_metrics(plan: Plan) -> set[str]:
         if cfg.spectra.first_step:
             names |= {"first_step/gradient_ratio", "first_step/descent"}
         names |= {f"merged/{name}" for name in validation}
-        names |= {f"bytes/{part}" for part in ("adapter", "optimizer", "full_optimizer")}
+        names.add("bytes/adapter")
     return names
 
 

@@ -193,7 +193,9 @@ def _size_facts(run: Run) -> Rows:
         facts.append(["adapter on disk", format_unit(size, "B") + beside])
     if (size := run.last("bytes/optimizer")) is not None:
         full = run.last("bytes/full_optimizer")
-        beside = f", {format_unit(full, 'B')} for full fine-tuning" if full else ""
+        is_full = run.config["adapter"]["method"] == "full"
+        what = "Adam on all weights" if is_full else "full fine-tuning"
+        beside = f", {format_unit(full, 'B')} for {what}" if full and full != size else ""
         facts.append(["optimizer state", f"{format_unit(size, 'B')}{beside}"])
     return facts
 

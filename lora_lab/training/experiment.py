@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_lab import report
 from lora_lab.config.components import PretrainedBase
-from lora_lab.config.schema import Lora, TrainedBase
+from lora_lab.config.schema import Full, Lora, TrainedBase
 from lora_lab.config.stored_config import checked_config
 from lora_lab.config.trust import components_of
 from lora_lab.data import Data
@@ -25,6 +25,7 @@ from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.callbacks.first_step import FirstStep
 from lora_lab.training.callbacks.progress import ProgressBar
 from lora_lab.training.finish import finish_run
+from lora_lab.training.galore import state_bytes
 from lora_lab.training.modules import BaseModule
 from lora_lab.training.plan import Plan
 from lora_lab.training.run_record import record_run
@@ -149,6 +150,9 @@ def adapt_model(trial: Trial, console: Console) -> None:
     if cfg.trains:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         module.final_step = module.step_and_epoch()
+        if isinstance(cfg.adapter, Full):
+            size = state_bytes(trainer.optimizers[0])
+            tracking.log({"bytes/optimizer": size}, int(module.final_step["step"]))
 
 
 def log_theory(data: Data, model: nn.Module, tracking: Tracking) -> None:

@@ -140,7 +140,7 @@ def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
             costs["bytes/also_trained"] = cost.also_trained_bytes
         costs |= _redistributed_ranks(trial.plan)
         costs["bytes/optimizer"] = cost.optimizer_bytes
-        costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
+    costs["bytes/full_optimizer"] = cost.full_optimizer_bytes
     trial.tracking.store_artifact(saved, saved.name)
     trial.tracking.log(costs, int(trial.module.step_and_epoch()["step"]))
 

@@ -13,6 +13,7 @@ from lora_lab.config.checks import check_kind, resolve_component
 from lora_lab.config.schema import Config, ConfigError, Lora, Optimizer
 from lora_lab.data import Data
 from lora_lab.training.callbacks.allocation import final_triplets
+from lora_lab.training.galore import GaLore
 
 
 def check_directory(key: str, path: Path) -> None:
@@ -85,6 +86,23 @@ def check_optimizer(key: str, optimizer: Optimizer) -> None:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(f"{key}: {error}") from None
     check_kind(key, optimizer, built, torch.optim.Optimizer)
+
+
+def check_galore(cfg: Config) -> None:
+    """Raises ConfigError where GaLore would not have the gradients of all weights."""
+    callee = cfg.optimizer.callee
+    if not (isinstance(callee, type) and issubclass(callee, GaLore)):
+        return
+    if cfg.freezes_base:
+        raise ConfigError(
+            f"optimizer=galore: projects the gradients of full weights, and adapter="
+            f"{cfg.adapter.method} trains others; take adapter=full, or optimizer=adam"
+        )
+    if cfg.trainer.model_dump().get("strategy") == "fsdp":
+        raise ConfigError(
+            "trainer=fsdp: not with optimizer=galore, whose SVD is of a full gradient, where each "
+            "process would have a part; trainer=ddp trains it on several devices"
+        )
 
 
 def check_allocation(cfg: Config, sites: Sequence[Site]) -> None:

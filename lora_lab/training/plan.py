@@ -205,6 +205,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     sizes = _sizes(cfg, data)
     resolve_component("model", cfg.model, nn.Module, list(sizes), data.sizes)
     part_checks.check_optimizer("optimizer", cfg.optimizer)
+    part_checks.check_galore(cfg)
     devices = check_trainer(cfg)
     processes = devices.processes
     if processes > 1 and (data.batch_size or 0) % processes:

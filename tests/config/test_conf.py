@@ -40,6 +40,7 @@ TEXTS = ["data.train=train.jsonl", "data.base=train.jsonl", "data.tokenizer=toke
 FROM_FILES = ("text", "words", "language", "images", "docstrings")
 """Data sets that read a user's files, or a tokenizer's."""
 NEEDS = {
+    ("optimizer", "galore"): ["adapter=full"],
     ("trainer", "gpu"): ["trainer.accelerator=cpu"],
     ("base", "checkpoint"): ["base.path=base.safetensors"],
     ("data", "text"): [*TEXTS, "+model.in_features=4"],

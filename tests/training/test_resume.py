@@ -81,6 +81,10 @@ RUNS = {
     "schedule": ("shift", "optimizer.schedule=cosine", "optimizer.warmup=0.3"),
     "clip": ("shift", "trainer.gradient_clip_val=0.1", "adapter.r=3"),
     "full": ("digits", "adapter=full", "trainer.max_epochs=4"),
+    "galore": (
+        *("digits", "adapter=full", "optimizer=galore", "optimizer.r=4", "optimizer.every=20"),
+        "trainer.max_epochs=4",
+    ),
     "dora": ("digits", "adapter=dora", "adapter.dropout=0.2", "trainer.max_epochs=4"),
     "pissa": ("digits", "adapter=pissa", "adapter.r=2", "trainer.max_epochs=4"),
     "lora_ga": ("digits", "adapter=lora_ga", "adapter.r=2", "trainer.max_epochs=4"),
@@ -104,7 +108,7 @@ RUNS = {
 """Settings whose runs must go on bit for bit."""
 
 QUICK = ("dropout", "schedule", "full", "dora", "lora_ga", "adalora", "relora", "first step")
-QUICK += ("transformer",)
+QUICK += ("transformer", "galore")
 
 
 def quick(names: Iterable[str], some: Collection[str]) -> list[Any]:
