@@ -32,7 +32,7 @@ SMALL = {
     "digits": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
     "docs_minilm": [
         *("data.per_package=8", "data.batch_size=8", "data.max_length=8", "trainer.max_epochs=2"),
-        "spectra.against_base=false",
+        *("spectra.against_base=false", "forget.count=8", "forget.max_length=8"),
     ],
     "cut_digits": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],
     "digits_rank": ["base.epochs=2", "trainer.max_epochs=2", "model.hidden=[16]"],

@@ -21,6 +21,7 @@ from lora_lab.sweeps.multirun import Job, plan_jobs
 from lora_lab.sweeps.search import BayesSearch, random_points, startup_points
 from lora_lab.sweeps.sweep_file import Sweep, read_sweep
 from lora_lab.training.callbacks.spectra import groups
+from lora_lab.training.known_data import known_data
 from lora_lab.training.plan import Plan
 from lora_lab.training.tasks import metric_names
 
@@ -148,7 +149,7 @@ def logged_metrics(plan: Plan) -> set[str]:
         names |= {f"test/{name}" for name in measured}
     if isinstance(cfg.base, TrainedBase):
         names |= {f"base/{name}" for name in {*validation, "train/loss"}}
-    if (known := plan.training_data().known) is not None:
+    if (known := known_data(cfg, plan.data("base"))) is not None:
         forgetting = {f"forget/{m}" for m in ("loss", *metric_names(known.task, known.metrics))}
         validation, names = validation | forgetting, names | forgetting | {"forget/increase"}
     if cfg.adapter.method == "none":

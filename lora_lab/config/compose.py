@@ -165,13 +165,13 @@ def published_config(experiment: str, cfg: Config, settings: str = "") -> Config
     """The config that published numbers belong to, with the seeds and the files of `cfg`.
 
     It is the experiment as its YAML has it, with the `settings` of a published cell, as they are
-    typed, but with the spectra settings of `cfg`, its seeds, and what lies at its paths: a run that
-    differs in these alone may be shown beside the published numbers.
+    typed, but with what `cfg` measures (`spectra`, `forget`), its seeds, and what lies at its
+    paths: a run that differs in these alone may be shown beside the published numbers.
     """
     choice = f"experiment={experiment}"
     typed = [choice, *shlex.split(settings), *_needed_paths(choice, cfg)]
     published = _compose_point(hydra_arguments(typed))
-    changes: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra}
+    changes: dict[str, Any] = {"seed": cfg.seed, "spectra": cfg.spectra, "forget": cfg.forget}
     for key in ("data", "model", "base", "adapter"):
         node, run_node = getattr(published, key), getattr(cfg, key)
         same = ("seed", "sha256")

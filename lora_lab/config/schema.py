@@ -163,7 +163,8 @@ def _last_or_best(value: str) -> str:
     return value
 
 
-LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stopping", "generate")
+LEFT_OUT_AT_DEFAULT = ("also_train", "label_smoothing", "select", "early_stopping")
+LEFT_OUT_AT_DEFAULT += ("generate", "forget")
 """Keys that the identity leaves out at their defaults, as configs of earlier versions lack them."""
 
 LORA_KEYS_LEFT_OUT_AT_DEFAULT = ("over_rank", "form", "cut", "heal", "budget", "allocation", "rho")
@@ -176,7 +177,8 @@ class Config(Node):
 
     `also_train` are globs on the names of parameters (or of modules above them) that train in full
     beside the adapters; `bias` means each bias. `select` says which weights are the run's result:
-    the `last`, or the `best METRIC`, as "best val/accuracy".
+    the `last`, or the `best METRIC`, as "best val/accuracy". `forget` is a data set that the base
+    knew, of which the run measures what it forgets; None: that of the base phase, if it is known.
     """
 
     name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64)  # W&B's rule for a tag
@@ -193,6 +195,7 @@ class Config(Node):
     select: Annotated[str, AfterValidator(_last_or_best)] = "last"
     early_stopping: EarlyStopping | None = None
     generate: Generate | None = None
+    forget: Component | None = None
     spectra: Spectra
     tracking: Tracking
     sweep: Sweep = Sweep()  # a default, as the config.yaml of older runs has no such key
@@ -227,7 +230,7 @@ class Config(Node):
     def _identifying_settings(self) -> dict[str, Any]:
         """The settings that `identity` hashes."""
         config = self.model_dump(by_alias=True, exclude=set(NOT_IN_IDENTITY))
-        for key in ("data", "model", "trainer"):
+        for key in ("data", "model", "trainer", *(["forget"] if self.forget else [])):
             config[key] = getattr(self, key).identifying_settings()
         if isinstance(self.base, CheckpointBase):
             del config["base"]["path"]

@@ -43,6 +43,8 @@ def components_of(cfg: Config) -> dict[str, Component]:
     components = {"data": cfg.data, "model": cfg.model, "optimizer": cfg.optimizer}
     if isinstance(cfg.base, TrainedBase):
         components["base.optimizer"] = cfg.base.optimizer
+    if cfg.forget is not None:
+        components["forget"] = cfg.forget
     return components
 
 

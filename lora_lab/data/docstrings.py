@@ -75,11 +75,11 @@ def stored_docstrings(per_package: int) -> Path:
 def _of_package(package: str, count: int) -> list[str]:
     """The first `count` different docstrings that do not name their package."""
     folder = Path(sysconfig.get_path("stdlib"), package)
-    texts = dict.fromkeys(t for file in sorted(folder.rglob("*.py")) for t in _of_file(file))
+    texts = dict.fromkeys(t for file in sorted(folder.rglob("*.py")) for t in docstrings_of(file))
     return [t for t in texts if len(t) >= 30 and package not in t.lower()][:count]
 
 
-def _of_file(file: Path) -> Iterator[str]:
+def docstrings_of(file: Path) -> Iterator[str]:
     """The docstrings of a file's module, classes and functions, on one line each."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(file.read_bytes())):

@@ -89,8 +89,14 @@ def _flops_alone(member: Member, batch: Batch, trainer: pl.Trainer) -> int:
     """FLOPs of forward and backward of a run's own model; random streams do not move."""
     module, (inputs, targets) = member.module, batch
     trained = [p for p in module.parameters() if p.requires_grad]
+    gradients = [p.grad for p in trained]
+    for parameter in trained:
+        parameter.grad = None
     precision = trainer.precision_plugin.train_step_context()
     with flop_counter() as counter, torch.random.fork_rng(), precision:
         loss = module.training_loss_sum(module(inputs), targets)
-        torch.autograd.grad(loss, trained, allow_unused=True)
+        # Not autograd.grad, in which torch's counter cannot follow what trains in full.
+        loss.backward()
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
     return counter.get_total_flops()

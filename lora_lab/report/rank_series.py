@@ -55,7 +55,7 @@ def runs_by_series(
 
 def _separates_series(key: str, free: Collection[str]) -> bool:
     """Whether runs with different values of this setting belong to different series."""
-    is_free = key in FREE_KEYS or key in free or key.startswith("spectra.")
+    is_free = key in FREE_KEYS or key in free or key.startswith(("spectra.", "forget"))
     return not is_free and key != "cell"
 
 

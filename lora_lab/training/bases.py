@@ -71,7 +71,7 @@ def key(cfg: Config) -> str:
     parts = (*callees, data, planted, modules, gradient_mean, tasks, seeding)
     trees = [without_docstrings(inspect.getsource(part)) for part in parts]
     code = [ast.dump(tree) for tree in trees]
-    components = [c for key, c in components_of(cfg).items() if key != "optimizer"]
+    components = [c for key, c in components_of(cfg).items() if key not in ("optimizer", "forget")]
     hashed = {part.__name__ for part in parts}
     if more := {n: c for n, c in code_of(components).items() if not is_ours(n) and n not in hashed}:
         code.append(str(more))

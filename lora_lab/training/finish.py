@@ -128,9 +128,11 @@ def _analyze(trainer: pl.Trainer, trial: Trial, console: Console) -> None:
 
 def _save_trained(trainer: pl.Trainer, trial: Trial) -> None:
     """Saves the adapters or the model that was trained, and logs parameter and memory counts."""
-    model = trial.module.model
+    model, is_full = trial.module.model, not trial.plan.cfg.freezes_base
     cost = adapters.count(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # A base that runs of a pack share may have been thawed where another run's cuts were measured.
+    trained = (p for name, p in model.named_parameters() if is_adapter_key(name) or is_full)
+    trainable = sum(p.numel() for p in trained if p.requires_grad)
     costs: dict[str, float] = {"parameters/trainable": trainable, "parameters/base": cost.frozen}
     saved = save_weights(model, trial.run.path)
     if adapters.names(model):

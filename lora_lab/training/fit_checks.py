@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lab.adapters.model_call import logits
 from lora_lab.config.checks import parameters_of
-from lora_lab.config.schema import Config, ConfigError
+from lora_lab.config.schema import Component, Config, ConfigError
 from lora_lab.data import Data
 from lora_lab.data.images import Images, model_inputs
 from lora_lab.models.timm_model import timm_model
@@ -38,10 +38,16 @@ POSITION_TABLES += ("positions_embed", "position_embeds_layer", "position_embedd
 """Last names of the layers of transformers that have a vector for each position."""
 
 
+def head_of(cfg: Config) -> str | None:
+    """The name of the model's head, a key of DATA_OF_HEAD; None of a model that is not read."""
+    head = "timm" if cfg.model.callee is timm_model else cfg.model.arguments.get("head")
+    return head if head in DATA_OF_HEAD else None
+
+
 def check_head(cfg: Config, data: Data) -> None:
     """Raises ConfigError where the data says which heads learn it, and the model's is no such."""
-    head = "timm" if cfg.model.callee is timm_model else cfg.model.arguments.get("head")
-    if data.heads is None or head in data.heads or head not in DATA_OF_HEAD:
+    head = head_of(cfg)
+    if data.heads is None or head in data.heads or head is None:
         return
     needed = " or ".join(
         "model=timm" if name == "timm" else f"model=pretrained model.head={name}"
@@ -55,8 +61,8 @@ def check_head(cfg: Config, data: Data) -> None:
     )
 
 
-def with_max_length(cfg: Config, data: Data, model: nn.Module) -> Config:
-    """The config with the data's `max_length`, where that is null, filled in and checked.
+def with_max_length(cfg: Config, data: Data, model: nn.Module, key: str = "data") -> Config:
+    """The config with the `max_length` of data, or of forget (`key`), filled in where it is null.
 
     Null stands for the data's usual length, or for as many as the model has positions where these
     are fewer. Raises ConfigError where rows could be longer than the model has positions, or are
@@ -66,34 +72,34 @@ def with_max_length(cfg: Config, data: Data, model: nn.Module) -> Config:
     usual_length: int | None = getattr(data, "usual_length", None)
     if usual_length is None:
         return cfg
-    given: dict[str, Any] = cfg.data.arguments
+    component: Component = getattr(cfg, key)
+    given: dict[str, Any] = component.arguments
     block, max_length = given.get("block"), given.get("max_length")
-    parameters, _ = parameters_of(cfg.data.callee)
+    parameters, _ = parameters_of(component.callee)
     if max_length is None and "max_length" in parameters:
         max_length = usual_length if block else min(usual_length, positions or usual_length)
-        cfg = cfg.model_copy(
-            update={"data": cfg.data.model_copy(update={"max_length": max_length})}
-        )
+        changed = component.model_copy(update={"max_length": max_length})
+        cfg = cfg.model_copy(update={key: changed})
     # With `block`, all tokens follow each other, and max_length cuts none of them.
-    key, length = ("block", block) if block else ("max_length", max_length)
+    name, length = ("block", block) if block else ("max_length", max_length)
     if length is None:
         return cfg  # a data set of a user's own, without this argument
     if positions is not None and length > positions:
         raise ConfigError(
-            f"data.{key}={length}: the model has {positions} positions "
-            f"(model.path={cfg.model.arguments.get('path')}); at most data.{key}={positions}"
+            f"{key}.{name}={length}: the model has {positions} positions "
+            f"(model.path={cfg.model.arguments.get('path')}); at most {key}.{name}={positions}"
         )
     multiple = given.get("pad_to_multiple") or 1
     if positions is not None and -(-length // multiple) * multiple > positions:
         raise ConfigError(
-            f"data.pad_to_multiple={multiple}: rows of data.{key}={length} tokens are filled to "
+            f"{key}.pad_to_multiple={multiple}: rows of {key}.{name}={length} tokens are filled to "
             f"{-(-length // multiple) * multiple}, and the model has {positions} positions"
         )
     least = getattr(data, "least_length", 1)
     if length < least:
         raise ConfigError(
-            f"data.{key}={length}: leaves a row no token to learn from beside the special tokens "
-            f"of data.tokenizer; at least data.{key}={least}"
+            f"{key}.{name}={length}: leaves a row no token to learn from beside the special tokens "
+            f"of {key}.tokenizer; at least {key}.{name}={least}"
         )
     return cfg
 
@@ -234,17 +240,18 @@ def _takes(model: nn.Module, input: str, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def check_vocabulary(cfg: Config, data: Data, model: nn.Module) -> None:
+def check_vocabulary(cfg: Config, data: Data, model: nn.Module, key: str = "data") -> None:
     """Raises ConfigError where the data's tokenizer gives ids that the model has no vector for."""
     tokenizer = getattr(data, "tokenizer", None)
     if tokenizer is None or (size := _embedding_count(model)) is None:
         return
     token, largest = _largest_id(tokenizer)
     if largest >= size:
+        path = getattr(cfg, key).arguments.get("tokenizer")
         raise ConfigError(
-            f"data.tokenizer={cfg.data.arguments.get('tokenizer')}: token {token!r} has the id "
+            f"{key}.tokenizer={path}: token {token!r} has the id "
             f"{largest}, and model.path={cfg.model.arguments.get('path')} has vectors for {size} "
-            f"tokens, ids 0 to {size - 1}; the tokenizer must be the model's (data.tokenizer is "
+            f"tokens, ids 0 to {size - 1}; the tokenizer must be the model's ({key}.tokenizer is "
             "model.path where it is not set)"
         )
 

@@ -1,12 +1,12 @@
 """The losses of the runs of packs, batch by batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.model_call import split_rows
+from lora_lab.adapters.model_call import Inputs, split_rows
 from lora_lab.data import Data
 from lora_lab.training.modules import Batch
 from lora_lab.training.tasks import TASKS, Loss
@@ -42,14 +42,25 @@ class PackLosses:
             rows = max(1, self.eval_rows // len(pack.runs))
             total = torch.zeros(len(pack.runs), dtype=torch.float64)
             # outputs (runs, piece, …), loss sums (runs,)
-            for piece, ys in zip(split_rows(inputs, rows), targets.split(rows), strict=True):
-                outputs = pack(piece, outputs_of=self.outputs_of)
+            for outputs, ys in self._pieces(pack, inputs, targets, rows):
                 total += loss_sums_by_run(self.task.loss_sum, outputs, ys).double().cpu()
                 update_metrics(first_run, outputs, ys)
             batch_sums.append(total)
             first_run += len(pack.runs)
         self.sums.append(torch.cat(batch_sums))  # (runs of all packs,)
         self.target_count += int(self.task.count(targets))
+
+    def _pieces(
+        self, pack: Any, inputs: Inputs, targets: Tensor, rows: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The outputs and targets of a batch, in pieces of at most so many rows.
+
+        Computed piece by piece, and given as one where the losses of rows depend on each other.
+        """
+        outputs = (pack(x, outputs_of=self.outputs_of) for x in split_rows(inputs, rows))
+        if self.task.compares_rows:
+            return iter([(torch.cat([*outputs], 1), targets)])
+        return zip(outputs, targets.split(rows), strict=True)
 
     def means(self) -> Tensor:
         """Each run's mean loss over all targets that count (runs,)."""

@@ -30,6 +30,7 @@ from lora_lab.config.schema import (
     TrainedBase,
 )
 from lora_lab.data import Data, Phase
+from lora_lab.models.pretrained_head import PretrainedHead
 from lora_lab.runs import Run
 from lora_lab.tracking.tracking import Tracking
 from lora_lab.training import (
@@ -42,7 +43,7 @@ from lora_lab.training import (
 )
 from lora_lab.training.calibration import calibration_of, with_values
 from lora_lab.training.generate_checks import check_generate
-from lora_lab.training.known_data import known_data
+from lora_lab.training.known_data import known_data, with_checked
 from lora_lab.training.loop import TrainingLoop, Unprofiled, trainer_arguments
 from lora_lab.training.metric_checks import check_metrics
 from lora_lab.training.precision import HalfPrecisionBase, precision_plugin
@@ -91,6 +92,8 @@ class Plan:
         """The data module that the run trains on; it validates on what the base knew, too."""
         data = self.data("adapt")
         data.known = known_data(self.cfg, self.data("base"))
+        if data.known is not None and isinstance(head := data.known.outputs_of, PretrainedHead):
+            head.load()
         return data
 
     def model(self) -> nn.Module:
@@ -191,6 +194,8 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
     for key in () if is_stored else ("runs_dir", "bases_dir"):
         part_checks.check_directory(key, Path(getattr(cfg, key)))
     import_target("data", cfg.data, Data)
+    if cfg.forget is not None:
+        import_target("forget", cfg.forget, Data)
     data_contract.check_class(cfg.data)
     resolve_component("data", cfg.data, Data, ["phase"])
     import_target("model", cfg.model, nn.Module)
@@ -220,6 +225,7 @@ def plan(cfg: Config, is_stored: bool = False) -> Plan:
         fit_checks.check_reading_direction(cfg, model)
         fit_checks.check_images(cfg, data, model)
         check_generate(cfg, data, model, processes)
+        cfg = with_checked(cfg, data, model)
     also_trained = _also_trained(cfg, model)
     sites = _find_sites(cfg, model, also_trained) if cfg.adapter.method != "none" else []
     part_checks.check_allocation(cfg, sites)

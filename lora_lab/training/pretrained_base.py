@@ -62,7 +62,7 @@ def with_content(cfg: Config) -> Config:
 
     Raises ConfigError where one cannot be read, or is another than the config's `content` says.
     """
-    for key in ("data", "model"):
+    for key in ("data", "model", *(["forget"] if cfg.forget else [])):
         component: Component = getattr(cfg, key)
         content = {
             name: _content(key, name, path, component.arguments)
@@ -82,7 +82,7 @@ def with_content(cfg: Config) -> Config:
 
 def _content(key: str, name: str, path: str, arguments: dict[str, Any]) -> str:
     """What identifies that which lies at a path: of a model's folder, its config.json."""
-    is_of_model = key == "data" and name in ("tokenizer", "processor")
+    is_of_model = key != "model" and name in ("tokenizer", "processor")
     revision = arguments.get("revision") if not is_of_model else None
     try:
         if key == "model" and Path(path).is_dir():

@@ -26,7 +26,8 @@ def with_paths_from_here(cfg: Config, run: Run, bases_dir: Path | None = None) -
     depth = 1 + len(Path(cfg.runs_dir).parts)
     started_in = run.path.resolve().parents[depth : depth + 1]
     changes: dict[str, Any] = {"bases_dir": str(bases_dir or _from_here(cfg.bases_dir, started_in))}
-    for key, kind in {"data": Data, "model": nn.Module}.items():
+    kinds = {"data": Data, "model": nn.Module, **({"forget": Data} if cfg.forget else {})}
+    for key, kind in kinds.items():
         component = getattr(cfg, key)
         callee = import_target(key, component, kind)
         paths = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import (
     BinaryF1Score,
     MulticlassAccuracy,
@@ -25,6 +25,9 @@ from lora_lab.config.schema import nearest
 
 IGNORED = -100
 """The target of a token that counts for nothing, in the loss and in metrics; torch's default."""
+
+PAIR_SCALE = 20.0
+"""What cosines of embeddings are multiplied with, to be logits."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Takes outputs and targets and gives the sum of their losses."""
@@ -52,6 +55,8 @@ class Task:
     default_metrics: tuple[str, ...] = ()
     of_loss: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     smoothed: Callable[[float], Loss] | None = None
+    compares_rows: bool = False
+    """Whether a row's loss depends on the others of its batch, which must come as one."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of one batch by itself; NaN where none of its targets counts."""
@@ -97,6 +102,25 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
 def smoothed_cross_entropy(label_smoothing: float) -> Loss:
     """Cross-entropy with smoothed labels."""
     return partial(cross_entropy, label_smoothing=label_smoothing)
+
+
+def scores_of_pairs(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How like each first text is to each second one (B, B), as logits, and where its own stands.
+
+    `outputs` (2 B, d) are the embeddings of the B first texts, and then of the second ones. The
+    scores are cosines × 20, as sentence-transformers trains its models.
+    """
+    first, second = F.normalize(_in_float32(outputs), dim=-1).chunk(2)  # (B, d) each
+    return PAIR_SCALE * first @ second.T, targets[: len(first)]
+
+
+def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The sum over B pairs of the cross-entropy of a first text's scores with all second ones.
+
+    This is InfoNCE with the others of a batch as negatives (van den Oord et al. 2018), also named
+    MultipleNegativesRankingLoss. `targets` (2 B,) are 0 … B − 1, and IGNORED for the second texts.
+    """
+    return cross_entropy(*scores_of_pairs(outputs, targets))
 
 
 def count_numbers(targets: Tensor) -> Tensor:
@@ -170,6 +194,15 @@ class Spearman(MeanOverOutputs, SpearmanCorrCoef):
     """The correlation of the ranks of outputs and targets. Keeps all outputs of a validation."""
 
 
+class PairAccuracy(MeanMetric):
+    """The share of first texts whose own second text is the most like them of its batch."""
+
+    def update(self, value: Tensor, weight: Tensor) -> None:  # pyright: ignore
+        """Adds one batch: embeddings (2 B, d), and targets as `contrastive` takes them."""
+        scores, own = scores_of_pairs(value, weight)
+        super().update((scores.argmax(1) == own).float())
+
+
 OF_CLASSES: dict[str, Callable[[int], Metric]] = {
     "accuracy": partial(Accuracy, average="micro", ignore_index=IGNORED),
     "f1": f1,
@@ -199,6 +232,13 @@ TASKS = {
         default_metrics=("accuracy",),
         of_loss={"perplexity": torch.exp},
         smoothed=smoothed_cross_entropy,
+    ),
+    "pairs": Task(
+        contrastive,
+        count_classes,
+        {"accuracy": lambda _: PairAccuracy()},
+        default_metrics=("accuracy",),
+        compares_rows=True,
     ),
 }
 """The tasks by the name that a data module gives in `Data.task`."""
