@@ -19,7 +19,9 @@ from hydra import initialize_config_module
 from lora_lab import adapters
 from lora_lab.config.compose import compose_config, compose_points, hydra_arguments
 from lora_lab.config.schema import ConfigError
+from lora_lab.report.cells import cells_of, read_run
 from lora_lab.report.run_tables import run_tables
+from lora_lab.report.summary import cells_table
 from lora_lab.training.plan import plan
 from lora_lab.training.published import with_published
 from tests.config.test_conf import composed
@@ -231,6 +233,8 @@ def test_a_run_of_a_published_cell_has_its_numbers_beside_it(lab: Lab):
     assert lab("spam_gpt2", *settings, "spectra.against_base=false") == 0
     facts = dict(run_tables(only_run())["facts"])
     assert facts["test/accuracy as published (LLMs-from-scratch, appendix E)"] == "0.4875"
+    header, row = cells_table(cells_of([read_run(only_run())]))
+    assert row[header.index("val/accuracy published")] == "0.45"
     with initialize_config_module("lora_lab.conf", version_base="1.3"):
         other = plan(compose_config(["experiment=spam_gpt2", *settings, "data.max_length=100"]))
         published: Any = with_published(other, "spam_gpt2").cfg.published

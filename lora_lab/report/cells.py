@@ -172,6 +172,15 @@ class Cell:
         keys = dict.fromkeys(key for result in self.finished for key in result.metrics)
         return {key: s for key in keys if (s := statistics_of(self.values(key)))}
 
+    @cached_property
+    def published(self) -> dict[str, float]:
+        """The published metrics of this cell; none where its runs are of no published one."""
+        numbers: dict[str, float] = {}
+        for result in self.results:
+            for metrics in ((result.config.get("published") or {}).get("cells") or {}).values():
+                numbers |= metrics
+        return numbers
+
     def value_of(self, key: str) -> Any:
         """The value of a key of `swept_keys`; None where the cell has no such setting.
 

@@ -28,13 +28,16 @@ def cells_table(cells: Sequence[Cell]) -> Rows:
 
     The best mean of each validation metric is marked; none of a test's, which is not to choose by.
     Titles of values at a metric's best epoch begin with `best`. `n` is the number of finished runs.
+    The last columns are the published metrics, where a cell has some.
     """
     keys = swept_keys(cells)
     metrics = _shown_metrics(cells)
     measures = dict.fromkeys(name for cell in cells for name in cell.rank_measures)
     results = [result for cell in cells for result in cell.finished]
     titles = [f"best {m}" if any(r.is_at_best(m) for r in results) else m for m in metrics]
-    rows = [[*(keys.values() or ["cell"]), "n", "trainable", *titles, *measures]]
+    published = dict.fromkeys(metric for cell in cells for metric in cell.published)
+    titles += [*measures, *(f"{metric} published" for metric in published)]
+    rows = [[*(keys.values() or ["cell"]), "n", "trainable", *titles]]
     best = {metric: _best_cells(cells, metric) for metric in metrics_below("val/", cells)}
     for cell in cells:
         finished, total = len(cell.finished), len(cell.results)
@@ -45,6 +48,7 @@ def cells_table(cells: Sequence[Cell]) -> Rows:
             text = str(cell.metrics.get(metric, "–"))
             row.append(f"**{text}**" if cell.name in best.get(metric, ()) else text)
         row += [str(cell.rank_measures.get(measure, "–")) for measure in measures]
+        row += [format_number(cell.published.get(metric)) for metric in published]
         rows.append(row)
     return rows
 
@@ -110,10 +114,11 @@ def all_metrics_table(cells: Sequence[Cell]) -> Rows:
     `at` is best for values at the metric's best epoch, else last.
     """
     keys = swept_keys(cells)
-    rows = [["cell", *keys, "metric", "at", "n", "mean", "std", "min", "max"]]
+    rows = [["cell", *keys, "metric", "at", "n", "mean", "std", "median", "min", "max"]]
     for cell in cells:
         for metric, s in cell.metrics.items():
-            values = [_in_full(value) for value in (s.mean, s.std, s.minimum, s.maximum)]
+            numbers = (s.mean, s.std, s.median, s.minimum, s.maximum)
+            values = [_in_full(value) for value in numbers]
             at = "best" if any(r.is_at_best(metric) for r in cell.finished) else "last"
             rows.append([*cell.full_texts(keys), metric, at, str(s.n), *values])
     return rows

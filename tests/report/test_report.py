@@ -124,6 +124,7 @@ def test_a_folder_of_runs_by_cell_against_a_computation_by_hand(
         assert float(row["mean"]) == pytest.approx(statistics.mean(values), rel=1e-14)
         if len(values) > 1:
             assert float(row["std"]) == pytest.approx(statistics.stdev(values), rel=1e-9)
+        assert float(row["median"]) == pytest.approx(statistics.median(values), rel=1e-14)
         assert (float(row["min"]), float(row["max"])) == (min(values), max(values))
     losses = {cell: values for (cell, metric), values in measured.items() if metric == "val/loss"}
     table = rows_of(folder / "cells.csv")

@@ -108,7 +108,14 @@ def test_all_points_of_our_sweep_files_can_be_run(path: Path):
         assert plan(composed(*point)).sites
 
 
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+OF_MINILM = [path for path in GRIDS if "docs_minilm" in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow) if p in OF_MINILM else p for p in GRIDS],
+    ids=lambda path: path.stem,
+)
 def test_our_grid_files_run(run_sweep: RunSweep, path: Path):
     name = yaml.safe_load(path.read_text())["parameters"]["experiment"]["value"]
     fewer = ["adapter.r=2,full"] if path.stem == "rank_vs_full" else []
