@@ -21,9 +21,9 @@ def harness_metrics(
     are the most of each task (None: all), `batch_rows` those of a batch. The model has no adapters.
     Raises ConfigError for a task that the harness does not know.
     """
-    import lm_eval
-    from lm_eval.models import huggingface
-    from lm_eval.tasks import TaskManager
+    import lm_eval  # pyright: ignore
+    from lm_eval.models import huggingface  # pyright: ignore
+    from lm_eval.tasks import TaskManager  # pyright: ignore
 
     model_class: Any = huggingface.HFLM  # decorators hide its arguments, and those of the function
     evaluate: Any = lm_eval.simple_evaluate
