@@ -524,7 +524,8 @@ def test_env_and_config_say_what_was_run(lab: Lab):
 
 def test_published_rows_stand_beside_the_published_run_alone(lab: Lab):
     lab("shift")
-    assert only_run().config["published"] == {"base": {}, "adapted": {}}
+    nothing = {"base": {}, "adapted": {}, "cells": {}, "source": None}
+    assert only_run().config["published"] == nothing
 
 
 def test_scaling_needs_no_quotes_and_scales(lab: Lab):
