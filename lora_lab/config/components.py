@@ -23,10 +23,19 @@ NonNegativeNumber = Annotated[float, Field(ge=0), AfterValidator(check_float32)]
 
 
 class Node(BaseModel):
-    """Base class of the config's nodes: unknown keys and values of another type are errors."""
+    """Base class of the config's nodes: unknown keys and values of another type are errors.
+
+    A text below a field is the key's meaning, where no YAML file of conf/ has one
+    (config/key_meanings.py).
+    """
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -40,14 +49,13 @@ DATA_LEFT_OUT_AT_DEFAULT |= {"balance": False, "mask_padding": True}
 
 
 class Component(Node, extra="allow"):
-    """A node that names a callable by `_target_`; its other keys are the callable's arguments.
-
-    `content` has for each argument that is a path, as data.train, the hash of what lies there (or
-    a hub's commit). A plan fills it, and the identity has it in the path's place.
-    """
+    """A node that names a callable by `_target_`; its other keys are the callable's arguments."""
 
     target: str = Field(alias="_target_")
+    """the class or function that makes it; the other keys are its arguments"""
     content: dict[str, str] | None = Field(default=None, exclude_if=_is_none)
+    """filled in by the plan: the hash (or the hub's commit) of what lies at each argument that is a
+    path, which stands for the path in a run's identity"""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -77,15 +85,14 @@ def share_or_whole(value: float) -> float:
 
 
 class Optimizer(Component):
-    """A torch optimizer, and the schedule of its learning rate.
-
-    `lr` is the highest rate. After a warm-up it stays constant, or falls to zero linearly or as a
-    cosine. During `warmup` it rises from zero: a share of all steps if below 1, else their number.
-    """
+    """A torch optimizer, and the schedule of its learning rate."""
 
     lr: PositiveNumber
+    """the learning rate; of a schedule, the highest"""
     schedule: Literal["constant", "linear", "cosine"]
+    """after the warm-up the rate stays constant, or falls to zero linearly or as a cosine"""
     warmup: Annotated[float, Field(ge=0), AfterValidator(share_or_whole)]
+    """how long the rate rises from zero: a share of all steps if below 1, else their number"""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -108,15 +115,17 @@ class TrainedBase(Node):
 
 
 class CheckpointBase(Node):
-    """A base loaded from a safetensors file. Its `sha256`, not its path, counts in the identity."""
+    """A base loaded from a safetensors file."""
 
     method: Literal["checkpoint"]
     path: str
     sha256: str | None = None
+    """filled in by the plan: the file's SHA-256 (of base=pretrained: that of the weights at
+    model.path, or the hub's commit), which stands for the path in a run's identity"""
 
 
 class PretrainedBase(Node):
-    """The weights that lie at model.path. Their `sha256` (or the hub's commit) is the identity."""
+    """The weights that lie at model.path."""
 
     method: Literal["pretrained"]
     sha256: str | None = None

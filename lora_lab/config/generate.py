@@ -26,38 +26,39 @@ def _pattern(value: str) -> str:
 class Generate(Node):
     """Texts that the model generates from prompts of the validation set once it is trained.
 
-    A prompt of several rows is one prompt with several references (as E2E counts). `rows` are the
-    most prompts, drawn by data.seed; None: all. `split`: `test` takes the prompts of data.test in
-    the place of those of the validation. With `every_n_steps` texts are generated during training
-    too, before the first step and after every so many, from `step_rows` (None: `rows`) prompts of
-    the validation set.
-
-    `max_new_tokens` end a text at the latest. With `num_beams` above 1 so many beams are searched,
-    and their log-probabilities divided by length^`length_penalty`. No `no_repeat_ngram_size` tokens
-    in a row come twice in a text (0: they may). Nothing is drawn: the likeliest token or beam is
-    taken. `batch_rows` prompts are computed at once.
-
-    `answer` is a regular expression. Its last match in a text (`match`: or the first) is the text's
-    answer: its first group that took part, or all of it. exact_match is the share of texts whose
-    answer is that of a reference. Without `answer` it compares the texts. `lowercase` is BLEU's: it
-    takes no account of case, as the script of E2E.
+    Nothing is drawn: the likeliest token or beam is taken.
     """
 
     rows: PositiveInt | None = None
+    """the most prompts, drawn by data.seed; null: all. Rows with the same prompt are one prompt
+    with several references, as E2E counts"""
     split: Literal["val", "test"] = "val"
+    """test takes the prompts of data.test in the place of those of the validation"""
     every_n_steps: PositiveInt | None = None
+    """texts are generated in training too: before the first step and after every so many"""
     step_rows: PositiveInt | None = None
+    """from so many prompts of the validation; null: as rows"""
     max_new_tokens: PositiveInt = 128
+    """which end a text at the latest"""
     num_beams: PositiveInt = 1
+    """beams that are searched; 1: the likeliest token each time"""
     length_penalty: float = 1.0
+    """a beam's log-probability is divided by its length to this power"""
     no_repeat_ngram_size: NonNegativeInt = 0
+    """so many tokens in a row never come twice in a text; 0: they may"""
     batch_rows: PositiveInt = 16
+    """prompts that are computed at once"""
     metrics: list[Annotated[str, one_of(TEXT_METRICS)]] = Field(
         default=["exact_match"], min_length=1
     )
+    """exact_match | bleu | rouge1 | rouge2 | rougeL"""
     answer: Annotated[str, AfterValidator(_pattern)] | None = None
+    """a regular expression whose match in a text is its answer (the first group that took part, or
+    all of it): exact_match is the share of texts with the answer of a reference; null: the texts"""
     match: Literal["last", "first"] = "last"
+    """of several matches of answer"""
     lowercase: bool = False
+    """true: BLEU takes no account of case, as the script of E2E"""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:

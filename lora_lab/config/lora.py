@@ -112,8 +112,7 @@ class Lora(Node):
     to at the end, and `heal` how many steps each of the smaller adapters trains then
     (training/heal.py). `allocation` is how AdaLoRA comes to its `budget`, the mean
     rank at the end; None is two thirds of that at the start, as in the paper. `restarts` are
-    ReLoRA's. `start_from` is a stored adapter whose A and B are the first values; `start_sha256`,
-    which a plan fills in, stands for its path in the identity.
+    ReLoRA's. `start_from` is a stored adapter whose A and B are the first values.
     """
 
     method: Literal["lora"]
@@ -137,6 +136,8 @@ class Lora(Node):
     heal: Annotated[NonNegativeInt, AfterValidator(_steps_after_a_cut)] = 0
     start_from: str | None = None
     start_sha256: str | None = None
+    """filled in by the plan: the SHA-256 of what start_from names, in the path's place in a run's
+    identity"""
     budget: PositiveNumber | None = None
     allocation: Allocation | None = None
     restarts: Restarts | None = None

@@ -45,20 +45,24 @@ class NoAdapter(Node):
 
 
 class TargetRule(Node):
-    """A rule that picks sites: by the kind of layer, and by globs on names that match or exclude.
-
-    r, alpha, dropout and init, where given, replace those of the adapter at its sites. `tied`: two
-    layers that share a weight share the adapter's factors.
-    """
+    """A rule that picks sites: by the kind of layer, and by globs on names."""
 
     kind: Annotated[str, one_of(GROUPS)] = "all"
+    """of layer: all | linear | conv | embedding | weight | experts | attention"""
     match: str | list[str] = "*"
+    """a glob, or a list of globs, on the names of layers: those that it takes"""
     exclude: str | list[str] = Field(default=[])
+    """a glob, or a list of globs, on names: those that it leaves out"""
     r: PositiveInt | None = None
+    """in the place of adapter.r at its sites"""
     alpha: Alpha | None = None
+    """in the place of adapter.alpha at its sites"""
     dropout: Dropout | None = None
+    """in the place of adapter.dropout at its sites"""
     init: InitName | None = None
+    """in the place of adapter.init at its sites"""
     tied: bool = False
+    """true: two layers that share a weight share the adapter's A and B"""
 
     @model_validator(mode="after")
     def _names_sites(self) -> Self:
@@ -129,28 +133,28 @@ class Sweep(Node):
 
 
 class EarlyStopping(Node):
-    """When training ends early: `metric` is no better than before at `patience` validations.
-
-    Better is by more than `min_delta`.
-    """
+    """When training ends early."""
 
     metric: str = Field(min_length=1)
+    """the metric that must improve, as val/loss"""
     patience: PositiveInt
+    """training ends after so many validations in a row that are no better than the best before"""
     min_delta: NonNegativeNumber = 0.0
+    """better is by more than this"""
 
 
 class Published(Node):
-    """What was published of an experiment, and where (`source`).
-
-    `base` and `adapted` are losses on all data by epoch, of the base and when adapted. `cells` has
-    metrics at the end, by the settings that are typed behind experiment=NAME to run that cell:
-    {"adapter.r=16": {"test/accuracy": 0.9667}}.
-    """
+    """What was published of an experiment."""
 
     source: str | None = None
+    """where it was published"""
     base: dict[int, float] = Field(default={})
+    """{epoch: loss on all data} of the base"""
     adapted: dict[int, float] = Field(default={})
+    """{epoch: loss on all data} of the adapted model"""
     cells: dict[str, dict[str, float]] = Field(default={})
+    """metrics at the end, by the settings that are typed behind experiment=NAME to run that cell:
+    {"adapter.r=16": {"test/accuracy": 0.9667}}"""
 
 
 def _as_list(value: Any) -> Any:
