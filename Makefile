@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11;
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p; done))
 BIN := .venv/bin
 
-.PHONY: run test test-slow theory faults check format bench clean
+.PHONY: run test test-slow theory faults check format bench docs clean
 
 run: .venv/.run
 	$(BIN)/lora-lab train $(ARGS)
@@ -32,6 +32,10 @@ format: .venv/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages as HTML in site/: open site/index.html. ARGS="--site-dir DIR": elsewhere.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 	$(BIN)/python -m tests.benchmarks.adapters
@@ -47,7 +51,7 @@ bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks.files
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "lora_lab needs Python 3.11, 3.12 or 3.13 (make PYTHON=/path/to/python)"; exit 1; }
@@ -63,4 +67,8 @@ clean:
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/vision torchvision timm
 	@# Likewise tests/quantized.py.
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/quantized bitsandbytes torchao
+	touch $@
+
+.venv/.docs: .venv/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from lora_lab import train
 from lora_lab.cli import main as cli
+from lora_lab.report.metric_meanings import metric_of
 from lora_lab.runs import Run, find_runs
 from lora_lab.tracking.wandb_run import Server
 from tests.protocol_files import FILES
@@ -116,7 +118,16 @@ def small(experiment: str, *overrides: str, tracking: str = "off") -> int:
         train.main()
     except SystemExit as stop:
         return int(stop.code or 0)
+    finally:
+        assert not (unknown := unknown_metrics()), f"not in METRICS: {unknown}"
     return 0
+
+
+def unknown_metrics() -> set[str]:
+    """Names that the runs here have logged, and that report/metric_meanings.py does not know."""
+    files = Path().glob("runs*/*/*/metrics.jsonl")
+    rows = "".join(file.read_text(errors="ignore") for file in files)
+    return {name for name in set(re.findall(r'"([^"]+)":', rows)) if metric_of(name) is None}
 
 
 @pytest.fixture
