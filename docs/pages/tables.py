@@ -15,7 +15,11 @@ def code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
+AS_ENTITIES = {ord(sign): f"&#{ord(sign)};" for sign in "|$*<[]"}
+"""Signs that Markdown would read as a table's, a formula's, a link's or HTML's."""
+
+
 def escaped(text: str) -> str:
-    """A text on one line, with no | $ * or < that would be read as Markdown outside of its code."""
+    """A text on one line, with no sign that would be read as Markdown outside of its code."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))  # "a `b` c" → ["a ", "`b`", " c"]
-    return "".join(p if p.startswith("`") else re.sub(r"([|$*<\[\]])", r"\\\1", p) for p in parts)
+    return "".join(p if p.startswith("`") else p.translate(AS_ENTITIES) for p in parts)
