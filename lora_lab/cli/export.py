@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import adapters
 from lora_lab.adapters import AdapterError
+from lora_lab.cli import model_card
+from lora_lab.models.transformers_config import HEADS
 from lora_lab.run_files import CUTS, HEALED
 from lora_lab.runs import Run
 from lora_lab.training.restore import Restored, restore
@@ -45,9 +47,12 @@ def export(
     if method == "full" and format == "merged":
         directory.mkdir(parents=True, exist_ok=True)
         save_file(load_file(run.path / "model" / "model.safetensors"), path, {"format": "pt"})
+        base = model_card.Base()
         if run.config["base"]["method"] == "pretrained":
             restored = restore(run, trust, bases_dir)
             _save_config(restored.model, restored, directory)
+            base = _base_of(restored)
+        model_card.write_model_card(run, directory, format, base, adapter)
         return path
     if method != "lora" and not (method == "none" and run.config.get("also_train")):
         raise AdapterError(f"adapter={method}: the run has no adapter to write")
@@ -66,7 +71,26 @@ def export(
         state = {key: value.clone() for key, value in merged.state_dict().items()}
         save_file(state, path, {"format": "pt"})
         _save_config(merged, restored, directory)
+    model_card.write_model_card(run, directory, format, _base_of(restored), adapter)
     return path
+
+
+def _base_of(restored: Restored) -> model_card.Base:
+    """What a model card says of the base; with a head and arguments where transformers loads it."""
+    plan, model = restored.plan, restored.model
+    if plan.cfg.base.method != "pretrained":
+        return model_card.Base()
+    given = plan.cfg.model.arguments
+    if given.get("head") not in HEADS or given.get("quantization"):
+        return model_card.Base(given["path"])
+    arguments: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
+    if HEADS[given["head"]].has_labels:
+        config: Any = model.config
+        arguments["num_labels"] = config.num_labels
+    renamed = {"revision": "revision", "remote_code": "trust_remote_code"}
+    renamed["new_head"] = "ignore_mismatched_sizes"
+    arguments |= {theirs: given[ours] for ours, theirs in renamed.items() if given.get(ours)}
+    return model_card.Base(given["path"], given["head"], arguments)
 
 
 def _save_config(model: Any, restored: Restored, directory: Path) -> None:

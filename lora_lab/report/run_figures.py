@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.report.matrices import experts_of, site_of
+from lora_lab.report.matrices import experts_of, singular_values_by_matrix, site_of
 from lora_lab.report.phi_heat_map import phi_heat_map
 from lora_lab.report.plotting import MAX_PANELS, log_scale, panels, save
 from lora_lab.runs import Run
@@ -46,6 +46,16 @@ def write_figures(run: Run, spectrum: dict[str, np.ndarray], directory: Path) ->
     for name, figure in figures.items():
         save(figure, directory / name)
     return list(figures)
+
+
+def write_spectrum_picture(run: Run, file: Path) -> bool:
+    """Draws the singular values of ΔW by epoch to `file` alone; False where the run has none."""
+    spectrum = largest_updates(singular_values_by_matrix(run))
+    if spectrum:
+        with np.load(run.path / "spectra.npz") as arrays:
+            epochs = arrays["epochs"]
+        _spectrum(epochs, spectrum).savefig(file)
+    return bool(spectrum)
 
 
 def _update_figures(run: Run, spectrum: dict[str, np.ndarray]) -> dict[str, Figure]:
