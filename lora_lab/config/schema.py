@@ -120,7 +120,7 @@ class Tracking(Node):
     """
 
     mode: Literal["offline", "online", "off"]
-    project: str = Field(pattern=r"^[^/\\#?%:]{1,128}$")  # W&B's rule
+    project: str = Field(pattern=r"^[^/\\#?%:\r\n]{1,128}$")  # W&B's rule
     entity: str | None
     tags: list[Annotated[str, Field(min_length=1)]]
     finish_timeout: float = Field(default=120, gt=0)

@@ -18,6 +18,7 @@ from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
 from lora_lab.config.schema import Config
 from lora_lab.tracking import record_log, wandb_service
+from lora_lab.tracking.names import shortened, tags_of
 from lora_lab.tracking.wandb_service import one_line
 
 log = logging.getLogger(__name__)
@@ -237,10 +238,10 @@ def _init(cfg: Config, directory: Path, mode: Any, run_id: str | None) -> WandbR
         project=cfg.tracking.project,
         entity=cfg.tracking.entity,
         dir=directory.parent.absolute(),  # one wandb/ for each experiment, for `wandb leet`
-        name=directory.name,
-        group=cfg.cell(),
+        name=shortened(directory.name),
+        group=shortened(cfg.cell()),
         job_type=cfg.adapter.method,
-        tags=[tag[:64] for tag in (cfg.name, *cfg.target, *cfg.tracking.tags)],  # W&B's limit
+        tags=tags_of((cfg.name, *cfg.target, *cfg.tracking.tags)),
         config=cfg.to_dict(),
         settings=wandb.Settings(
             silent=True,
