@@ -180,15 +180,17 @@ def reproduce(
 def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
     """Makes a workspace and a report in W&B and prints their addresses.
 
-    With `dry_run` or without a login, prints a table of what it would make. Exits with 1 where W&B
-    refuses.
+    With `dry_run` prints the workspace as JSON; without a login a table of what it would make.
+    Exits with 1 where W&B refuses.
     """
     if "/" in project:
         owner, _, name = project.partition("/")
         raise ValueError(f"{project} is no project's name: give {name} --entity {owner}")
     from lora_lab.tracking import dashboard
 
-    if not dry_run and dashboard.has_login():
+    if dry_run:
+        return print(dashboard.workspace_json(project, entity))
+    if dashboard.has_login():
         try:
             print("\n".join(dashboard.save_report_and_workspace(project, entity)))
         except dashboard.DashboardError as error:
@@ -198,8 +200,7 @@ def dashboard(project: str, entity: str | None, dry_run: bool) -> None:
     from lora_lab import report
 
     _console().print(report.terminal_table("", dashboard.panel_table()))
-    why = "as --dry-run asks" if dry_run else "without a login: `wandb login` makes one"
-    print(f"nothing was made, {why}")
+    print("nothing was made, without a login: `wandb login` makes one")
 
 
 def _console() -> "Console":

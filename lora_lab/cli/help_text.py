@@ -66,8 +66,8 @@ Exits with 0: within the tolerance, 1: beyond it or failed, 2: no run to be repr
 
 DASHBOARD = """Makes a saved workspace view and a report in a W&B project that has runs: losses by
 cell with seeds averaged, against r and parameters, the truncation of ΔW, its effective ranks and
-singular values, which settings matter. Each call makes new ones. Without a login it prints what it
-would make, and exits with 0 as --dry-run does."""
+singular values, which settings matter. Each call makes new ones. Without a login it prints a table
+of what it would make, with --dry-run the workspace's JSON, and exits with 0."""
 
 BEST = f"""The best cells of each experiment, mean ± standard deviation over their seeds, and the
 best run with the command that repeats it. `best epoch` tells whether the last was the best: 3 of 10

@@ -153,7 +153,7 @@ def _dashboard(commands: Any) -> None:
     add = _add(commands, do.dashboard, short_help, DASHBOARD)
     add("project", help="a project of W&B, as in tracking.project")
     add("--entity", help="whose it is (the login's default)")
-    add("--dry-run", action="store_true", help="print what would be made")
+    add("--dry-run", action="store_true", help="print the workspace as JSON, asking no server")
 
 
 def _ls(commands: Any) -> None:

@@ -1,5 +1,6 @@
 """W&B's workspace and report for a rank ablation, as code: the `lora-lab dashboard` command."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,16 @@ def report(project: str, entity: str) -> wr.Report:
         blocks += [wr.H2(section.name), wr.P(section.question), grid]
     description = "Runs of lora_lab, grouped by cell: mean and standard deviation over seeds."
     return wr.Report(project, entity, TITLE, description, blocks, "fluid")
+
+
+def workspace_json(project: str, entity: str | None) -> str:
+    """The workspace as JSON, as it would be saved. No server is asked and no login is needed.
+
+    The report has the same panels; its JSON needs the server, which knows a project by a number.
+    `entity` None: only the server knows whose default that is, and ENTITY stands for it.
+    """
+    view = workspace(project, entity or "ENTITY")._to_model()
+    return json.dumps(view.model_dump(mode="json", by_alias=True, exclude_none=True), indent=2)
 
 
 def panel_table() -> Rows:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from wandb_workspaces.workspaces.internal import View
 
 from lora_lab.runs import Run
 from lora_lab.tracking import dashboard
@@ -175,14 +176,18 @@ def test_without_a_login_it_says_what_it_would_make(
     assert "spectra_of/all/effective_rank against adapter.r" in printed
 
 
-def test_a_dry_run_asks_no_server(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("entity", [(), ("--entity", "tester")])
+def test_a_dry_run_prints_what_the_librarys_own_model_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], entity: tuple[str, ...]
 ):
-    with WandbServer() as server:
-        use_server(monkeypatch, server)
-        assert command(monkeypatch, "dashboard", "lora_lab", "--dry-run") == 0
-    assert not server.views
-    assert "nothing was made, as --dry-run asks" in capsys.readouterr().out
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    assert command(monkeypatch, "dashboard", "größe", "--dry-run", *entity) == 0
+    printed = json.loads(capsys.readouterr().out)
+    read = View.model_validate(printed)
+    assert read.model_dump(mode="json", by_alias=True, exclude_none=True) == printed
+    assert (read.project, read.entity) == ("größe", [*entity, "ENTITY"][-2 if entity else 0])
+    kinds = [panel["viewType"] for panel in panels(printed)]
+    assert {kind: kinds.count(kind) for kind in kinds} == PANELS
 
 
 @pytest.mark.slow  # the client asks a missing server again and again
