@@ -144,7 +144,8 @@ settings:
   seed=0                 draws the adapters and their dropout
   data.seed=0            draws the data and its order
   base.seed=0            draws the base's first weights
-  adapter.r=8            the rank, at most that of the smallest targeted weight; full: adapter=full
+  adapter.r=8            the rank, at most that of the smallest targeted weight; full: adapter=full,
+                         none: adapter=none
   adapter.alpha=8        scale is alpha/r; adapter.scaling: alpha/r | alpha/sqrt(r) | alpha
                          | none
   adapter.init=kaiming   kaiming | gaussian | orthogonal | pissa | olora | svd | milora | mica; from

@@ -28,11 +28,11 @@ def parse_config(content: dict[str, Any], explicit_keys: Collection[str] = ()) -
     An experiment's YAML may set keys that only one choice of a group has, such as adapter.r, which
     LoRA alone has. Under another choice (adapter=full) these keys are dropped, but not those that
     the command line sets (`explicit_keys`), which are errors. `adapter.r=full` means adapter=full,
-    so that `adapter.r=1,2,full` sweeps full fine-tuning beside ranks.
+    and `adapter.r=none` adapter=none, so that `adapter.r=none,1,2,full` sweeps all beside ranks.
     """
-    if isinstance(node := content.get("adapter"), dict) and node.get("r") == "full":
+    if isinstance(node := content.get("adapter"), dict) and node.get("r") in ("full", "none"):
         # Settings of the adapter on the same command line are meant for the ranks, and no errors.
-        content["adapter"] = {**node, "method": "full"}
+        content["adapter"] = {**node, "method": node["r"]}
         explicit_keys = [key for key in explicit_keys if not key.startswith("adapter.")]
     _drop_foreign_keys(content, "adapter", explicit_keys)
     _drop_foreign_keys(content, "base", explicit_keys)

@@ -193,9 +193,11 @@ def test_plans_of_the_same_model_build_it_once(monkeypatch: pytest.MonkeyPatch):
     assert built == [96, 32, 96]
 
 
-def test_a_rank_of_full_is_full_fine_tuning():
-    full = composed("adapter=full")
-    assert composed("adapter.r=full").identity() == full.identity()
+def test_a_rank_of_full_is_full_fine_tuning_and_one_of_none_no_adapter():
+    for word in ("full", "none"):
+        alone = composed(f"adapter={word}")
+        assert composed(f"adapter.r={word}").identity() == alone.identity()
+        assert composed("adapter.alpha=3", f"adapter.r={word}").identity() == alone.identity()
     with pytest.raises(ConfigError, match=r"adapter\.r=Full"):
         composed("adapter.r=Full")
 
