@@ -4,8 +4,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -79,6 +80,12 @@ SMALL = {
 """Experiment → settings that make it small enough for tests."""
 
 Lab = Callable[..., int]
+
+
+def quick(rows: Iterable[Any], some: Collection[Any]) -> list[Any]:
+    """Test parameters of which all but some are slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(row, marks=[] if row in some else slow) for row in rows]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

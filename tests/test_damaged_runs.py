@@ -431,7 +431,10 @@ def test_the_other_runs_of_a_pack_finish(monkeypatch: pytest.MonkeyPatch, stage:
         ("planted_linear",),
         ("planted_linear", "checkpoint_every=0"),
         ("shift", "trainer.max_steps=13", "adapter.dropout=0.3"),
-        ("shift", "early_stopping={metric: val/loss, patience: 1}", "trainer.max_epochs=40"),
+        pytest.param(
+            ("shift", "early_stopping={metric: val/loss, patience: 1}", "trainer.max_epochs=40"),
+            marks=pytest.mark.slow,
+        ),
         ("shift", "adapter=full", "select=best val/loss"),
     ],
 )

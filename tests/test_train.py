@@ -154,6 +154,7 @@ def test_again_shows_the_finished_run_and_overwrite_repeats_it_bit_for_bit(
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.slow
 def test_a_later_multirun_freezes_no_garbage_of_an_earlier_one(lab: Lab):
     """A multirun's jobs are in one process by default."""
     assert lab("shift", "-m", "seed=0,1") == 0
@@ -440,6 +441,7 @@ SLOW += [pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, *SLOW])
+@pytest.mark.slow
 def test_a_stopped_run_is_interrupted_and_runs_again(signum: signal.Signals):
     endless = ["trainer.max_epochs=100000", "trainer.check_val_every_n_epoch=5"]
     process = start(*endless)

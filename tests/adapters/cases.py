@@ -244,8 +244,24 @@ CASES = [
 ]
 
 
+def _quick_cases() -> set[Case]:
+    """Plain LoRA on each layer, and each variant on one layer of each kind, the kind's in turn."""
+    by_kind: dict[tuple[str, str], list[Case]] = {}
+    for case in CASES:
+        by_kind.setdefault((case.layer.kind, case.variant), []).append(case)
+    turn = {name: number for number, name in enumerate(VARIANTS)}
+    of_variants = {cases[turn[name] % len(cases)] for (_, name), cases in by_kind.items()}
+    return of_variants | {case for case in CASES if case.variant == "lora"}
+
+
+QUICK = _quick_cases()
+
+
 def cases_where(holds: Callable[[Case], bool]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [case for case in CASES if holds(case)], ids=str)
+    """The cases that hold; all but QUICK are slow."""
+    slow = pytest.mark.slow
+    cases = [pytest.param(c, marks=[] if c in QUICK else slow) for c in CASES if holds(c)]
+    return pytest.mark.parametrize("case", cases, ids=str)
 
 
 every_case = cases_where(lambda case: True)

@@ -142,6 +142,7 @@ def test_the_eval_fast_path_of_a_transformer_encoder_sees_the_adapters(targets: 
         assert not torch.allclose(model.eval()(torch.zeros(1, 2, 16)), base)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path):
     """Half the batch in each of two gloo processes gives the step of the full batch."""
     mp.spawn(two_processes.work, (str(tmp_path),), nprocs=2)  # pyright: ignore

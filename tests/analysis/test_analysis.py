@@ -250,7 +250,7 @@ def test_the_base_must_be_the_file_it_was(
     ("precision", "adapter"),
     [
         ("bf16-true", "lora"),
-        ("64-true", "full"),
+        pytest.param("64-true", "full", marks=pytest.mark.slow),
         pytest.param("64-true", "lora", marks=pytest.mark.slow),
         pytest.param("bf16-true", "full", marks=pytest.mark.slow),
     ],

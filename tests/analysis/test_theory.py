@@ -28,6 +28,7 @@ SLOW += ("planted_linear", "intruders")
     "experiment",
     [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SMALL],
 )
+@pytest.mark.slow
 def test_theory_holds(monkeypatch: pytest.MonkeyPatch, experiment: str):
     for arguments in commands({experiment: SMALL[experiment]}):
         assert command(monkeypatch, "train", *arguments) == 0

@@ -18,7 +18,7 @@ from lora_lab import adapters
 from lora_lab.adapters.quantized import is_quantized
 from lora_lab.models.pretrained import load_weights
 from lora_lab.training.restore import restore
-from tests.conftest import SMALL, Lab, command, only_run
+from tests.conftest import SMALL, Lab, command, only_run, quick
 from tests.quantized import quantized_libraries
 from tests.tiny_models import tiny_model
 
@@ -52,7 +52,7 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.usefixtures("bitsandbytes")
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", quick(["nf4", "int8"], ["nf4"]))
 def test_a_run_over_a_quantized_base(
     train: Lab, quantization: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ):

@@ -36,6 +36,7 @@ from tests.adapters.test_packed import (
     reason_not_packed,
     relative_error,
 )
+from tests.conftest import quick
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -119,7 +120,7 @@ def masked_batch(padding: int, length: int = 6) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 20, (3, length)), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", quick(["sdpa", "eager"], ["sdpa"]))
 def test_a_model_that_branches_on_its_mask(attention: str):
     """Hugging Face's BERT leaves out a mask that masks nothing: other operations, another record.
 
@@ -147,6 +148,7 @@ def test_a_model_that_branches_on_its_mask(attention: str):
     assert numbers[-1] == [([True], True), ([False], True)]
 
 
+@pytest.mark.slow
 def test_padded_batches_have_a_record_for_each_length():
     """From a length's second batch on, as long as there are fewer than the most records."""
     seeded(0)

@@ -22,7 +22,7 @@ from lora_lab.report.tables import format_mean_std, format_number
 from lora_lab.report.tradeoff_figure import metric_by_costs
 from lora_lab.run_files import file_records
 from lora_lab.runs import Run, write_status
-from tests.conftest import Lab, command, only_run
+from tests.conftest import Lab, command, only_run, quick
 from tests.copied_runs import copy_run
 
 
@@ -160,7 +160,7 @@ def test_best_by_another_goal_is_that_goals_best(runs: list[Run]):
     ]
 
 
-@pytest.mark.parametrize("at", ["last", "best"])
+@pytest.mark.parametrize("at", quick(["last", "best"], ["best"]))
 def test_a_report_at_an_epoch_says_which(
     runs: list[Run], at: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -206,7 +206,7 @@ def test_a_report_at_an_epoch_says_which(
     }
 
 
-@pytest.mark.parametrize("at", ["last", "best"])
+@pytest.mark.parametrize("at", quick(["last", "best"], ["best"]))
 def test_a_runs_report_at_an_epoch(
     runs: list[Run], at: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

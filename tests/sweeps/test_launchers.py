@@ -212,6 +212,7 @@ SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, *SLOW])
+@pytest.mark.slow
 def test_jobs_end_when_the_launcher_ends(signum: signal.Signals):
     process = start_endless(*JOBLIB)
     process.send_signal(signum)

@@ -184,6 +184,7 @@ def fail_run(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> 
 
 
 @pytest.mark.parametrize("method", ["bayes", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_gives_the_same_runs(
     run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, method: str
 ):
@@ -229,6 +230,7 @@ def test_dry_run_of_bayes_shows_the_startup_points(
     assert set(shown) < loss_by_rate().keys()
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_tried_again_at_the_same_point(
     run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

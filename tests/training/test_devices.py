@@ -173,6 +173,7 @@ def in_training() -> bool:
     return any(run.curve("val/loss").get(5) for run in find_runs(Path("runs")))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_fails_the_run_and_the_multirun_goes_on():
     process = start("-m", "trainer.max_epochs=1000000,2")
     until(in_training)
@@ -209,6 +210,7 @@ SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("signum", [SLOW_TERM, signal.SIGKILL])
+@pytest.mark.slow
 def test_no_process_outlives_the_one_that_started_it(signum: signal.Signals):
     process = start("trainer.max_epochs=1000000")
     until(in_training)

@@ -189,6 +189,7 @@ def test_what_cannot_be_measured_is_said_before_the_run(name: str):
 @pytest.mark.parametrize(
     "settings", [pytest.param(PAIRS, id="pairs"), pytest.param(MASKED, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_in_a_pack_each_run_forgets_what_it_forgets_by_itself(settings: tuple[str, ...]):
     points = (["adapter.r=1"], ["adapter.r=3", "seed=1"])
     plans = [

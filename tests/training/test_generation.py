@@ -264,6 +264,7 @@ def test_in_a_pack_each_run_writes_what_it_writes_by_itself():
     assert lines_of(pack[0]) != lines_of(alone)
 
 
+@pytest.mark.slow
 def test_texts_during_training_and_after_a_stop(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     every_two = (
         "every_n_steps: 2, step_rows: 4, metrics: [rouge1], max_new_tokens: 5, batch_rows: 1"

@@ -13,11 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -31,7 +30,7 @@ from lora_lab.training.callbacks import checkpoint
 from lora_lab.training.callbacks.checkpoint import Checkpoint
 from lora_lab.training.modules import BaseModule
 from tests import interrupted_train
-from tests.conftest import SMALL, Lab, only_run
+from tests.conftest import SMALL, Lab, only_run, quick
 from tests.tracking.test_tracking import as_metrics_row, use_server, wandb_content
 from tests.wandb_server import WandbServer
 
@@ -107,14 +106,7 @@ RUNS = {
 }
 """Settings whose runs must go on bit for bit."""
 
-QUICK = ("dropout", "schedule", "full", "dora", "lora_ga", "adalora", "relora", "first step")
-QUICK += ("transformer", "galore")
-
-
-def quick(names: Iterable[str], some: Collection[str]) -> list[Any]:
-    """Test parameters of which all but some are slow."""
-    slow = pytest.mark.slow
-    return [pytest.param(name, marks=[slow] if name not in some else []) for name in names]
+QUICK = ("schedule", "full", "dora", "adalora", "relora")
 
 
 @pytest.mark.parametrize("name", quick(RUNS, QUICK))
@@ -158,7 +150,7 @@ WITHIN = {
 """Settings of runs that must go on bit for bit within an epoch, of some 20 batches."""
 
 
-@pytest.mark.parametrize("name", quick(WITHIN, ("each batch a step", "accumulated")))
+@pytest.mark.parametrize("name", quick(WITHIN, ("accumulated",)))
 def test_a_run_goes_on_within_an_epoch(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str):
     settings = (*WITHIN[name], "trainer.max_epochs=1")
     monkeypatch.setattr(checkpoint, "SHARE", float("inf"))  # checkpoints may take any time
@@ -269,7 +261,7 @@ MOMENTS = {
 """What is about to be called, by which signal (else Ctrl-C), and how many steps are then left."""
 
 
-HERE = [moment for moment, (_, how, _) in MOMENTS.items() if "by" not in how]
+HERE = ("in the first epoch", "between the rows and their checkpoint", "after the last checkpoint")
 
 
 @pytest.mark.parametrize("moment", quick(MOMENTS, HERE))
@@ -486,6 +478,7 @@ def test_offline_wandb_has_every_row_once(lab: Lab):
     assert [row["epoch"] for row in histograms] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_online_the_server_has_every_row_once(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     with WandbServer() as server:
         use_server(monkeypatch, server)

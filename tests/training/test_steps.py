@@ -13,7 +13,7 @@ import pytest
 from rich.progress import Progress, TaskID
 
 from lora_lab.training.callbacks import progress
-from tests.conftest import Lab, only_run
+from tests.conftest import Lab, only_run, quick
 
 EVERY_EPOCH = "trainer.check_val_every_n_epoch=1"
 
@@ -48,7 +48,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, ("across epochs", "accumulated")))
 def test_when_it_is_validated(lab: Lab, case: str):
     settings, expected = CASES[case]
     schedule = ("optimizer.schedule=linear", "optimizer.warmup=2", "trainer.log_every_n_steps=1")

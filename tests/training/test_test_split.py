@@ -23,7 +23,7 @@ from lora_lab.config.checks import parse_config
 from lora_lab.runs import Run
 from lora_lab.training import finish
 from lora_lab.training.plan import plan
-from tests.conftest import command, only_run
+from tests.conftest import command, only_run, quick
 from tests.text_files import IDS, save_rows, save_tokenizer
 from tests.tiny_models import tiny_model
 from tests.training.test_resume import assert_equal
@@ -128,6 +128,7 @@ def test_the_result_is_tested_once_on_all_rows(case: str):
 
 
 @pytest.mark.parametrize("trainer", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
 def test_two_processes_test_each_row_once(trainer: str):
     two = [
         *SETTINGS,
@@ -146,7 +147,7 @@ def test_two_processes_test_each_row_once(trainer: str):
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("where", ["before the test", "after the test"])
+@pytest.mark.parametrize("where", quick(["before the test", "after the test"], ["before the test"]))
 def test_a_run_that_stopped_around_its_test_has_it_once(
     where: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -172,6 +173,7 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_each_run_of_a_pack_is_tested_and_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
