@@ -83,9 +83,14 @@ Lab = Callable[..., int]
 
 
 def quick(rows: Iterable[Any], some: Collection[Any]) -> list[Any]:
-    """Test parameters of which all but some are slow."""
+    """Test parameters of which all but some are slow; a row that is a tuple has several."""
     slow = pytest.mark.slow
-    return [pytest.param(row, marks=[] if row in some else slow) for row in rows]
+    return [
+        pytest.param(
+            *(row if isinstance(row, tuple) else (row,)), marks=[] if row in some else slow
+        )
+        for row in rows
+    ]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -539,6 +539,7 @@ def test_scaling_needs_no_quotes_and_scales(lab: Lab):
     assert scales == {("alpha/r", 0.25), ("alpha/sqrt(r)", 0.5), ("alpha", 1.0)}
 
 
+@pytest.mark.slow
 def test_targets_by_glob(lab: Lab):
     assert lab("digits", "target=body.*") == 0
     assert lab("digits", "target=[linear]") == 0
@@ -559,6 +560,7 @@ def test_settings_and_patterns_of_one_target(lab: Lab):
     assert (site[0], site[1]["r"], site[1]["alpha"], site[1]["scale"]) == ("body.fc1", 3, 5, 5 / 3)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_of_blocks_measures_each(lab: Lab):
     everything = "model._target_=tests.all_layer_kinds.AllLayerKinds"
     assert lab("shift", everything, "adapter=full", "target=all") == 0

@@ -28,6 +28,7 @@ def test_every_package_is_packaged():
     assert set(declared) == {".".join(path.parts) for path in folders} | at_the_top
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]

@@ -1,6 +1,7 @@
 """The frozen base of a run: trained once for all runs that share it, or loaded from a file."""
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -69,8 +70,7 @@ def key(cfg: Config) -> str:
     # A callee whose module is not known is hashed by its own source.
     callees = (inspect.getmodule(c.callee) or c.callee for c in (cfg.data, cfg.model))
     parts = (*callees, data, planted, modules, gradient_mean, tasks, seeding)
-    trees = [without_docstrings(inspect.getsource(part)) for part in parts]
-    code = [ast.dump(tree) for tree in trees]
+    code = [_syntax_tree(inspect.getsource(part)) for part in parts]
     components = [c for key, c in components_of(cfg).items() if key not in ("optimizer", "forget")]
     hashed = {part.__name__ for part in parts}
     if more := {n: c for n, c in code_of(components).items() if not is_ours(n) and n not in hashed}:
@@ -80,6 +80,12 @@ def key(cfg: Config) -> str:
     # Python's version too: the bytes experiments learn the source text of Python's library, and
     # ast.dump's format differs between versions.
     return content_hash([*nodes, trainer, code, torch.__version__, platform.python_version()])
+
+
+@functools.cache
+def _syntax_tree(source: str) -> str:
+    """A source's syntax tree, as text, without docstrings; each run of a sweep asks for it."""
+    return ast.dump(without_docstrings(source))
 
 
 def path(cfg: Config) -> Path:

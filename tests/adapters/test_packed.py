@@ -28,6 +28,7 @@ from lora_lab.models.transformer import Transformer
 from lora_lab.sweeps.packs import ELEMENTWISE_OPTIMIZERS
 from tests.adapters.cases import CASES, Case, cases_where, move, seeded
 from tests.adapters.test_works_under import NO_VMAP
+from tests.conftest import quick
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 """Which layers vmap goes through run by run."""
@@ -308,7 +309,10 @@ MODEL_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "target", "how"), MODEL_CASES)
+OF_SMALL = [case for case in MODEL_CASES if case[0] in ("mlp", "cnn", "encoder")]
+
+
+@pytest.mark.parametrize(("name", "target", "how"), quick(MODEL_CASES, OF_SMALL))
 def test_whole_models(name: str, target: str, how: str):
     base, x = base_and_input(name)
     check_against_single_runs(base, models(base, four_runs(VARIANTS[how]), target, far=0.1), x)

@@ -26,7 +26,8 @@ from tests.adapters.two_processes import everything, step
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["all"], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("options", [[], ["all"]], ids=str)
+@pytest.mark.slow
 def test_compile_without_a_graph_break(options: list[str]):
     """In another process: the type checks of the tests' import hook cannot be compiled."""
     command = [sys.executable, "-m", "tests.adapters.compiled", *options]

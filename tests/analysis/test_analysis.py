@@ -222,6 +222,7 @@ def test_spectra_are_measured_by_steps_too(lab: Lab, every: int, epochs: list[fl
     assert {2, 4} <= set(measured)
 
 
+@pytest.mark.slow
 def test_a_run_that_changed_nothing_is_analyzed_all_the_same(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ):

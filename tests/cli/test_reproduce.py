@@ -94,6 +94,7 @@ def record_again(run: Run) -> None:
     run.update_status(files=file_records(run.path))
 
 
+@pytest.mark.slow
 def test_what_differs_is_named(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -235,6 +236,7 @@ def test_what_cannot_be_reproduced(
     assert not Path("reproduced").exists()
 
 
+@pytest.mark.slow
 def test_a_reproduction_that_ended_before_it_was_compared_is_repeated(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -8,6 +8,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -37,6 +38,7 @@ def test_spectra_writes_its_report_and_names_few_sites(lora_lab: Run):
     np.testing.assert_allclose(stored, sigma[:4], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_phi_of_three_adapters(lora_lab: Run):
     directions, kinds = {}, {"a": {}, "al": {"use_dora": True}, "b": {"r": 3}}
     for name, settings in kinds.items():

@@ -139,7 +139,15 @@ def by_hydra(overrides: list[str]) -> Config | str:
     "swept",
     [
         ["experiment=digits", "adapter.r=1,2", "adapter=lora,dora", "optimizer.lr=1e-3,0.01"],
-        ["experiment=digits", "target=*.fc*,conv", "adapter.rank_pattern={*fc1:2},{}", "seed=0,1"],
+        pytest.param(
+            [
+                "experiment=digits",
+                "target=*.fc*,conv",
+                "adapter.rank_pattern={*fc1:2},{}",
+                "seed=0,1",
+            ],
+            marks=pytest.mark.slow,
+        ),
         [
             "experiment=shift",
             "spectra={keep:0.9},{keep:0.8}",
@@ -147,7 +155,10 @@ def by_hydra(overrides: list[str]) -> Config | str:
             "data.seed=1,2",
         ],
         ["adapter.r=1,0", "seed=0,no", "adapter.rr=1,2"],
-        ["target.linear.match=a,b", "model.arguments=1,2", "+target.linear.r=2,3"],
+        pytest.param(
+            ["target.linear.match=a,b", "model.arguments=1,2", "+target.linear.r=2,3"],
+            marks=pytest.mark.slow,
+        ),
         ["experiment=digits,no_such", "~published", "base.epochs=${trainer.max_epochs},3"],
     ],
 )

@@ -259,7 +259,7 @@ WITH_ANALYSIS = ("shift", "attention")
 """Variants that are tested with the analysis after the last step; the others go without it."""
 NO_ANALYSIS = ["spectra.truncation=none", "spectra.against_base=false"]
 SLOW = ("momentum", "moments", "rates", "clip by value", "lora_plus", "lora_fa", "language model")
-SLOW += ("targets", "numbers", "decay", "embedding", "lora_xs")
+SLOW += ("targets", "numbers", "decay", "embedding", "lora_xs", "pissa", "eva")
 """Variants of which a quick test has one of the same kind."""
 QUICK = [(name, "64-true") for name in VARIANTS if name not in SLOW]
 
@@ -303,6 +303,7 @@ def test_in_half_precision(precision: str, caplog: pytest.LogCaptureFixture):
 @pytest.mark.parametrize(
     "name", ["clip by norm", pytest.param("clip by value", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_clipping_changes_the_runs(name: str):
     """Otherwise the variants above that clip would test nothing."""
     small, points, overrides = VARIANTS[name]
@@ -748,6 +749,7 @@ def test_out_of_memory_it_goes_on_with_fewer_at_once(
     check_same_runs(runs, train_one_by_one("shift", points, *overrides), 1e-10)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_middle_of_training(monkeypatch: pytest.MonkeyPatch):
     """The optimizer's state of each run survives the change to smaller passes."""
     settings = [*NO_ANALYSIS, "trainer.precision=64-true", "optimizer.schedule=cosine"]

@@ -106,7 +106,10 @@ def test_a_linear_layers_bias_is_added_within_its_product():
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [(name, targets[0]) for name, (*_, targets) in MODELS.items() if "bert" not in name],
+    quick(
+        [(name, targets[0]) for name, (*_, targets) in MODELS.items() if "bert" not in name],
+        [("mlp", "linear"), ("attention", "all"), ("norms", "linear"), ("by name", "linear")],
+    ),
 )
 def test_models_of_many_layers(name: str, target: str):
     base, x = base_and_input(name)

@@ -227,6 +227,7 @@ def test_a_folder_without_finished_runs_has_a_report(
     assert "DivergedError" in Path("runs/shift/report/index.html").read_text()
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_more_than_r_are_not_averaged(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ):
@@ -364,6 +365,7 @@ def test_data_seeds_are_named_and_pooled_alike(lab: Lab, monkeypatch: pytest.Mon
     assert "over seeds and data seeds" in (folder / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_note_names_cells_whose_seeds_draw_nothing(lab: Lab):
     assert lab("shift", "adapter=full", "seed=0,1", "-m") == 0
     assert lab("shift", "seed=0,1", "runs_dir=lora", "-m") == 0

@@ -34,7 +34,7 @@ from lora_lab.sweeps.sweep_file import read_sweep
 from lora_lab.training import experiment, finish
 from lora_lab.training.plan import plan
 from tests.config.test_conf import composed
-from tests.conftest import SMALL, Lab, command, only_run
+from tests.conftest import SMALL, Lab, command, only_run, quick
 from tests.wandb_server import WandbServer
 
 SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
@@ -108,12 +108,9 @@ def test_all_points_of_our_sweep_files_can_be_run(path: Path):
         assert plan(composed(*point)).sites
 
 
-OF_MINILM = [path for path in GRIDS if "docs_minilm" in path.read_text()]
-
-
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=pytest.mark.slow) if p in OF_MINILM else p for p in GRIDS],
+    quick(GRIDS, [p for p in GRIDS if p.stem in ("conv_rank", "rank_vs_full", "target_layers")]),
     ids=lambda path: path.stem,
 )
 def test_our_grid_files_run(run_sweep: RunSweep, path: Path):
@@ -216,6 +213,7 @@ def test_another_seed_draws_other_points(run_sweep: RunSweep, capsys: pytest.Cap
     assert len(set(drawn[0])) == 3
 
 
+@pytest.mark.slow
 def test_dry_run_of_bayes_shows_the_startup_points(
     run_sweep: RunSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -104,6 +104,7 @@ def test_one_wandb_folder_for_all_runs_of_an_experiment(lab: Lab):
     assert [run.status["state"] for run in find_runs(Path("runs"))] == ["finished"] * 2
 
 
+@pytest.mark.slow
 def test_a_cached_bases_rows_are_in_every_run(lab: Lab):
     lab("shift", "seed=0,1", "-m", tracking="offline")
     for run in find_runs(Path("runs")):

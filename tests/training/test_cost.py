@@ -279,6 +279,7 @@ def test_a_frozen_base_costs_no_training(lab: Lab):
     assert only_run().finished
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_times_its_steps_and_keeps_its_flops(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ):

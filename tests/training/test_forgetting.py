@@ -92,6 +92,7 @@ def test_the_loss_is_that_of_a_plain_loop_over_the_merged_weights(lab: Lab, name
             assert curve[1] == pytest.approx(forgotten(run, "cut/1")[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_measuring_it_moves_no_number_of_the_training(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     settings = ("adapter.dropout=0.3", *QUICK)
     assert lab("digits", *settings) == 0
@@ -105,6 +106,7 @@ def test_measuring_it_moves_no_number_of_the_training(lab: Lab, monkeypatch: pyt
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_in_a_pack_each_run_forgets_what_it_forgets_by_itself():
     points = [["adapter.r=2"], ["adapter.r=4", "seed=1", "adapter.cut=[1]"]]
     settings = ["trainer.precision=64-true", *CURVE, EACH_EPOCH]

@@ -252,6 +252,7 @@ def test_a_long_prompt_loses_its_beginning(caplog: pytest.LogCaptureFixture):
     assert "1 of 2 prompts begin later: the model has 64 positions" in caplog.text
 
 
+@pytest.mark.slow
 def test_in_a_pack_each_run_writes_what_it_writes_by_itself():
     points = [["adapter.r=2"], ["adapter.r=4", "seed=1"]]
     more = ["trainer.precision=64-true", "trainer.max_epochs=2", "generate={max_new_tokens: 5}"]

@@ -141,6 +141,7 @@ FOLDERS = ("adapter", "cut/2", "healed/2")
 
 
 @pytest.mark.parametrize("by", ["ctrl_c", pytest.param("SIGKILL", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_stopped_in_healing_it_goes_on_bit_for_bit(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, by: str
 ):

@@ -95,6 +95,7 @@ def test_a_run_of_other_weights_is_not_restored(train: Lab):
         restore(run)
 
 
+@pytest.mark.slow
 def test_heads_are_drawn_by_the_seed_over_one_base(train: Lab):
     small = ("adapter.r=1", "spectra.truncation=none")
     for settings in (("seed=0",), ("seed=1",), ("seed=0", "adapter.r=2")):

@@ -128,6 +128,7 @@ def test_training_ends_early_and_says_so(lab: Lab):
     assert json.loads((by_root("some").path / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_training_that_has_ended_early_is_not_gone_on_with(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ):

@@ -238,6 +238,7 @@ def test_a_run_without_a_record_of_its_code_is_taken_as_it_is(
     assert "Finished before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_versions_of_libraries_are_told_of_a_finished_run(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ):
@@ -280,6 +281,7 @@ def test_analyze_refuses_a_model_with_another_loss(
         assert (run.path / "spectra.npz").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_reproduce_tells_changed_code(
     project: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
