@@ -105,7 +105,8 @@ def test_all_points_of_our_sweep_files_can_be_run(path: Path):
         # A seed changes no plan.
         points = [point for point in points if not {"seed=1", "seed=2"} & {*point}]
     for point in points:
-        assert plan(composed(*point)).sites
+        run = plan(composed(*point))
+        assert run.sites or run.cfg.adapter.method == "none"
 
 
 @pytest.mark.parametrize(
